@@ -1,0 +1,308 @@
+"""Builds the package and its one C++ extension, ``trmfast._cpu``.
+
+Metadata is in pyproject.toml.  This file holds what that format cannot say: the packages in two folders, and the build of
+the CPU engine, in which one source file is compiled once per instruction set with that set's flags.  The extension is
+optional: when it cannot be built, the installation goes on and ``trmfast/_build_info.json`` says why.
+
+Environment:
+    CXX, CXXFLAGS, LDFLAGS       the compiler (g++, clang++ and c++ are tried otherwise) and flags appended to ours
+    TRMFAST_REQUIRE_CPU=1        a failure to build the extension fails the installation
+    TRMFAST_SANITIZE=address,undefined | thread | ...     an instrumented build
+    TRMFAST_EMULATE_AMX=1        also the target amx_emulated: the AMX kernel's schedule on plain vector instructions
+    MAX_JOBS                     the number of parallel compilations
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCE = ROOT / "csrc" / "cpu"
+PER_TARGET_SOURCE = "engine_target.cpp"
+
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+AVX512_BF16 = (*AVX512, "-mavx512bf16")
+AMX = (*AVX512_BF16, "-mamx-tile", "-mamx-bf16")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One instruction set: its name in C++ and in TRMFAST_CPU_ISA, its flags and the element types it is compiled for."""
+
+    name: str
+    flags: tuple[str, ...]
+    elements: tuple[str, ...]
+
+
+# Best first, the order in which csrc/cpu/isa.cpp and the dispatcher prefer them.
+X86_TARGETS = (
+    Target("amx", AMX, ("bf16",)),
+    Target("avx512_bf16", AVX512_BF16, ("bf16",)),
+    Target("avx512", AVX512, ("f32", "bf16")),
+    Target("avx2", AVX2, ("f32", "bf16")),
+)
+EMULATED_AMX = Target("amx_emulated", (*AVX2, "-DTRMFAST_EMULATE_AMX"), ("bf16",))
+PORTABLE = Target("portable", (), ("f32", "bf16"))
+
+
+class CannotBuild(Exception):
+    """The extension cannot be built; the message is one line that says what is missing."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+
+
+@dataclass
+class Plan:
+    """Everything that decides the bytes of the extension."""
+
+    compiler: list[str]
+    compiler_version: str
+    ninja: str
+    common_flags: list[str]
+    baseline_flags: list[str]  # of the files that are compiled once
+    link_flags: list[str]
+    targets: list[Target] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    sanitize: str = ""
+
+    def pairs(self) -> list[tuple[Target, str]]:
+        return [(target, element) for target in self.targets for element in target.elements]
+
+
+def find_compiler() -> tuple[list[str], str]:
+    """The C++ compiler as a command, and the first line of its --version."""
+    asked = os.environ.get("CXX", "").strip()
+    tried = []
+    for command in [asked] if asked else ["g++", "clang++", "c++"]:
+        words = shlex.split(command)
+        tried.append(command)
+        if shutil.which(words[0]) is None:
+            continue
+        version = subprocess.run([*words, "--version"], capture_output=True, text=True)
+        if version.returncode == 0 and version.stdout:
+            return words, version.stdout.splitlines()[0].strip()
+    raise CannotBuild(
+        f"no C++ compiler: tried {', '.join(tried)}; install g++ (8 or newer) or clang++ (10 or newer), or set CXX"
+    )
+
+
+def find_ninja() -> str:
+    with contextlib.suppress(ImportError):
+        import ninja  # the build requirement; a system ninja does as well
+
+        found = shutil.which("ninja", path=ninja.BIN_DIR)
+        if found:
+            return found
+    found = shutil.which("ninja")
+    if found is None:
+        raise CannotBuild("no ninja: `pip install ninja` puts it where the build finds it")
+    return found
+
+
+def find_headers() -> list[str]:
+    try:
+        import pybind11
+    except ImportError as error:
+        raise CannotBuild("no pybind11: `pip install pybind11` puts it where the build finds it") from error
+    include = sysconfig.get_paths()["include"]
+    if not (Path(include) / "Python.h").exists():
+        raise CannotBuild(f"no Python.h in {include}: install the headers of this Python (python3-dev or python3-devel)")
+    return ["-isystem", pybind11.get_include(), "-isystem", include]
+
+
+def compiler_problem(compiler: list[str], flags: list[str] | tuple[str, ...], source: str) -> str | None:
+    """None if the compiler takes the flags, otherwise the first line it prints about them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "probe.cpp"
+        file.write_text(source)
+        done = subprocess.run(
+            [*compiler, "-std=c++17", *flags, "-c", str(file), "-o", str(file.with_suffix(".o"))],
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode == 0:
+        return None
+    return next((line.strip() for line in done.stderr.splitlines() if "error" in line), "it fails without a message")
+
+
+def make_plan() -> Plan:
+    for name in (PER_TARGET_SOURCE, "module.cpp"):
+        if not (SOURCE / name).exists():
+            raise CannotBuild(f"csrc/cpu/{name} is not in this source tree")
+    compiler, version = find_compiler()
+    problem = compiler_problem(compiler, (), "#include <vector>\nint main() { return 0; }\n")
+    if problem:
+        raise CannotBuild(f"{shlex.join(compiler)} cannot compile C++17: {problem}")
+
+    sanitize = os.environ.get("TRMFAST_SANITIZE", "").strip()
+    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread", "-Wall", "-Wextra"]
+    common += [f"-ffile-prefix-map={ROOT}/="]
+    if sanitize:
+        common += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
+    else:
+        common += ["-O3", "-DNDEBUG"]
+    common += shlex.split(os.environ.get("CXXFLAGS", ""))
+
+    link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    link += ["-pthread", *([f"-fsanitize={sanitize}"] if sanitize else []), *shlex.split(os.environ.get("LDFLAGS", ""))]
+
+    plan = Plan(compiler, version, find_ninja(), common, find_headers(), link, sanitize=sanitize)
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        emulated = (EMULATED_AMX,) if os.environ.get("TRMFAST_EMULATE_AMX", "") == "1" else ()
+        for target in (*X86_TARGETS, *emulated):
+            problem = compiler_problem(compiler, target.flags, "#include <immintrin.h>\nint probe;\n")
+            if problem is None:
+                plan.targets.append(target)
+            else:
+                plan.left_out[target.name] = f"{version} does not take its flags: {problem}"
+                print(f"trmfast: leaving out {target.name}: {plan.left_out[target.name]}", file=sys.stderr)
+    plan.targets.append(PORTABLE)
+    list_of_pairs = " ".join(f"X({target.name},{element})" for target, element in plan.pairs())
+    plan.baseline_flags.append(f"-DTRMFAST_TARGETS={list_of_pairs}")
+    return plan
+
+
+def ninja_text(plan: Plan, output_name: str) -> str:
+    """build.ninja: one object per file, one per (target, element) for the per-target file, and the link."""
+
+    def quote(words: list[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    def path(file: Path) -> str:
+        return str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = [
+        "ninja_required_version = 1.8",
+        f"cxx = {quote(plan.compiler)}",
+        f"common = {quote(plan.common_flags)}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $common $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = $cxx $in -o $out {quote(plan.link_flags)}",
+        "  description = link $out",
+    ]
+    objects = []
+
+    def compile_one(source: Path, name: str, flags: list[str]) -> None:
+        objects.append(name)
+        lines.extend([f"build {name}: compile {path(source)}", f"  flags = {quote(flags)}"])
+
+    for source in sorted(SOURCE.glob("*.cpp")):
+        if source.name != PER_TARGET_SOURCE:
+            compile_one(source, f"{source.stem}.o", plan.baseline_flags)
+    for target, element in plan.pairs():
+        flags = [*target.flags, f"-DTRMFAST_TARGET={target.name}", f"-DTRMFAST_ELEMENT={element}"]
+        compile_one(SOURCE / PER_TARGET_SOURCE, f"engine_{target.name}_{element}.o", flags)
+    lines += [f"build {output_name}: link {' '.join(objects)}", f"default {output_name}"]
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One build at a time per folder: two installations of one source tree share their objects."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compile_extension(plan: Plan, output: Path) -> None:
+    """Bring the objects up to date and put the extension at `output`."""
+    text = ninja_text(plan, output.name)
+    tag = hashlib.sha256(f"{plan.compiler_version}\n{text}".encode()).hexdigest()[:10]
+    kind = plan.sanitize.replace(",", "-") or "release"
+    folder = ROOT / "build" / f"cpu-{kind}-{sysconfig.get_config_var('SOABI')}-{tag}"
+    with locked(folder):
+        build_file = folder / "build.ninja"
+        if not build_file.exists() or build_file.read_text() != text:
+            build_file.write_text(text)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        done = subprocess.run([plan.ninja, *jobs, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        log = done.stdout.decode(errors="replace")
+        print(log, flush=True)
+        if done.returncode != 0:
+            first = next((line.strip() for line in log.splitlines() if "error" in line.lower()), "ninja failed")
+            raise CannotBuild(f"{plan.compiler_version} failed: {first}", log)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside and moved: a process that has the old file mapped keeps it.
+        beside = output.with_name(output.name + ".new")
+        shutil.copy2(folder / output.name, beside)
+        os.replace(beside, output)
+
+
+class BuildEngine(build_ext):
+    """Builds trmfast._cpu with ninja and writes _build_info.json beside it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        info: dict[str, object] = {"error": None, "log": "", "compiler": "", "targets": [], "left_out": {}, "sanitize": ""}
+        try:
+            plan = make_plan()
+            info["compiler"] = plan.compiler_version
+            info["targets"] = [f"{target.name}/{element}" for target, element in plan.pairs()]
+            info["left_out"] = plan.left_out
+            info["sanitize"] = plan.sanitize
+            compile_extension(plan, output)
+        except CannotBuild as error:
+            if os.environ.get("TRMFAST_REQUIRE_CPU", "") == "1":
+                raise
+            info.update(error=str(error), log="\n".join(error.log.splitlines()[-60:]), targets=[])
+            self.remove_stale(ext, output)
+            print(f"\ntrmfast: the CPU engine was not built: {error}", file=sys.stderr)
+            print("trmfast: installing without it; `trmfast info` repeats the reason\n", file=sys.stderr)
+        for folder in {output.parent, *([self.source_folder()] if self.writes_to_source() else [])}:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    def writes_to_source(self) -> bool:
+        # run() of setuptools clears `inplace` while it builds; editable_mode and the option itself survive.
+        return bool(self.editable_mode or self.in_source)
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.in_source = bool(self.inplace)
+
+    def source_folder(self) -> Path:
+        return ROOT / "trmfast"
+
+    def remove_stale(self, ext: Extension, output: Path) -> None:
+        """An extension of an earlier build would contradict what _build_info.json says."""
+        output.unlink(missing_ok=True)
+        if self.writes_to_source():
+            (self.source_folder() / output.name).unlink(missing_ok=True)
+
+
+kernels = ["trmfast.kernels"] + [f"trmfast.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))]
+
+setup(
+    packages=find_packages(str(ROOT), include=["trmfast", "trmfast.*"]) + kernels,
+    package_dir={"trmfast": "trmfast", "trmfast.kernels": "kernels"},
+    package_data={"trmfast": ["py.typed", "_build_info.json"]},
+    ext_modules=[Extension("trmfast._cpu", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildEngine},
+)

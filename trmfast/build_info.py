@@ -1,0 +1,41 @@
+"""What the installation built: written by setup.py as ``_build_info.json``, read by ``trmfast info`` and the cpu backend."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = ["BuildInfo", "build_info"]
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """The record of one build of the C++ extension ``trmfast._cpu``.
+
+    Attributes:
+        error: None if the extension was built, otherwise the reason in one line.
+        log: the end of the compiler's output when it failed.
+        compiler: the first line of the compiler's --version.
+        targets: the compiled pairs as "target/element", best first, for example "avx512_bf16/bf16".
+        left_out: targets that this compiler cannot build, with the reason.
+        sanitize: the sanitizers of an instrumented build, "" for a plain one.
+    """
+
+    error: str | None
+    log: str = ""
+    compiler: str = ""
+    targets: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict, hash=False)
+    sanitize: str = ""
+
+
+@lru_cache(maxsize=1)
+def build_info() -> BuildInfo:
+    """The record of this installation; a source tree that was never installed says so in `error`."""
+    path = Path(__file__).with_name("_build_info.json")
+    if not path.exists():
+        return BuildInfo(error="the C++ extension was never built here: run `pip install -e .` in the source tree")
+    record = json.loads(path.read_text())
+    return BuildInfo(**{**record, "targets": tuple(record["targets"])})
