@@ -1,0 +1,128 @@
+"""Backends: everything that can execute a recursion, and the choice between them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trmfast.backends.reference import ReferenceBackend
+from trmfast.problem import Problem
+
+__all__ = ["BACKENDS", "Backend", "select"]
+
+
+class Backend(Protocol):
+    """What the operators ask of a backend.
+
+    The operators validate every tensor before they call.  They pass contiguous states, x, gradients and saved inputs of
+    at least one element, x only if an update injects it, and contiguous RoPE tables of exactly [L, head_dim] in float32
+    (float64 if the compute dtype is), only if a network attends.  Weights arrive as the caller holds them, of any float
+    dtype and strides, so that a cache can recognise them.
+
+    Attributes:
+        name: the name users choose it by.
+        device_types: the types of devices it is made for; empty for all.
+    """
+
+    name: str
+    device_types: tuple[str, ...]
+
+    def available(self) -> str | None:
+        """None if the backend works on this machine, else the reason in one line."""
+
+    def supports(
+        self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int
+    ) -> str | None:
+        """None if the backend can run this problem on [batch, length, D] states, else the reason in one line."""
+
+    def forward(
+        self,
+        problem: Problem,
+        states: Sequence[Tensor],
+        x: Tensor | None,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        save: bool,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Runs the program.
+
+        Returns:
+            The final states, newly allocated and contiguous, in the compute dtype; and the summed input of every update
+            with ``grad``, [G, B, L, D] in the compute dtype, with G = 0 if not ``save``.
+        """
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_states: Sequence[Tensor],
+        saved: Tensor,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        needs_states: Sequence[bool],
+        needs_x: bool,
+        needs_weights: Sequence[bool],
+    ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+        """Walks the grad updates in reverse, recomputing each from its saved input.
+
+        Returns:
+            Gradients of the incoming states and of x in the compute dtype or a wider one, and of the weights in float32
+            or wider, contiguous and newly allocated.  None where a gradient is not needed, or is zero.
+        """
+
+
+BACKENDS: dict[str, Backend] = {}
+"""Backends by name, in order of preference."""
+
+if find_spec("trmfast.backends.cpu") is not None:  # until backends/cpu.py exists
+    from trmfast.backends.cpu import CpuBackend  # type: ignore[import-not-found]
+
+    BACKENDS["cpu"] = CpuBackend()
+BACKENDS["reference"] = ReferenceBackend()
+
+_told: set[str] = set()
+
+
+@lru_cache(maxsize=1024)
+def select(name: str, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> Backend:
+    """The backend that runs a problem.
+
+    Args:
+        name: the name of a backend, or ``"auto"`` for the first one that takes the problem.  A backend that is made for
+            this type of device and refuses is named in a warning, once for each reason.
+        problem, device, dtype, batch, length: what is to be run: [batch, length, D] states of a dtype on a device.
+
+    Raises:
+        ValueError: there is no backend of that name, or it refuses the problem.
+    """
+    if name != "auto":
+        backend = BACKENDS.get(name)
+        if backend is None:
+            raise ValueError(f"backend: got {name!r}, accepted are {', '.join(['auto', *BACKENDS])}")
+        reason = _refusal(backend, problem, device, dtype, batch, length)
+        if reason is not None:
+            raise ValueError(f"backend: got {name!r}, accepted are auto or a backend that takes this problem: {reason}")
+        return backend
+    for backend in BACKENDS.values():
+        reason = _refusal(backend, problem, device, dtype, batch, length)
+        if reason is None:
+            return backend
+        if device.type in backend.device_types and reason not in _told:
+            _told.add(reason)
+            warnings.warn(f"trmfast: backend {backend.name} is not used: {reason}", stacklevel=2)
+    raise AssertionError("the reference backend takes every problem")
+
+
+def _refusal(
+    backend: Backend, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int
+) -> str | None:
+    if backend.device_types and device.type not in backend.device_types:
+        return f"it runs on {', '.join(backend.device_types)}, not on {device.type}"
+    return backend.available() or backend.supports(problem, device, dtype, batch, length)

@@ -1,0 +1,143 @@
+"""The reference as a backend: every device, every float dtype, the recompute structure of the fast backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trmfast.problem import Problem
+from trmfast.reference import run_net, summed_input, wide_dtype
+from trmfast.spec import NetSpec
+
+__all__ = ["ReferenceBackend"]
+
+
+class ReferenceBackend:
+    """Runs the interpreter of :mod:`trmfast.reference`; saves the input of each grad update and recomputes the rest."""
+
+    name = "reference"
+    device_types: tuple[str, ...] = ()
+
+    def available(self) -> str | None:
+        return None
+
+    def supports(self, *_: Any) -> str | None:
+        return None
+
+    def forward(
+        self,
+        problem: Problem,
+        states: Sequence[Tensor],
+        x: Tensor | None,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        save: bool,
+    ) -> tuple[list[Tensor], Tensor]:
+        first = states[0]
+        saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
+        cast = [w.to(first.dtype) for w in weights]
+        current = list(states)
+        slot = 0
+        with _plain(first):
+            for update in problem.program.updates:
+                h = summed_input(update, current, x)
+                if save and update.grad:
+                    saved[slot] = h
+                    slot += 1
+                net = problem.nets[update.net]
+                current[update.dst] = run_net(net, h, problem.net_weights(cast, update.net), cos, sin)
+        # A state that no update writes is still the caller's tensor.
+        return [out.clone() if out is state else out for out, state in zip(current, states, strict=True)], saved
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_states: Sequence[Tensor],
+        saved: Tensor,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        needs_states: Sequence[bool],
+        needs_x: bool,
+        needs_weights: Sequence[bool],
+    ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+        dtype, wide = saved.dtype, wide_dtype(saved.dtype)
+        needs_input, _ = problem.live_updates(needs_states, needs_x, needs_weights)
+        cast = [w.to(dtype) for w in weights]
+        gs: list[Tensor | None] = [g.to(wide, copy=True) for g in grad_states]  # added to in place
+        gx: Tensor | None = None
+        gw: list[Tensor | None] = [None] * len(weights)
+        slot = problem.num_grad_updates
+        with _plain(saved):
+            for position in reversed(range(len(needs_input))):
+                update = problem.program.updates[position]
+                g, gs[update.dst] = gs[update.dst], None
+                if not update.grad:
+                    continue
+                slot -= 1
+                part = problem.weight_slices[update.net]
+                if g is None:
+                    continue
+                dh, dw = _vjp(
+                    problem.nets[update.net],
+                    saved[slot],
+                    cast[part],
+                    cos,
+                    sin,
+                    g.to(dtype),
+                    needs_input[position],
+                    needs_weights[part],
+                )
+                for i, d in zip(range(part.start, part.stop), dw, strict=True):
+                    gw[i] = _add(gw[i], d, wide)
+                for s in update.sources:
+                    gs[s] = _add(gs[s], dh, wide)
+                if update.inject_x:
+                    gx = _add(gx, dh, wide)
+        return gs, gx, gw
+
+
+def _vjp(
+    net: NetSpec,
+    h: Tensor,
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    g: Tensor,
+    needs_h: bool,
+    needs_weights: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of <net(h), g> for what is needed.
+
+    By torch.func and not torch.autograd.grad: the dispatcher skips autograd inside an operator, but not transforms.
+    """
+    chosen = ([-1] if needs_h else []) + [i for i, need in enumerate(needs_weights) if need]
+    if not chosen:
+        return None, [None] * len(weights)
+
+    def run(*leaves: Tensor) -> Tensor:
+        given = dict(zip(chosen, leaves, strict=True))
+        used = [given.get(i, weight) for i, weight in enumerate(weights)]
+        return run_net(net, given.get(-1, h), used, cos, sin)
+
+    pull_back = torch.func.vjp(run, *(h if i < 0 else weights[i] for i in chosen))[1]
+    grads = dict(zip(chosen, pull_back(g), strict=True))
+    return grads.get(-1), [grads.get(i) for i in range(len(weights))]
+
+
+def _add(total: Tensor | None, term: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """total + term in the wide dtype, in place from the second term on; None stands for zero."""
+    if term is None:
+        return total
+    if total is None:
+        return term.to(dtype, copy=True)
+    return total.add_(term)
+
+
+def _plain(tensor: Tensor) -> Any:
+    """Autocast off: the dtypes were settled before the operator was called."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,0 +1,242 @@
+"""Modules that own the float32 parameters, named as in the published state_dicts, and run recursions over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from trmfast import reference
+from trmfast.ops import recursion
+from trmfast.problem import Problem
+from trmfast.program import RecursionProgram
+from trmfast.spec import BlockSpec, NetSpec
+
+__all__ = [
+    "Attention",
+    "Block",
+    "CastedEmbedding",
+    "CastedLinear",
+    "ConvSwiGLU",
+    "Net",
+    "Recursion",
+    "RotaryEmbedding",
+    "SwiGLU",
+    "trunc_normal_init_",
+]
+
+CosSin = tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def trunc_normal_init_(tensor: Tensor, std: float = 1.0, lower: float = -2.0, upper: float = 2.0) -> Tensor:
+    """Fills a tensor with a normal distribution cut at lower and upper, scaled so that ``std`` is what comes out.
+
+    The inverse of the error function is applied to one uniform draw an element, as in JAX, so a seed gives the weights
+    that the published training code draws.
+    """
+    if std == 0:
+        return tensor.zero_()
+    low, high = math.erf(lower / math.sqrt(2)), math.erf(upper / math.sqrt(2))
+    mass = (high - low) / 2
+    at_lower, at_upper = (math.exp(-0.5 * cut * cut) / math.sqrt(2 * math.pi) for cut in (lower, upper))
+    variance = 1 - (upper * at_upper - lower * at_lower) / mass - ((at_upper - at_lower) / mass) ** 2
+    scale = std / math.sqrt(variance)
+    tensor.uniform_(low, high).erfinv_().mul_(math.sqrt(2) * scale)
+    return tensor.clip_(lower * scale, upper * scale)
+
+
+class CastedLinear(nn.Module):
+    """A linear layer with float32 parameters that computes in the dtype of its input.
+
+    ``weight`` is [out_features, in_features], drawn with std 1 / sqrt(in_features); ``bias`` is zeros, or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(trunc_normal_init_(torch.empty(out_features, in_features), std=in_features**-0.5))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(h.dtype)
+        return nn.functional.linear(h, self.weight.to(h.dtype), bias)
+
+
+class CastedEmbedding(nn.Module):
+    """An embedding that returns ``cast_to``; its float32 table ``embedding_weight`` is [num_embeddings, embedding_dim]."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, init_std: float, cast_to: torch.dtype) -> None:
+        super().__init__()
+        self.cast_to = cast_to
+        table = torch.empty(num_embeddings, embedding_dim)
+        self.embedding_weight = nn.Parameter(trunc_normal_init_(table, std=init_std))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.embedding_weight.to(self.cast_to))
+
+
+class RotaryEmbedding(nn.Module):
+    """RoPE tables [max_position_embeddings, dim] in float32, for the rotate-half convention (arXiv 2104.09864)."""
+
+    cos_cached: Tensor
+    sin_cached: Tensor
+
+    def __init__(
+        self, dim: int, max_position_embeddings: int, base: float, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        inv_freq = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
+        positions = torch.arange(max_position_embeddings, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, inv_freq).repeat(1, 2)
+        self.register_buffer("cos_cached", angles.cos(), persistent=False)
+        self.register_buffer("sin_cached", angles.sin(), persistent=False)
+
+    def forward(self) -> CosSin:
+        return self.cos_cached, self.sin_cached
+
+
+class Attention(nn.Module):
+    """The parameters of self-attention: ``qkv_proj`` and ``o_proj``."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        query = spec.num_heads * spec.head_dim
+        self.qkv_proj = CastedLinear(spec.hidden_size, query + 2 * spec.num_kv_heads * spec.head_dim)
+        self.o_proj = CastedLinear(query, spec.hidden_size)
+
+    def forward(self, h: Tensor, cos_sin: CosSin | None = None) -> Tensor:
+        """h: [B, L, D]; cos_sin: RoPE tables [>= L, head_dim]."""
+        cos, sin = cos_sin if cos_sin is not None else (None, None)
+        return reference.attention(self.spec, h, self.qkv_proj.weight, self.o_proj.weight, cos, sin)
+
+
+class SwiGLU(nn.Module):
+    """The parameters of a SwiGLU over the last axis: ``gate_up_proj`` and ``down_proj``."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = CastedLinear(hidden_size, 2 * intermediate_size)
+        self.down_proj = CastedLinear(intermediate_size, hidden_size)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return reference.swiglu(h, self.gate_up_proj.weight, self.down_proj.weight)
+
+
+class ConvSwiGLU(nn.Module):
+    """The parameters of URM's SwiGLU: ``gate_up_proj``, the depthwise convolution ``dwconv``, and ``down_proj``."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, conv_kernel: int = 2) -> None:
+        super().__init__()
+        self.gate_up_proj = CastedLinear(hidden_size, 2 * intermediate_size)
+        self.dwconv = nn.Conv1d(intermediate_size, intermediate_size, conv_kernel, groups=intermediate_size)
+        self.down_proj = CastedLinear(intermediate_size, hidden_size)
+
+    def forward(self, h: Tensor) -> Tensor:
+        conv = self.dwconv
+        assert conv.bias is not None
+        return reference.conv_swiglu(h, self.gate_up_proj.weight, conv.weight, conv.bias, self.down_proj.weight)
+
+
+class Block(nn.Module):
+    """One post-norm block: ``self_attn`` or ``mlp_t``, and ``mlp``."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        if spec.token_mixer == "attention":
+            self.self_attn = Attention(spec)
+        else:
+            self.mlp_t = SwiGLU(spec.seq_len, spec.seq_intermediate_size)
+        self.mlp: SwiGLU | ConvSwiGLU
+        if spec.channel_mixer == "swiglu":
+            self.mlp = SwiGLU(spec.hidden_size, spec.intermediate_size)
+        else:
+            self.mlp = ConvSwiGLU(spec.hidden_size, spec.intermediate_size, spec.conv_kernel)
+
+    def weights(self) -> list[Tensor]:
+        """The parameters in the order of ``spec.weight_shapes``."""
+        spec, mlp = self.spec, self.mlp
+        if spec.token_mixer == "attention":
+            mixer = self.self_attn
+            weights: list[Tensor] = [mixer.qkv_proj.weight, mixer.o_proj.weight]
+        else:
+            mixer_t = self.mlp_t
+            weights = [mixer_t.gate_up_proj.weight, mixer_t.down_proj.weight]
+        weights.append(mlp.gate_up_proj.weight)
+        if isinstance(mlp, ConvSwiGLU):
+            assert mlp.dwconv.bias is not None
+            weights += [mlp.dwconv.weight, mlp.dwconv.bias]
+        weights.append(mlp.down_proj.weight)
+        return weights
+
+    def forward(self, h: Tensor, cos_sin: CosSin | None = None) -> Tensor:
+        """h: [B, L, D]; cos_sin: RoPE tables [>= L, head_dim]."""
+        cos, sin = cos_sin if cos_sin is not None else (None, None)
+        return reference.run_block(self.spec, h, self.weights(), cos, sin)
+
+
+class Net(nn.Module):
+    """A stack of blocks; ``layers.0.self_attn.qkv_proj.weight`` and so on, as in the published state_dicts."""
+
+    def __init__(self, spec: NetSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layers = nn.ModuleList(Block(spec.block) for _ in range(spec.num_layers))
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The parameters in the order of ``spec.weight_shapes``."""
+        return tuple(weight for layer in self.layers for weight in cast(Block, layer).weights())
+
+    def forward(self, h: Tensor, cos_sin: CosSin | None = None) -> Tensor:
+        """Applies the network once, layer by layer in plain PyTorch; h: [B, L, D], cos_sin: tables [>= L, head_dim]."""
+        for layer in self.layers:
+            h = layer(h, cos_sin)
+        return h
+
+
+class Recursion(nn.Module):
+    """A program over its networks, run as one operation; hooks on inner modules are not called.
+
+    Args:
+        program: the recursion.
+        nets: one :class:`Net` for each network of the program.
+        backend: the name of a backend, or ``"auto"``.
+
+    Raises:
+        ValueError: the networks do not fit the program.
+    """
+
+    def __init__(self, program: RecursionProgram, nets: Sequence[Net], backend: str = "auto") -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+        self.specs = Problem(program, tuple(net.spec for net in nets)).nets
+        self.program = program
+        self.backend = backend
+
+    def forward(
+        self,
+        states: Sequence[Tensor],
+        x: Tensor | None = None,
+        cos_sin: CosSin | None = None,
+        program: RecursionProgram | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Runs the recursion.
+
+        Args:
+            states: S tensors [B, L, D] of one compute dtype; under autocast they and x are cast to its dtype.
+            x: [B, L, D], or None when no update injects x.
+            cos_sin: RoPE tables [>= L, head_dim], or None for no rotation.
+            program: the program of this call, by default that of the constructor.
+
+        Returns:
+            The final value of every state.
+        """
+        cos, sin = cos_sin if cos_sin is not None else (None, None)
+        weights = [weight for net in self.nets for weight in cast(Net, net).weights()]
+        return recursion(program or self.program, self.specs, states, x, weights, cos, sin, self.backend)

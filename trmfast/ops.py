@@ -1,0 +1,275 @@
+"""The operators: one for a whole recursion forward, one for its backward, and the function that users call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trmfast.backends import select
+from trmfast.problem import Problem
+from trmfast.program import RecursionProgram
+from trmfast.reference import wide_dtype
+from trmfast.spec import NetSpec
+
+__all__ = ["recursion"]
+
+_library = torch.library.Library("trmfast", "DEF")
+_library.define(
+    "recursion(Tensor[] states, Tensor? x, Tensor[] weights, Tensor? cos, Tensor? sin, "
+    "str program, str[] nets, str backend, bool save) -> (Tensor[] states, Tensor saved)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "recursion_backward(Tensor[] grad_states, Tensor saved, Tensor[] weights, Tensor? cos, Tensor? sin, "
+    "str program, str[] nets, str backend, bool[] needs_states, bool needs_x, bool[] needs_weights) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def recursion(
+    program: RecursionProgram,
+    nets: Sequence[NetSpec],
+    states: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Runs a whole recursion as one operation.
+
+    Works under torch.compile, torch.export, autocast and inference mode.  The backward pass keeps the summed input of
+    every update in the gradient window and recomputes the rest; it cannot be differentiated again.
+
+    Args:
+        program: the recursion; it may change from call to call.
+        nets: one spec for each network of the program.
+        states: S tensors [B, L, D] of one compute dtype: float32, bfloat16, float16 or float64.  Under autocast, states
+            and x other than float64 are cast to the autocast dtype here.
+        x: [B, L, D] of the same dtype, or None when no update injects x.
+        weights: network by network, each in the order of ``NetSpec.weight_shapes``; of any float dtype.  They are cast
+            to the compute dtype inside; gradients are summed in float32 over all applications and come in the weight's
+            dtype.
+        cos, sin: RoPE tables [>= L, head_dim] for the rotate-half convention, or None for no rotation.
+        backend: the name of a backend, or ``"auto"``.
+
+    Returns:
+        The final value of every state, [B, L, D] in the compute dtype; never a view of an input.
+
+    Raises:
+        TypeError: an argument is of the wrong Python type.
+        ValueError: a tensor does not fit the program, or the backend refuses; one line with the argument's name.
+    """
+    if not isinstance(program, RecursionProgram):
+        raise TypeError(f"program: got {type(program).__name__}, accepted are RecursionProgram")
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: got {type(backend).__name__}, accepted are str")
+    for name, items, kind in (("nets", nets, NetSpec), ("states", states, Tensor), ("weights", weights, Tensor)):
+        if not isinstance(items, (list, tuple)):
+            raise TypeError(f"{name}: got {type(items).__name__}, accepted are lists and tuples of {kind.__name__}")
+        for i, item in enumerate(items):
+            if not isinstance(item, kind):
+                raise TypeError(f"{name}[{i}]: got {type(item).__name__}, accepted are {kind.__name__}")
+    for name, table in (("x", x), ("cos", cos), ("sin", sin)):
+        if table is not None and not isinstance(table, Tensor):
+            raise TypeError(f"{name}: got {type(table).__name__}, accepted are Tensor and None")
+    if states:
+        device = states[0].device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            states = [_autocast(state, dtype) for state in states]
+            x = None if x is None else _autocast(x, dtype)
+    save = torch.is_grad_enabled() and (
+        any(tensor.requires_grad for tensor in (*weights, *states)) or (x is not None and x.requires_grad)
+    )
+    net_keys = [net.key for net in nets]
+    out, _ = torch.ops.trmfast.recursion.default(
+        list(states), x, list(weights), cos, sin, program.key, net_keys, backend, save
+    )
+    return tuple(out)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    eligible = tensor.dtype.is_floating_point and tensor.dtype != torch.float64
+    return tensor.to(dtype) if eligible else tensor
+
+
+# ---------------------------------------------------------------- forward
+
+
+def _forward(
+    states: list[Tensor],
+    x: Tensor | None,
+    weights: list[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    program: str,
+    nets: list[str],
+    backend: str,
+    save: bool,
+) -> tuple[list[Tensor], Tensor]:
+    problem = Problem.from_keys(program, tuple(nets))
+    problem.validate(states, x, weights, cos, sin)
+    first = states[0]
+    batch, length, _ = first.shape
+    chosen = select(backend, problem, first.device, first.dtype, batch, length)
+    if first.numel() == 0:
+        return _forward_fake(states, x, weights, cos, sin, program, nets, backend, save)
+    cos, sin = _tables(problem, cos, sin, length, first.dtype)
+    states = [state.contiguous() for state in states]
+    x = x.contiguous() if x is not None and problem.uses_x else None
+    out, saved = chosen.forward(problem, states, x, weights, cos, sin, save)
+    return [t.contiguous() for t in out], saved
+
+
+def _forward_fake(
+    states: list[Tensor],
+    x: Tensor | None,
+    weights: list[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    program: str,
+    nets: list[str],
+    _backend: str,
+    save: bool,
+) -> tuple[list[Tensor], Tensor]:
+    problem = Problem.from_keys(program, tuple(nets))
+    problem.validate(states, x, weights, cos, sin)
+    first = states[0]
+    saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
+    return [first.new_empty(first.shape) for _ in states], saved
+
+
+def _tables(
+    problem: Problem, cos: Tensor | None, sin: Tensor | None, length: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """RoPE tables as backends take them: [L, head_dim], contiguous, float32 or wider; None where nothing attends."""
+    if cos is None or sin is None or problem.rope_dim is None:
+        return None, None
+    wide = wide_dtype(dtype)
+    return cos[:length].to(wide).contiguous(), sin[:length].to(wide).contiguous()
+
+
+# ---------------------------------------------------------------- backward
+
+
+def _backward(
+    grad_states: list[Tensor],
+    saved: Tensor,
+    weights: list[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    program: str,
+    nets: list[str],
+    backend: str,
+    needs_states: list[bool],
+    needs_x: bool,
+    needs_weights: list[bool],
+) -> list[Tensor]:
+    problem = Problem.from_keys(program, tuple(nets))
+    if saved.shape[0] != problem.num_grad_updates:
+        raise ValueError(
+            f"saved: got {saved.shape[0]} inputs, accepted are {problem.num_grad_updates}, one for each grad update"
+        )
+    problem.validate(grad_states, grad_states[0], weights, cos, sin)
+    dtype = saved.dtype
+    _, batch, length, _ = saved.shape
+    gs: Sequence[Tensor | None] = [None] * len(grad_states)
+    gx: Tensor | None = None
+    gw: Sequence[Tensor | None] = [None] * len(weights)
+    if grad_states[0].numel():
+        chosen = select(backend, problem, saved.device, dtype, batch, length)
+        cos, sin = _tables(problem, cos, sin, length, dtype)
+        grads = [g.contiguous() for g in grad_states]
+        needs_x = needs_x and problem.uses_x
+        gs, gx, gw = chosen.backward(
+            problem, grads, saved.contiguous(), weights, cos, sin, needs_states, needs_x, needs_weights
+        )
+    shape = grad_states[0].shape
+    results = [_result(g, need, saved, shape, dtype) for g, need in zip(gs, needs_states, strict=True)]
+    results.append(_result(gx, needs_x, saved, shape, dtype))
+    results += [
+        _result(g, need, saved, w.shape, w.dtype) for g, need, w in zip(gw, needs_weights, weights, strict=True)
+    ]
+    return results
+
+
+def _result(grad: Tensor | None, need: bool, like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A gradient as the operator returns it: empty where not needed, zeros where nothing flowed."""
+    if not need:
+        return like.new_empty(0)
+    if grad is None:
+        return like.new_zeros(shape, dtype=dtype)
+    return grad.to(dtype).view(shape).contiguous()
+
+
+def _backward_fake(
+    grad_states: list[Tensor],
+    saved: Tensor,
+    weights: list[Tensor],
+    _cos: Tensor | None,
+    _sin: Tensor | None,
+    _program: str,
+    _nets: list[str],
+    _backend: str,
+    needs_states: list[bool],
+    needs_x: bool,
+    needs_weights: list[bool],
+) -> list[Tensor]:
+    shape = grad_states[0].shape
+    results = [saved.new_empty(shape if need else 0) for need in (*needs_states, needs_x)]
+    for need, weight in zip(needs_weights, weights, strict=True):
+        results.append(saved.new_empty(weight.shape, dtype=weight.dtype) if need else saved.new_empty(0))
+    return results
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    states, x, weights, cos, sin, program, nets, backend, save = inputs
+    out, saved = output
+    problem = Problem.from_keys(program, tuple(nets))
+    _, live = problem.live_updates(
+        [s.requires_grad for s in states],
+        x is not None and x.requires_grad,
+        [w.requires_grad for w in weights],
+    )
+    dead = [state for state, alive in zip(out, live, strict=True) if not alive]
+    ctx.mark_non_differentiable(saved, *dead)
+    # Undefined gradients stay None: zeros for `saved` alone would cost as much memory as the whole window.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(saved, cos, sin, *weights)
+    ctx.call = (program, nets, backend, save)
+
+
+def _differentiate(ctx: Any, grad_states: Sequence[Tensor | None], _grad_saved: None) -> tuple[Any, ...]:
+    program, nets, backend, save = ctx.call
+    saved, cos, sin, *weights = ctx.saved_tensors
+    if not save and Problem.from_keys(program, tuple(nets)).num_grad_updates:
+        raise RuntimeError("trmfast::recursion was called with save=False: it kept nothing to differentiate")
+    needs_states, needs_x, needs_weights = ctx.needs_input_grad[:3]
+    grads = [saved.new_zeros(saved.shape[1:]) if g is None else g for g in grad_states]
+    results = torch.ops.trmfast.recursion_backward.default(
+        grads, saved, weights, cos, sin, program, nets, backend, list(needs_states), needs_x, list(needs_weights)
+    )
+    count = len(grads)
+    gs = [g if need else None for g, need in zip(results, needs_states, strict=False)]
+    gx = results[count] if needs_x else None
+    gw = [g if need else None for g, need in zip(results[count + 1 :], needs_weights, strict=True)]
+    return gs, gx, gw, None, None, None, None, None, None
+
+
+def _refuse_double_backward(*_: Any) -> Any:
+    raise RuntimeError("trmfast::recursion: double backward is not supported, the backward pass is differentiable once")
+
+
+_library.impl("recursion", _forward, "CompositeExplicitAutograd")
+_library.impl("recursion_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("trmfast::recursion", _forward_fake, lib=_library)
+torch.library.register_fake("trmfast::recursion_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("trmfast::recursion", _differentiate, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("trmfast::recursion_backward", _refuse_double_backward, lib=_library)

@@ -1,0 +1,210 @@
+"""A program together with its networks: what an operator needs to know about a recursion besides the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from trmfast.program import RecursionProgram
+from trmfast.spec import NetSpec
+
+__all__ = ["COMPUTE_DTYPES", "Problem"]
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A program and one :class:`NetSpec` for each of its networks, validated against each other once.
+
+    Attributes:
+        program: the recursion.
+        nets: the networks, in the order of ``program.nets``.
+
+    Raises:
+        ValueError: the number of networks does not fit the program, or the networks disagree about a size they share.
+    """
+
+    program: RecursionProgram
+    nets: tuple[NetSpec, ...]
+    # Everything below is derived; operators look at it on every call.
+    hidden_size: int = field(init=False, repr=False, compare=False)
+    num_grad_updates: int = field(init=False, repr=False, compare=False)
+    uses_x: bool = field(init=False, repr=False, compare=False)
+    # Sequence length that the weights fix (mlp_t), or None.
+    seq_len: int | None = field(init=False, repr=False, compare=False)
+    # Width of the RoPE tables, or None where no network attends and tables are ignored.
+    rope_dim: int | None = field(init=False, repr=False, compare=False)
+    weight_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    weight_shapes: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    # weights[weight_slices[n]] belong to network n.
+    weight_slices: tuple[slice, ...] = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        program, nets = self.program, tuple(self.nets)
+        if len(nets) != len(program.nets):
+            accepted = f"{len(program.nets)} ({', '.join(program.nets)})"
+            raise ValueError(f"nets: got {len(nets)}, accepted are {accepted}")
+        blocks = [net.block for net in nets]
+        attention = [block for block in blocks if block.token_mixer == "attention"]
+        mixers = [block for block in blocks if block.token_mixer == "mlp_t"]
+        shared = {
+            "hidden_size": {block.hidden_size for block in blocks},
+            "seq_len": {block.seq_len for block in mixers},
+            "head_dim": {block.head_dim for block in attention},
+        }
+        for name, sizes in shared.items():
+            if len(sizes) > 1:
+                got = ", ".join(str(size) for size in sorted(sizes))
+                raise ValueError(f"nets: got {name} {got}, accepted are networks that share one {name}")
+        names: list[str] = []
+        shapes: list[tuple[int, ...]] = []
+        slices: list[slice] = []
+        for net_name, net in zip(program.nets, nets, strict=True):
+            start = len(names)
+            for name, shape in net.weight_shapes:
+                names.append(f"{net_name}.{name}")
+                shapes.append(shape)
+            slices.append(slice(start, len(names)))
+        for name, value in (
+            ("nets", nets),
+            ("hidden_size", blocks[0].hidden_size),
+            ("num_grad_updates", len(program.grad_updates)),
+            ("uses_x", program.uses_x),
+            ("seq_len", mixers[0].seq_len if mixers else None),
+            ("rope_dim", attention[0].head_dim if attention else None),
+            ("weight_names", tuple(names)),
+            ("weight_shapes", tuple(shapes)),
+            ("weight_slices", tuple(slices)),
+            ("_hash", hash((program.key, tuple(net.key for net in nets)))),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_keys(program_key: str, net_keys: tuple[str, ...]) -> Problem:
+        """The problem that ``program.key`` and the ``key`` of every network describe."""
+        return Problem(RecursionProgram.from_key(program_key), tuple(NetSpec.from_key(key) for key in net_keys))
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weight tensors of all networks together."""
+        return len(self.weight_shapes)
+
+    def net_weights(self, flat: Sequence[Tensor], net_index: int) -> list[Tensor]:
+        """The weights of one network, out of the flat list of all."""
+        return list(flat[self.weight_slices[net_index]])
+
+    def live_updates(self, states: Sequence[bool], x: bool, weights: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        """Where gradients can flow.
+
+        Args:
+            states: S flags, whether each incoming state requires a gradient.
+            x: whether x does.
+            weights: W flags, whether each weight does.
+
+        Returns:
+            For each update, whether its summed input requires a gradient; for each final state, whether it does.
+        """
+        live = list(states)
+        trained = [any(weights[part]) for part in self.weight_slices]
+        inputs = []
+        for update in self.program.updates:
+            flows = update.grad and (any(live[s] for s in update.sources) or (update.inject_x and x))
+            inputs.append(flows)
+            live[update.dst] = flows or (update.grad and trained[update.net])
+        return inputs, live
+
+    def validate(
+        self,
+        states: Sequence[Tensor],
+        x: Tensor | None,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+    ) -> None:
+        """Checks tensors against the problem.
+
+        Args:
+            states: S tensors [B, L, D] of one compute dtype and device.
+            x: [B, L, D] of the same dtype and device, or None when no update injects x.
+            weights: :attr:`num_weights` tensors of :attr:`weight_shapes`, of any float dtype, on the same device.
+            cos, sin: [>= L, head_dim] float tables on the same device, or None.
+
+        Raises:
+            ValueError: one line naming the argument, what came and what is accepted.
+        """
+        names = self.program.states
+        if len(states) != len(names):
+            raise ValueError(f"states: got {len(states)}, accepted are {len(names)} ({', '.join(names)})")
+        first = states[0]
+        shape, dtype, device = first.shape, first.dtype, first.device
+        if dtype not in COMPUTE_DTYPES:
+            accepted = ", ".join(_name(d) for d in COMPUTE_DTYPES)
+            raise ValueError(f"states[0].dtype: got {_name(dtype)}, accepted are {accepted}")
+        if len(shape) != 3 or shape[2] != self.hidden_size:
+            accepted = f"[B, L, {self.hidden_size}]"
+            raise ValueError(f"states[0].shape: got {_size(shape)}, accepted are {accepted}")
+        length = shape[1]
+        if self.seq_len is not None and length != self.seq_len:
+            raise ValueError(
+                f"states[0].shape: got length {length}, accepted is {self.seq_len}, the seq_len of the mlp_t weights"
+            )
+        for i, state in enumerate(states):
+            if state.shape != shape or state.dtype != dtype or state.device != device:
+                _refuse(f"states[{i}]", state, shape, dtype, device)
+        if x is not None:
+            if x.shape != shape or x.dtype != dtype or x.device != device:
+                _refuse("x", x, shape, dtype, device)
+        elif self.uses_x:
+            raise ValueError(f"x: got None, accepted are tensors of shape {_size(shape)}, the program injects x")
+        if len(weights) != len(self.weight_shapes):
+            raise ValueError(f"weights: got {len(weights)} tensors, accepted are {len(self.weight_shapes)}")
+        for i, (weight, expected) in enumerate(zip(weights, self.weight_shapes, strict=True)):
+            if weight.shape != expected or weight.device != device or not weight.dtype.is_floating_point:
+                _refuse(f"weights[{i}] ({self.weight_names[i]})", weight, expected, None, device)
+        if (cos is None) != (sin is None):
+            missing, given = ("cos", "sin") if cos is None else ("sin", "cos")
+            raise ValueError(f"{missing}: got None with {given} given, accepted are both tables or neither")
+        if cos is not None and sin is not None and self.rope_dim is not None:
+            _check_table("cos", cos, length, self.rope_dim, device)
+            _check_table("sin", sin, length, self.rope_dim, device)
+
+
+def _check_table(name: str, table: Tensor, length: int, rope_dim: int, device: torch.device) -> None:
+    if rope_dim % 2:
+        raise ValueError(f"{name}: got a table for head_dim {rope_dim}, accepted are even head_dims")
+    if table.dim() != 2 or table.shape[1] != rope_dim or table.shape[0] < length:
+        accepted = f"[at least {length}, {rope_dim}]"
+        raise ValueError(f"{name}.shape: got {_size(table.shape)}, accepted are {accepted}")
+    if not table.dtype.is_floating_point or table.device != device:
+        _refuse(name, table, table.shape, None, device)
+    if table.requires_grad:
+        raise ValueError(f"{name}.requires_grad: got True, accepted is False, the tables are constants")
+
+
+def _refuse(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device) -> None:
+    """Raises the error for the first property of a tensor that differs; dtype None stands for any float dtype."""
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{name}.shape: got {_size(tensor.shape)}, accepted is {_size(shape)}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name}.dtype: got {_name(tensor.dtype)}, accepted is {_name(dtype)}, that of states[0]")
+    if dtype is None and not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name}.dtype: got {_name(tensor.dtype)}, accepted are float dtypes")
+    raise ValueError(f"{name}.device: got {tensor.device}, accepted is {device}, that of states[0]")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(shape: Sequence[int]) -> str:
+    return str(list(shape))
