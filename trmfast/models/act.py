@@ -1,0 +1,156 @@
+"""Adaptive computation time: the wrapper that feeds puzzles into halted rows and decides who halts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trmfast.models.carry import Carry
+from trmfast.models.config import ModelConfig
+from trmfast.models.inner import Family, Inner
+from trmfast.models.sparse_embedding import CastedSparseEmbedding
+from trmfast.program import GradientWindow
+
+__all__ = ["ACTModel"]
+
+
+class ACTModel(nn.Module):
+    """A recursive model with adaptive computation time; one call is one supervision step.
+
+    Args:
+        config_dict: the keys of the model's configuration class; other keys are ignored.
+
+    Attributes:
+        halt_max_steps, halt_exploration_prob: as in the configuration; may be changed between calls.
+
+    Raises:
+        TypeError: a configuration value of the wrong type.
+        ValueError: a missing key or a value out of range.
+    """
+
+    config_type: ClassVar[type[ModelConfig]]
+    family: ClassVar[Family]
+
+    def __init__(self, config_dict: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config: Any = self.config_type.from_dict(config_dict)
+        self.halt_max_steps: int = self.config.halt_max_steps
+        self.halt_exploration_prob: float = self.config.halt_exploration_prob
+        self.inner = Inner(self.config, self.family)
+
+    # ---------------------------------------------------------------- what may change between calls
+
+    @property
+    def puzzle_emb(self) -> CastedSparseEmbedding:
+        """The puzzle embedding; AttributeError if the model has none."""
+        return self.inner.puzzle_emb
+
+    @property
+    def H_cycles(self) -> int:
+        """Cycles of the recursion; assign to change them."""
+        return self.inner.H_cycles
+
+    @H_cycles.setter
+    def H_cycles(self, value: int) -> None:
+        self.inner.set_cycles(value, self.inner.L_cycles)
+
+    @property
+    def L_cycles(self) -> int:
+        """Low-level updates in each cycle; assign to change them."""
+        return self.inner.L_cycles
+
+    @L_cycles.setter
+    def L_cycles(self, value: int) -> None:
+        self.inner.set_cycles(self.inner.H_cycles, value)
+
+    @property
+    def window(self) -> GradientWindow:
+        """Gradient window: ``"one_step"``, ``"last_cycle"``, ``"all"``, ``"none"``, or k for the last k cycles."""
+        return self.inner.window
+
+    @window.setter
+    def window(self, value: GradientWindow) -> None:
+        self.inner.set_window(value)
+
+    @property
+    def backend(self) -> str:
+        """Backend of the recursion, ``"auto"`` for the best that supports the problem; assign to change it."""
+        return self.inner.backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        self.inner.set_backend(value)
+
+    # ---------------------------------------------------------------- steps
+
+    def initial_carry(self, batch: Mapping[str, Tensor]) -> Carry:
+        """A carry in which every row has halted, so that the first step takes the whole batch.
+
+        Args:
+            batch: ``inputs`` [B, S] and whatever else a row has, all with B rows; the carry is made on their device.
+        """
+        self._check(batch)
+        rows, device = batch["inputs"].shape[0], batch["inputs"].device
+        return Carry(
+            inner_carry=self.inner.empty_carry(rows, device),
+            steps=torch.zeros(rows, dtype=torch.int32, device=device),
+            halted=torch.ones(rows, dtype=torch.bool, device=device),
+            current_data={key: torch.zeros_like(value) for key, value in batch.items()},
+        )
+
+    def forward(self, carry: Carry, batch: Mapping[str, Tensor]) -> tuple[Carry, dict[str, Tensor]]:
+        """One supervision step.
+
+        Rows that have halted take their data from ``batch`` and start from the initial states; the others go on with
+        the data in the carry.  In training a row halts when the q head says so, but not before a random number of
+        steps with probability ``halt_exploration_prob``.  In evaluation every row takes ``halt_max_steps`` steps.
+
+        Args:
+            carry: from :meth:`initial_carry` or the step before.
+            batch: new data, with the keys and shapes of ``carry.current_data``.
+
+        Returns:
+            The new carry, without gradient, and the outputs: ``logits`` [B, S, V] in the forward dtype,
+            ``q_halt_logits`` and ``q_continue_logits`` float32 [B], and where training bootstraps a target for the
+            latter, ``target_q_continue`` float32 [B].
+        """
+        self._check(batch)
+        halted = carry.halted
+        states = self.inner.reset_carry(halted, carry.inner_carry)
+        steps = torch.where(halted, 0, carry.steps)
+        data = {
+            key: torch.where(halted.view(-1, *(1,) * (old.ndim - 1)), batch[key], old)
+            for key, old in carry.current_data.items()
+        }
+        states, logits, (q_halt, q_continue) = self.inner(states, data)
+        outputs = {"logits": logits, "q_halt_logits": q_halt, "q_continue_logits": q_continue}
+
+        with torch.no_grad():
+            steps = steps + 1
+            last = steps >= self.halt_max_steps
+            halted = last
+            if self.training and self.halt_max_steps > 1:
+                bootstrap = not self.config.no_ACT_continue
+                halted = halted | (q_halt > q_continue if bootstrap else q_halt > 0)
+                explore = torch.rand_like(q_halt) < self.halt_exploration_prob
+                halted = halted & (steps >= explore * torch.randint_like(steps, low=2, high=self.halt_max_steps + 1))
+                if bootstrap:
+                    # One step of lookahead takes the place of a target network and a replay buffer (arXiv 2407.04811).
+                    next_halt, next_continue = self.inner(states, data)[-1]
+                    value = torch.where(last, next_halt, torch.maximum(next_halt, next_continue))
+                    outputs["target_q_continue"] = torch.sigmoid(value)
+        return Carry(states, steps, halted, data), outputs
+
+    def _check(self, batch: Mapping[str, Tensor]) -> None:
+        required = ("inputs", "puzzle_identifiers") if self.config.puzzle_emb_ndim > 0 else ("inputs",)
+        missing = [key for key in required if key not in batch]
+        if missing:
+            raise ValueError(f"batch: got no {', '.join(missing)}, required are {', '.join(required)}")
+        shape = batch["inputs"].shape
+        if len(shape) != 2 or shape[1] != self.config.seq_len:
+            raise ValueError(
+                f"inputs: got shape {list(shape)}, accepted is [batch, {self.config.seq_len}], the config's seq_len"
+            )

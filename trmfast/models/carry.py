@@ -1,0 +1,55 @@
+"""What one supervision step hands to the next; the field names are upstream's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Carry", "Hier6InnerCarry", "InnerCarry", "SingleZInnerCarry"]
+
+
+@dataclass
+class InnerCarry:
+    """States of TRM and HRM, each [B, L, D] in the forward dtype, without gradient."""
+
+    z_H: Tensor
+    z_L: Tensor
+
+
+@dataclass
+class SingleZInnerCarry:
+    """State of the TRM with one state, [B, L, D] in the forward dtype, without gradient."""
+
+    z_L: Tensor
+
+
+@dataclass
+class Hier6InnerCarry:
+    """States of the TRM with six low states, each [B, L, D] in the forward dtype, without gradient."""
+
+    z_H: Tensor
+    z_L1: Tensor
+    z_L2: Tensor
+    z_L3: Tensor
+    z_L4: Tensor
+    z_L5: Tensor
+    z_L6: Tensor
+
+
+@dataclass
+class Carry:
+    """Everything that passes from one supervision step to the next.
+
+    Attributes:
+        inner_carry: the states, a dataclass of tensors [B, L, D].
+        steps: supervision steps each row has taken on its puzzle, int32 [B].
+        halted: rows that take a new puzzle at the next step, bool [B].
+        current_data: the puzzles in work: ``inputs`` [B, S], ``labels`` [B, S], ``puzzle_identifiers`` [B].
+    """
+
+    inner_carry: Any
+    steps: Tensor
+    halted: Tensor
+    current_data: dict[str, Tensor]

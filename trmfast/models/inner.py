@@ -1,0 +1,167 @@
+"""The part of a model inside the halting loop: embeddings, the recursion, the heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trmfast import ops
+from trmfast.backends import BACKENDS
+from trmfast.models.config import ModelConfig
+from trmfast.models.embedding import CastedEmbedding
+from trmfast.models.sparse_embedding import CastedSparseEmbedding
+from trmfast.nn import CastedLinear, Net, RotaryEmbedding, trunc_normal_init_
+from trmfast.program import GradientWindow, RecursionProgram
+
+__all__ = ["Family", "Inner"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells one recursive model from another.
+
+    Attributes:
+        program: makes the program from H_cycles, L_cycles and a gradient window.
+        window: the gradient window of the published model.
+        nets: (module name, config key of its depth), in the order of the program's nets.
+        inits: names of the buffers that hold the initial states, in the order of the program's states.
+        carry: dataclass of the states, its fields in the order of the program's states.
+        head: index of the state that the heads read.
+    """
+
+    program: Callable[[int, int, GradientWindow], RecursionProgram]
+    window: GradientWindow
+    nets: tuple[tuple[str, str], ...]
+    inits: tuple[str, ...]
+    carry: type
+    head: int = 0
+
+
+class Inner(nn.Module):
+    """One supervision step without halting.
+
+    Modules, parameters and buffers are made in upstream's order and under upstream's names, so that a seed gives the
+    same model and a checkpoint loads.
+    """
+
+    def __init__(self, config: ModelConfig, family: Family) -> None:
+        super().__init__()
+        self.config = config
+        self.family = family
+        self.window: GradientWindow = family.window
+        self.set_backend(config.backend)
+        self.set_cycles(config.H_cycles, config.L_cycles)
+
+        D, dtype = config.hidden_size, config.dtype
+        self.forward_dtype = dtype
+        self.embed_scale = math.sqrt(D)
+        std = 1.0 / self.embed_scale
+        self.puzzle_emb_len = config.prefix_len
+
+        self.embed_tokens = CastedEmbedding(config.vocab_size, D, init_std=std, cast_to=dtype)
+        self.lm_head = CastedLinear(D, config.vocab_size, bias=False)
+        self.q_head = CastedLinear(D, 2, bias=True)
+        if config.puzzle_emb_ndim > 0:
+            self.puzzle_emb = CastedSparseEmbedding(
+                config.num_puzzle_identifiers, config.puzzle_emb_ndim, config.batch_size, init_std=0, cast_to=dtype
+            )
+        if config.uses_rope:
+            self.rotary_emb = RotaryEmbedding(config.head_dim, config.total_len, config.rope_theta)
+        elif config.pos_encodings == "learned":
+            self.embed_pos = CastedEmbedding(config.total_len, D, init_std=std, cast_to=dtype)
+        for name, depth in family.nets:
+            self.add_module(name, Net(config.net_spec(getattr(config, depth))))
+        for name in family.inits:
+            self.register_buffer(name, trunc_normal_init_(torch.empty(D, dtype=dtype), std=1.0))
+
+        with torch.no_grad():
+            # A q_halt of -5 keeps every row going until the head has learned something.
+            self.q_head.weight.zero_()
+            assert self.q_head.bias is not None
+            self.q_head.bias.fill_(-5)
+
+    # ---------------------------------------------------------------- what may change between calls
+
+    def set_cycles(self, H_cycles: int, L_cycles: int) -> None:
+        """Change the recursion's depth; parameters and carries stay as they are."""
+        self.program = self.family.program(H_cycles, L_cycles, self.window)
+        self.H_cycles, self.L_cycles = H_cycles, L_cycles
+
+    def set_window(self, window: GradientWindow) -> None:
+        """Change the gradient window, see :meth:`RecursionProgram.with_window`."""
+        self.program = self.program.with_window(window)
+        self.window = window
+
+    def set_backend(self, backend: str) -> None:
+        """Change the backend."""
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend: got {backend!r}, accepted are {', '.join(('auto', *BACKENDS))}")
+        self.backend = backend
+
+    # ---------------------------------------------------------------- carry
+
+    def empty_carry(self, batch_size: int, device: torch.device | None = None) -> Any:
+        """States for ``batch_size`` rows, to be reset before use; zeros, so that no path reads undefined memory."""
+        shape = (batch_size, self.config.total_len, self.config.hidden_size)
+        states = (torch.zeros(shape, dtype=self.forward_dtype, device=device) for _ in self.family.inits)
+        return self.family.carry(*states)
+
+    def reset_carry(self, reset_flag: Tensor, carry: Any) -> Any:
+        """The initial states in the rows where ``reset_flag`` (bool [B]) is set, the carry's states in the others."""
+        flag = reset_flag.view(-1, 1, 1)
+        inits = (getattr(self, name).to(self.forward_dtype) for name in self.family.inits)
+        pairs = zip(inits, self._states(carry), strict=True)
+        return self.family.carry(*(torch.where(flag, init, z) for init, z in pairs))
+
+    def _states(self, carry: Any) -> tuple[Tensor, ...]:
+        return tuple(getattr(carry, field.name) for field in fields(self.family.carry))
+
+    # ---------------------------------------------------------------- forward
+
+    def _input_embeddings(self, inputs: Tensor, puzzle_identifiers: Tensor | None) -> Tensor:
+        """[B, L, D] in the forward dtype: puzzle tokens, then the tokens of ``inputs`` [B, S], all times sqrt(D)."""
+        D = self.config.hidden_size
+        embedding = self.embed_tokens(inputs.to(torch.int32))
+        if puzzle_identifiers is not None:
+            puzzle = self.puzzle_emb(puzzle_identifiers)
+            puzzle = F.pad(puzzle, (0, self.puzzle_emb_len * D - puzzle.shape[-1]))
+            embedding = torch.cat((puzzle.view(-1, self.puzzle_emb_len, D), embedding), dim=-2)
+        if self.config.pos_encodings == "learned":
+            # Half of the variance comes from each of the two summands.
+            embedding = 0.707106781 * (embedding + self.embed_pos.embedding_weight.to(self.forward_dtype))
+        return self.embed_scale * embedding
+
+    def forward(self, carry: Any, batch: dict[str, Tensor]) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
+        """One run of the recursion.
+
+        Args:
+            carry: the states, [B, L, D].
+            batch: ``inputs`` integers [B, S], and ``puzzle_identifiers`` integers [B] if there is a puzzle embedding.
+
+        Returns:
+            The new states without gradient, logits [B, S, V] in the forward dtype, (q_halt, q_continue) float32 [B].
+        """
+        identifiers = batch["puzzle_identifiers"] if self.config.puzzle_emb_ndim > 0 else None
+        x = self._input_embeddings(batch["inputs"], identifiers)
+        nets: list[Net] = [getattr(self, name) for name, _ in self.family.nets]
+        cos, sin = self.rotary_emb() if self.config.uses_rope else (None, None)
+        states = ops.recursion(
+            self.program,
+            [net.spec for net in nets],
+            self._states(carry),
+            x,
+            [weight for net in nets for weight in net.weights()],
+            cos,
+            sin,
+            backend=self.backend,
+        )
+        head = states[self.family.head]
+        logits = self.lm_head(head)[:, self.puzzle_emb_len :]
+        q = self.q_head(head[:, 0]).to(torch.float32)
+        return self.family.carry(*(z.detach() for z in states)), logits, (q[..., 0], q[..., 1])
