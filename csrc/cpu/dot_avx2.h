@@ -9,10 +9,10 @@ namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
 template <>
-struct Dot<float> : TileDot<FloatStep, 6, 2> {};
+struct VectorDot<float> : TileDot<FloatStep, 6, 2> {};
 
 template <>
-struct Dot<bf16> : TileDot<WidenStep, 6, 2> {};
+struct VectorDot<bf16> : TileDot<WidenStep, 6, 2> {};
 
 }  // namespace TRMFAST_NAMESPACE
 }  // namespace trmfast

@@ -9,12 +9,10 @@ namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
 template <>
-struct Dot<float> : TileDot<FloatStep, 14, 2> {};
+struct VectorDot<float> : TileDot<FloatStep, 14, 2> {};
 
-#ifndef __AVX512BF16__
 template <>
-struct Dot<bf16> : TileDot<WidenStep, 14, 2> {};
-#endif
+struct VectorDot<bf16> : TileDot<WidenStep, 14, 2> {};
 
 }  // namespace TRMFAST_NAMESPACE
 }  // namespace trmfast

@@ -17,10 +17,10 @@ constexpr int kPortableVectors = 2;
 #endif
 
 template <>
-struct Dot<float> : TileDot<FloatStep, 4, kPortableVectors> {};
+struct VectorDot<float> : TileDot<FloatStep, 4, kPortableVectors> {};
 
 template <>
-struct Dot<bf16> : TileDot<WidenStep, 4, kPortableVectors> {};
+struct VectorDot<bf16> : TileDot<WidenStep, 4, kPortableVectors> {};
 
 }  // namespace TRMFAST_NAMESPACE
 }  // namespace trmfast

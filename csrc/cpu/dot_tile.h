@@ -22,9 +22,13 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// The matrix product of one element type; a target defines both by a tile, or specialises bf16.
+// The tile of each vector target, for float and bf16.
 template <class T>
-struct Dot;
+struct VectorDot;
+
+// The micro-kernel of the target: its tile, unless it has a bf16 product of its own and specialises Dot<bf16>.
+template <class T>
+struct Dot : VectorDot<T> {};
 
 constexpr int kPanelColumns = 32;
 

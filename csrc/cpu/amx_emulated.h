@@ -1,0 +1,150 @@
+// The AMX tile intrinsics that trmfast uses, in plain C++, so that code written for AMX runs and is checked on any machine.
+// Include after <immintrin.h>: the names are macros with literal tile numbers, as GCC's are.
+//
+// TDPBF16PS follows Intel's description bit for bit: per instruction, the even and the odd depths are summed in two fp32
+// accumulators that start at zero (fused multiply-adds, round to nearest even), then added to each other and to the
+// destination; denormals are zero on the way in and out. Where the hardware raises #UD or #GP, this aborts with a message.
+// It is also stricter: a load into a tile takes all its configured rows, and tiles that were never written are NaN.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace trmfast {
+namespace amx_emulated {
+
+constexpr int kTiles = 8, kMaxRows = 16, kMaxColumnBytes = 64;
+
+// The operand of LDTILECFG, palette 1.
+struct Config {
+  uint8_t palette;
+  uint8_t start_row;
+  uint8_t reserved[14];
+  uint16_t column_bytes[16];
+  uint8_t rows[16];
+};
+static_assert(sizeof(Config) == 64, "LDTILECFG reads 64 bytes");
+
+struct State {
+  bool configured = false;
+  Config config;
+  uint32_t tile[kTiles][kMaxRows][kMaxColumnBytes / 4];
+  long config_loads = 0;
+};
+
+inline State& state() {
+  static thread_local State s;
+  return s;
+}
+
+inline void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "AMX emulation: %s\n", what);
+  std::abort();
+}
+
+// The rows and bytes per row of a tile that may be used.
+inline int rows(int t) {
+  State& s = state();
+  require(s.configured, "a tile instruction without a configuration (#UD)");
+  require(t >= 0 && t < kTiles, "there are eight tiles");
+  require(s.config.rows[t] > 0, "the tile is not configured (#UD)");
+  return s.config.rows[t];
+}
+
+inline int column_bytes(int t) { return rows(t) > 0 ? state().config.column_bytes[t] : 0; }
+
+inline void load_config(const void* p) {
+  State& s = state();
+  std::memcpy(&s.config, p, sizeof s.config);
+  ++s.config_loads;
+  const Config& c = s.config;
+  if (c.palette == 0) {
+    s.configured = false;
+    return;
+  }
+  require(c.palette == 1, "unknown palette (#GP)");
+  require(c.start_row == 0, "a start row other than 0 is for interrupted loads");
+  for (uint8_t byte : c.reserved) require(byte == 0, "reserved bytes of the configuration are not zero (#GP)");
+  for (int t = 0; t < 16; ++t) {
+    require(t < kTiles || (c.rows[t] == 0 && c.column_bytes[t] == 0), "the configuration names a tile above 7 (#GP)");
+    require(c.rows[t] <= kMaxRows, "a tile has more than 16 rows (#GP)");
+    require(c.column_bytes[t] <= kMaxColumnBytes, "a tile row has more than 64 bytes (#GP)");
+    require((c.rows[t] == 0) == (c.column_bytes[t] == 0), "a tile has rows or columns, but not both (#GP)");
+  }
+  s.configured = true;
+  std::memset(s.tile, 0xff, sizeof s.tile);  // the hardware zeroes them; NaN shows who relies on it
+}
+
+inline void release() { state().configured = false; }
+
+inline void zero(int t) {
+  rows(t);
+  std::memset(state().tile[t], 0, sizeof state().tile[t]);
+}
+
+inline void load(int t, const void* base, long stride) {
+  const int r = rows(t), bytes = column_bytes(t);
+  zero(t);
+  for (int i = 0; i < r; ++i) std::memcpy(state().tile[t][i], static_cast<const char*>(base) + i * stride, bytes);
+}
+
+inline void store(int t, void* base, long stride) {
+  const int r = rows(t), bytes = column_bytes(t);
+  for (int i = 0; i < r; ++i) std::memcpy(static_cast<char*>(base) + i * stride, state().tile[t][i], bytes);
+}
+
+inline float flush_denormal(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+
+// The half of a dword of two bf16: 0 is the low one.
+inline float half(uint32_t pair, int which) {
+  const uint32_t bits = which == 0 ? pair << 16 : pair & 0xffff0000u;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return flush_denormal(x);
+}
+
+inline void dot_product_bf16(int c, int a, int b) {
+  State& s = state();
+  require(c != a && c != b && a != b, "the three tiles of TDPBF16PS must differ (#UD)");
+  const int m = rows(c), n = column_bytes(c) / 4, k = column_bytes(a) / 4;
+  require(rows(a) == m, "TDPBF16PS: rows of the destination and of the first operand differ (#UD)");
+  require(column_bytes(b) == column_bytes(c), "TDPBF16PS: columns of the destination and of the second operand differ (#UD)");
+  require(rows(b) == k, "TDPBF16PS: depths of the operands differ (#UD)");
+  require(column_bytes(c) % 4 == 0 && column_bytes(a) % 4 == 0, "TDPBF16PS: rows that are not whole dwords (#UD)");
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < n; ++j) {
+      float sum[2] = {0, 0};
+      for (int l = 0; l < k; ++l) {
+        for (int w = 0; w < 2; ++w) {
+          sum[w] = flush_denormal(std::fma(half(s.tile[a][i][l], w), half(s.tile[b][l][j], w), sum[w]));
+        }
+      }
+      float old;
+      std::memcpy(&old, &s.tile[c][i][j], sizeof old);
+      const float result = flush_denormal(flush_denormal(old) + flush_denormal(sum[0] + sum[1]));
+      std::memcpy(&s.tile[c][i][j], &result, sizeof result);
+    }
+  }
+}
+
+}  // namespace amx_emulated
+}  // namespace trmfast
+
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stream_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#define _tile_loadconfig(p) ::trmfast::amx_emulated::load_config(p)
+#define _tile_release() ::trmfast::amx_emulated::release()
+#define _tile_zero(t) ::trmfast::amx_emulated::zero(t)
+#define _tile_loadd(t, base, stride) ::trmfast::amx_emulated::load(t, base, stride)
+#define _tile_stream_loadd(t, base, stride) ::trmfast::amx_emulated::load(t, base, stride)
+#define _tile_stored(t, base, stride) ::trmfast::amx_emulated::store(t, base, stride)
+#define _tile_dpbf16ps(c, a, b) ::trmfast::amx_emulated::dot_product_bf16(c, a, b)

@@ -1,0 +1,142 @@
+// Matrix product of bf16, AMX (TDPBF16PS): up to 32 rows x 32 columns on 2 x 2 tiles, 32 depths a step.
+//
+//   tiles      columns 0-15   columns 16-31      rows
+//              b: 6           b: 7
+//   a: 4       c: 0           c: 1               the first ceil(rows / 2), or all of up to 16
+//   a: 5       c: 2           c: 3               the rest
+//
+// Tiles are as high as the rows given, since the time of TDPBF16PS falls with the rows of its destination (5.0 ns at 16 rows,
+// 3.2 at 8, measured on a Xeon). A step is 2 loads of a, 2 of b and 4 products; with up to 16 rows 1, 2 and 2.
+// a is streamed: its loads (TILELOADDT1) leave the 32 KB panel in L1. The depth is a multiple of 32: pad with zeros.
+//
+// The configuration of the tiles belongs to the thread, not to the call: it is loaded when the split of the rows differs from
+// the thread's last call, and release() gives the tiles back. Between the first run() of a region and release(), code that
+// configures tiles itself (oneDNN) must not run on the thread.
+#pragma once
+
+#if defined(__AVX512F__)
+#include "dot_avx512.h"
+#elif defined(__AVX2__)
+#include "dot_avx2.h"
+#else
+#include "dot_portable.h"
+#endif
+
+#ifdef TRMFAST_EMULATE_AMX
+#include "amx_emulated.h"
+#endif
+
+namespace trmfast {
+namespace TRMFAST_NAMESPACE {
+
+// Rows of the upper and the lower tiles; the lower ones are absent where the upper ones suffice.
+struct RowSplit {
+  int upper, lower;
+};
+
+TRMFAST_INLINE RowSplit split_rows(int rows) {
+  return rows > 16 ? RowSplit{(rows + 1) / 2, rows / 2} : RowSplit{rows, 0};
+}
+
+// The rows that this thread's tiles are configured for; 0: none of ours.
+inline thread_local int configured_rows = 0;
+
+// GCC's tile intrinsics do not tell the compiler which memory they read.
+TRMFAST_INLINE void finish_stores() { asm volatile("" ::: "memory"); }
+
+inline void configure_tiles(int rows) {
+  struct alignas(64) {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t column_bytes[16];
+    uint8_t rows[16];
+  } config = {};
+  const RowSplit split = split_rows(rows);
+  const int tile_rows[8] = {split.upper, split.upper, split.lower, split.lower, split.upper, split.lower, 16, 16};
+  config.palette = 1;
+  for (int t = 0; t < 8; ++t) {
+    config.rows[t] = static_cast<uint8_t>(tile_rows[t]);
+    config.column_bytes[t] = tile_rows[t] > 0 ? 64 : 0;
+  }
+  finish_stores();
+  _tile_loadconfig(&config);
+  configured_rows = rows;
+}
+
+template <>
+struct Dot<bf16> {
+  static constexpr int kRows = 32;
+  static constexpr int kDepthStep = 32;
+
+  static void run(const bf16* a, long lda, const bf16* b, int depth, int rows, float* c, long ldc, bool accumulate) {
+    if (rows != configured_rows) configure_tiles(rows);
+    finish_stores();
+    const int upper = split_rows(rows).upper;
+    if (upper < rows) {
+      four_tiles(a, a + upper * lda, lda * 2, b, depth, c, c + upper * ldc, ldc * 4, accumulate);
+    } else {
+      two_tiles(a, lda * 2, b, depth, c, ldc * 4, accumulate);
+    }
+  }
+
+  static void release() {
+    if (configured_rows != 0) _tile_release();
+    configured_rows = 0;
+  }
+
+ private:
+  static constexpr long kPanelStride = kPanelColumns * 4;       // bytes between the rows (of pairs) of a tile of b
+  static constexpr long kStep = 16 * kPanelColumns * 2;         // elements of b in a step
+  static constexpr int kHalf = 16 * 2;                          // elements from columns 0-15 of b to 16-31
+
+  // The strides are in bytes.
+  static void four_tiles(const bf16* a_upper, const bf16* a_lower, long a_stride, const bf16* b, int depth, float* c_upper,
+                         float* c_lower, long c_stride, bool accumulate) {
+    if (accumulate) {
+      _tile_loadd(0, c_upper, c_stride);
+      _tile_loadd(1, c_upper + 16, c_stride);
+      _tile_loadd(2, c_lower, c_stride);
+      _tile_loadd(3, c_lower + 16, c_stride);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int k = 0; k < depth; k += kDepthStep, b += kStep) {
+      _tile_stream_loadd(4, a_upper + k, a_stride);
+      _tile_loadd(6, b, kPanelStride);
+      _tile_loadd(7, b + kHalf, kPanelStride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stream_loadd(5, a_lower + k, a_stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c_upper, c_stride);
+    _tile_stored(1, c_upper + 16, c_stride);
+    _tile_stored(2, c_lower, c_stride);
+    _tile_stored(3, c_lower + 16, c_stride);
+  }
+
+  static void two_tiles(const bf16* a, long a_stride, const bf16* b, int depth, float* c, long c_stride, bool accumulate) {
+    if (accumulate) {
+      _tile_loadd(0, c, c_stride);
+      _tile_loadd(1, c + 16, c_stride);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+    }
+    for (int k = 0; k < depth; k += kDepthStep, b += kStep) {
+      _tile_stream_loadd(4, a + k, a_stride);
+      _tile_loadd(6, b, kPanelStride);
+      _tile_loadd(7, b + kHalf, kPanelStride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, c, c_stride);
+    _tile_stored(1, c + 16, c_stride);
+  }
+};
+
+}  // namespace TRMFAST_NAMESPACE
+}  // namespace trmfast
