@@ -68,7 +68,7 @@ class CastedLinear(nn.Module):
 
 
 class CastedEmbedding(nn.Module):
-    """An embedding that returns ``cast_to``; its float32 table ``embedding_weight`` is [num_embeddings, embedding_dim]."""
+    """An embedding with a float32 table, ``embedding_weight`` [num_embeddings, embedding_dim], read in ``cast_to``."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, init_std: float, cast_to: torch.dtype) -> None:
         super().__init__()

@@ -1,0 +1,179 @@
+"""Named recursions with random inputs: the one problem list of tests, ``trmfast check`` and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trmfast.problem import Problem
+from trmfast.program import GradientWindow, RecursionProgram
+from trmfast.spec import BlockSpec, NetSpec, swiglu_width
+
+__all__ = ["PUBLISHED", "SMALL", "Case", "Inputs", "make_case", "make_inputs", "rope_tables"]
+
+PROGRAMS: dict[str, Callable[..., RecursionProgram]] = {
+    "trm": RecursionProgram.trm,
+    "hrm": RecursionProgram.hrm,
+    "single_z": RecursionProgram.single_z,
+    "hier6": RecursionProgram.hier6,
+    "urm": RecursionProgram.urm,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem with a batch size and a length.
+
+    Attributes:
+        name: what it is called in tables and test ids.
+        problem: program and networks.
+        batch: B.
+        length: L.
+        rope: whether attention rotates queries and keys.
+    """
+
+    name: str
+    problem: Problem
+    batch: int
+    length: int
+    rope: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def make_case(
+    name: str,
+    model: str = "trm",
+    *,
+    H_cycles: int = 2,
+    L_cycles: int = 2,
+    window: GradientWindow = "last_cycle",
+    batch: int = 2,
+    length: int = 12,
+    hidden_size: int = 64,
+    num_heads: int = 2,
+    num_layers: int = 2,
+    intermediate_size: int | None = None,
+    token_mixer: str = "attention",
+    channel_mixer: str = "swiglu",
+    num_kv_heads: int = 0,
+    causal: bool = False,
+    rope: bool = True,
+) -> Case:
+    """A case from sizes; the inner widths are those of the published models (expansion 4) unless given.
+
+    Args:
+        name: the name of the case.
+        model: which program: trm, hrm, single_z, hier6 or urm.
+        H_cycles, L_cycles, window: as in the constructors of :class:`RecursionProgram`.
+        batch, length: B and L.
+        hidden_size, num_heads, num_layers, token_mixer, channel_mixer, num_kv_heads, causal: as in :class:`BlockSpec`.
+        intermediate_size: inner width of both SwiGLUs.
+        rope: whether attention rotates queries and keys.
+    """
+    program = PROGRAMS[model](H_cycles, L_cycles, window)
+    attends = token_mixer == "attention"
+    block = BlockSpec(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size or swiglu_width(hidden_size, 4),
+        token_mixer=token_mixer,
+        channel_mixer=channel_mixer,
+        num_heads=num_heads if attends else 0,
+        num_kv_heads=num_kv_heads if attends else 0,
+        causal=causal,
+        seq_len=0 if attends else length,
+        seq_intermediate_size=0 if attends else intermediate_size or swiglu_width(length, 4),
+    )
+    problem = Problem(program, (NetSpec(block, num_layers),) * len(program.nets))
+    return Case(name, problem, batch, length, rope and attends)
+
+
+# Every option of a block and every program, at sizes that take milliseconds.
+SMALL: tuple[Case, ...] = (
+    make_case("trm"),
+    make_case("trm-mlp_t", token_mixer="mlp_t", intermediate_size=64),
+    make_case("hrm", "hrm"),
+    make_case("single_z", "single_z"),
+    make_case("hier6", "hier6", H_cycles=1, L_cycles=6, num_layers=1),
+    make_case("urm", "urm", channel_mixer="conv_swiglu"),
+    make_case("grouped-heads", num_heads=4, num_kv_heads=2),
+    make_case("causal", causal=True),
+    make_case("no-rope", rope=False),
+    make_case("odd-sizes", batch=3, length=13, hidden_size=48, num_heads=3, intermediate_size=80),
+    make_case("one-token", length=1),
+    make_case("one-row", batch=1, length=81),
+    make_case("long", H_cycles=1, L_cycles=1, batch=1, length=333, num_layers=1),
+    make_case("window-one_step", window="one_step"),
+    make_case("window-2-cycles", H_cycles=3, L_cycles=1, window=2, num_layers=1),
+    make_case("window-all", window="all", num_layers=1),
+)
+
+# The published configurations (width 512, 8 heads, expansion 4), one sequence each.
+PUBLISHED: tuple[Case, ...] = tuple(
+    make_case(name, model, batch=1, hidden_size=512, num_heads=8, **options)
+    for name, model, options in (
+        ("trm-sudoku-mlp", "trm", {"H_cycles": 3, "L_cycles": 6, "length": 97, "token_mixer": "mlp_t"}),
+        ("trm-sudoku-att", "trm", {"H_cycles": 3, "L_cycles": 6, "length": 97}),
+        ("trm-arc-att", "trm", {"H_cycles": 3, "L_cycles": 4, "length": 916}),
+        ("hrm-sudoku", "hrm", {"window": "one_step", "length": 82, "num_layers": 4}),
+        ("hrm-arc", "hrm", {"window": "one_step", "length": 901, "num_layers": 4}),
+        ("urm-arc", "urm", {"L_cycles": 6, "length": 901, "num_layers": 4, "channel_mixer": "conv_swiglu"}),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors for a problem: what :func:`trmfast.recursion` takes, and gradients of what it returns."""
+
+    problem: Problem
+    states: tuple[Tensor, ...]
+    x: Tensor | None
+    weights: tuple[Tensor, ...]
+    cos: Tensor | None
+    sin: Tensor | None
+    grad_states: tuple[Tensor, ...]
+
+
+def make_inputs(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    weight_scale: float = 1.0,
+) -> Inputs:
+    """Random tensors for a case.
+
+    Args:
+        case: the case.
+        dtype: compute dtype of states, x and the gradients; weights and tables are float32.
+        seed: seed; it draws the same numbers whatever the dtype and device.
+        device: where the tensors go.
+        weight_scale: factor on the weights, whose std is 1 / sqrt(fan in); below 1 rounding errors grow more slowly.
+    """
+    problem = case.problem
+    generator = torch.Generator().manual_seed(seed)
+    shape = (case.batch, case.length, problem.hidden_size)
+
+    def draw(size: tuple[int, ...], std: float = 1.0) -> Tensor:
+        return torch.randn(size, generator=generator) * std
+
+    states = tuple(draw(shape).to(device, dtype) for _ in problem.program.states)
+    x = draw(shape).to(device, dtype) if problem.uses_x else None
+    grads = tuple(draw(shape).to(device, dtype) for _ in problem.program.states)
+    weights = tuple(draw(size, weight_scale * size[-1] ** -0.5).to(device) for size in problem.weight_shapes)
+    cos, sin = (None, None)
+    if case.rope and problem.rope_dim is not None:
+        cos, sin = (table.to(device) for table in rope_tables(case.length, problem.rope_dim))
+    return Inputs(problem, states, x, weights, cos, sin, grads)
+
+
+def rope_tables(length: int, head_dim: int, base: float = 1e4) -> tuple[Tensor, Tensor]:
+    """Cosine and sine tables [length, head_dim] in float32, as :class:`trmfast.nn.RotaryEmbedding` holds them."""
+    from trmfast.nn import RotaryEmbedding
+
+    return RotaryEmbedding(head_dim, length, base)()

@@ -1,0 +1,221 @@
+"""The tolerance policy: how much a fused result may differ from the truth.
+
+* truth: the reference in float64, from the same states and x (rounded to the compute dtype) and the same weights;
+* eager: the reference in the compute dtype, what plain PyTorch gives;
+* fused: the operator, with some backend.
+
+A fused tensor passes if ``max|fused - truth| <= 2 * max|eager - truth| + rounding``, where ``rounding`` is what the
+best possible result loses by being stored in its dtype, ``max|truth.to(dtype) - truth|``: at most half a unit in the
+last place of the largest element.  This is the rule of flash-attention's tests with a smaller rounding term.
+
+The rule proves nothing where eager itself is far off, so such a comparison is refused: eager's error must be below 0.1
+for states, which the last norm keeps of order 1, and below a tenth of the largest element for gradients, whose scale is
+that of the loss.  One cycle, or a smaller ``weight_scale``, makes a comparison in bfloat16 meaningful.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trmfast.cases import PUBLISHED, SMALL, Case, Inputs, make_case, make_inputs
+from trmfast.ops import recursion
+from trmfast.reference import run_program
+
+__all__ = [
+    "PUBLISHED",
+    "SMALL",
+    "Case",
+    "Comparison",
+    "Inputs",
+    "MeaninglessComparisonError",
+    "Result",
+    "check_case",
+    "compare",
+    "compare_results",
+    "make_case",
+    "make_inputs",
+    "require",
+    "run_eager",
+    "run_fused",
+    "run_truth",
+]
+
+FACTOR = 2.0
+LARGEST_EAGER_ERROR = 0.1
+
+
+class MeaninglessComparisonError(Exception):
+    """Eager's own error is so large that passing would prove nothing."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor against the truth; errors are the largest absolute difference.
+
+    Attributes:
+        name: which tensor, for example ``z_H`` or ``grad f.layers.0.mlp.down_proj.weight``.
+        error: of the fused result; NaN if it holds one.
+        eager: of eager PyTorch in the same dtype.
+        rounding: of the truth itself, stored in the dtype of the fused result.
+    """
+
+    name: str
+    error: float
+    eager: float
+    rounding: float
+
+    @property
+    def bound(self) -> float:
+        """The largest error that passes."""
+        return FACTOR * self.eager + self.rounding
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # False for NaN
+
+    def __str__(self) -> str:
+        sign = "<=" if self.passed else "exceeds"
+        return f"{self.name}: error {self.error:.3g} {sign} {self.bound:.3g} (eager {self.eager:.3g})"
+
+
+def compare(name: str, fused: Tensor, eager: Tensor, truth: Tensor, is_gradient: bool = False) -> Comparison:
+    """Compares one tensor.
+
+    Args:
+        name: what to call it.
+        fused, eager: the results in the compute dtype.
+        truth: the result in float64.
+        is_gradient: whether eager's error is judged relative to the largest element of the truth.
+
+    Raises:
+        MeaninglessComparisonError: eager's error is 0.1 or more, is NaN, or the compute dtype is float64.
+        ValueError: the shapes differ, or the dtypes of fused and eager.
+    """
+    if fused.shape != truth.shape or eager.shape != truth.shape or fused.dtype != eager.dtype:
+        got = f"{list(fused.shape)} {fused.dtype} and {list(eager.shape)} {eager.dtype}"
+        raise ValueError(f"{name}: got {got}, accepted are two tensors of shape {list(truth.shape)} and one dtype")
+    if eager.dtype == torch.float64:
+        raise MeaninglessComparisonError(f"{name}: float64 is the truth itself, check it with gradcheck")
+    eager_error = _largest(eager.double() - truth)
+    scale = _largest(truth) if is_gradient else 1.0
+    # A gradient that is zero throughout has no scale; eager has to agree that it is zero.
+    if not (eager_error < LARGEST_EAGER_ERROR * scale or eager_error == scale == 0):
+        raise MeaninglessComparisonError(
+            f"{name}: eager is off by {eager_error:.3g} at scale {scale:.3g}, accepted is less than a tenth; "
+            "run fewer cycles or scale the weights down"
+        )
+    rounding = _largest(truth.to(fused.dtype).double() - truth)
+    return Comparison(name, _largest(fused.double() - truth), eager_error, rounding)
+
+
+def require(comparisons: Sequence[Comparison]) -> None:
+    """Raises an AssertionError that lists every comparison that did not pass, or that there is none."""
+    if not comparisons:
+        raise AssertionError("nothing was compared")
+    failed = [str(comparison) for comparison in comparisons if not comparison.passed]
+    if failed:
+        raise AssertionError(f"{len(failed)} of {len(comparisons)} outside the policy: " + "; ".join(failed))
+
+
+@dataclass(frozen=True)
+class Result:
+    """The final states of a run by name, and the gradients of states, x and weights by name (``grad x``)."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def run_truth(inputs: Inputs, backward: bool = True) -> Result:
+    """The reference in float64."""
+    return _run(_reference(inputs), inputs, torch.float64, backward)
+
+
+def run_eager(inputs: Inputs, backward: bool = True) -> Result:
+    """The reference in the compute dtype, differentiated by autograd."""
+    return _run(_reference(inputs), inputs, inputs.states[0].dtype, backward)
+
+
+def run_fused(inputs: Inputs, backend: str, backward: bool = True) -> Result:
+    """The operator, with one backend."""
+    problem = inputs.problem
+
+    def forward(states: Sequence[Tensor], x: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return recursion(problem.program, problem.nets, states, x, weights, inputs.cos, inputs.sin, backend)
+
+    return _run(forward, inputs, inputs.states[0].dtype, backward)
+
+
+def compare_results(fused: Result, eager: Result, truth: Result) -> list[Comparison]:
+    """Compares every output and every gradient; raises as :func:`compare` does."""
+    comparisons = [compare(name, fused.outputs[name], eager.outputs[name], t) for name, t in truth.outputs.items()]
+    for name, t in truth.gradients.items():
+        comparisons.append(compare(name, fused.gradients[name], eager.gradients[name], t, is_gradient=True))
+    return comparisons
+
+
+def check_case(
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    backward: bool = True,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    weight_scale: float | None = None,
+) -> list[Comparison]:
+    """Runs a case three ways and compares every output and, if ``backward``, every gradient.
+
+    Args:
+        case, dtype, backend: what to run, in which compute dtype, with which backend.
+        backward: whether gradients are compared too.
+        seed, device: as in :func:`make_inputs`.
+        weight_scale: as in :func:`make_inputs`; by default 1 in float32, and 0.5 in 16-bit dtypes, which makes whole
+            programs comparable in them.
+
+    Raises:
+        MeaninglessComparisonError: eager's own error is too large for a verdict.
+        ValueError: the backend refuses the case.
+    """
+    if weight_scale is None:
+        weight_scale = 0.5 if dtype.itemsize == 2 else 1.0
+    inputs = make_inputs(case, dtype, seed, device, weight_scale)
+    fused = run_fused(inputs, backend, backward)
+    return compare_results(fused, run_eager(inputs, backward), run_truth(inputs, backward))
+
+
+Forward = Callable[[Sequence[Tensor], "Tensor | None", Sequence[Tensor]], tuple[Tensor, ...]]
+
+
+def _reference(inputs: Inputs) -> Forward:
+    return lambda states, x, weights: run_program(inputs.problem, states, x, weights, inputs.cos, inputs.sin)
+
+
+def _run(forward: Forward, inputs: Inputs, dtype: torch.dtype, backward: bool) -> Result:
+    """Runs forward on fresh leaves; truth takes float64 weights, everything else the float32 weights as they are."""
+    states = [state.to(dtype, copy=True).requires_grad_(backward) for state in inputs.states]
+    x = None if inputs.x is None else inputs.x.to(dtype, copy=True).requires_grad_(backward)
+    held = torch.promote_types(dtype, torch.float32)
+    weights = [weight.to(held, copy=True).requires_grad_(backward) for weight in inputs.weights]
+    with torch.set_grad_enabled(backward):
+        outputs = forward(states, x, weights)
+    names = inputs.problem.program.states
+    gradients: dict[str, Tensor] = {}
+    if backward:
+        leaves = dict(zip((f"grad {name}" for name in names), states, strict=True))
+        if x is not None:
+            leaves["grad x"] = x
+        leaves.update(zip((f"grad {name}" for name in inputs.problem.weight_names), weights, strict=True))
+        # A state that gradients do not reach is not part of the graph.
+        pairs = [(out, g.to(dtype)) for out, g in zip(outputs, inputs.grad_states, strict=True) if out.requires_grad]
+        roots, grads = zip(*pairs, strict=True) if pairs else ((), ())
+        found = torch.autograd.grad(roots, list(leaves.values()), grads, allow_unused=True, materialize_grads=True)
+        gradients = dict(zip(leaves, found, strict=True))
+    return Result(dict(zip(names, (out.detach() for out in outputs), strict=True)), gradients)
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
