@@ -67,14 +67,15 @@ struct Dot<bf16> {
   static constexpr int kRows = 32;
   static constexpr int kDepthStep = 32;
 
-  static void run(const bf16* a, long lda, const bf16* b, int depth, int rows, float* c, long ldc, bool accumulate) {
+  static void run(const bf16* a, long lda, const bf16* b, int depth, int rows, float* c, long ldc, bool accumulate,
+                  Prefetch next = {}) {
     if (rows != configured_rows) configure_tiles(rows);
     finish_stores();
     const int upper = split_rows(rows).upper;
     if (upper < rows) {
-      four_tiles(a, a + upper * lda, lda * 2, b, depth, c, c + upper * ldc, ldc * 4, accumulate);
+      four_tiles(a, a + upper * lda, lda * 2, b, depth, c, c + upper * ldc, ldc * 4, accumulate, next);
     } else {
-      two_tiles(a, lda * 2, b, depth, c, ldc * 4, accumulate);
+      two_tiles(a, lda * 2, b, depth, c, ldc * 4, accumulate, next);
     }
   }
 
@@ -88,9 +89,14 @@ struct Dot<bf16> {
   static constexpr long kStep = 16 * kPanelColumns * 2;         // elements of b in a step
   static constexpr int kHalf = 16 * 2;                          // elements from columns 0-15 of b to 16-31
 
+  TRMFAST_INLINE void prefetch(const void* from, long offset, long bytes) {
+    const char* p = static_cast<const char*>(from) + offset;
+    for (const char* const end = p + bytes; p < end; p += 64) __builtin_prefetch(p, 0, 2);
+  }
+
   // The strides are in bytes.
   static void four_tiles(const bf16* a_upper, const bf16* a_lower, long a_stride, const bf16* b, int depth, float* c_upper,
-                         float* c_lower, long c_stride, bool accumulate) {
+                         float* c_lower, long c_stride, bool accumulate, Prefetch next) {
     if (accumulate) {
       _tile_loadd(0, c_upper, c_stride);
       _tile_loadd(1, c_upper + 16, c_stride);
@@ -102,7 +108,9 @@ struct Dot<bf16> {
       _tile_zero(2);
       _tile_zero(3);
     }
+    const long share = next.bytes * kDepthStep / depth;
     for (int k = 0; k < depth; k += kDepthStep, b += kStep) {
+      prefetch(next.from, k / kDepthStep * share, share);
       _tile_stream_loadd(4, a_upper + k, a_stride);
       _tile_loadd(6, b, kPanelStride);
       _tile_loadd(7, b + kHalf, kPanelStride);
@@ -118,7 +126,8 @@ struct Dot<bf16> {
     _tile_stored(3, c_lower + 16, c_stride);
   }
 
-  static void two_tiles(const bf16* a, long a_stride, const bf16* b, int depth, float* c, long c_stride, bool accumulate) {
+  static void two_tiles(const bf16* a, long a_stride, const bf16* b, int depth, float* c, long c_stride, bool accumulate,
+                        Prefetch next) {
     if (accumulate) {
       _tile_loadd(0, c, c_stride);
       _tile_loadd(1, c + 16, c_stride);
@@ -126,7 +135,9 @@ struct Dot<bf16> {
       _tile_zero(0);
       _tile_zero(1);
     }
+    const long share = next.bytes * kDepthStep / depth;
     for (int k = 0; k < depth; k += kDepthStep, b += kStep) {
+      prefetch(next.from, k / kDepthStep * share, share);
       _tile_stream_loadd(4, a + k, a_stride);
       _tile_loadd(6, b, kPanelStride);
       _tile_loadd(7, b + kHalf, kPanelStride);

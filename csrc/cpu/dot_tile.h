@@ -32,6 +32,12 @@ struct Dot : VectorDot<T> {};
 
 constexpr int kPanelColumns = 32;
 
+// Memory to bring into L2 during a call, evenly over its depth; up to the size of the panel. See dot.h.
+struct Prefetch {
+  const void* from = nullptr;
+  long bytes = 0;
+};
+
 // Addresses of up to 15 rows in five registers: bases five rows apart, and the x86 addressing modes base + {1, 2, 4} * stride
 // and base + stride3. The compiler must not see how the bases are related, or it keeps one pointer per row and spills.
 struct RowPointers {
@@ -62,9 +68,10 @@ struct TileDot {
   static constexpr int kRows = kTileRows;
   static constexpr int kDepthStep = Step::kDepth;
 
-  static void run(const T* a, long lda, const T* b, int depth, int rows, float* c, long ldc, bool accumulate) {
+  static void run(const T* a, long lda, const T* b, int depth, int rows, float* c, long ldc, bool accumulate,
+                  Prefetch next = {}) {
     for (int column = 0; column < kPanelColumns; column += kTileVectors * kLanes) {
-      choose<kTileRows>(a, lda, b + column * Step::kDepth, depth, rows, c + column, ldc, accumulate);
+      choose<kTileRows>(a, lda, b + column * Step::kDepth, depth, rows, c + column, ldc, accumulate, next);
     }
   }
 
@@ -74,16 +81,18 @@ struct TileDot {
  private:
   // Full tiles first: they are almost all calls.
   template <int R>
-  TRMFAST_INLINE void choose(const T* a, long lda, const T* b, int depth, int rows, float* c, long ldc, bool accumulate) {
+  TRMFAST_INLINE void choose(const T* a, long lda, const T* b, int depth, int rows, float* c, long ldc, bool accumulate,
+                             Prefetch next) {
     if (rows == R) {
-      tile<R>(a, lda, b, depth, c, ldc, accumulate);
+      tile<R>(a, lda, b, depth, c, ldc, accumulate, next);
     } else if constexpr (R > 1) {
-      choose<R - 1>(a, lda, b, depth, rows, c, ldc, accumulate);
+      choose<R - 1>(a, lda, b, depth, rows, c, ldc, accumulate, next);
     }
   }
 
   template <int R>
-  __attribute__((noinline)) static void tile(const T* a, long lda, const T* b, int depth, float* c, long ldc, bool accumulate) {
+  __attribute__((noinline)) static void tile(const T* a, long lda, const T* b, int depth, float* c, long ldc,
+                                             bool accumulate, Prefetch next) {
     vf acc[R][kTileVectors] = {};
     if (accumulate) {
       const RowPointers outputs(c, ldc * 4, R);
@@ -96,9 +105,16 @@ struct TileDot {
 
     RowPointers rows(a, lda * static_cast<long>(sizeof(T)), R);
     const char* panel = reinterpret_cast<const char*>(b);
-    const char* const end = panel + static_cast<long>(depth) / Step::kDepth * kPanelColumns * 4;
+    const long steps = depth / Step::kDepth;
+    const char* const end = panel + steps * kPanelColumns * 4;
+    // Without anything to fetch this touches the panel itself, which costs less than a second loop or a branch.
+    const char* ahead = next.from ? static_cast<const char*>(next.from) : panel;
+    const long ahead_step = next.from && steps ? (next.bytes + steps - 1) / steps : 0;
 #pragma GCC unroll 1
     while (panel < end) {
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + 64, 0, 2);
+      ahead += ahead_step;
       multiply_part<0, R>(rows, panel, acc);
       if constexpr (Step::kParts == 2) multiply_part<1, R>(rows, panel, acc);
       rows.advance(4);
