@@ -1,8 +1,8 @@
 """Builds the package and its one C++ extension, ``trmfast._cpu``.
 
-Metadata is in pyproject.toml.  This file holds what that format cannot say: the packages in two folders, and the build of
-the CPU engine, in which one source file is compiled once per instruction set with that set's flags.  The extension is
-optional: when it cannot be built, the installation goes on and ``trmfast/_build_info.json`` says why.
+Metadata is in pyproject.toml.  This file holds what that format cannot say: the packages in two folders, and the build
+of the CPU engine, in which one source file is compiled once per instruction set with that set's flags.  The extension
+is optional: when it cannot be built, the installation goes on and ``trmfast/_build_info.json`` says why.
 
 Environment:
     CXX, CXXFLAGS, LDFLAGS       the compiler (g++, clang++ and c++ are tried otherwise) and flags appended to ours
@@ -44,7 +44,7 @@ AMX = (*AVX512_BF16, "-mamx-tile", "-mamx-bf16")
 
 @dataclass(frozen=True)
 class Target:
-    """One instruction set: its name in C++ and in TRMFAST_CPU_ISA, its flags and the element types it is compiled for."""
+    """One instruction set: its name in C++ and TRMFAST_CPU_ISA, its flags, the element types it is compiled for."""
 
     name: str
     flags: tuple[str, ...]
@@ -62,7 +62,7 @@ EMULATED_AMX = Target("amx_emulated", (*AVX2, "-DTRMFAST_EMULATE_AMX"), ("bf16",
 PORTABLE = Target("portable", (), ("f32", "bf16"))
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """The extension cannot be built; the message is one line that says what is missing."""
 
     def __init__(self, message: str, log: str = "") -> None:
@@ -100,7 +100,7 @@ def find_compiler() -> tuple[list[str], str]:
         version = subprocess.run([*words, "--version"], capture_output=True, text=True)
         if version.returncode == 0 and version.stdout:
             return words, version.stdout.splitlines()[0].strip()
-    raise CannotBuild(
+    raise CannotBuildError(
         f"no C++ compiler: tried {', '.join(tried)}; install g++ (8 or newer) or clang++ (10 or newer), or set CXX"
     )
 
@@ -114,7 +114,7 @@ def find_ninja() -> str:
             return found
     found = shutil.which("ninja")
     if found is None:
-        raise CannotBuild("no ninja: `pip install ninja` puts it where the build finds it")
+        raise CannotBuildError("no ninja: `pip install ninja` puts it where the build finds it")
     return found
 
 
@@ -122,10 +122,10 @@ def find_headers() -> list[str]:
     try:
         import pybind11
     except ImportError as error:
-        raise CannotBuild("no pybind11: `pip install pybind11` puts it where the build finds it") from error
+        raise CannotBuildError("no pybind11: `pip install pybind11` puts it where the build finds it") from error
     include = sysconfig.get_paths()["include"]
     if not (Path(include) / "Python.h").exists():
-        raise CannotBuild(f"no Python.h in {include}: install the headers of this Python (python3-dev or python3-devel)")
+        raise CannotBuildError(f"no Python.h in {include}: install the headers of this Python (python3-dev)")
     return ["-isystem", pybind11.get_include(), "-isystem", include]
 
 
@@ -147,15 +147,15 @@ def compiler_problem(compiler: list[str], flags: list[str] | tuple[str, ...], so
 def make_plan() -> Plan:
     for name in (PER_TARGET_SOURCE, "module.cpp"):
         if not (SOURCE / name).exists():
-            raise CannotBuild(f"csrc/cpu/{name} is not in this source tree")
+            raise CannotBuildError(f"csrc/cpu/{name} is not in this source tree")
     compiler, version = find_compiler()
     problem = compiler_problem(compiler, (), "#include <vector>\nint main() { return 0; }\n")
     if problem:
-        raise CannotBuild(f"{shlex.join(compiler)} cannot compile C++17: {problem}")
+        raise CannotBuildError(f"{shlex.join(compiler)} cannot compile C++17: {problem}")
 
     sanitize = os.environ.get("TRMFAST_SANITIZE", "").strip()
-    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread", "-Wall", "-Wextra"]
-    common += [f"-ffile-prefix-map={ROOT}/="]
+    common = ["-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
+    common += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
     if sanitize:
         common += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
     else:
@@ -247,7 +247,7 @@ def compile_extension(plan: Plan, output: Path) -> None:
         print(log, flush=True)
         if done.returncode != 0:
             first = next((line.strip() for line in log.splitlines() if "error" in line.lower()), "ninja failed")
-            raise CannotBuild(f"{plan.compiler_version} failed: {first}", log)
+            raise CannotBuildError(f"{plan.compiler_version} failed: {first}", log)
         output.parent.mkdir(parents=True, exist_ok=True)
         # Written beside and moved: a process that has the old file mapped keeps it.
         beside = output.with_name(output.name + ".new")
@@ -260,41 +260,36 @@ class BuildEngine(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        info: dict[str, object] = {"error": None, "log": "", "compiler": "", "targets": [], "left_out": {}, "sanitize": ""}
+        info: dict[str, object] = {"error": None, "targets": []}
         try:
             plan = make_plan()
-            info["compiler"] = plan.compiler_version
-            info["targets"] = [f"{target.name}/{element}" for target, element in plan.pairs()]
-            info["left_out"] = plan.left_out
-            info["sanitize"] = plan.sanitize
+            info.update(compiler=plan.compiler_version, left_out=plan.left_out, sanitize=plan.sanitize)
             compile_extension(plan, output)
-        except CannotBuild as error:
+            info["targets"] = [f"{target.name}/{element}" for target, element in plan.pairs()]
+        except CannotBuildError as error:
             if os.environ.get("TRMFAST_REQUIRE_CPU", "") == "1":
                 raise
-            info.update(error=str(error), log="\n".join(error.log.splitlines()[-60:]), targets=[])
-            self.remove_stale(ext, output)
+            info.update(error=str(error), log="\n".join(error.log.splitlines()[-60:]))
+            self.remove_stale(output)
             print(f"\ntrmfast: the CPU engine was not built: {error}", file=sys.stderr)
             print("trmfast: installing without it; `trmfast info` repeats the reason\n", file=sys.stderr)
-        for folder in {output.parent, *([self.source_folder()] if self.writes_to_source() else [])}:
+        for folder in self.package_folders(output):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
 
-    def writes_to_source(self) -> bool:
-        # run() of setuptools clears `inplace` while it builds; editable_mode and the option itself survive.
-        return bool(self.editable_mode or self.in_source)
-
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.in_source = bool(self.inplace)
+        self.in_source = bool(self.inplace)  # run() of setuptools clears `inplace` while it builds
 
-    def source_folder(self) -> Path:
-        return ROOT / "trmfast"
+    def package_folders(self, output: Path) -> set[Path]:
+        """Where the package's files of this build lie: the build folder, and the source tree when building in place."""
+        in_source = self.in_source or self.editable_mode
+        return {output.parent, ROOT / "trmfast"} if in_source else {output.parent}
 
-    def remove_stale(self, ext: Extension, output: Path) -> None:
+    def remove_stale(self, output: Path) -> None:
         """An extension of an earlier build would contradict what _build_info.json says."""
-        output.unlink(missing_ok=True)
-        if self.writes_to_source():
-            (self.source_folder() / output.name).unlink(missing_ok=True)
+        for folder in self.package_folders(output):
+            (folder / output.name).unlink(missing_ok=True)
 
 
 kernels = ["trmfast.kernels"] + [f"trmfast.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))]

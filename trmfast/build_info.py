@@ -1,4 +1,4 @@
-"""What the installation built: written by setup.py as ``_build_info.json``, read by ``trmfast info`` and the cpu backend."""
+"""What the installation built: setup.py writes ``_build_info.json``, ``trmfast info`` and the cpu backend read it."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ uint64_t enabled_states() {
 // Linux hands out the 8 KiB of tile registers only to a process that asks.
 const char* request_amx() {
 #if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  constexpr long kRequestPermission = 0x1023; // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;              // XFEATURE_XTILEDATA
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return nullptr;
   return "amx: the kernel refused the tile registers (arch_prctl ARCH_REQ_XCOMP_PERM; Linux 5.16 or newer is needed)";
 #else
@@ -45,15 +45,15 @@ const char* request_amx() {
 }
 
 Reasons detect() {
-  constexpr uint64_t kAvxStates = 0x6;       // SSE and AVX
-  constexpr uint64_t kAvx512States = 0xe6;   // and opmask, upper halves, registers 16 to 31
-  constexpr uint64_t kAmxStates = 0x60000;   // tile configuration and tile data
+  constexpr uint64_t kAvxStates = 0x6;     // SSE and AVX
+  constexpr uint64_t kAvx512States = 0xe6; // and opmask, upper halves, registers 16 to 31
+  constexpr uint64_t kAmxStates = 0x60000; // tile configuration and tile data
 
   Reasons reasons;
   uint32_t a = 0, b = 0, c = 0, d = 0;
   const bool has_leaf1 = __get_cpuid(1, &a, &b, &c, &d) != 0;
-  const bool vex = has_leaf1 && bit(c, 12) && bit(c, 28) && bit(c, 29);  // FMA, AVX, F16C
-  const uint64_t states = has_leaf1 && bit(c, 27) ? enabled_states() : 0;  // OSXSAVE: xgetbv exists
+  const bool vex = has_leaf1 && bit(c, 12) && bit(c, 28) && bit(c, 29);   // FMA, AVX, F16C
+  const uint64_t states = has_leaf1 && bit(c, 27) ? enabled_states() : 0; // OSXSAVE: xgetbv exists
 
   uint32_t b7 = 0, c7 = 0, d7 = 0, most = 0, a71 = 0;
   __get_cpuid_count(7, 0, &most, &b7, &c7, &d7);
@@ -67,7 +67,7 @@ Reasons detect() {
     reasons.avx2 = nullptr;
   }
 
-  const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);  // F, DQ, BW, VL
+  const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31); // F, DQ, BW, VL
   if (reasons.avx2 != nullptr || !avx512) {
     reasons.avx512 = "avx512: the processor lacks AVX-512 F, BW, DQ or VL";
   } else if ((states & kAvx512States) != kAvx512States) {
@@ -105,7 +105,7 @@ const Reasons& reasons() {
   return detected;
 }
 
-}  // namespace
+} // namespace
 
 const char* missing_reason(const std::string& target) {
   if (target == "portable") return nullptr;
@@ -124,4 +124,4 @@ std::vector<std::string> supported_targets() {
   return supported;
 }
 
-}  // namespace trmfast
+} // namespace trmfast

@@ -6,12 +6,12 @@
 
 namespace trmfast {
 
-// nullptr if this machine runs `target`, otherwise the reason in one line.  Accepted are amx, avx512_bf16, avx512, avx2,
-// amx_emulated (runs wherever avx2 does) and portable; any other name is reported as unknown.
-// The first question about amx asks the kernel for the tile registers, for the whole process.
+// nullptr if this machine runs `target`, otherwise the reason in one line.  Accepted are amx, avx512_bf16, avx512,
+// avx2, amx_emulated (runs wherever avx2 does) and portable; any other name is reported as unknown. The first question
+// about amx asks the kernel for the tile registers, for the whole process.
 const char* missing_reason(const std::string& target);
 
 // The targets that this machine runs, best first, portable last.  amx_emulated is never among them: it is for tests.
 std::vector<std::string> supported_targets();
 
-}  // namespace trmfast
+} // namespace trmfast

@@ -27,7 +27,7 @@ constexpr int kBarrierPauses = 1024;
 // Rounding and denormal modes are per thread: a result must not depend on which thread computed it.
 uint64_t floating_point_mode() {
 #if defined(__x86_64__)
-  return __builtin_ia32_stmxcsr() & ~0x3fu;  // without the sticky exception flags
+  return __builtin_ia32_stmxcsr() & ~0x3fu; // without the sticky exception flags
 #elif defined(__aarch64__)
   uint64_t mode;
   __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
@@ -48,10 +48,10 @@ void set_floating_point_mode(uint64_t mode) {
 }
 
 // Sleeping until a condition on atomics holds.  wait() spins first; wake() costs one load while nobody sleeps.
-// The sequentially consistent order of `asleep_` and the atomics of the condition makes a lost wake-up impossible: either
-// the sleeper sees the new value, or the waker sees the sleeper.
+// The sequentially consistent order of `asleep_` and the atomics of the condition makes a lost wake-up impossible:
+// either the sleeper sees the new value, or the waker sees the sleeper.
 class Doorbell {
- public:
+public:
   template <class Condition>
   void wait(Condition condition) {
     const auto end = std::chrono::steady_clock::now() + kSpinTime;
@@ -73,7 +73,7 @@ class Doorbell {
     bell_.notify_one();
   }
 
- private:
+private:
   std::atomic<bool> asleep_{false};
   std::mutex mutex_;
   std::condition_variable bell_;
@@ -89,17 +89,17 @@ struct alignas(64) Worker {
 thread_local bool inside_region = false;
 
 class Pool {
- public:
+public:
   void run(int num_threads, void (*body)(void*, int), void* context);
   void join();
 
- private:
+private:
   void start_worker();
   void work(Worker& worker, int thread);
   void run_body(int thread);
   void follow_affinity();
 
-  std::mutex regions_;  // held for the whole of a region
+  std::mutex regions_; // held for the whole of a region
   std::vector<std::unique_ptr<Worker>> workers_;
 
   // The current region; published to a worker by its regions_given.
@@ -161,7 +161,8 @@ void Pool::start_worker() {
   workers_.push_back(std::move(worker));
 }
 
-// A new thread inherits the affinity of its creator; this keeps it so when the caller's changes, or another thread calls.
+// A new thread inherits the affinity of its creator; this keeps it so when the caller's changes, or another thread
+// calls.
 void Pool::follow_affinity() {
 #if defined(__linux__)
   cpu_set_t now;
@@ -203,8 +204,8 @@ void Pool::join() {
   workers_.clear();
 }
 
-// The pool is never freed: a thread that calls while the process exits finds it whole, and a forked child must not touch
-// the one it inherited, whose threads it does not have and whose locks may be held for ever.
+// The pool is never freed: a thread that calls while the process exits finds it whole, and a forked child must not
+// touch the one it inherited, whose threads it does not have and whose locks may be held for ever.
 std::atomic<Pool*> current_pool{nullptr};
 
 Pool& pool() {
@@ -229,7 +230,7 @@ struct Lifetime {
   }
 } lifetime;
 
-}  // namespace
+} // namespace
 
 void parallel(int num_threads, void (*body)(void* context, int thread), void* context) {
   if (num_threads < 1) {
@@ -273,4 +274,4 @@ void SpinBarrier::wait() {
   }
 }
 
-}  // namespace trmfast
+} // namespace trmfast

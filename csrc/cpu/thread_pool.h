@@ -1,7 +1,7 @@
 // A persistent pool of threads for regions that start every few hundred microseconds, and a barrier for inside them.
 //
-// Everything is defined in thread_pool.cpp on purpose: this header is included by files compiled for different instruction
-// sets, and an inline function would be merged across them into whichever copy the linker meets first.
+// Everything is defined in thread_pool.cpp on purpose: this header is included by files compiled for different
+// instruction sets, and an inline function would be merged across them into whichever copy the linker meets first.
 #pragma once
 
 #include <atomic>
@@ -9,12 +9,12 @@
 namespace trmfast {
 
 // Runs body(context, thread) for thread = 0 .. num_threads - 1, all at the same time, and returns when all have.
-// The caller is thread 0.  Workers are started when first needed, take over the caller's affinity and floating-point mode,
-// spin for a short while after a region and then sleep.  Calls from several threads run one after the other.
-// An exception in a body is rethrown here once every body has returned; with several, the first one caught.  A body that
+// The caller is thread 0.  Workers are started when first needed, take over the caller's affinity and floating-point
+// mode, spin for a short while after a region and then sleep.  Calls from several threads run one after the other. An
+// exception in a body is rethrown here once every body has returned; with several, the first one caught.  A body that
 // waits at a barrier must not throw before it: its peers would wait for ever.
-// Throws std::invalid_argument if num_threads < 1, std::logic_error if called from inside a region, std::system_error if a
-// thread cannot be started; in all three cases no body has run.
+// Throws std::invalid_argument if num_threads < 1, std::logic_error if called from inside a region, std::system_error
+// if a thread cannot be started; in all three cases no body has run.
 void parallel(int num_threads, void (*body)(void* context, int thread), void* context);
 
 // The same for a callable: parallel(n, [&](int thread) { ... }).
@@ -32,16 +32,16 @@ void spin_pause();
 // All `count` threads of a region wait for each other; memory written before wait() is visible after it.
 // Spins, then yields, so that it stays correct (and only slow) with more threads than cores.
 class SpinBarrier {
- public:
+public:
   explicit SpinBarrier(int count);
   SpinBarrier(const SpinBarrier&) = delete;
   SpinBarrier& operator=(const SpinBarrier&) = delete;
   void wait();
 
- private:
+private:
   const int count_;
   alignas(64) std::atomic<int> missing_;
-  alignas(64) std::atomic<unsigned> phase_;  // in a line of its own: waiters poll it while others arrive
+  alignas(64) std::atomic<unsigned> phase_; // in a line of its own: waiters poll it while others arrive
 };
 
-}  // namespace trmfast
+} // namespace trmfast
