@@ -50,10 +50,14 @@ class Inner(nn.Module):
     same model and a checkpoint loads.
     """
 
+    L_level: Net
+
     def __init__(self, config: ModelConfig, family: Family) -> None:
         super().__init__()
         self.config = config
         self.family = family
+        # torch.compile cannot look into dataclasses.fields.
+        self.state_names = tuple(field.name for field in fields(family.carry))
         self.window: GradientWindow = family.window
         self.set_backend(config.backend)
         self.set_cycles(config.H_cycles, config.L_cycles)
@@ -120,7 +124,7 @@ class Inner(nn.Module):
         return self.family.carry(*(torch.where(flag, init, z) for init, z in pairs))
 
     def _states(self, carry: Any) -> tuple[Tensor, ...]:
-        return tuple(getattr(carry, field.name) for field in fields(self.family.carry))
+        return tuple(getattr(carry, name) for name in self.state_names)
 
     # ---------------------------------------------------------------- forward
 

@@ -1,0 +1,89 @@
+"""Small models of every kind, each with its eager counterpart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eager_models import EagerModel
+from trmfast.models import HRM, TRM, ACTModel, TRMHier6, TRMSingleZ
+
+TINY: dict[str, Any] = {
+    "batch_size": 3,
+    "seq_len": 6,
+    "puzzle_emb_ndim": 32,
+    "num_puzzle_identifiers": 5,
+    "vocab_size": 7,
+    "H_cycles": 2,
+    "L_cycles": 2,
+    "H_layers": 1,
+    "L_layers": 2,
+    "hidden_size": 32,
+    "expansion": 1,
+    "num_heads": 2,
+    "pos_encodings": "rope",
+    "halt_max_steps": 4,
+    "halt_exploration_prob": 0.5,
+    "forward_dtype": "float32",
+    "puzzle_emb_len": 3,
+    "causal": False,
+}
+SUDOKU = TINY | {
+    "batch_size": 768, "seq_len": 81, "puzzle_emb_ndim": 512, "num_puzzle_identifiers": 1, "vocab_size": 11,
+    "H_cycles": 3, "L_cycles": 6, "L_layers": 2, "hidden_size": 512, "expansion": 4, "num_heads": 8,
+    "halt_max_steps": 16, "forward_dtype": "bfloat16", "puzzle_emb_len": 16,
+}  # fmt: skip
+HRM_SUDOKU = SUDOKU | {"H_cycles": 2, "L_cycles": 2, "H_layers": 4, "L_layers": 4}
+MLP = {"mlp_t": True, "pos_encodings": "none"}
+
+# name -> (class, the eager model's kind, what differs from TINY, puzzle tokens)
+CASES: dict[str, tuple[type[ACTModel], str, dict[str, Any], int]] = {
+    "trm": (TRM, "trm", {}, 3),
+    "trm-learned": (TRM, "trm", {"pos_encodings": "learned", "puzzle_emb_ndim": 40, "puzzle_emb_len": 0}, 2),
+    "trm-bare": (TRM, "trm", {"pos_encodings": "none", "puzzle_emb_ndim": 0}, 0),
+    "trm-mlp_t": (TRM, "trm", MLP | {"H_cycles": 1}, 3),
+    "trm-continue": (TRM, "trm", {"no_ACT_continue": False}, 3),
+    "trm_singlez": (TRMSingleZ, "trm_singlez", {}, 3),
+    "trm_hier6": (TRMHier6, "trm_hier6", {"L_cycles": 4}, 3),
+    "hrm": (HRM, "hrm", {}, 1),
+    "hrm-mlp_t": (HRM, "hrm", MLP | {"L_cycles": 1}, 1),
+}
+
+
+def make_batch(seed: int, rows: int = 3, config: dict[str, Any] = TINY) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(
+        0, config["vocab_size"], (2, rows, config["seq_len"]), generator=generator, dtype=torch.int32
+    )
+    tokens[1, :, 0] = -100
+    ids = torch.randint(0, config["num_puzzle_identifiers"], (rows,), generator=generator, dtype=torch.int32)
+    return {"inputs": tokens[0], "labels": tokens[1], "puzzle_identifiers": ids}
+
+
+def randomise(model: ACTModel) -> None:
+    """Gives the parts that start at zero something to say."""
+    inner = model.inner
+    with torch.no_grad():
+        inner.q_head.weight.normal_(std=0.3)
+        assert inner.q_head.bias is not None
+        inner.q_head.bias.zero_()
+        if model.config.puzzle_emb_ndim:
+            model.puzzle_emb.weights.normal_(std=0.2)
+
+
+def make(name: str, scale: float = 1.0, **extra: Any) -> tuple[ACTModel, EagerModel]:
+    """A model and its eager counterpart with the same weights, those of the networks times ``scale``."""
+    cls, kind, differs, prefix = CASES[name]
+    config = TINY | differs | extra
+    torch.manual_seed(0)
+    model = cls(config)
+    randomise(model)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "_level." in key:
+                parameter.mul_(scale)
+    eager = EagerModel(kind, config, prefix)
+    eager.load_state_dict(model.state_dict(), strict=True)
+    return model, eager
