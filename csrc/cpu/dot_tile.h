@@ -116,7 +116,11 @@ struct TileDot {
       __builtin_prefetch(ahead + 64, 0, 2);
       ahead += ahead_step;
       multiply_part<0, R>(rows, panel, acc);
-      if constexpr (Step::kParts == 2) multiply_part<1, R>(rows, panel, acc);
+      if constexpr (Step::kParts == 2) {
+        // Load the dwords again: kept from the first part, they would not fit beside the accumulators.
+        asm volatile("" ::: "memory");
+        multiply_part<1, R>(rows, panel, acc);
+      }
       rows.advance(4);
       panel += kPanelColumns * 4;
     }
@@ -172,14 +176,27 @@ struct WidenStep {
 
   template <int kPart>
   TRMFAST_INLINE vf widen(vu pairs) {
-    return kPart == 0 ? (vf)(pairs << 16) : (vf)(pairs & 0xffff0000u);
+    if (kPart == 0) return (vf)(pairs << 16);
+    // Without a vector register for the mask, which the tiles of AVX2 and AVX-512 do not leave.
+#if defined(__AVX512BW__)
+    return (vf)_mm512_maskz_mov_epi16(0xaaaaaaaau, (__m512i)pairs);
+#elif defined(__AVX2__)
+    static const vu kHighHalves = vu{} + 0xffff0000u;
+    asm("vpand %1, %0, %0" : "+x"(pairs) : "m"(kHighHalves));
+    return (vf)pairs;
+#else
+    return (vf)(pairs & 0xffff0000u);
+#endif
   }
 
   template <int kPart>
   TRMFAST_INLINE vf broadcast_row(const char* p) {
     uint32_t pair;
     __builtin_memcpy(&pair, p, sizeof pair);
-    return widen<kPart>(vu{} + pair);
+    vu pairs = vu{} + pair;
+    // Widen the vector: the compiler would rather widen the scalar, and move each one between the register files.
+    TRMFAST_OPAQUE(pairs);
+    return widen<kPart>(pairs);
   }
 
   template <int kPart>
@@ -189,7 +206,18 @@ struct WidenStep {
     return widen<kPart>(pairs);
   }
 
-  TRMFAST_INLINE vf multiply_add(vf row, vf columns, vf c) { return fma(row, columns, c); }
+  TRMFAST_INLINE vf multiply_add(vf row, vf columns, vf c) {
+    // In assembly to keep the sum in its register: GCC 12 would let it take over the row's, and spill half of the tile.
+#if defined(__AVX512F__)
+    asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(row), "v"(columns));
+    return c;
+#elif defined(__FMA__)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(row), "x"(columns));
+    return c;
+#else
+    return fma(row, columns, c);
+#endif
+  }
 };
 
 }  // namespace TRMFAST_NAMESPACE

@@ -21,6 +21,17 @@
 #define TRMFAST_INLINE static inline __attribute__((always_inline))
 #define TRMFAST_MEMBER inline __attribute__((always_inline))
 
+// Makes the compiler forget where the value of a vector comes from.
+#if defined(__AVX512F__)
+#define TRMFAST_OPAQUE(vector) asm volatile("" : "+v"(vector))
+#elif defined(__x86_64__)
+#define TRMFAST_OPAQUE(vector) asm volatile("" : "+x"(vector))
+#elif defined(__aarch64__)
+#define TRMFAST_OPAQUE(vector) asm volatile("" : "+w"(vector))
+#else
+#define TRMFAST_OPAQUE(vector) asm volatile("" : "+m"(vector))
+#endif
+
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
