@@ -256,12 +256,12 @@ void spin_pause() {
 #endif
 }
 
-SpinBarrier::SpinBarrier(int count) : count_(count), missing_(count), phase_(0) {}
+SpinBarrier::SpinBarrier(int count) : count_(count), arrived_(0), phase_(0) {}
 
-void SpinBarrier::wait() {
+void SpinBarrier::wait(int count) {
   const unsigned phase = phase_.load(std::memory_order_relaxed);
-  if (missing_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-    missing_.store(count_, std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+    arrived_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
     return;
   }

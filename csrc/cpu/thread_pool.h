@@ -29,19 +29,21 @@ void parallel(int num_threads, Body&& body) {
 // Tells the processor that this is a waiting loop.
 void spin_pause();
 
-// All `count` threads of a region wait for each other; memory written before wait() is visible after it.
+// The threads that share a piece of work wait for each other; memory written before wait() is visible after it.
 // Spins, then yields, so that it stays correct (and only slow) with more threads than cores.
 class SpinBarrier {
-public:
-  explicit SpinBarrier(int count);
+ public:
+  explicit SpinBarrier(int count = 0);
   SpinBarrier(const SpinBarrier&) = delete;
   SpinBarrier& operator=(const SpinBarrier&) = delete;
-  void wait();
+  void wait() { wait(count_); }
+  // With another number of threads than before; the caller knows that no earlier wait is still going on.
+  void wait(int count);
 
-private:
+ private:
   const int count_;
-  alignas(64) std::atomic<int> missing_;
-  alignas(64) std::atomic<unsigned> phase_; // in a line of its own: waiters poll it while others arrive
+  alignas(64) std::atomic<int> arrived_;
+  alignas(64) std::atomic<unsigned> phase_;  // in a line of its own: waiters poll it while others arrive
 };
 
-} // namespace trmfast
+}  // namespace trmfast

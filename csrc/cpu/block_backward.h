@@ -1,0 +1,108 @@
+// One block backward over the sequences of a team, from activations that block_forward kept:
+//
+//   d(out) -> norm -> du2 -> W_down -> d(gate, up) -> W_gate_up, + du2 -> d(h1)
+//   attention: d(h1) -> norm -> du1 -> W_o -> dO -> attention -> d(q, k, v) -> W_qkv, + du1 -> d(h)
+//   mlp_t:     d(h1) -> mixer_mlp_t_backward.h -> d(h)
+//
+// The running gradient is f32; what a weight gradient reads is rounded to the element type and stays in the store: du1, du2,
+// and, in the place of the activations they belong to, d(gate, up) and d(q, k, v).
+#pragma once
+
+#include "attention_backward.h"
+#include "block.h"
+#include "mixer_mlp_t_backward.h"
+
+namespace trmfast {
+namespace TRMFAST_NAMESPACE {
+
+template <class T> struct BlockGradients {
+  T* du1; // of the residual sums, [rows, stride of h]
+  T* du2;
+};
+
+template <class T> struct BlockBackwardScratch {
+  float* tile;
+  AttentionBackwardScratch<T> attention;
+  SequenceMlpBackwardScratch<T> sequence_mlp;
+
+  BlockBackwardScratch(Arena& arena, const BlockShape& block, int length)
+      : tile(arena.take<float>(Dot<T>::kRows * kPanel)), attention(arena, HeadLayout(block), block.attention ? length : 0),
+        sequence_mlp(arena, block) {}
+};
+
+template <class T>
+void norm_rows_backward(const Team& team, int rows, const BlockShape& block, const T* y, long y_stride, const float* r, float* dy,
+                        long dy_stride, T* du, long du_stride) {
+  const Range range = team.split(rows);
+  for (int t = range.begin; t < range.end; ++t)
+    rms_norm_backward(dy + t * dy_stride, y + t * y_stride, r[t], block.width, du + t * du_stride);
+}
+
+// dy[row, group] += tile
+TRMFAST_INLINE void add_tile(int row, int rows, int panel, const float* tile, float* dy, long stride) {
+  for_rows(row, rows, tile, [&](int t, const float* in) {
+    float* to = dy + t * stride + panel * kPanel;
+    for (int j = 0; j < kPanel; j += kLanes) store(to + j, load(to + j) + load(in + j));
+  });
+}
+
+// gate_up <- gradient of gate and up, in place; the tile is the gradient of 32 hidden columns, two groups of gate_up.
+template <class T>
+TRMFAST_INLINE void backward_gates(int row, int rows, int panel, int columns, const float* tile, T* gate_up, long stride) {
+  for_rows(row, rows, tile, [&](int t, const float* in) {
+    for (int half = 0; half < 2; ++half) {
+      const int c = (2 * panel + half) * kPanel;
+      if (c >= columns) return;
+      T* gates = gate_up + t * stride + c;
+      for (int j = 0; j < kHalf; j += kLanes) {
+        const GateGradient d = swiglu_backward(load(gates + j), load(gates + kHalf + j), load(in + half * kHalf + j));
+        store(gates + j, d.gate);
+        store(gates + kHalf + j, d.up);
+      }
+    }
+  });
+}
+
+// dy: gradient of the block's output on entry, of its input on return.  out: the block's output.
+// grad_attended: [rows, stride of attended], scratch of the team.
+template <class T>
+void block_backward(const Team& team, const BlockShape& block, const BackwardWeights<T>& weights, const Rope& rope, int sequences,
+                    int length, const BlockActivations<T>& act, const T* out, float* dy, const BlockGradients<T>& grads,
+                    T* grad_attended, const BlockBackwardScratch<T>& scratch) {
+  const BlockStrides strides(block);
+  const HeadLayout heads(block);
+  const int rows = sequences * length, D = block.width, gate_columns = GateLayout{block.inner}.columns();
+  const auto add = [&](int row, int n, int panel, const float* tile) { add_tile(row, n, panel, tile, dy, strides.u); };
+
+  norm_rows_backward(team, rows, block, out, strides.h, act.r2, dy, strides.u, grads.du2, strides.h);
+  team.sync();
+  gemm(team, grads.du2, strides.h, rows, weights.down, D, gate_columns / 2, scratch.tile,
+       [&](int row, int n, int panel, const float* tile) {
+         backward_gates(row, n, panel, gate_columns, tile, act.gate_up, strides.gate_up);
+       });
+  team.sync();
+  gemm(team, act.gate_up, strides.gate_up, rows, weights.gate_up, gate_columns, D, scratch.tile, add);
+  team.sync();
+  if (!block.attention) {
+    sequence_mlp_backward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h1, strides.h, dy, strides.u,
+                          grads.du1, act.sequence_mlp, scratch.sequence_mlp);
+    team.sync();
+    return;
+  }
+  norm_rows_backward(team, rows, block, act.h1, strides.h, act.r1, dy, strides.u, grads.du1, strides.h);
+  team.sync();
+  gemm(team, grads.du1, strides.h, rows, weights.output, D, heads.output_columns(), scratch.tile,
+       [&](int row, int n, int panel, const float* tile) {
+         for_rows(row, n, tile, [&](int t, const float* in) {
+           store_group(in, grad_attended + t * strides.attended + panel * kPanel);
+         });
+       });
+  team.sync();
+  attention_backward(team, block, rope, sequences, length, act.qkv, strides.qkv, grad_attended, strides.attended, scratch.attention);
+  team.sync();
+  gemm(team, act.qkv, strides.qkv, rows, weights.qkv, heads.columns(), D, scratch.tile, add);
+  team.sync();
+}
+
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

@@ -1,0 +1,107 @@
+// What crosses the border between the target-independent part of the engine and the code that is compiled once per
+// instruction set: plain structs of sizes and pointers, so that no inline library code is shared across compiler flags.
+//
+// Sizes: B sequences of L tokens of D channels.  Elements are f32 or bf16 (the compute dtype), gradients that leave the
+// engine are f32.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace trmfast {
+
+class SpinBarrier;
+
+// One block (trmfast/spec.py).  Sizes in elements.
+struct BlockShape {
+  int width;      // D
+  int inner;      // inner width of the channel SwiGLU
+  bool attention; // else mlp_t: a SwiGLU over the sequence axis
+  int heads, kv_heads, head_dim;
+  bool causal;
+  int seq_len, seq_inner; // mlp_t
+  float eps;
+};
+
+constexpr int kBlockWeights = 4; // matrices of a block
+constexpr int kMostStates = 64;
+
+struct NetShape {
+  BlockShape block;
+  int layers;
+};
+
+struct Update {
+  int dst;
+  int first_source, num_sources; // a range of Program::sources
+  bool inject_x;
+  int net;
+  bool grad;
+};
+
+struct Program {
+  const Update* updates;
+  int num_updates;
+  const int* sources;
+  int num_states;
+};
+
+// Weights of one net in panel order, packed for one target and element.
+struct PackedNet {
+  const void* forward;
+  const void* backward; // transposed packs; may be null for a forward job
+};
+
+// All nets of a job have the same block.
+struct Job {
+  int batch, length, width;
+  Program program;
+  const NetShape* nets;
+  const PackedNet* packed;
+  int num_nets;
+  const float* cos; // [L, head_dim] or null: no rotation
+  const float* sin;
+  int threads;
+  SpinBarrier* barriers; // threads + 1: one for all, then one for every team that can be
+};
+
+struct ForwardJob {
+  Job job;
+  const void* const* states_in; // num_states x [B, L, D]
+  void* const* states_out;      // the same; written by every update
+  const void* x;                // [B, L, D] or null
+  void* saved;                  // [G, B, L, D], the summed input of each update with gradient; or null
+};
+
+struct BackwardJob {
+  Job job;
+  const void* const* grad_states_out; // num_states x [B, L, D] in the compute dtype; null: zero
+  const void* saved;                  // as ForwardJob::saved
+  float* const* grad_states;          // num_states x [B, L, D]: the running gradients, in the end those of the incoming states
+  float* grad_x;                      // [B, L, D] or null
+  float* const* grad_weights;         // net by net, layer by layer; null where nobody asks; added to, so zeroed by the caller
+  size_t store_bytes;                 // most memory for the tensors that weight gradients read
+};
+
+// The code of one (target, element) pair.  Every function but the *_bytes is called by all threads of a region.
+struct Engine {
+  const char* target;
+  const char* element;
+  size_t (*packed_bytes)(const NetShape& net, bool backward);
+  void (*pack)(const NetShape& net, const float* const* weights, bool backward, void* packed, int thread, int threads);
+  size_t (*forward_bytes)(const ForwardJob& job);
+  void (*forward)(const ForwardJob& job, void* workspace, int thread);
+  size_t (*backward_bytes)(const BackwardJob& job);
+  void (*backward)(const BackwardJob& job, void* workspace, int thread);
+  double (*peak_gflops)(double seconds);
+};
+
+// How B sequences are divided: `each` whole sequences for every thread, and the `rest` (fewer than threads) one by one to
+// teams of `team_size` threads.
+struct Division {
+  int each, rest, team_size;
+  Division(int batch, int threads)
+      : each(batch / threads), rest(batch % threads), team_size(batch % threads ? threads / (batch % threads) : 0) {}
+};
+
+} // namespace trmfast

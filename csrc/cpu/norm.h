@@ -1,0 +1,45 @@
+// RMSNorm without weight, y = u r with r = 1 / sqrt(mean(u^2) + eps), over the channels of a token.
+#pragma once
+
+#include "simd.h"
+
+namespace trmfast {
+namespace TRMFAST_NAMESPACE {
+
+// y <- norm(u); returns r.  u holds zeros from `width` up to a multiple of kLanes.
+template <class T> TRMFAST_INLINE float rms_norm(const float* u, int width, float eps, T* y) {
+  vf squares[2] = {};
+  int j = 0;
+  for (; j + 2 * kLanes <= width; j += 2 * kLanes) {
+    const vf a = load(u + j), b = load(u + j + kLanes);
+    squares[0] = fma(a, a, squares[0]);
+    squares[1] = fma(b, b, squares[1]);
+  }
+  for (; j < width; j += kLanes) {
+    const vf a = load(u + j);
+    squares[0] = fma(a, a, squares[0]);
+  }
+  const float scale = 1.0f / __builtin_sqrtf(sum(squares[0] + squares[1]) / static_cast<float>(width) + eps);
+  const vf r = broadcast(scale);
+  for (j = 0; j + kLanes <= width; j += kLanes) store(y + j, load(u + j) * r);
+  if (j < width) store(y + j, load(u + j) * r, width - j);
+  return scale;
+}
+
+// du <- r (dy - y mean(dy y)), in place over dy and rounded into du_rounded.  dy is zero from `width` up to a multiple of kLanes.
+template <class T> TRMFAST_INLINE void rms_norm_backward(float* dy, const T* y, float r, int width, T* du_rounded) {
+  vf dots = {};
+  int j = 0;
+  for (; j + kLanes <= width; j += kLanes) dots = fma(load(dy + j), load(y + j), dots);
+  if (j < width) dots = fma(load(dy + j), load(y + j, width - j), dots);
+  const vf mean = broadcast(sum(dots) / static_cast<float>(width)), scale = broadcast(r);
+  for (j = 0; j < width; j += kLanes) {
+    const int n = width - j < kLanes ? width - j : kLanes;
+    const vf du = scale * (load(dy + j) - load(y + j, n) * mean);
+    store(dy + j, du);
+    store(du_rounded + j, du, n);
+  }
+}
+
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

@@ -1,0 +1,174 @@
+// Packing into the panels that the micro-kernels read: 32 columns wide, depth first; bf16 keeps pairs of depth together.
+//   bf16  panel[depth / 2][32][2]        f32  panel[depth][32]
+// A dword of a panel is one float or one pair of bf16, so packing X^T (columns of the panel are rows of X) is a transpose
+// of dwords, and packing X (columns of the panel are columns of X) is a copy of floats or an interleave of two bf16 rows.
+// Whatever lies beyond the matrix is written as zero.
+#pragma once
+
+#include "dot.h"
+#include "layout.h"
+#include "simd.h"
+
+namespace trmfast {
+namespace TRMFAST_NAMESPACE {
+
+template <class T> constexpr int elements_per_dword() { return 4 / static_cast<int>(sizeof(T)); }
+
+// Depth of a product, padded to what the micro-kernel takes; a multiple of a dword for every element.
+template <class T> constexpr int padded_depth(int depth) { return round_up(depth, Dot<T>::kDepthStep); }
+
+template <class T> constexpr long panel_elements(int depth) { return static_cast<long>(padded_depth<T>(depth)) * kPanel; }
+
+// The whole matrix: depth x columns.
+template <class T> constexpr long packed_elements(int depth, int columns) {
+  return panel_elements<T>(depth) * ceil_div(columns, kPanel);
+}
+
+// out[i][j] = in[j][i], 16 x 16 dwords.
+TRMFAST_INLINE void transpose_16x16(const uint32_t (*in)[16], uint32_t* out, long out_stride) {
+#if defined(__AVX512F__)
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(in[i]);
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  // r[4g + c] holds, in its 128-bit lane l, column 4l + c of rows 4g..4g+3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+    _mm512_storeu_si512(out + c * out_stride, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_storeu_si512(out + (4 + c) * out_stride, _mm512_shuffle_i32x4(d, e, 0x88));
+    _mm512_storeu_si512(out + (8 + c) * out_stride, _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm512_storeu_si512(out + (12 + c) * out_stride, _mm512_shuffle_i32x4(d, e, 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) out[i * out_stride + j] = in[j][i];
+#endif
+}
+
+// Sixteen dwords of T from `valid` elements of Src, the rest zero.
+template <class T, class Src> TRMFAST_INLINE void row_dwords(const Src* src, int valid, uint32_t* out) {
+  constexpr int kElements = 16 * elements_per_dword<T>();
+  T* to = reinterpret_cast<T*>(out);
+  if (valid >= kElements) {
+    for (int i = 0; i < kElements; i += kLanes) store(to + i, load(src + i));
+    return;
+  }
+  for (int i = 0; i < kElements; i += kLanes) store(to + i, load(src + i, larger(0, smaller(kLanes, valid - i))));
+}
+
+// Panel of X^T.  row(j) is row j of X (depth elements) for panel column j, or null for a zero column.
+template <class T, class Src, class Row> void pack_transposed_panel(Row row, int depth, T* panel) {
+  constexpr int kStep = 16 * elements_per_dword<T>();
+  const int padded = padded_depth<T>(depth);
+  uint32_t in[16][16], out[16][16];
+  for (int half = 0; half < 2; ++half) {
+    for (int d = 0; d < padded; d += kStep) {
+      for (int j = 0; j < 16; ++j) {
+        const Src* source = row(half * 16 + j);
+        if (source)
+          row_dwords<T>(source + d, depth - d, in[j]);
+        else
+          for (int i = 0; i < 16; ++i) in[j][i] = 0;
+      }
+      uint32_t* to = reinterpret_cast<uint32_t*>(panel) + d / elements_per_dword<T>() * static_cast<long>(kPanel) + half * 16;
+      const int dwords = smaller(kStep, padded - d) / elements_per_dword<T>();
+      if (dwords == 16) {
+        transpose_16x16(in, to, kPanel);
+      } else {
+        transpose_16x16(in, out[0], 16);
+        for (int i = 0; i < dwords; ++i) __builtin_memcpy(to + static_cast<long>(i) * kPanel, out[i], sizeof out[i]);
+      }
+    }
+  }
+}
+
+// Two rows of 32 columns as they stand in a panel: interleaved pairs (bf16) or one after the other (f32).
+TRMFAST_INLINE void store_row_pair(bf16* panel, const float* even, const float* odd) {
+  for (int j = 0; j < kPanel; j += kLanes) {
+    const vu low = __builtin_convertvector(to_bf16_bits(load(even + j)), vu);
+    const vu high = __builtin_convertvector(to_bf16_bits(load(odd + j)), vu);
+    const vu pairs = low | high << 16;
+    __builtin_memcpy(panel + 2 * j, &pairs, sizeof pairs);
+  }
+}
+TRMFAST_INLINE void store_row_pair(float* panel, const float* even, const float* odd) {
+  for (int j = 0; j < kPanel; j += kLanes) {
+    store(panel + j, load(even + j));
+    store(panel + kPanel + j, load(odd + j));
+  }
+}
+
+// Up to 32 columns of one row as floats, zero beyond `columns`.
+template <class Src> TRMFAST_INLINE void load_row(const Src* src, int columns, float* out) {
+  for (int j = 0; j < kPanel; j += kLanes) {
+    const int valid = larger(0, smaller(kLanes, columns - j));
+    store(out + j, valid == kLanes ? load(src + j) : load(src + j, valid));
+  }
+}
+
+// Panel of X.  row(k) is row k of X from the panel's first column on, or null for a zero row.
+template <class T, class Row> void pack_panel(Row row, int depth, int columns, T* panel) {
+  const int padded = padded_depth<T>(depth);
+  float rows[2][kPanel];
+  for (int k = 0; k < padded; k += 2) {
+    for (int i = 0; i < 2; ++i) {
+      const auto* source = k + i < depth ? row(k + i) : nullptr;
+      if (source)
+        load_row(source, columns, rows[i]);
+      else
+        for (int j = 0; j < kPanel; ++j) rows[i][j] = 0.0f;
+    }
+    if (k + 1 < padded || sizeof(T) == 2)
+      store_row_pair(panel + static_cast<long>(k) * kPanel, rows[0], rows[1]);
+    else // the last row of an odd f32 depth
+      __builtin_memcpy(panel + static_cast<long>(k) * kPanel, rows[0], sizeof rows[0]);
+  }
+}
+
+// Panels of X^T: X is `columns` rows of `depth`, leading dimension `stride`.
+template <class T> void pack_transposed(const T* x, long stride, int columns, int depth, T* panels) {
+  for (int first = 0; first < columns; first += kPanel, panels += panel_elements<T>(depth))
+    pack_transposed_panel<T, T>([&](int j) { return first + j < columns ? x + (first + j) * stride : nullptr; }, depth, panels);
+}
+
+// Panels of X: X is `depth` rows of `columns`.
+template <class T> void pack_rows(const T* x, long stride, int depth, int columns, T* panels) {
+  for (int first = 0; first < columns; first += kPanel, panels += panel_elements<T>(depth))
+    pack_panel<T>([&](int k) { return x + k * stride + first; }, depth, columns - first, panels);
+}
+
+// to[c][r] = x[r][c]: rows x columns, each output row zero from `rows` up to the padded depth.
+template <class T> void transpose(const T* x, long stride, int rows, int columns, T* to, long to_stride) {
+  constexpr int kStep = 16 * elements_per_dword<T>();
+  constexpr int kPair = elements_per_dword<T>();
+  const int padded = padded_depth<T>(rows);
+  uint32_t in[16][16], out[16][16];
+  for (int c = 0; c < columns; c += 16) {
+    const int wide = smaller(16, columns - c);
+    for (int r = 0; r < padded; r += kStep) {
+      // in[i][j]: column c + j of row r + i (f32), of the rows r + 2i and r + 2i + 1 as a pair (bf16)
+      T* block = reinterpret_cast<T*>(in);
+      for (int i = 0; i < kStep; ++i) {
+        T* to_block = block + (i / kPair) * 16 * kPair + i % kPair;
+        const T* from = x + (r + i) * stride + c;
+        for (int j = 0; j < 16; ++j) to_block[j * kPair] = r + i < rows && j < wide ? from[j] : T{};
+      }
+      transpose_16x16(in, out[0], 16);
+      const int tall = smaller(kStep, padded - r);
+      for (int j = 0; j < wide; ++j)
+        __builtin_memcpy(to + (c + j) * to_stride + r, out[j], static_cast<size_t>(tall) * sizeof(T));
+    }
+  }
+}
+
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

@@ -1,0 +1,188 @@
+// A whole program forward.  A team takes a few sequences through every update before it takes the next: their activations
+// stay in L2, the weights stream past, and no thread waits for another team.
+#pragma once
+
+#include "block.h"
+
+namespace trmfast {
+namespace TRMFAST_NAMESPACE {
+
+// Sequences that share one pass over the weights.  With AMX a panel must be used for about 400 rows before the next can be
+// had from L3; vector units need far fewer.
+template <class T> int sequences_together(int length) {
+  const int rows = Dot<T>::kRows >= 32 ? 400 : 112;
+  return larger(1, rows / larger(1, length));
+}
+
+// Packed rotation tables, shared by all threads.
+struct RopeTables {
+  float *cos = nullptr, *sin = nullptr;
+
+  RopeTables(Arena& arena, const Job& job) {
+    const BlockShape& block = job.nets[0].block;
+    if (!job.cos || !block.attention) return;
+    const long elements = static_cast<long>(job.length) * HeadLayout(block).qk_width;
+    cos = arena.take<float>(elements);
+    sin = arena.take<float>(elements);
+  }
+  void pack(const Job& job, const Team& all) const {
+    if (!cos) return;
+    const HeadLayout heads(job.nets[0].block);
+    const Range range = all.split(job.length);
+    const long from = static_cast<long>(range.begin) * heads.head_dim, to = static_cast<long>(range.begin) * heads.qk_width;
+    pack_rope_table(job.cos + from, heads, range.end - range.begin, cos + to);
+    pack_rope_table(job.sin + from, heads, range.end - range.begin, sin + to);
+  }
+  Rope rope(const Job& job) const { return {cos, sin, HeadLayout(job.nets[0].block).qk_width}; }
+};
+
+// Zeroes what products read beyond the last column: [columns, up to) of every row.
+template <class T> void clear_padding(T* x, int rows, int columns, long up_to, long stride) {
+  if (!x || columns >= up_to) return;
+  for (int t = 0; t < rows; ++t) __builtin_memset(static_cast<void*>(x + t * stride + columns), 0, static_cast<size_t>(up_to - columns) * sizeof(T));
+}
+
+template <class T> void clear_activation_padding(const BlockShape& block, int rows, const BlockActivations<T>& act) {
+  const BlockStrides strides(block);
+  const int hidden = GateLayout{block.inner}.hidden_columns(), attended = HeadLayout(block).output_columns();
+  clear_padding(act.h, rows, block.width, round_up(block.width, kPanel), strides.h);
+  clear_padding(act.h1, rows, block.width, round_up(block.width, kPanel), strides.h);
+  clear_padding(act.hidden, rows, hidden, round_up(hidden, kPanel), strides.hidden);
+  if (block.attention) clear_padding(act.attended, rows, attended, round_up(attended, kPanel), strides.attended);
+}
+
+// Memory of one team for inference: the activations of one block, used by all blocks in turn.
+template <class T> struct ForwardBuffers {
+  BlockActivations<T> act = {};
+  float* u;
+
+  ForwardBuffers(Arena& arena, const BlockShape& block, int rows) {
+    const BlockStrides strides(block);
+    act.h = arena.take<T>(rows * strides.h);
+    act.h1 = arena.take<T>(rows * strides.h);
+    if (block.attention) {
+      act.qkv = arena.take<T>(rows * strides.qkv);
+      act.attended = arena.take<T>(rows * strides.attended);
+    }
+    act.hidden = arena.take<T>(rows * strides.hidden);
+    u = arena.take<float>(rows * strides.u);
+  }
+};
+
+template <class T> struct ForwardWorkspace {
+  RopeTables tables;
+  char* first;      // of thread 0
+  size_t per_thread;
+  int together;
+
+  ForwardWorkspace(Arena& arena, const ForwardJob& forward) : tables(arena, forward.job) {
+    const Job& job = forward.job;
+    together = smaller(sequences_together<T>(job.length), larger(1, job.batch / job.threads));
+    Arena one(nullptr);
+    layout(one, job);
+    per_thread = one.used();
+    first = arena.take<char>(static_cast<long>(per_thread) * job.threads);
+  }
+  struct Thread {
+    ForwardBuffers<T> buffers;
+    BlockScratch<T> scratch;
+  };
+  Thread layout(Arena& arena, const Job& job) const {
+    const BlockShape& block = job.nets[0].block;
+    ForwardBuffers<T> buffers(arena, block, together * job.length);
+    return {buffers, BlockScratch<T>(arena, block, job.length)};
+  }
+  Thread thread(const Job& job, int index) const {
+    Arena arena(first + per_thread * static_cast<size_t>(index));
+    return layout(arena, job);
+  }
+};
+
+// h[row] <- sum of the sources (+ x), in f32, rounded once; a copy to `saved` where backward will need it.
+template <class T>
+void sum_sources(const Team& team, const Job& job, const Update& update, const T* const* states, const T* x, long first_row, int rows,
+                 T* h, long stride, T* saved) {
+  const int D = job.width;
+  const Range range = team.split(rows);
+  for (int t = range.begin; t < range.end; ++t) {
+    const long at = (first_row + t) * D;
+    for (int j = 0; j < D; j += kLanes) {
+      const int n = smaller(kLanes, D - j);
+      vf sum = update.inject_x ? load(x + at + j, n) : vf{};
+      for (int s = 0; s < update.num_sources; ++s) sum += load(states[job.program.sources[update.first_source + s]] + at + j, n);
+      store(h + t * stride + j, sum, n);
+      if (saved) store(saved + at + j, sum, n);
+    }
+  }
+}
+
+// The layers of a net for one update; h is act[0].h, the result goes to out.
+template <class T>
+void net_forward(const Team& team, const NetShape& net, const void* packed, const Rope& rope, int sequences, int length,
+                 const BlockActivations<T>& act, float* u, T* out, long out_stride, const BlockScratch<T>& scratch) {
+  Arena weights(const_cast<void*>(packed));
+  const long stride = BlockStrides(net.block).h;
+  for (int layer = 0; layer < net.layers; ++layer) {
+    const bool last = layer + 1 == net.layers;
+    // h is free once h1 is there, so a block may write its output over its input.
+    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), rope, sequences, length, act, u, last ? out : act.h,
+                  last ? out_stride : stride, scratch);
+  }
+}
+
+template <class T>
+void program_forward(const ForwardJob& forward, const Team& team, const Rope& rope, int first_sequence, int sequences,
+                     const ForwardBuffers<T>& buffers, const BlockScratch<T>& scratch, const T** states) {
+  const Job& job = forward.job;
+  const long first_row = static_cast<long>(first_sequence) * job.length, elements = static_cast<long>(job.batch) * job.length * job.width;
+  const int rows = sequences * job.length;
+  for (int s = 0; s < job.program.num_states; ++s) states[s] = static_cast<const T*>(forward.states_in[s]);
+  T* saved = static_cast<T*>(forward.saved);
+  for (int i = 0; i < job.program.num_updates; ++i) {
+    const Update& update = job.program.updates[i];
+    const bool keep = saved && update.grad;
+    sum_sources(team, job, update, states, static_cast<const T*>(forward.x), first_row, rows, buffers.act.h,
+                BlockStrides(job.nets[update.net].block).h, keep ? saved : nullptr);
+    if (keep) saved += elements;
+    team.sync();
+    T* out = static_cast<T*>(forward.states_out[update.dst]);
+    net_forward(team, job.nets[update.net], job.packed[update.net].forward, rope, sequences, job.length, buffers.act, buffers.u,
+                out + first_row * job.width, job.width, scratch);
+    states[update.dst] = out;
+  }
+}
+
+template <class T> size_t forward_bytes(const ForwardJob& job) {
+  Arena arena(nullptr);
+  ForwardWorkspace<T> workspace(arena, job);
+  return arena.used();
+}
+
+template <class T> void forward(const ForwardJob& forward, void* memory, int thread) {
+  const Job& job = forward.job;
+  Arena arena(memory);
+  const ForwardWorkspace<T> workspace(arena, forward);
+  workspace.tables.pack(job, everyone(job, thread));
+  if (workspace.tables.cos) everyone(job, thread).sync();
+  const Rope rope = workspace.tables.rope(job);
+  const Division division(job.batch, job.threads);
+  const T* states[kMostStates];
+
+  const auto mine = workspace.thread(job, thread);
+  clear_activation_padding(job.nets[0].block, workspace.together * job.length, mine.buffers.act);
+  for (int done = 0; done < division.each; done += workspace.together)
+    program_forward(forward, kAlone, rope, thread * division.each + done, smaller(workspace.together, division.each - done),
+                    mine.buffers, mine.scratch, states);
+
+  // The rest: a team to a sequence, in the buffers of its first thread.
+  const RestTeam rest(job, division, thread);
+  if (!rest.idle) {
+    const auto shared = workspace.thread(job, rest.first_thread);
+    rest.team.sync(); // the first thread is done with its own sequences
+    program_forward(forward, rest.team, rope, division.each * job.threads + rest.index, 1, shared.buffers, mine.scratch, states);
+  }
+  Dot<T>::release();
+}
+
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

@@ -1,0 +1,23 @@
+// SwiGLU, element by element: silu(gate) * up and its gradients.
+#pragma once
+
+#include "simd.h"
+
+namespace trmfast {
+namespace TRMFAST_NAMESPACE {
+
+TRMFAST_INLINE vf swiglu(vf gate, vf up) { return silu(gate) * up; }
+
+struct GateGradient {
+  vf gate, up;
+};
+
+// d: gradient of silu(gate) * up.  silu'(g) = s (1 + g (1 - s)) with s = sigmoid(g).
+TRMFAST_INLINE GateGradient swiglu_backward(vf gate, vf up, vf d) {
+  const vf s = sigmoid(gate);
+  const vf scaled = d * s;
+  return {scaled * up * (1.0f + gate * (1.0f - s)), scaled * gate};
+}
+
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

@@ -1,0 +1,56 @@
+// A team: the threads that work on one group of sequences together.  A phase of work is a range of items, divided by rank;
+// sync() ends a phase.  A team of one never waits.
+#pragma once
+
+#include "engine.h"
+#include "layout.h"
+#include "thread_pool.h"
+
+namespace trmfast {
+namespace TRMFAST_NAMESPACE {
+
+struct Range {
+  int begin, end;
+};
+
+struct Team {
+  int rank, size;
+  SpinBarrier* barrier;
+
+  void sync() const {
+    if (size > 1) barrier->wait(size);
+  }
+  Range split(int items) const {
+    return {static_cast<int>(static_cast<long>(items) * rank / size),
+            static_cast<int>(static_cast<long>(items) * (rank + 1) / size)};
+  }
+};
+
+inline Team everyone(const Job& job, int thread) { return {thread, job.threads, job.barriers}; }
+constexpr Team kAlone{0, 1, nullptr};
+
+// The team that takes one of the `rest` sequences of a division, and which one.
+struct RestTeam {
+  Team team;
+  int index, first_thread;
+  bool idle;
+
+  RestTeam(const Job& job, const Division& division, int thread) {
+    idle = division.rest == 0 || thread / division.team_size >= division.rest;
+    if (idle) return;
+    index = thread / division.team_size;
+    first_thread = index * division.team_size;
+    team = {thread - first_thread, division.team_size, job.barriers + 1 + index};
+  }
+};
+
+// Equal row tiles of at most `most` rows: 97 rows in tiles of at most 14 are 7 tiles of 13 or 14, not 6 and a rest.
+struct RowTiles {
+  int rows, count;
+  RowTiles(int rows, int most) : rows(rows), count(ceil_div(rows, most)) {}
+  int begin(int tile) const { return static_cast<int>(static_cast<long>(rows) * tile / count); }
+  int size(int tile) const { return begin(tile + 1) - begin(tile); }
+};
+
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

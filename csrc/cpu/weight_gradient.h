@@ -1,0 +1,111 @@
+// Weight gradients, f32, added up over every (update, sequence) in the store at once:
+//
+//   grad[n, c] += sum over tokens of dy[t, n] x[t, c]
+//
+// x is packed into panels that all threads share; then every thread takes blocks of 64 outputs, transposes their dy and
+// multiplies in chunks of 512 tokens, so that a chunk of a panel (32 KB in bf16) is read from L1 by all tiles of the block.
+// A thread owns the rows that it adds to: no copy per thread, and the same sums for any number of threads.
+#pragma once
+
+#include "team.h"
+#include "weights.h"
+
+namespace trmfast {
+namespace TRMFAST_NAMESPACE {
+
+constexpr int kGradientRows = 64;
+constexpr int kGradientChunk = 512;
+
+template <class T> struct WeightGradientScratch {
+  T* rows;      // dy^T of a block, [64, stride]
+  float* tiles; // [64, 32]
+  long stride;
+
+  WeightGradientScratch(Arena& arena, long tokens)
+      : rows(arena.take<T>(kGradientRows * row_stride(static_cast<int>(tokens)))),
+        tiles(arena.take<float>(kGradientRows * kPanel)), stride(row_stride(static_cast<int>(tokens))) {}
+};
+
+// tiles[0 .. n) <- sum over chunks of left(chunk) [n, depth(chunk)] times the panel right(chunk).
+template <class T, class Left, class Right, class Depth>
+void multiply_chunks(int n, int chunks, long left_stride, float* tiles, Left left, Right right, Depth depth) {
+  const RowTiles rows(n, Dot<T>::kRows);
+  for (int chunk = 0; chunk < chunks; ++chunk)
+    for (int i = 0; i < rows.count; ++i)
+      Dot<T>::run(left(chunk) + rows.begin(i) * left_stride, left_stride, right(chunk), depth(chunk), rows.size(i),
+                  tiles + rows.begin(i) * kPanel, kPanel, chunk > 0);
+}
+
+// grad[row_of(first + r), c ..] += tiles[r]; rows without a place in the weight are padding.
+template <class RowOf>
+void add_to_gradient(int first, int n, int c, int columns, const float* tiles, float* grad, long grad_stride, RowOf row_of) {
+  const int wide = smaller(kPanel, columns - c);
+  for (int r = 0; r < n; ++r) {
+    const int row = row_of(first + r);
+    if (row < 0) continue;
+    float* to = grad + row * grad_stride + c;
+    for (int j = 0; j < wide; j += kLanes) {
+      const int lanes = smaller(kLanes, wide - j);
+      store(to + j, load(to + j, lanes) + load(tiles + r * kPanel + j), lanes);
+    }
+  }
+}
+
+// dy: [tokens, outputs] in packed order, x: [tokens, inputs]; row_of(n) is the weight's row of packed output n, or -1.
+// panels: shared by the team, packed_elements(tokens, inputs).
+template <class T, class RowOf>
+void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs, int tokens,
+                     float* grad, T* panels, const WeightGradientScratch<T>& scratch, RowOf row_of) {
+  const long elements = panel_elements<T>(tokens);
+  const int num_panels = ceil_div(inputs, kPanel), depth = padded_depth<T>(tokens);
+  const Range packing = team.split(num_panels);
+  for (int p = packing.begin; p < packing.end; ++p)
+    pack_rows(x + p * kPanel, x_stride, tokens, smaller(kPanel, inputs - p * kPanel), panels + p * elements);
+  team.sync();
+  const Range blocks = team.split(ceil_div(outputs, kGradientRows));
+  for (int block = blocks.begin; block < blocks.end; ++block) {
+    const int first = block * kGradientRows, n = smaller(kGradientRows, outputs - first);
+    transpose(dy + first, dy_stride, tokens, n, scratch.rows, scratch.stride);
+    for (int p = 0; p < num_panels; ++p) {
+      multiply_chunks<T>(
+          n, ceil_div(depth, kGradientChunk), scratch.stride, scratch.tiles,
+          [&](int chunk) { return scratch.rows + chunk * kGradientChunk; },
+          [&](int chunk) { return panels + p * elements + static_cast<long>(chunk) * kGradientChunk * kPanel; },
+          [&](int chunk) { return smaller(kGradientChunk, depth - chunk * kGradientChunk); });
+      add_to_gradient(first, n, p * kPanel, inputs, scratch.tiles, grad, inputs, row_of);
+    }
+  }
+  team.sync();
+}
+
+// The mlp_t mixer: grad[n, c] += sum over sequences and channels of dy[s, n, channel] x[s, c, channel].
+// dy: [sequences, outputs, stride], x: [sequences, inputs, stride], both with the channels of a sequence as columns.
+template <class T>
+void sequence_weight_gradient(const Team& team, const T* dy, int outputs, const T* x, int inputs, long stride, int width,
+                              int sequences, float* grad, T* panels, const WeightGradientScratch<T>& scratch) {
+  const long elements = panel_elements<T>(width);
+  const int num_panels = ceil_div(inputs, kPanel);
+  const Range packing = team.split(sequences * num_panels);
+  for (int item = packing.begin; item < packing.end; ++item) {
+    const int sequence = item / num_panels, c = item % num_panels * kPanel;
+    pack_transposed(x + (static_cast<long>(sequence) * inputs + c) * stride, stride, smaller(kPanel, inputs - c), width,
+                    panels + item * elements);
+  }
+  team.sync();
+  const Range blocks = team.split(ceil_div(outputs, kGradientRows));
+  for (int block = blocks.begin; block < blocks.end; ++block) {
+    const int first = block * kGradientRows, n = smaller(kGradientRows, outputs - first);
+    for (int p = 0; p < num_panels; ++p) {
+      multiply_chunks<T>(
+          n, sequences, stride, scratch.tiles,
+          [&](int sequence) { return dy + (static_cast<long>(sequence) * outputs + first) * stride; },
+          [&](int sequence) { return panels + (static_cast<long>(sequence) * num_panels + p) * elements; },
+          [&](int) { return padded_depth<T>(width); });
+      add_to_gradient(first, n, p * kPanel, inputs, scratch.tiles, grad, inputs, [](int row) { return row; });
+    }
+  }
+  team.sync();
+}
+
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

@@ -1,0 +1,163 @@
+"""setup.py's build of the C++ extension, tried out on an engine of twenty lines in a copy of the source tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines build only the portable target")
+
+ENGINE = """
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+namespace trmfast { namespace JOIN(TRMFAST_TARGET, TRMFAST_ELEMENT) {
+int features() {
+  int bits = 0;
+#ifdef __AVX2__
+  bits |= 1;
+#endif
+#ifdef __AVX512BF16__
+  bits |= 2;
+#endif
+#ifdef TRMFAST_EMULATE_AMX
+  bits |= 4;
+#endif
+  return bits;
+} } }
+"""
+
+MODULE = """
+#include <pybind11/pybind11.h>
+#define X(target, element) namespace trmfast { namespace target##_##element { int features(); } }
+TRMFAST_TARGETS
+#undef X
+PYBIND11_MODULE(_cpu, module) {
+  pybind11::dict found;
+#define X(target, element) found[#target "/" #element] = trmfast::target##_##element::features();
+  TRMFAST_TARGETS
+#undef X
+  module.attr("found") = found;
+}
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A source tree with the real setup.py and pyproject.toml around a tiny engine; its path holds a space."""
+    root = tmp_path / "source tree"
+    (root / "csrc" / "cpu").mkdir(parents=True)
+    (root / "trmfast").mkdir()
+    (root / "kernels").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root / name)
+    shutil.copy(ROOT / "trmfast" / "version.py", root / "trmfast" / "version.py")
+    for package in ("trmfast", "kernels"):
+        (root / package / "__init__.py").write_text("")
+    (root / "csrc" / "cpu" / "engine_target.cpp").write_text(ENGINE)
+    (root / "csrc" / "cpu" / "module.cpp").write_text(MODULE)
+    return root
+
+
+def build(tree: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+    """Build in place; the process and the record it leaves."""
+    plain = {
+        k: v for k, v in os.environ.items() if not k.startswith("TRMFAST_") and k not in ("CXX", "CXXFLAGS", "LDFLAGS")
+    }
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tree,
+        env={**plain, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    record = tree / "trmfast" / "_build_info.json"
+    return done, json.loads(record.read_text()) if record.exists() else {}
+
+
+def extensions(tree: Path) -> list[Path]:
+    return list((tree / "trmfast").glob("_cpu*.so"))
+
+
+def found(tree: Path) -> dict[str, int]:
+    code = "import json, trmfast._cpu as cpu; print(json.dumps(cpu.found))"
+    return json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=tree, text=True))
+
+
+@needs_compiler
+def test_every_target_is_built_with_its_own_flags(tree: Path) -> None:
+    done, record = build(tree, TRMFAST_EMULATE_AMX="1")
+    assert done.returncode == 0, done.stderr
+    assert record["error"] is None
+    features = found(tree)
+    assert sorted(features) == sorted(record["targets"])
+    assert features["portable/f32"] == features["portable/bf16"] == 0
+    if platform.machine() == "x86_64":
+        assert features["avx2/f32"] == features["avx2/bf16"] == 1
+        assert features["amx_emulated/bf16"] == 5
+        for target in ("avx512_bf16", "amx"):
+            assert f"{target}/bf16" in features or target in record["left_out"]
+            assert f"{target}/f32" not in features
+
+    # Nothing to do, then one file.
+    again, _ = build(tree, TRMFAST_EMULATE_AMX="1")
+    assert "no work to do" in again.stdout
+    (tree / "csrc" / "cpu" / "module.cpp").write_text(MODULE + "// changed\n")
+    changed, _ = build(tree, TRMFAST_EMULATE_AMX="1")
+    assert "module.o" in changed.stdout
+    assert "engine_portable" not in changed.stdout
+
+
+@needs_compiler
+@needs_x86
+def test_target_that_the_compiler_does_not_know_is_left_out(tree: Path) -> None:
+    old = tree / "old g++"
+    old.write_text(
+        '#!/bin/sh\ncase "$*" in *amx*) echo "error: unrecognized option -mamx-tile" >&2; exit 1;; esac\nexec g++ "$@"\n'
+    )
+    old.chmod(0o755)
+    done, record = build(tree, CXX=f"'{old}'")
+    assert done.returncode == 0, done.stderr
+    assert record["error"] is None
+    assert "unrecognized option" in record["left_out"]["amx"]
+    assert "leaving out amx" in done.stderr
+    assert not [name for name in found(tree) if name.startswith("amx")]
+
+
+@needs_compiler
+def test_failed_compilation_is_recorded_and_removes_the_old_extension(tree: Path) -> None:
+    assert build(tree)[0].returncode == 0
+    assert extensions(tree)
+    (tree / "csrc" / "cpu" / "module.cpp").write_text("#error this engine does not compile\n")
+    done, record = build(tree)
+    assert done.returncode == 0
+    assert "this engine does not compile" in record["error"]
+    assert "this engine does not compile" in record["log"]
+    assert "the CPU engine was not built" in done.stderr
+    assert not extensions(tree)
+    assert build(tree, TRMFAST_REQUIRE_CPU="1")[0].returncode != 0
+
+
+def test_missing_compiler_is_recorded(tree: Path) -> None:
+    done, record = build(tree, CXX="/nonexistent/g++")
+    assert done.returncode == 0, done.stderr
+    assert record["error"].startswith("no C++ compiler: tried /nonexistent/g++")
+    assert record["targets"] == []
+    assert not extensions(tree)
+
+
+@needs_compiler
+def test_missing_source_is_recorded(tree: Path) -> None:
+    (tree / "csrc" / "cpu" / "engine_target.cpp").unlink()
+    done, record = build(tree)
+    assert done.returncode == 0, done.stderr
+    assert "csrc/cpu/engine_target.cpp" in record["error"]

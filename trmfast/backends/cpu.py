@@ -1,0 +1,307 @@
+"""The CPU engine behind the backend protocol: C++ in csrc/cpu, one parallel region for a whole program."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from trmfast.build_info import build_info
+from trmfast.problem import Problem
+
+try:
+    from trmfast import _cpu as _extension
+except ImportError as error:
+    _cpu: ModuleType | None = None
+    _import_error = str(error)
+else:
+    _cpu = _extension
+    _import_error = ""
+
+__all__ = ["CpuBackend", "clear_packed_weights", "force_target", "target_for", "targets"]
+
+ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# Best first.  An element that a target is not compiled for is served by the next one below it.
+TARGETS = ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable")
+# Memory for what weight gradients read, over all sequences of a backward pass.
+STORE_BYTES = 96 << 20
+MOST_STATES = 64
+PACKED_NETS = 16
+
+_forced: str | None = os.environ.get("TRMFAST_CPU_ISA") or None
+
+
+def targets() -> dict[str, str | None]:
+    """Every target of this build, best first, with None if this machine runs it or else the reason why not."""
+    if _cpu is None:
+        return {}
+    compiled = {target for target, _ in _cpu.compiled_pairs()}
+    return {target: _cpu.missing_reason(target) for target in TARGETS if target in compiled}
+
+
+@contextmanager
+def force_target(target: str | None) -> Iterator[None]:
+    """Runs the engine on one target inside a ``with`` block; None lets it choose again.
+
+    The environment variable ``TRMFAST_CPU_ISA`` does the same for a process.
+
+    Raises:
+        ValueError: the target is not compiled or the machine cannot run it.
+    """
+    global _forced
+    before, _forced = _forced, target
+    try:
+        if target is not None:
+            target_for(torch.float32)
+        yield
+    finally:
+        _forced = before
+
+
+def target_for(dtype: torch.dtype) -> str:
+    """The target that computes in a dtype: the best that this machine runs, or the one forced."""
+    return _target_for(ELEMENTS[dtype], _forced)
+
+
+@lru_cache(maxsize=32)
+def _target_for(element: str, forced: str | None) -> str:
+    assert _cpu is not None
+    pairs = set(_cpu.compiled_pairs())
+    if forced is not None:
+        known = targets()
+        if forced not in known:
+            raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, accepted are {', '.join(known)}")
+        if known[forced] is not None:
+            raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, but {known[forced]}")
+        candidates = TARGETS[TARGETS.index(forced) :]
+    else:
+        candidates = tuple(target for target in TARGETS if target != "amx_emulated")
+    for target in candidates:
+        if (target, element) in pairs and _cpu.missing_reason(target) is None:
+            return target
+    raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, accepted are targets compiled for {element}")
+
+
+# ---------------------------------------------------------------- packed weights
+
+
+@dataclass
+class _Packed:
+    fingerprint: int
+    backward: bool
+    weights: object  # _cpu.PackedWeights
+    storages: tuple[StorageWeakRef, ...]
+
+
+class _PackedCache:
+    """Packed weights by the addresses of the weights, valid for as long as their bytes are the same.
+
+    A version counter would not do: writes through ``p.data`` do not move it.  So every call fingerprints the bytes, which
+    costs a read of the weights at memory speed, and packs again when they differ.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[tuple[object, ...], _Packed] = OrderedDict()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    def get(self, engine: _Engine, net: int, dtype: torch.dtype, weights: list[Tensor], backward: bool, threads: int) -> object:
+        assert _cpu is not None
+        weights = [weight.detach().contiguous() for weight in weights]
+        addresses = [weight.data_ptr() for weight in weights]
+        sizes = [weight.numel() * weight.element_size() for weight in weights]
+        target, element = target_for(dtype), ELEMENTS[dtype]
+        key = (target, element, engine.net_keys[net], weights[0].dtype, *addresses)
+        fingerprint = _cpu.fingerprint(addresses, sizes, threads)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry.fingerprint == fingerprint and (entry.backward or not backward):
+                self._entries.move_to_end(key)
+                return entry.weights
+        floats = [weight if weight.dtype == torch.float32 else weight.to(torch.float32) for weight in weights]
+        packed = _cpu.PackedWeights(
+            target, element, engine.blocks[net], engine.layers[net], [w.data_ptr() for w in floats], backward, threads
+        )
+        storages = tuple(StorageWeakRef(weight.untyped_storage()) for weight in weights)
+        with self._lock:
+            for stale in [k for k, e in self._entries.items() if any(s.expired() for s in e.storages)]:
+                del self._entries[stale]
+            self._entries[key] = _Packed(fingerprint, backward, packed, storages)
+            self._entries.move_to_end(key)
+            while len(self._entries) > PACKED_NETS:
+                self._entries.popitem(last=False)
+        return packed
+
+
+_cache = _PackedCache()
+
+
+def clear_packed_weights() -> None:
+    """Frees all packed weights.  They are made again when needed."""
+    _cache.clear()
+
+
+# ---------------------------------------------------------------- backend
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """A problem in the engine's own structs."""
+
+    program: object
+    blocks: tuple[object, ...]
+    layers: tuple[int, ...]
+    net_keys: tuple[str, ...]
+
+
+@lru_cache(maxsize=256)
+def _engine(problem: Problem) -> _Engine:
+    assert _cpu is not None
+    updates = [(u.dst, list(u.sources), u.inject_x, u.net, u.grad) for u in problem.program.updates]
+    blocks = tuple(
+        _cpu.BlockShape(
+            width=b.hidden_size,
+            inner=b.intermediate_size,
+            attention=b.token_mixer == "attention",
+            heads=b.num_heads,
+            kv_heads=b.num_kv_heads,
+            head_dim=b.head_dim,
+            causal=b.causal,
+            seq_len=b.seq_len,
+            seq_inner=b.seq_intermediate_size,
+            eps=b.rms_norm_eps,
+        )
+        for b in (net.block for net in problem.nets)
+    )
+    return _Engine(
+        _cpu.Program(len(problem.program.states), updates),
+        blocks,
+        tuple(net.num_layers for net in problem.nets),
+        tuple(net.key for net in problem.nets),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class CpuBackend:
+    """AMX, AVX-512, AVX2 or portable C++, chosen at run time; threads as in ``torch.set_num_threads``."""
+
+    name = "cpu"
+    device_types = ("cpu",)
+
+    def available(self) -> str | None:
+        """None, or why there is no engine in this installation."""
+        if _cpu is not None:
+            return None
+        return f"the engine was not built: {build_info().error or _import_error}"
+
+    def supports(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> str | None:
+        """None, or why the engine does not run this problem."""
+        if dtype not in ELEMENTS:
+            accepted = ", ".join(str(d).removeprefix("torch.") for d in ELEMENTS)
+            return f"it computes in {accepted}, not in {str(dtype).removeprefix('torch.')}"
+        blocks = {net.block for net in problem.nets}
+        if len(blocks) > 1:
+            return "it takes networks whose blocks are equal, these differ"
+        block = blocks.pop()
+        if block.channel_mixer != "swiglu":
+            return f"it has no {block.channel_mixer}"
+        if len(problem.program.states) > MOST_STATES:
+            return f"it takes up to {MOST_STATES} states, not {len(problem.program.states)}"
+        return None
+
+    def _packed(self, problem: Problem, dtype: torch.dtype, weights: Sequence[Tensor], backward: bool, threads: int) -> list[object]:
+        engine = _engine(problem)
+        return [
+            _cache.get(engine, n, dtype, problem.net_weights(weights, n), backward, threads) for n in range(len(problem.nets))
+        ]
+
+    def forward(
+        self,
+        problem: Problem,
+        states: Sequence[Tensor],
+        x: Tensor | None,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        save: bool,
+    ) -> tuple[list[Tensor], Tensor]:
+        """See :class:`trmfast.backends.Backend`."""
+        assert _cpu is not None
+        first = states[0]
+        threads = torch.get_num_threads()
+        packed = self._packed(problem, first.dtype, weights, save, threads)
+        written = {update.dst for update in problem.program.updates}
+        out = [torch.empty_like(state) if s in written else state.clone() for s, state in enumerate(states)]
+        saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
+        _cpu.forward(
+            _engine(problem).program,
+            packed,
+            tuple(first.shape),
+            [state.data_ptr() for state in states],
+            [state.data_ptr() for state in out],
+            _address(x),
+            saved.data_ptr() if save and problem.num_grad_updates else 0,
+            _address(cos),
+            _address(sin),
+            threads,
+        )
+        return out, saved
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_states: Sequence[Tensor],
+        saved: Tensor,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        needs_states: Sequence[bool],
+        needs_x: bool,
+        needs_weights: Sequence[bool],
+    ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+        """See :class:`trmfast.backends.Backend`."""
+        assert _cpu is not None
+        threads = torch.get_num_threads()
+        shape = tuple(saved.shape[1:])
+        packed = self._packed(problem, saved.dtype, weights, True, threads)
+        grads = [torch.empty(shape, dtype=torch.float32) for _ in grad_states]
+        grad_x = torch.empty(shape, dtype=torch.float32) if needs_x else None
+        grad_weights = [
+            torch.zeros(weight.shape, dtype=torch.float32) if needed else None
+            for weight, needed in zip(weights, needs_weights, strict=True)
+        ]
+        _cpu.backward(
+            _engine(problem).program,
+            packed,
+            shape,
+            [grad.data_ptr() for grad in grad_states],
+            saved.data_ptr(),
+            [grad.data_ptr() for grad in grads],
+            _address(grad_x),
+            [_address(grad) for grad in grad_weights],
+            _address(cos),
+            _address(sin),
+            threads,
+            STORE_BYTES,
+        )
+        return [grad if needed else None for grad, needed in zip(grads, needs_states, strict=True)], grad_x, grad_weights
