@@ -246,8 +246,10 @@ def compile_extension(plan: Plan, output: Path) -> None:
         log = done.stdout.decode(errors="replace")
         print(log, flush=True)
         if done.returncode != 0:
-            first = next((line.strip() for line in log.splitlines() if "error" in line.lower()), "ninja failed")
-            raise CannotBuildError(f"{plan.compiler_version} failed: {first}", log)
+            lines = log.replace(f"{ROOT}/", "").splitlines()
+            start = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
+            message = f"{plan.compiler_version} failed: {lines[start].strip() if lines else 'ninja says nothing'}"
+            raise CannotBuildError(message, "\n".join(lines[start : start + 40]))
         output.parent.mkdir(parents=True, exist_ok=True)
         # Written beside and moved: a process that has the old file mapped keeps it.
         beside = output.with_name(output.name + ".new")
@@ -269,7 +271,7 @@ class BuildEngine(build_ext):
         except CannotBuildError as error:
             if os.environ.get("TRMFAST_REQUIRE_CPU", "") == "1":
                 raise
-            info.update(error=str(error), log="\n".join(error.log.splitlines()[-60:]))
+            info.update(error=str(error), log=error.log)
             self.remove_stale(output)
             print(f"\ntrmfast: the CPU engine was not built: {error}", file=sys.stderr)
             print("trmfast: installing without it; `trmfast info` repeats the reason\n", file=sys.stderr)

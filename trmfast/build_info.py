@@ -16,7 +16,7 @@ class BuildInfo:
 
     Attributes:
         error: None if the extension was built, otherwise the reason in one line.
-        log: the end of the compiler's output when it failed.
+        log: the compiler's first error and what follows it.
         compiler: the first line of the compiler's --version.
         targets: the compiled pairs as "target/element", best first, for example "avx512_bf16/bf16".
         left_out: targets that this compiler cannot build, with the reason.
