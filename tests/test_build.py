@@ -40,7 +40,7 @@ MODULE = """
 #define X(target, element) namespace trmfast { namespace target##_##element { int features(); } }
 TRMFAST_TARGETS
 #undef X
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", 0, -1, 0, 0, 0, 0, 0};
 PyMODINIT_FUNC PyInit__cpu() {
   PyObject* module = PyModule_Create(&definition);
   PyObject* found = PyDict_New();
