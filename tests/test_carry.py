@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from model_cases import TINY, make, make_batch
+from model_cases import TINY, make, make_batch, one_thread  # noqa: F401 (a fixture)
 from trmfast.models import TRM
 
 

@@ -132,5 +132,5 @@ def _gather(local: Tensor, world_size: int) -> Tensor:
     if world_size == 1:
         return local
     gathered = local.new_empty(world_size * local.shape[0], *local.shape[1:])
-    dist.all_gather_into_tensor(gathered, local.contiguous())
+    dist.all_gather(list(gathered.chunk(world_size)), local.contiguous())
     return gathered
