@@ -62,8 +62,9 @@ struct RowPointers {
   }
 };
 
-template <class Step, int kTileRows, int kTileVectors>
+template <class TileStep, int kTileRows, int kTileVectors>
 struct TileDot {
+  using Step = TileStep;
   using T = typename Step::Element;
   static constexpr int kRows = kTileRows;
   static constexpr int kDepthStep = Step::kDepth;
