@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -70,19 +71,39 @@ std::unique_ptr<Memory> PackedWeights::pack(const std::vector<const float*>& wei
   return memory;
 }
 
-void run(const Engine& engine, ForwardJob job) {
+namespace {
+
+// The workspace of the last job, kept for the next one: mapping fresh memory would cost a tenth of a training step.
+std::atomic<Memory*> kept_workspace{nullptr};
+
+class Workspace {
+public:
+  explicit Workspace(size_t bytes) : memory_(kept_workspace.exchange(nullptr)) {
+    if (memory_ && memory_->bytes() >= bytes) return;
+    memory_.reset(); // before there are two
+    memory_ = std::make_unique<Memory>(bytes);
+  }
+  ~Workspace() { delete kept_workspace.exchange(memory_.release()); }
+  void* get() const { return memory_->get(); }
+
+private:
+  std::unique_ptr<Memory> memory_;
+};
+
+template <class SomeJob> void run_region(SomeJob job, size_t bytes, void (*body)(const SomeJob&, void*, int)) {
   const std::unique_ptr<SpinBarrier[]> barriers(new SpinBarrier[static_cast<size_t>(job.job.threads) + 1]);
   job.job.barriers = barriers.get();
-  const Memory workspace(engine.forward_bytes(job));
-  parallel(job.job.threads, [&](int thread) { engine.forward(job, workspace.get(), thread); });
+  const Workspace workspace(bytes);
+  parallel(job.job.threads, [&](int thread) { body(job, workspace.get(), thread); });
 }
 
-void run(const Engine& engine, BackwardJob job) {
-  const std::unique_ptr<SpinBarrier[]> barriers(new SpinBarrier[static_cast<size_t>(job.job.threads) + 1]);
-  job.job.barriers = barriers.get();
-  const Memory workspace(engine.backward_bytes(job));
-  parallel(job.job.threads, [&](int thread) { engine.backward(job, workspace.get(), thread); });
-}
+} // namespace
+
+void release_workspace() { delete kept_workspace.exchange(nullptr); }
+
+void run(const Engine& engine, const ForwardJob& job) { run_region(job, engine.forward_bytes(job), engine.forward); }
+
+void run(const Engine& engine, const BackwardJob& job) { run_region(job, engine.backward_bytes(job), engine.backward); }
 
 double measure_peak(const Engine& engine, int threads, double seconds) {
   std::vector<double> rates(static_cast<size_t>(threads));

@@ -53,9 +53,12 @@ private:
   std::unique_ptr<Memory> forward_, backward_;
 };
 
-// Fill in job.barriers and run on job.threads threads.
-void run(const Engine& engine, ForwardJob job);
-void run(const Engine& engine, BackwardJob job);
+// Run on job.threads threads; job.barriers is filled in here.
+void run(const Engine& engine, const ForwardJob& job);
+void run(const Engine& engine, const BackwardJob& job);
+
+// Frees the workspace that is kept between jobs.
+void release_workspace();
 
 // Multiply-adds on registers alone, all threads together, GFLOP/s.
 double measure_peak(const Engine& engine, int threads, double seconds);

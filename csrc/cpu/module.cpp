@@ -115,6 +115,7 @@ PYBIND11_MODULE(_cpu, m) {
     return reason ? py::object(py::str(reason)) : py::object(py::none());
   });
   m.def("supported_targets", &supported_targets);
+  m.def("release_workspace", &release_workspace);
   m.def("forward", &forward, Released());
   m.def("backward", &backward, Released());
   m.def(

@@ -146,26 +146,44 @@ template <class T> void pack_rows(const T* x, long stride, int depth, int column
     pack_panel<T>([&](int k) { return x + k * stride + first; }, depth, columns - first, panels);
 }
 
+// `columns` <= 16 columns of consecutive rows of x as dwords, one row (f32) or a pair of rows (bf16), zero beyond.
+TRMFAST_INLINE void row_pair_dwords(const bf16* x, long stride, int rows, int columns, uint32_t* out) {
+  for (int j = 0; j < 16; j += kLanes) {
+    vu pairs = {};
+    for (int i = 0; i < 2; ++i) {
+      vu16 bits = {};
+      const int n = i < rows ? larger(0, smaller(kLanes, columns - j)) : 0;
+      if (n == kLanes)
+        __builtin_memcpy(&bits, x + i * stride + j, sizeof bits);
+      else if (n > 0)
+        __builtin_memcpy(&bits, x + i * stride + j, sizeof(bf16) * static_cast<size_t>(n));
+      pairs |= __builtin_convertvector(bits, vu) << (16 * i);
+    }
+    __builtin_memcpy(out + j, &pairs, sizeof pairs);
+  }
+}
+TRMFAST_INLINE void row_pair_dwords(const float* x, long, int rows, int columns, uint32_t* out) {
+  for (int j = 0; j < 16; j += kLanes)
+    store(reinterpret_cast<float*>(out) + j, rows > 0 ? load(x + j, larger(0, smaller(kLanes, columns - j))) : vf{});
+}
+
 // to[c][r] = x[r][c]: rows x columns, each output row zero from `rows` up to the padded depth.
 template <class T> void transpose(const T* x, long stride, int rows, int columns, T* to, long to_stride) {
-  constexpr int kStep = 16 * elements_per_dword<T>();
   constexpr int kPair = elements_per_dword<T>();
+  constexpr int kStep = 16 * kPair;
   const int padded = padded_depth<T>(rows);
   uint32_t in[16][16], out[16][16];
   for (int c = 0; c < columns; c += 16) {
     const int wide = smaller(16, columns - c);
     for (int r = 0; r < padded; r += kStep) {
-      // in[i][j]: column c + j of row r + i (f32), of the rows r + 2i and r + 2i + 1 as a pair (bf16)
-      T* block = reinterpret_cast<T*>(in);
-      for (int i = 0; i < kStep; ++i) {
-        T* to_block = block + (i / kPair) * 16 * kPair + i % kPair;
-        const T* from = x + (r + i) * stride + c;
-        for (int j = 0; j < 16; ++j) to_block[j * kPair] = r + i < rows && j < wide ? from[j] : T{};
-      }
+      for (int i = 0; i < 16; ++i) row_pair_dwords(x + (r + i * kPair) * stride + c, stride, rows - r - i * kPair, wide, in[i]);
       transpose_16x16(in, out[0], 16);
-      const int tall = smaller(kStep, padded - r);
-      for (int j = 0; j < wide; ++j)
-        __builtin_memcpy(to + (c + j) * to_stride + r, out[j], static_cast<size_t>(tall) * sizeof(T));
+      const size_t tall = static_cast<size_t>(smaller(kStep, padded - r)) * sizeof(T);
+      T* first = to + c * to_stride + r;
+      if (tall == 64 && wide == 16)
+        for (int j = 0; j < 16; ++j) __builtin_memcpy(first + j * to_stride, out[j], 64);
+      else
+        for (int j = 0; j < wide; ++j) __builtin_memcpy(first + j * to_stride, out[j], tall);
     }
   }
 }

@@ -27,7 +27,7 @@ else:
     _cpu = _extension
     _import_error = ""
 
-__all__ = ["CpuBackend", "clear_packed_weights", "force_target", "target_for", "targets"]
+__all__ = ["CpuBackend", "force_target", "release_memory", "target_for", "targets"]
 
 ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Best first.  An element that a target is not compiled for is served by the next one below it.
@@ -153,9 +153,11 @@ class _PackedCache:
 _cache = _PackedCache()
 
 
-def clear_packed_weights() -> None:
-    """Frees all packed weights.  They are made again when needed."""
+def release_memory() -> None:
+    """Frees what the engine keeps between calls: packed weights and its workspace.  Both are made again when needed."""
     _cache.clear()
+    if _cpu is not None:
+        _cpu.release_workspace()
 
 
 # ---------------------------------------------------------------- backend
