@@ -76,12 +76,17 @@ def swiglu(h: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
 def conv_swiglu(h: Tensor, gate_up_proj: Tensor, conv: Tensor, bias: Tensor, down_proj: Tensor) -> Tensor:
     """URM's SwiGLU of h [B, L, D]: after the gate a depthwise convolution over the sequence, its bias and a SiLU.
 
-    The k taps end at position ``l + (k - 1) // 2``, so two taps see the position before and the position itself.
+    The k taps end at position ``l + (k - 1) // 2``, so two taps see the position before and the position itself.  They
+    are summed in the wide dtype and rounded once, as a convolution does.
     """
     gate, up = F.linear(h, gate_up_proj.to(h.dtype)).chunk(2, dim=-1)
-    inner, taps = (F.silu(gate) * up).transpose(1, 2), conv.shape[-1]
-    mixed = F.conv1d(inner, conv.to(h.dtype), bias.to(h.dtype), padding=taps // 2, groups=conv.shape[0])
-    return F.linear(F.silu(mixed[..., : h.shape[1]]).transpose(1, 2), down_proj.to(h.dtype))
+    wide, length, taps = wide_dtype(h.dtype), h.shape[1], conv.shape[-1]
+    padded = F.pad((F.silu(gate) * up).to(wide), (0, 0, taps // 2, taps // 2))
+    kernel = conv.to(h.dtype).to(wide)
+    mixed = bias.to(h.dtype).to(wide)
+    for tap in range(taps):
+        mixed = mixed + padded[:, tap : tap + length] * kernel[:, 0, tap]
+    return F.linear(F.silu(mixed.to(h.dtype)), down_proj.to(h.dtype))
 
 
 def run_block(block: BlockSpec, h: Tensor, weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None) -> Tensor:

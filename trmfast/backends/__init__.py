@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from trmfast.backends.cpu import CpuBackend
 from trmfast.backends.reference import ReferenceBackend
 from trmfast.problem import Problem
 
@@ -24,14 +24,15 @@ class Backend(Protocol):
     at least one element, x only if an update injects it, and contiguous RoPE tables of exactly [L, head_dim] in float32
     (float64 if the compute dtype is), only if a network attends.  Weights arrive as the caller holds them, of any float
     dtype and strides, so that a cache can recognise them.
-
-    Attributes:
-        name: the name users choose it by.
-        device_types: the types of devices it is made for; empty for all.
     """
 
-    name: str
-    device_types: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """The name users choose it by."""
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        """The types of devices it is made for; empty for all."""
 
     def available(self) -> str | None:
         """None if the backend works on this machine, else the reason in one line."""
@@ -78,14 +79,8 @@ class Backend(Protocol):
         """
 
 
-BACKENDS: dict[str, Backend] = {}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
 """Backends by name, in order of preference."""
-
-if find_spec("trmfast.backends.cpu") is not None:  # until backends/cpu.py exists
-    from trmfast.backends.cpu import CpuBackend  # type: ignore[import-not-found]
-
-    BACKENDS["cpu"] = CpuBackend()
-BACKENDS["reference"] = ReferenceBackend()
 
 _told: set[str] = set()
 
