@@ -1,13 +1,13 @@
-// The AMX tile intrinsics that trmfast uses, in plain C++, so that code written for AMX runs and is checked on any machine.
-// Include after <immintrin.h>: the names are macros with literal tile numbers, as GCC's are.
+// The AMX tile intrinsics that trmfast uses, in plain C++, so that code written for AMX runs and is checked on any
+// machine. Include after <immintrin.h>: the names are macros with literal tile numbers, as GCC's are.
 //
-// TDPBF16PS follows Intel's description bit for bit: per instruction, the even and the odd depths are summed in two fp32
-// accumulators that start at zero (fused multiply-adds, round to nearest even), then added to each other and to the
-// destination; denormals are zero on the way in and out. Where the hardware raises #UD or #GP, this aborts with a message.
-// It is also stricter: a load into a tile takes all its configured rows, and tiles that were never written are NaN.
+// TDPBF16PS follows Intel's description bit for bit: per instruction, the even and the odd depths are summed in two
+// fp32 accumulators that start at zero (fused multiply-adds, round to nearest even), then added to each other and to
+// the destination; denormals are zero on the way in and out. Where the hardware raises #UD or #GP, this aborts with a
+// message. It is also stricter: a load into a tile takes all its configured rows, and tiles that were never written are
+// NaN.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -76,7 +76,7 @@ inline void load_config(const void* p) {
     require((c.rows[t] == 0) == (c.column_bytes[t] == 0), "a tile has rows or columns, but not both (#GP)");
   }
   s.configured = true;
-  std::memset(s.tile, 0xff, sizeof s.tile);  // the hardware zeroes them; NaN shows who relies on it
+  std::memset(s.tile, 0xff, sizeof s.tile); // the hardware zeroes them; NaN shows who relies on it
 }
 
 inline void release() { state().configured = false; }
@@ -97,7 +97,7 @@ inline void store(int t, void* base, long stride) {
   for (int i = 0; i < r; ++i) std::memcpy(static_cast<char*>(base) + i * stride, state().tile[t][i], bytes);
 }
 
-inline float flush_denormal(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+inline float flush_denormal(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x; }
 
 // The half of a dword of two bf16: 0 is the low one.
 inline float half(uint32_t pair, int which) {
@@ -112,7 +112,8 @@ inline void dot_product_bf16(int c, int a, int b) {
   require(c != a && c != b && a != b, "the three tiles of TDPBF16PS must differ (#UD)");
   const int m = rows(c), n = column_bytes(c) / 4, k = column_bytes(a) / 4;
   require(rows(a) == m, "TDPBF16PS: rows of the destination and of the first operand differ (#UD)");
-  require(column_bytes(b) == column_bytes(c), "TDPBF16PS: columns of the destination and of the second operand differ (#UD)");
+  require(column_bytes(b) == column_bytes(c),
+          "TDPBF16PS: columns of the destination and of the second operand differ (#UD)");
   require(rows(b) == k, "TDPBF16PS: depths of the operands differ (#UD)");
   require(column_bytes(c) % 4 == 0 && column_bytes(a) % 4 == 0, "TDPBF16PS: rows that are not whole dwords (#UD)");
   for (int i = 0; i < m; ++i) {
@@ -120,7 +121,7 @@ inline void dot_product_bf16(int c, int a, int b) {
       float sum[2] = {0, 0};
       for (int l = 0; l < k; ++l) {
         for (int w = 0; w < 2; ++w) {
-          sum[w] = flush_denormal(std::fma(half(s.tile[a][i][l], w), half(s.tile[b][l][j], w), sum[w]));
+          sum[w] = flush_denormal(__builtin_fmaf(half(s.tile[a][i][l], w), half(s.tile[b][l][j], w), sum[w]));
         }
       }
       float old;
@@ -131,8 +132,8 @@ inline void dot_product_bf16(int c, int a, int b) {
   }
 }
 
-}  // namespace amx_emulated
-}  // namespace trmfast
+} // namespace amx_emulated
+} // namespace trmfast
 
 #undef _tile_loadconfig
 #undef _tile_release

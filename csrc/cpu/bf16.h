@@ -19,7 +19,8 @@ static inline float to_float(bf16 value) {
 
 static inline float to_float(float value) { return value; }
 
-// Round to nearest, ties to even. Overflow rounds to infinity; a NaN stays a (quiet) NaN with its sign and upper payload.
+// Round to nearest, ties to even. Overflow rounds to infinity; a NaN stays a (quiet) NaN with its sign and upper
+// payload.
 static inline bf16 to_bf16(float value) {
   uint32_t wide;
   std::memcpy(&wide, &value, sizeof wide);
@@ -27,4 +28,4 @@ static inline bf16 to_bf16(float value) {
   return bf16{static_cast<uint16_t>((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16)};
 }
 
-}  // namespace trmfast
+} // namespace trmfast

@@ -4,12 +4,14 @@
 //     kRows         most rows of one call (AMX 32, AVX-512 14, AVX2 6, portable 4)
 //     kDepthStep    depth must be a multiple of it (AMX bf16 32, other bf16 2, float 1); pad a and b with zeros
 //     run(a, lda, b, depth, rows, c, ldc, accumulate, next = {})
-//                   c[r][0..31] (+)= sum_k a[r][k] * b[k][0..31] for r < rows, 1 <= rows <= kRows, accumulated in fp32 over
-//                   the whole depth. a: row-major, lda elements apart. b: one panel of 32 columns, 64-byte aligned, float
-//                   [depth][32] or bf16 [depth/2][32][2]. c: fp32, row-major, ldc floats apart. Buffers must not overlap.
-//                   next: Prefetch{from, bytes}, brought into L2 meanwhile, at most the size of the panel: the panel that
-//                   comes next, whole or this call's share of it. Without it, panels that come from L3 cost a tenth.
-//     release()     call when this thread leaves the region that calls run: gives back the AMX tiles. Nothing elsewhere.
+//                   c[r][0..31] (+)= sum_k a[r][k] * b[k][0..31] for r < rows, 1 <= rows <= kRows, accumulated in fp32
+//                   over the whole depth. a: row-major, lda elements apart. b: one panel of 32 columns, 64-byte
+//                   aligned, float [depth][32] or bf16 [depth/2][32][2]. c: fp32, row-major, ldc floats apart. Buffers
+//                   must not overlap. next: Prefetch{from, bytes}, brought into L2 meanwhile, at most the size of the
+//                   panel: the panel that comes next, whole or this call's share of it. Without it, panels that come
+//                   from L3 cost a tenth.
+//     release()     call when this thread leaves the region that calls run: gives back the AMX tiles. Nothing
+//     elsewhere.
 //   };
 #pragma once
 

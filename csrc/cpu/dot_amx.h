@@ -5,13 +5,13 @@
 //   a: 4       c: 0           c: 1               the first ceil(rows / 2), or all of up to 16
 //   a: 5       c: 2           c: 3               the rest
 //
-// Tiles are as high as the rows given, since the time of TDPBF16PS falls with the rows of its destination (5.0 ns at 16 rows,
-// 3.2 at 8, measured on a Xeon). A step is 2 loads of a, 2 of b and 4 products; with up to 16 rows 1, 2 and 2.
-// a is streamed: its loads (TILELOADDT1) leave the 32 KB panel in L1. The depth is a multiple of 32: pad with zeros.
+// Tiles are as high as the rows given, since the time of TDPBF16PS falls with the rows of its destination (5.0 ns at 16
+// rows, 3.2 at 8, measured on a Xeon). A step is 2 loads of a, 2 of b and 4 products; with up to 16 rows 1, 2 and 2. a
+// is streamed: its loads (TILELOADDT1) leave the 32 KB panel in L1. The depth is a multiple of 32: pad with zeros.
 //
-// The configuration of the tiles belongs to the thread, not to the call: it is loaded when the split of the rows differs from
-// the thread's last call, and release() gives the tiles back. Between the first run() of a region and release(), code that
-// configures tiles itself (oneDNN) must not run on the thread.
+// The configuration of the tiles belongs to the thread, not to the call: it is loaded when the split of the rows
+// differs from the thread's last call, and release() gives the tiles back. Between the first run() of a region and
+// release(), code that configures tiles itself (oneDNN) must not run on the thread.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -84,10 +84,10 @@ struct Dot<bf16> {
     configured_rows = 0;
   }
 
- private:
-  static constexpr long kPanelStride = kPanelColumns * 4;       // bytes between the rows (of pairs) of a tile of b
-  static constexpr long kStep = 16 * kPanelColumns * 2;         // elements of b in a step
-  static constexpr int kHalf = 16 * 2;                          // elements from columns 0-15 of b to 16-31
+private:
+  static constexpr long kPanelStride = kPanelColumns * 4; // bytes between the rows (of pairs) of a tile of b
+  static constexpr long kStep = 16 * kPanelColumns * 2;   // elements of b in a step
+  static constexpr int kHalf = 16 * 2;                    // elements from columns 0-15 of b to 16-31
 
   TRMFAST_INLINE void prefetch(const void* from, long offset, long bytes) {
     const char* p = static_cast<const char*>(from) + offset;
@@ -95,8 +95,8 @@ struct Dot<bf16> {
   }
 
   // The strides are in bytes.
-  static void four_tiles(const bf16* a_upper, const bf16* a_lower, long a_stride, const bf16* b, int depth, float* c_upper,
-                         float* c_lower, long c_stride, bool accumulate, Prefetch next) {
+  static void four_tiles(const bf16* a_upper, const bf16* a_lower, long a_stride, const bf16* b, int depth,
+                         float* c_upper, float* c_lower, long c_stride, bool accumulate, Prefetch next) {
     if (accumulate) {
       _tile_loadd(0, c_upper, c_stride);
       _tile_loadd(1, c_upper + 16, c_stride);
@@ -126,8 +126,8 @@ struct Dot<bf16> {
     _tile_stored(3, c_lower + 16, c_stride);
   }
 
-  static void two_tiles(const bf16* a, long a_stride, const bf16* b, int depth, float* c, long c_stride, bool accumulate,
-                        Prefetch next) {
+  static void two_tiles(const bf16* a, long a_stride, const bf16* b, int depth, float* c, long c_stride,
+                        bool accumulate, Prefetch next) {
     if (accumulate) {
       _tile_loadd(0, c, c_stride);
       _tile_loadd(1, c + 16, c_stride);
@@ -149,5 +149,5 @@ struct Dot<bf16> {
   }
 };
 
-}  // namespace TRMFAST_NAMESPACE
-}  // namespace trmfast
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

@@ -1,7 +1,7 @@
 // Matrix product of bf16, AVX512-BF16 (VDPBF16PS): 14 rows x 2 zmm, two depths an instruction, fp32 accumulation.
 //
-// Registers: 28 accumulators + 2 columns of b + 1 broadcast row of a = 31 of 32. One step (two depths) is 28 VDPBF16PS, 14 dword
-// broadcasts and 2 vector loads: 14 cycles of two product ports, against 16 loads of at least two a cycle.
+// Registers: 28 accumulators + 2 columns of b + 1 broadcast row of a = 31 of 32. One step (two depths) is 28 VDPBF16PS,
+// 14 dword broadcasts and 2 vector loads: 14 cycles of two product ports, against 16 loads of at least two a cycle.
 // VDPBF16PS rounds to nearest even after each of its two additions and treats denormals, in and out, as zero.
 #pragma once
 
@@ -37,5 +37,5 @@ struct PairStep {
 template <>
 struct Dot<bf16> : TileDot<PairStep, 14, 2> {};
 
-}  // namespace TRMFAST_NAMESPACE
-}  // namespace trmfast
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

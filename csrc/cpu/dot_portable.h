@@ -1,5 +1,5 @@
-// Matrix product on 4-lane vectors (SSE2, NEON, or whatever the compiler makes of them): 4 rows x 8 columns, four passes;
-// with the 32 registers of AArch64, 4 rows x 16 columns, two passes.
+// Matrix product on 4-lane vectors (SSE2, NEON, or whatever the compiler makes of them): 4 rows x 8 columns, four
+// passes; with the 32 registers of AArch64, 4 rows x 16 columns, two passes.
 //
 // Registers: 8 accumulators + 2 columns of b + 1 row of a + 1 product (SSE2 has no fused multiply-add) = 12 of 16;
 // AArch64: 16 + 4 + 1 of 32.
@@ -22,5 +22,5 @@ struct VectorDot<float> : TileDot<FloatStep, 4, kPortableVectors> {};
 template <>
 struct VectorDot<bf16> : TileDot<WidenStep, 4, kPortableVectors> {};
 
-}  // namespace TRMFAST_NAMESPACE
-}  // namespace trmfast
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

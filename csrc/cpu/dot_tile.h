@@ -8,7 +8,8 @@
 //
 // A dword is one float or two consecutive bf16, so one step advances a by 4 bytes and b by 128, whatever the element.
 // The accumulators, kTileRows x kTileVectors vectors, stay in registers over the whole depth; the panel takes
-// 32 / (kTileVectors * kLanes) column passes. A `Step` says how a dword of a and a vector of dwords of b are multiplied:
+// 32 / (kTileVectors * kLanes) column passes. A `Step` says how a dword of a and a vector of dwords of b are
+// multiplied:
 //
 //   Step::Element, Step::kDepth         the element type, how many of them are in a dword
 //   Step::kParts                        multiply-adds per dword (2 where bf16 is widened)
@@ -38,13 +39,15 @@ struct Prefetch {
   long bytes = 0;
 };
 
-// Addresses of up to 15 rows in five registers: bases five rows apart, and the x86 addressing modes base + {1, 2, 4} * stride
-// and base + stride3. The compiler must not see how the bases are related, or it keeps one pointer per row and spills.
+// Addresses of up to 15 rows in five registers: bases five rows apart, and the x86 addressing modes base + {1, 2, 4} *
+// stride and base + stride3. The compiler must not see how the bases are related, or it keeps one pointer per row and
+// spills.
 struct RowPointers {
   char* base[3];
   long stride, stride3;
 
-  TRMFAST_MEMBER RowPointers(const void* a, long stride_bytes, int rows) : stride(stride_bytes), stride3(3 * stride_bytes) {
+  TRMFAST_MEMBER RowPointers(const void* a, long stride_bytes, int rows)
+      : stride(stride_bytes), stride3(3 * stride_bytes) {
     for (int i = 0; i < 3; ++i) {
       base[i] = static_cast<char*>(const_cast<void*>(a)) + (5 * i < rows ? 5 * i : 0) * stride_bytes;
       asm("" : "+r"(base[i]));
@@ -79,7 +82,7 @@ struct TileDot {
   // Tile hardware keeps state between calls; here there is none.
   static void release() {}
 
- private:
+private:
   // Full tiles first: they are almost all calls.
   template <int R>
   TRMFAST_INLINE void choose(const T* a, long lda, const T* b, int depth, int rows, float* c, long ldc, bool accumulate,
@@ -100,7 +103,8 @@ struct TileDot {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kTileVectors; ++v) acc[r][v] = load(reinterpret_cast<const float*>(outputs.row(r)) + v * kLanes);
+        for (int v = 0; v < kTileVectors; ++v)
+          acc[r][v] = load(reinterpret_cast<const float*>(outputs.row(r)) + v * kLanes);
       }
     }
 
@@ -168,8 +172,8 @@ struct FloatStep {
   TRMFAST_INLINE vf multiply_add(vf row, vf columns, vf c) { return fma(row, columns, c); }
 };
 
-// bf16 on targets without a bf16 product: the even depth is the low half of the dword shifted up, the odd depth the dword
-// with its low half cleared.
+// bf16 on targets without a bf16 product: the even depth is the low half of the dword shifted up, the odd depth the
+// dword with its low half cleared.
 struct WidenStep {
   using Element = bf16;
   using Vector = vf;
@@ -221,5 +225,5 @@ struct WidenStep {
   }
 };
 
-}  // namespace TRMFAST_NAMESPACE
-}  // namespace trmfast
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

@@ -1,6 +1,7 @@
-// What a target can do on registers alone, by measurement: the denominator of "share of peak". Take it in the same process and
-// close in time to what it is compared with, because clocks drift. Operands never change here; with changing operands a Xeon's
-// AMX was measured 14 to 17 percent slower at the same instruction mix (its power limit, it seems), so 100 % is out of reach.
+// What a target can do on registers alone, by measurement: the denominator of "share of peak". Take it in the same
+// process and close in time to what it is compared with, because clocks drift. Operands never change here; with
+// changing operands a Xeon's AMX was measured 14 to 17 percent slower at the same instruction mix (its power limit, it
+// seems), so 100 % is out of reach.
 #pragma once
 
 #include <time.h>
@@ -16,8 +17,8 @@ inline double now_seconds() {
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-// Multiply-adds of the target's Step on as many independent accumulators as its tile has at most, so that their latency is
-// hidden here too. Operands and sums are neither zero nor denormal, and opaque to the compiler.
+// Multiply-adds of the target's Step on as many independent accumulators as its tile has at most, so that their latency
+// is hidden here too. Operands and sums are neither zero nor denormal, and opaque to the compiler.
 template <class Step>
 struct VectorPeak {
   static constexpr int kAccumulators = kLanes == 16 ? 28 : kLanes == 8 ? 12 : 8;
@@ -93,8 +94,8 @@ template <>
 struct Peak<bf16> : VectorPeak<PairStep> {};
 #endif
 
-// GFLOP/s of one thread on elements of type T, the best of the short runs that fit in `seconds` (at least one): whatever
-// disturbs a run only slows it.
+// GFLOP/s of one thread on elements of type T, the best of the short runs that fit in `seconds` (at least one):
+// whatever disturbs a run only slows it.
 template <class T>
 double peak_gflops(double seconds) {
   double start = now_seconds();
@@ -110,5 +111,5 @@ double peak_gflops(double seconds) {
   return best;
 }
 
-}  // namespace TRMFAST_NAMESPACE
-}  // namespace trmfast
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast

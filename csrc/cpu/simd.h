@@ -1,7 +1,7 @@
 // One SIMD vector type per translation unit, as wide as the unit's compile flags allow, on GCC/Clang vector extensions:
 // 16 floats with AVX-512, 8 with AVX2, 4 otherwise (SSE2, NEON). vf and vi support the usual operators and
-// `mask ? a : b` with mask = a comparison of two vectors. Everything is always inlined into a namespace of the unit's own,
-// because the same code compiled for another target must never be merged with it by the linker.
+// `mask ? a : b` with mask = a comparison of two vectors. Everything is always inlined into a namespace of the unit's
+// own, because the same code compiled for another target must never be merged with it by the linker.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ constexpr int kLanes = 4;
 typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t vu16 __attribute__((vector_size(2 * kLanes)));  // the bits of kLanes bf16
+typedef uint16_t vu16 __attribute__((vector_size(2 * kLanes))); // the bits of kLanes bf16
 
 #if defined(__AVX512F__)
 // GCC 12 warns of an uninitialised operand inside the unmasked forms of some intrinsics; with a constant full mask the
@@ -201,12 +201,16 @@ TRMFAST_INLINE vf min(vf a, vf b) {
 // Horizontal results by a tree over halves, in an order that is fixed.
 struct Add {
   template <class V>
-  TRMFAST_INLINE V apply(V a, V b) { return a + b; }
+  TRMFAST_INLINE V apply(V a, V b) {
+    return a + b;
+  }
 };
 
 struct Larger {
   template <class V>
-  TRMFAST_INLINE V apply(V a, V b) { return a > b ? a : b; }
+  TRMFAST_INLINE V apply(V a, V b) {
+    return a > b ? a : b;
+  }
 };
 
 template <class Op>
@@ -264,11 +268,11 @@ TRMFAST_INLINE vf scale_by_power(vf p, vf n) {
 // e^v. Within 1 ulp (2 without FMA), exact 0 from v < -104 (and -inf) on, inf above 88.72; NaN stays NaN.
 // v = n ln 2 + r with |r| <= ln 2 / 2; e^r = 1 + r q(r), q the degree-5 polynomial of least relative error, 0.03 ulp.
 TRMFAST_INLINE vf exp(vf v) {
-  v = max(broadcast(-104.0f), v);  // the constant first: NaN passes through
+  v = max(broadcast(-104.0f), v); // the constant first: NaN passes through
   v = min(broadcast(89.0f), v);
-  const vf magic = broadcast(0x1.8p23f);  // adding it rounds to an integer
+  const vf magic = broadcast(0x1.8p23f); // adding it rounds to an integer
   const vf n = fma(v, broadcast(0x1.715476p0f), magic) - magic;
-  vf r = fma(n, broadcast(-0x1.62e400p-1f), v);  // ln 2 in two parts; n times the first is exact
+  vf r = fma(n, broadcast(-0x1.62e400p-1f), v); // ln 2 in two parts; n times the first is exact
   r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);
   vf q = broadcast(0x1.6ae6dep-10f);
   q = fma(q, r, broadcast(0x1.1267d8p-7f));
@@ -285,5 +289,5 @@ TRMFAST_INLINE vf sigmoid(vf v) { return 1.0f / (1.0f + exp(-v)); }
 // v / (1 + e^-v); as in PyTorch, silu(-inf) is NaN and v < -88.7 gives -0.
 TRMFAST_INLINE vf silu(vf v) { return v / (1.0f + exp(-v)); }
 
-}  // namespace TRMFAST_NAMESPACE
-}  // namespace trmfast
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast
