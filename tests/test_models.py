@@ -220,11 +220,18 @@ def test_wrong_batches_say_so_in_one_line() -> None:
         model.initial_carry(batch | {"inputs": batch["inputs"][:, :5]})
     with pytest.raises(ValueError, match="batch: got no puzzle_identifiers"):
         model.initial_carry({"inputs": batch["inputs"]})
+    carry = model.initial_carry(batch)
+    with pytest.raises(ValueError, match=r"batch\['labels'\]: got shape None, accepted is \[3, 6\], that of the carry"):
+        model(carry, {key: batch[key] for key in ("inputs", "puzzle_identifiers")})
     small = make_batch(0, rows=1)
+    with pytest.raises(ValueError, match=r"batch\['inputs'\]: got shape \[1, 6\], accepted is \[3, 6\]"):
+        model(carry, small)
     with pytest.raises(ValueError, match=r"puzzle_identifiers: got shape \[1\], accepted in training is \[3\]"):
         model(model.initial_carry(small), small)
     model.eval()
-    assert model(model.initial_carry(small), small)[1]["logits"].shape == (1, 6, 7)
+    for rows in (1, 0):
+        other = make_batch(0, rows=rows)
+        assert model(model.initial_carry(other), other)[1]["logits"].shape == (rows, 6, 7)
 
 
 # ---------------------------------------------------------------- as a PyTorch module
@@ -252,6 +259,21 @@ def test_compiles_whole_with_its_loss(name: str) -> None:
     model.L_cycles = 3
     expected = head(return_keys=[], carry=carry, batch=batch)[1]
     torch.testing.assert_close(compiled(return_keys=[], carry=carry, batch=batch)[1], expected)
+
+
+@pytest.mark.filterwarnings("ignore:A model attribute `inner.puzzle_emb.local_weights`")
+def test_exports() -> None:
+    model, _ = make("trm")
+    model.eval()
+    batch = make_batch(1)
+    carry = model.initial_carry(batch)
+    program = torch.export.export(model, (carry, batch))
+    calls = [node for node in program.graph.nodes if node.target is torch.ops.trmfast.recursion.default]
+    assert len(calls) == 1
+    exported_carry, exported = program.module()(carry, batch)
+    expected_carry, expected = model(carry, batch)
+    torch.testing.assert_close(exported, expected)
+    torch.testing.assert_close(exported_carry.inner_carry.z_H, expected_carry.inner_carry.z_H)
 
 
 def test_copies_follow_their_own_weights() -> None:

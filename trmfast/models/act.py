@@ -112,12 +112,19 @@ class ACTModel(nn.Module):
             carry: from :meth:`initial_carry` or the step before.
             batch: new data, with the keys and shapes of ``carry.current_data``.
 
+        Raises:
+            ValueError: a key of ``batch`` is missing or of another shape.
+
         Returns:
             The new carry, without gradient, and the outputs: ``logits`` [B, S, V] in the forward dtype,
             ``q_halt_logits`` and ``q_continue_logits`` float32 [B], and where training bootstraps a target for the
             latter, ``target_q_continue`` float32 [B].
         """
         self._check(batch)
+        for key, old in carry.current_data.items():
+            got = list(batch[key].shape) if key in batch else None
+            if got != list(old.shape):
+                raise ValueError(f"batch[{key!r}]: got shape {got}, accepted is {list(old.shape)}, that of the carry")
         halted = carry.halted
         states = self.inner.reset_carry(halted, carry.inner_carry)
         steps = torch.where(halted, 0, carry.steps)

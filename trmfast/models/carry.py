@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch.export
 from torch import Tensor
 
 __all__ = ["Carry", "Hier6InnerCarry", "InnerCarry", "SingleZInnerCarry"]
@@ -53,3 +54,8 @@ class Carry:
     steps: Tensor
     halted: Tensor
     current_data: dict[str, Tensor]
+
+
+# Inputs and outputs of an exported model have to be known containers.
+for _carry in (InnerCarry, SingleZInnerCarry, Hier6InnerCarry, Carry):
+    torch.export.register_dataclass(_carry)
