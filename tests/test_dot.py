@@ -79,6 +79,11 @@ def compile_dot(target: str, optimize: list[str], folder: Path) -> tuple[Path | 
             return None, "no C++ compiler on this machine"
         if TARGETS[target] and platform.machine() != "x86_64":
             return None, f"{target} is for x86-64"
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    command = [compiler, *optimize, str(probe), "-o", str(folder / "probe")]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        return None, f"{compiler} has no run-time library for {' '.join(optimize)}"
     output = folder / "test_dot"
     define = f"-DTRMFAST_NAMESPACE={target}_test"
     flags = [*optimize, *TARGETS[target], define, *link]

@@ -18,8 +18,8 @@ using namespace trmfast::TRMFAST_NAMESPACE;
 
 namespace {
 
-__attribute__((format(printf, 4, 5))) [[noreturn]] void fail(const char* file, int line, const char* what,
-                                                             const char* format, ...) {
+__attribute__((format(printf, 4, 5), noreturn)) void fail(const char* file, int line, const char* what,
+                                                          const char* format, ...) {
   std::fprintf(stderr, "%s:%d: CHECK(%s) ", file, line, what);
   va_list arguments;
   va_start(arguments, format);
