@@ -1,0 +1,75 @@
+"""Resident memory over thousands of calls of the CPU engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from trmfast.backends import BACKENDS
+
+_reason = BACKENDS["cpu"].available()
+pytestmark = [
+    pytest.mark.skipif(_reason is not None, reason=f"backend cpu: {_reason}"),
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the measurement reads Linux's /proc/self/statm"),
+]
+
+CALLS = 2000
+# The heap settles in steps of up to a few hundred KiB.  A leak, of ten bytes a call and more, grows in every part.
+PARTS = 5
+MOST_SETTLING = 1 << 20
+
+PROGRAM = """
+import gc, json, resource, sys
+import torch, trmfast
+from trmfast.cases import make_case, make_inputs
+
+def resident():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+torch.set_num_threads(2)
+case = make_case("tiny", batch=3, length=5, hidden_size=32, num_heads=2, intermediate_size=32, num_layers=1)
+inputs = make_inputs(case)
+problem = inputs.problem
+train = sys.argv[1] == "train"
+weights = [weight.requires_grad_(train) for weight in inputs.weights]
+
+def call(i):
+    if i % 4 == 0:
+        with torch.no_grad():
+            weights[0].mul_(1.001)  # packed again
+    states = trmfast.recursion(
+        problem.program, problem.nets, inputs.states, inputs.x, weights, inputs.cos, inputs.sin, backend="cpu"
+    )
+    if train:
+        torch.autograd.grad(states, weights, inputs.grad_states)
+
+calls, parts = int(sys.argv[2]), int(sys.argv[3])
+for i in range(400):
+    call(i)
+seen = [resident()]
+for part in range(parts):
+    for i in range(calls // parts):
+        call(i)
+    seen.append(resident())
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_resident_memory_does_not_grow(mode: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, mode, str(CALLS), str(PARTS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    growth = [after - before for before, after in pairwise(seen)]
+    steps = ", ".join(f"{step / 1024:+.0f}" for step in growth)
+    print(f"{mode}: resident {seen[0] >> 10} KiB; every {CALLS // PARTS} calls, in KiB: {steps}")
+    assert min(growth) <= 0, f"every part grows: {growth}"
+    assert sum(growth) <= MOST_SETTLING, f"{growth}"
