@@ -184,9 +184,16 @@ def _backward(
         chosen = select(backend, problem, saved.device, dtype, batch, length)
         cos, sin = _tables(problem, cos, sin, length, dtype)
         grads = [g.contiguous() for g in grad_states]
-        needs_x = needs_x and problem.uses_x
         gs, gx, gw = chosen.backward(
-            problem, grads, saved.contiguous(), weights, cos, sin, needs_states, needs_x, needs_weights
+            problem,
+            grads,
+            saved.contiguous(),
+            weights,
+            cos,
+            sin,
+            needs_states,
+            needs_x and problem.uses_x,
+            needs_weights,
         )
     shape = grad_states[0].shape
     results = [_result(g, need, saved, shape, dtype) for g, need in zip(gs, needs_states, strict=True)]

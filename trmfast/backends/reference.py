@@ -111,22 +111,17 @@ def _vjp(
     needs_h: bool,
     needs_weights: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of <net(h), g> for what is needed.
-
-    By torch.func and not torch.autograd.grad: the dispatcher skips autograd inside an operator, but not transforms.
-    """
-    chosen = ([-1] if needs_h else []) + [i for i, need in enumerate(needs_weights) if need]
-    if not chosen:
-        return None, [None] * len(weights)
-
-    def run(*leaves: Tensor) -> Tensor:
-        given = dict(zip(chosen, leaves, strict=True))
-        used = [given.get(i, weight) for i, weight in enumerate(weights)]
-        return run_net(net, given.get(-1, h), used, cos, sin)
-
-    pull_back = torch.func.vjp(run, *(h if i < 0 else weights[i] for i in chosen))[1]
-    grads = dict(zip(chosen, pull_back(g), strict=True))
-    return grads.get(-1), [grads.get(i) for i in range(len(weights))]
+    """Gradients of <net(h), g> for what is needed, by autograd over a recomputed application."""
+    h = h.detach().requires_grad_(needs_h)
+    used = [w.detach().requires_grad_(need) for w, need in zip(weights, needs_weights, strict=True)]
+    leaves = [leaf for leaf in (h, *used) if leaf.requires_grad]
+    if not leaves:
+        return None, [None] * len(used)
+    # The dispatcher skips autograd inside an operator; this lets it in again, for these tensors only.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        found = iter(torch.autograd.grad(run_net(net, h, used, cos, sin), leaves, g))
+    dh = next(found) if needs_h else None
+    return dh, [next(found) if need else None for need in needs_weights]
 
 
 def _add(total: Tensor | None, term: Tensor | None, dtype: torch.dtype) -> Tensor | None:
