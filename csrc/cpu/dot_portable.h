@@ -3,6 +3,9 @@
 //
 // Registers: 8 accumulators + 2 columns of b + 1 row of a + 1 product (SSE2 has no fused multiply-add) = 12 of 16;
 // AArch64: 16 + 4 + 1 of 32.
+//
+// Measured on one core of a Zen 5 server with SSE2 (benchmarks/dot.cpp, gcc 12, share of the register peak of about 66
+// GFLOP/s): float 62-64 %, bf16 53 %; a broadcast is a load and a shuffle there.
 #pragma once
 
 #include "dot_tile.h"
