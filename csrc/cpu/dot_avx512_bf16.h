@@ -6,7 +6,7 @@
 // zero.
 //
 // Measured on one core of a Zen 5 server (benchmarks/dot.cpp, gcc 12, share of the register peak of about 535 GFLOP/s):
-// 97 and 388 rows x depth 512: panels from L2 95-97 %, from L3 94-95 % with prefetch of the next panel, 84-91 %
+// 97 and 388 rows x depth 512: panels from L2 94-97 %, from L3 94-95 % with prefetch of the next panel, 84-91 %
 // without.
 #pragma once
 
