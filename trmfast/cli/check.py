@@ -1,0 +1,339 @@
+"""Checks this installation on this machine: the gradient of every program in float64 against finite differences, and
+every backend and engine target that works here against the float64 reference, forward and all gradients.  The exit
+status is 1 if anything is outside the tolerance policy (trmfast/testing.py)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.autograd.gradcheck import GradcheckError
+
+from trmfast import recursion
+from trmfast.backends import BACKENDS
+from trmfast.cli.console import UsageError, print_json, print_table, progress
+from trmfast.testing import (
+    PUBLISHED,
+    SMALL,
+    Case,
+    Comparison,
+    Inputs,
+    MeaninglessComparisonError,
+    Result,
+    compare_results,
+    make_case,
+    make_inputs,
+    pool,
+    run_eager,
+    run_fused,
+    run_truth,
+)
+
+__all__ = ["EXAMPLES", "add_arguments", "run"]
+
+EXAMPLES = """\
+examples:
+  trmfast check                       everything that works on this machine, a few minutes on two cores
+  trmfast check --quick               small problems, the best target alone: seconds
+  trmfast check --backend cpu         one backend
+  trmfast check --problem trm hrm     some problems
+  trmfast check --json                every comparison of every tensor as one JSON object
+"""
+
+QUICK = ("trm", "trm-mlp_t", "hrm", "hier6", "grouped-heads", "odd-sizes")
+DTYPES = (torch.float32, torch.bfloat16)
+SEEDS = (0, 1, 2)
+
+# Finite differences see through updates that gradients do not pass, so every update here has one.
+GRADCHECK = tuple(
+    make_case(
+        name,
+        model,
+        H_cycles=2,
+        L_cycles=1,
+        window="all",
+        batch=1,
+        length=3,
+        hidden_size=8,
+        num_layers=1,
+        intermediate_size=6,
+        token_mixer=mixer,
+        channel_mixer=channel,
+    )
+    for name, model, mixer, channel in (
+        ("trm", "trm", "attention", "swiglu"),
+        ("trm-mlp_t", "trm", "mlp_t", "swiglu"),
+        ("hrm", "hrm", "attention", "swiglu"),
+        ("single_z", "single_z", "attention", "swiglu"),
+        ("hier6", "hier6", "attention", "swiglu"),
+        ("urm", "urm", "attention", "conv_swiglu"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The verdict on one problem; error, eager and limit are of the tensor that comes closest to its limit.
+
+    Attributes:
+        problem, backend, target, dtype: what ran; target is "" where a backend has no targets.
+        tensors: the number of tensors compared.
+        worst: the name of that tensor.
+        error, eager, limit: largest absolute difference of the backend and of eager PyTorch from the truth, and the
+            most that passes; None where there is no verdict.
+        passed: whether all tensors passed.
+        reason: why there is no verdict, or "".
+    """
+
+    problem: str
+    backend: str
+    target: str
+    dtype: str
+    tensors: int
+    worst: str
+    error: float | None
+    eager: float | None
+    limit: float | None
+    passed: bool
+    reason: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--quick", action="store_true", help="small problems only, on the best target of every backend")
+    parser.add_argument("--backend", action="append", metavar="NAME", help="only this backend; may be repeated")
+    parser.add_argument("--problem", nargs="+", metavar="NAME", help="only these problems")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads, by default PyTorch's")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the checks; 1 if any failed."""
+    start = time.monotonic()
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise UsageError(f"--threads: got {arguments.threads}, accepted are integers from 1 up")
+        torch.set_num_threads(arguments.threads)
+    jobs, skipped = _jobs(arguments)
+    gradients: list[dict[str, object]] = []
+    rows: list[Row] = []
+    with progress(len(GRADCHECK) + len(jobs)) as bar:
+        if arguments.problem is None:
+            for case in GRADCHECK:
+                bar.step(f"gradcheck {case.name}")
+                gradients.append({"problem": case.name, "reason": (reason := gradcheck(case)), "passed": not reason})
+        draws = _Draws()
+        for job in jobs:
+            bar.step(f"{job.case.name} {job.backend} {job.target} {job.dtype}")
+            rows.append(_parity(job, draws))
+    passed = all(row.passed for row in rows) and all(g["passed"] for g in gradients)
+    if arguments.json:
+        print_json(
+            {"passed": passed, "gradcheck": gradients, "parity": [asdict(row) for row in rows], "skipped": skipped}
+        )
+    else:
+        _print(gradients, rows, skipped, time.monotonic() - start)
+    return 0 if passed else 1
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradcheck(case: Case) -> str:
+    """Compares the operator's gradients in float64 with finite differences; "" or what differs, in one line."""
+    inputs = make_inputs(case, torch.float64)
+    problem, count = inputs.problem, len(inputs.states)
+    leaves = [t.double().requires_grad_() for t in (*inputs.states, inputs.x, *inputs.weights) if t is not None]
+
+    def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        states, x, weights = tensors[:count], tensors[count], tensors[count + 1 :]
+        return recursion(problem.program, problem.nets, states, x, weights, inputs.cos, inputs.sin, "reference")
+
+    try:
+        torch.autograd.gradcheck(forward, leaves)
+    except GradcheckError as error:
+        return " ".join(str(error).split())[:160]
+    return ""
+
+
+# ---------------------------------------------------------------- parity
+
+
+@dataclass(frozen=True)
+class Job:
+    """One problem on one backend and target in one dtype."""
+
+    case: Case
+    backend: str
+    target: str
+    dtype: torch.dtype
+
+
+class _Draws:
+    """Inputs, eager result and truth of the last problem and dtype: all targets are compared with the same ones."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, torch.dtype] | None = None
+        self._draws: list[tuple[Inputs, Result, Result]] = []
+
+    def get(self, job: Job) -> list[tuple[Inputs, Result, Result]]:
+        key = (job.case.name, job.dtype)
+        if key != self._key:
+            # In 16 bits smaller weights keep eager itself close enough to the truth for a verdict.
+            scale = 0.5 if job.dtype.itemsize == 2 else 1.0
+            # The largest error of a small tensor is a matter of luck, and varies from draw to draw.
+            seeds = SEEDS if job.case in SMALL else SEEDS[:1]
+            self._draws = []
+            for seed in seeds:
+                inputs = make_inputs(job.case, job.dtype, seed, weight_scale=scale)
+                self._draws.append((inputs, run_eager(inputs), run_truth(inputs)))
+            self._key = key
+        return self._draws
+
+
+def _jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[dict[str, str]]]:
+    """What is to run, truths side by side; and what is off, with the reason."""
+    cases = {case.name: case for case in (*SMALL, *PUBLISHED)}
+    names = arguments.problem or (QUICK if arguments.quick else list(cases))
+    for name in names:
+        if name not in cases:
+            raise UsageError(f"--problem: got {name!r}, accepted are {', '.join(cases)}")
+    for name in arguments.backend or ():
+        if name not in BACKENDS:
+            raise UsageError(f"--backend: got {name!r}, accepted are {', '.join(BACKENDS)}")
+    small = {case.name for case in SMALL}
+    jobs: list[Job] = []
+    skipped: list[dict[str, str]] = []
+    runners = []
+    for name, backend in BACKENDS.items():
+        if arguments.backend and name not in arguments.backend:
+            continue
+        reason = backend.available()
+        if reason is not None:
+            skipped.append({"what": name, "reason": reason})
+        elif name == "cpu":
+            runners += [(name, target) for target in _cpu_targets(skipped)]
+        else:
+            runners.append((name, ""))
+    for name in names:
+        for dtype in DTYPES:
+            best = set()
+            for backend_name, target in runners:
+                if target and not _computes(target, dtype):
+                    continue
+                first = backend_name not in best
+                best.add(backend_name)
+                # Whole published programs on slow targets would take minutes; each target runs all the small problems.
+                if not first and (arguments.quick or (name not in small and arguments.problem is None)):
+                    continue
+                case = cases[name]
+                reason = BACKENDS[backend_name].supports(
+                    case.problem, torch.device("cpu"), dtype, case.batch, case.length
+                )
+                if reason is not None:
+                    skipped.append({"what": f"{name} on {backend_name}", "reason": reason})
+                else:
+                    jobs.append(Job(case, backend_name, target, dtype))
+    return jobs, [dict(item) for item in dict.fromkeys(tuple(s.items()) for s in skipped)]
+
+
+def _cpu_targets(skipped: list[dict[str, str]]) -> Iterator[str]:
+    from trmfast.backends.cpu import targets
+
+    # The emulation comes last: it is never the best target, whatever it emulates.
+    for target, reason in sorted(targets().items(), key=lambda item: item[0] == "amx_emulated"):
+        if reason is None:
+            yield target
+        else:
+            skipped.append({"what": f"cpu target {target}", "reason": reason})
+
+
+def _computes(target: str, dtype: torch.dtype) -> bool:
+    """Whether a target computes in a dtype itself, and does not leave it to the next one."""
+    from trmfast.backends.cpu import force_target, target_for
+
+    with force_target(target):
+        return target_for(dtype) == target
+
+
+def _forced(target: str) -> AbstractContextManager[None]:
+    if not target:
+        return nullcontext()
+    from trmfast.backends.cpu import force_target
+
+    return force_target(target)
+
+
+def _parity(job: Job, draws: _Draws) -> Row:
+    dtype = str(job.dtype).removeprefix("torch.")
+    drawn = draws.get(job)
+    try:
+        with _forced(job.target):
+            comparisons = pool([compare_results(run_fused(i, job.backend), eager, truth) for i, eager, truth in drawn])
+    except MeaninglessComparisonError as error:
+        return Row(
+            job.case.name, job.backend, job.target, dtype, 0, "", None, None, None, False, f"no verdict: {error}"
+        )
+    worst = max(comparisons, key=_closeness)
+    passed = all(comparison.passed for comparison in comparisons)
+    return Row(
+        *(job.case.name, job.backend, job.target, dtype, len(comparisons)),
+        *(worst.name, worst.error, worst.eager, worst.bound, passed),
+    )
+
+
+def _closeness(comparison: Comparison) -> float:
+    if comparison.error != comparison.error:
+        return float("inf")
+    return comparison.error / comparison.bound if comparison.bound else float(comparison.error > 0)
+
+
+# ---------------------------------------------------------------- output
+
+
+def _print(
+    gradients: Sequence[dict[str, object]], rows: Sequence[Row], skipped: Sequence[dict[str, str]], seconds: float
+) -> None:
+    if gradients:
+        print_table(
+            "Gradients of the operator in float64 against finite differences",
+            ("problem", "pass", "reason"),
+            [[str(g["problem"]), "yes" if g["passed"] else "NO", str(g["reason"])] for g in gradients],
+            [i for i, g in enumerate(gradients) if not g["passed"]],
+        )
+    if rows:
+        print_table(
+            "Outputs and gradients against the float64 reference; of every problem the tensor closest to its limit",
+            ("problem", "backend", "target", "dtype", "tensors", "tensor", "error", "eager", "limit", "pass"),
+            [
+                [
+                    *(
+                        row.problem,
+                        row.backend,
+                        row.target or "-",
+                        row.dtype,
+                        str(row.tensors),
+                        row.worst or row.reason,
+                    ),
+                    *(_number(row.error), _number(row.eager), _number(row.limit), "yes" if row.passed else "NO"),
+                ]
+                for row in rows
+            ],
+            [i for i, row in enumerate(rows) if not row.passed],
+        )
+    if skipped:
+        print_table("Not checked", ("what", "reason"), [[s["what"], s["reason"]] for s in skipped])
+    failed = sum(not row.passed for row in rows) + sum(not g["passed"] for g in gradients)
+    total = len(rows) + len(gradients)
+    print(f"\n{total - failed} of {total} checks passed in {seconds:.0f} s", flush=True)
+    if failed:
+        print(f"trmfast check: {failed} checks failed", file=sys.stderr)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}"

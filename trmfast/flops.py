@@ -1,0 +1,47 @@
+"""Floating-point operations of a recursion: matrix products and attention, two for every multiply-add.
+
+The published convention: norms, activations, embeddings and heads are not counted, a training step is its forward
+passes plus twice the gradient window, and what backward recomputes is not counted.
+"""
+
+from __future__ import annotations
+
+from trmfast.problem import Problem
+from trmfast.spec import BlockSpec
+
+__all__ = ["block_flops", "forward_flops", "window_flops"]
+
+
+def block_flops(block: BlockSpec, length: int) -> int:
+    """Of one block on one sequence of ``length`` tokens."""
+    macs = 0
+    if block.token_mixer == "attention":
+        query, kv = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
+        macs += length * block.hidden_size * (2 * query + 2 * kv)
+        pairs = length * (length + 1) // 2 if block.causal else length * length
+        macs += 2 * pairs * query
+    else:
+        macs += 3 * block.hidden_size * block.seq_len * block.seq_intermediate_size
+    macs += 3 * length * block.hidden_size * block.intermediate_size
+    if block.channel_mixer == "conv_swiglu":
+        macs += length * block.intermediate_size * block.conv_kernel
+    return 2 * macs
+
+
+def forward_flops(problem: Problem, batch: int, length: int) -> int:
+    """Of the whole program."""
+    return _updates(problem, batch, length, grad_only=False)
+
+
+def window_flops(problem: Problem, batch: int, length: int) -> int:
+    """Of one forward pass through the gradient window."""
+    return _updates(problem, batch, length, grad_only=True)
+
+
+def _updates(problem: Problem, batch: int, length: int, grad_only: bool) -> int:
+    total = 0
+    for update in problem.program.updates:
+        if update.grad or not grad_only:
+            net = problem.nets[update.net]
+            total += net.num_layers * block_flops(net.block, length)
+    return batch * total
