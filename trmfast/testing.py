@@ -8,6 +8,9 @@ A fused tensor passes if ``max|fused - truth| <= 2 * max|eager - truth| + roundi
 best possible result loses by being stored in its dtype, ``max|truth.to(dtype) - truth|``: at most half a unit in the
 last place of the largest element.  This is the rule of flash-attention's tests with a smaller rounding term.
 
+Both errors are the largest over several seeds: of a single draw, the error of eager itself varies by a factor of two and
+more, and neither side should pass or fail by luck.
+
 The rule proves nothing where eager itself is far off, so such a comparison is refused: eager's error must be below 0.1
 for states, which the last norm keeps of order 1, and below a tenth of the largest element for gradients, whose scale is
 that of the loss.  One cycle, or a smaller ``weight_scale``, makes a comparison in bfloat16 meaningful.
@@ -38,6 +41,7 @@ __all__ = [
     "compare_results",
     "make_case",
     "make_inputs",
+    "pool",
     "require",
     "run_eager",
     "run_fused",
@@ -157,13 +161,30 @@ def compare_results(fused: Result, eager: Result, truth: Result) -> list[Compari
     return comparisons
 
 
+def pool(draws: Sequence[Sequence[Comparison]]) -> list[Comparison]:
+    """The comparisons of several draws of one case as one: the largest of each error, tensor by tensor."""
+    return [
+        Comparison(
+            tensors[0].name,
+            _largest_of([c.error for c in tensors]),
+            _largest_of([c.eager for c in tensors]),
+            _largest_of([c.rounding for c in tensors]),
+        )
+        for tensors in zip(*draws, strict=True)
+    ]
+
+
+def _largest_of(values: Sequence[float]) -> float:
+    return float("nan") if any(value != value for value in values) else max(values)
+
+
 def check_case(
     case: Case,
     dtype: torch.dtype,
     backend: str,
     *,
     backward: bool = True,
-    seed: int = 0,
+    seeds: Sequence[int] = (0, 1, 2),
     device: torch.device | str = "cpu",
     weight_scale: float | None = None,
 ) -> list[Comparison]:
@@ -172,7 +193,8 @@ def check_case(
     Args:
         case, dtype, backend: what to run, in which compute dtype, with which backend.
         backward: whether gradients are compared too.
-        seed, device: as in :func:`make_inputs`.
+        seeds: of the draws whose errors are pooled.
+        device: as in :func:`make_inputs`.
         weight_scale: as in :func:`make_inputs`; by default 1 in float32, and 0.5 in 16-bit dtypes, which makes whole
             programs comparable in them.
 
@@ -182,9 +204,12 @@ def check_case(
     """
     if weight_scale is None:
         weight_scale = 0.5 if dtype.itemsize == 2 else 1.0
-    inputs = make_inputs(case, dtype, seed, device, weight_scale)
-    fused = run_fused(inputs, backend, backward)
-    return compare_results(fused, run_eager(inputs, backward), run_truth(inputs, backward))
+    draws = []
+    for seed in seeds:
+        inputs = make_inputs(case, dtype, seed, device, weight_scale)
+        fused = run_fused(inputs, backend, backward)
+        draws.append(compare_results(fused, run_eager(inputs, backward), run_truth(inputs, backward)))
+    return pool(draws)
 
 
 Forward = Callable[[Sequence[Tensor], "Tensor | None", Sequence[Tensor]], tuple[Tensor, ...]]

@@ -1,9 +1,14 @@
 // A bump allocator over one block of memory.  Run once over a null base it measures, run again over the block it hands out
-// the same offsets, so a layout is written once.
+// the same offsets, so a layout is written once.  In a build with AddressSanitizer every array is followed by a zone that must
+// not be touched.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace trmfast {
 
@@ -12,13 +17,22 @@ public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
 
   template <class T> T* take(long count) {
-    const size_t offset = used_;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    const size_t offset = used_, bytes = static_cast<size_t>(count) * sizeof(T);
+    used_ += (bytes + kRedZone + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+    if (base_) __asan_poison_memory_region(base_ + offset + bytes, used_ - offset - bytes);
+#endif
     return reinterpret_cast<T*>(base_ + offset);
   }
   size_t used() const { return used_; }
 
 private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kRedZone = 64;
+#else
+  static constexpr size_t kRedZone = 0;
+#endif
+
   char* base_;
   size_t used_ = 0;
 };

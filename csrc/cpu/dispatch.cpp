@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "arena.h"
 #include "isa.h"
 #include "thread_pool.h"
 
@@ -79,9 +80,14 @@ std::atomic<Memory*> kept_workspace{nullptr};
 class Workspace {
 public:
   explicit Workspace(size_t bytes) : memory_(kept_workspace.exchange(nullptr)) {
-    if (memory_ && memory_->bytes() >= bytes) return;
-    memory_.reset(); // before there are two
-    memory_ = std::make_unique<Memory>(bytes);
+    if (!memory_ || memory_->bytes() < bytes) {
+      memory_.reset(); // before there are two
+      memory_ = std::make_unique<Memory>(bytes);
+    }
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(get(), memory_->bytes());
+    std::memset(get(), 0xff, memory_->bytes()); // NaN: nothing of the last job may be read
+#endif
   }
   ~Workspace() { delete kept_workspace.exchange(memory_.release()); }
   void* get() const { return memory_->get(); }

@@ -25,6 +25,7 @@ struct BlockShape {
 
 constexpr int kBlockWeights = 4; // matrices of a block
 constexpr int kMostStates = 64;
+constexpr int kMostNets = 16;
 
 struct NetShape {
   BlockShape block;
@@ -79,7 +80,8 @@ struct BackwardJob {
   const void* saved;                  // as ForwardJob::saved
   float* const* grad_states;          // num_states x [B, L, D]: the running gradients, in the end those of the incoming states
   float* grad_x;                      // [B, L, D] or null
-  float* const* grad_weights;         // net by net, layer by layer; null where nobody asks; added to, so zeroed by the caller
+  float* const* grad_weights;         // net by net, layer by layer; null where nobody asks.  Of a net that
+                                      // no update with gradient applies, nothing is written
   size_t store_bytes;                 // most memory for the tensors that weight gradients read
 };
 

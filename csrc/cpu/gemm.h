@@ -8,28 +8,23 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Brings part `part` of `parts` of the next panel into L2 while the present one is multiplied.
-template <class T> TRMFAST_INLINE void prefetch_part(const T* panel, long elements, int part, int parts) {
-  const char* begin = reinterpret_cast<const char*>(panel + elements * part / parts);
-  const char* end = reinterpret_cast<const char*>(panel + elements * (part + 1) / parts);
-  for (const char* line = begin; line < end; line += 64) __builtin_prefetch(line, 0, 2);
-}
-
 // epilogue(row, rows, panel, tile): tile is f32 [rows][32] of rows row.. and columns 32 * panel..; every (row tile, panel)
 // is given to one thread of the team exactly once.  `tile` is scratch of the calling thread, Dot<T>::kRows * 32 floats.
+// Every call brings a share of the following panel into L2; matrices lie in the order of their use, so after the last panel
+// that is the next matrix.
 template <class T, class Epilogue>
 void gemm(const Team& team, const T* a, long a_stride, int rows, const T* panels, int depth, int columns, float* tile,
           Epilogue&& epilogue) {
   const RowTiles tiles(rows, Dot<T>::kRows);
-  const int padded = padded_depth<T>(depth), num_panels = ceil_div(columns, kPanel);
-  const long elements = panel_elements<T>(depth);
-  const Range range = team.split(num_panels);
+  const int padded = padded_depth<T>(depth);
+  const long elements = panel_elements<T>(depth), share = elements / tiles.count;
+  const Range range = team.split(ceil_div(columns, kPanel));
   for (int p = range.begin; p < range.end; ++p) {
     const T* panel = panels + p * elements;
     for (int i = 0; i < tiles.count; ++i) {
       const int row = tiles.begin(i), n = tiles.size(i);
-      if (p + 1 < range.end) prefetch_part(panel + elements, elements, i, tiles.count);
-      Dot<T>::run(a + row * a_stride, a_stride, panel, padded, n, tile, kPanel, false);
+      const Prefetch next{panel + elements + i * share, share * static_cast<long>(sizeof(T))};
+      Dot<T>::run(a + row * a_stride, a_stride, panel, padded, n, tile, kPanel, false, next);
       epilogue(row, n, p, tile);
     }
   }

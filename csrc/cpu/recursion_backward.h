@@ -220,9 +220,9 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   team.sync(); // before the buffers are used again
 }
 
-// Adds what `used` slots hold to the gradients of net `n`.
+// Adds what `used` slots hold to the gradients of net `n`; the first time, stores it.
 template <class T>
-void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& all, int n, int used, const BackwardThread<T>& mine) {
+void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& all, int n, int used, bool fresh, const BackwardThread<T>& mine) {
   const Job& job = workspace.backward.job;
   const BlockShape& block = workspace.block;
   const BlockStrides strides(block);
@@ -237,11 +237,11 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
     const BlockActivations<T>& act = here.act;
     const auto by_token = [&](const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs, float* grad, auto row_of) {
       if (grad)
-        weight_gradient(all, dy, dy_stride, outputs, x, x_stride, inputs, tokens, grad, workspace.panels, mine.gradient_scratch, row_of);
+        weight_gradient(all, dy, dy_stride, outputs, x, x_stride, inputs, tokens, {grad, fresh}, workspace.panels, mine.gradient_scratch, row_of);
     };
     const auto by_sequence = [&](const T* dy, int outputs, const T* x, int inputs, float* grad) {
       if (grad)
-        sequence_weight_gradient(all, dy, outputs, x, inputs, strides.h, D, used, grad, workspace.panels, mine.gradient_scratch);
+        sequence_weight_gradient(all, dy, outputs, x, inputs, strides.h, D, used, {grad, fresh}, workspace.panels, mine.gradient_scratch);
     };
     if (block.attention) {
       by_token(act.qkv, strides.qkv, heads.columns(), act.h, strides.h, D, grads[0], [&](int c) { return heads.qkv_row(c); });
@@ -302,8 +302,13 @@ template <class T> void backward(const BackwardJob& backward, void* memory, int 
   const long elements = static_cast<long>(job.batch) * job.length * job.width;
   const T* saved = static_cast<const T*>(backward.saved);
   for (int i = 0; i < job.program.num_updates; ++i) saved += job.program.updates[i].grad ? elements : 0;
-  bool zero[kMostStates] = {};
+  bool zero[kMostStates] = {}, summed[kMostNets] = {};
   int used = 0, net = 0;
+  const auto add_up = [&] {
+    store_weight_gradients(workspace, all, net, used, !summed[net], mine);
+    summed[net] = true;
+    used = 0;
+  };
   for (int i = job.program.num_updates - 1; i >= 0; --i) {
     const Update& update = job.program.updates[i];
     if (!update.grad) { // cuts the graph
@@ -319,10 +324,7 @@ template <class T> void backward(const BackwardJob& backward, void* memory, int 
     saved -= elements;
     for (int s = 0; s < update.num_sources; ++s) zero[job.program.sources[update.first_source + s]] = false;
     for (int sequence = 0; sequence < job.batch;) {
-      if (used == workspace.slots || (used > 0 && net != update.net)) {
-        store_weight_gradients(workspace, all, net, used, mine);
-        used = 0;
-      }
+      if (used == workspace.slots || (used > 0 && net != update.net)) add_up();
       net = update.net;
       const int wave = smaller(job.batch - sequence, workspace.slots - used);
       const Division division(wave, job.threads);
@@ -341,7 +343,7 @@ template <class T> void backward(const BackwardJob& backward, void* memory, int 
       sequence += wave;
     }
   }
-  if (used > 0) store_weight_gradients(workspace, all, net, used, mine);
+  if (used > 0) add_up();
   Dot<T>::release();
 }
 

@@ -16,37 +16,57 @@ namespace TRMFAST_NAMESPACE {
 constexpr int kGradientRows = 64;
 constexpr int kGradientChunk = 512;
 
+// tiles += sums, n x 32
+TRMFAST_INLINE void add_sums(int n, const float* sums, float* tiles) {
+  for (int j = 0; j < n * kPanel; j += kLanes) store(tiles + j, load(tiles + j) + load(sums + j));
+}
+
 template <class T> struct WeightGradientScratch {
   T* rows;      // dy^T of a block, [64, stride]
   float* tiles; // [64, 32]
+  float* sums;  // of one chunk, [kRows, 32]
   long stride;
 
   WeightGradientScratch(Arena& arena, long tokens)
       : rows(arena.take<T>(kGradientRows * row_stride(static_cast<int>(tokens)))),
-        tiles(arena.take<float>(kGradientRows * kPanel)), stride(row_stride(static_cast<int>(tokens))) {}
+        tiles(arena.take<float>(kGradientRows * kPanel)), sums(arena.take<float>(Dot<T>::kRows * kPanel)), stride(row_stride(static_cast<int>(tokens))) {}
 };
 
-// tiles[0 .. n) <- sum over chunks of left(chunk) [n, depth(chunk)] times the panel right(chunk).
+// tiles[0 .. n) <- sum over chunks of left(chunk) [n, depth(chunk)] times the panel right(chunk).  Every chunk is summed by
+// itself first: one chain over all tokens would round far more often than autograd's sum over the updates does.
 template <class T, class Left, class Right, class Depth>
-void multiply_chunks(int n, int chunks, long left_stride, float* tiles, Left left, Right right, Depth depth) {
+void multiply_chunks(int n, int chunks, long left_stride, const WeightGradientScratch<T>& scratch, Left left, Right right, Depth depth) {
   const RowTiles rows(n, Dot<T>::kRows);
   for (int chunk = 0; chunk < chunks; ++chunk)
-    for (int i = 0; i < rows.count; ++i)
-      Dot<T>::run(left(chunk) + rows.begin(i) * left_stride, left_stride, right(chunk), depth(chunk), rows.size(i),
-                  tiles + rows.begin(i) * kPanel, kPanel, chunk > 0);
+    for (int i = 0; i < rows.count; ++i) {
+      float* tile = scratch.tiles + rows.begin(i) * kPanel;
+      const T* panel = right(chunk);
+      const long elements = static_cast<long>(depth(chunk)) * kPanel, share = elements / rows.count;
+      const Prefetch next{panel + elements + i * share, share * static_cast<long>(sizeof(T))};
+      Dot<T>::run(left(chunk) + rows.begin(i) * left_stride, left_stride, panel, depth(chunk), rows.size(i),
+                  chunk == 0 ? tile : scratch.sums, kPanel, false, next);
+      if (chunk > 0) add_sums(rows.size(i), scratch.sums, tile);
+    }
 }
+
+// A gradient [outputs, inputs] in f32; `fresh`: nothing has been written yet, so the first sum is stored, not added.
+struct Gradient {
+  float* values;
+  bool fresh;
+};
 
 // grad[row_of(first + r), c ..] += tiles[r]; rows without a place in the weight are padding.
 template <class RowOf>
-void add_to_gradient(int first, int n, int c, int columns, const float* tiles, float* grad, long grad_stride, RowOf row_of) {
+void add_to_gradient(int first, int n, int c, int columns, const float* tiles, const Gradient& grad, RowOf row_of) {
   const int wide = smaller(kPanel, columns - c);
   for (int r = 0; r < n; ++r) {
     const int row = row_of(first + r);
     if (row < 0) continue;
-    float* to = grad + row * grad_stride + c;
+    float* to = grad.values + static_cast<long>(row) * columns + c;
     for (int j = 0; j < wide; j += kLanes) {
       const int lanes = smaller(kLanes, wide - j);
-      store(to + j, load(to + j, lanes) + load(tiles + r * kPanel + j), lanes);
+      const vf value = load(tiles + r * kPanel + j);
+      store(to + j, grad.fresh ? value : value + load(to + j, lanes), lanes);
     }
   }
 }
@@ -55,7 +75,7 @@ void add_to_gradient(int first, int n, int c, int columns, const float* tiles, f
 // panels: shared by the team, packed_elements(tokens, inputs).
 template <class T, class RowOf>
 void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs, int tokens,
-                     float* grad, T* panels, const WeightGradientScratch<T>& scratch, RowOf row_of) {
+                     const Gradient& grad, T* panels, const WeightGradientScratch<T>& scratch, RowOf row_of) {
   const long elements = panel_elements<T>(tokens);
   const int num_panels = ceil_div(inputs, kPanel), depth = padded_depth<T>(tokens);
   const Range packing = team.split(num_panels);
@@ -68,11 +88,11 @@ void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs,
     transpose(dy + first, dy_stride, tokens, n, scratch.rows, scratch.stride);
     for (int p = 0; p < num_panels; ++p) {
       multiply_chunks<T>(
-          n, ceil_div(depth, kGradientChunk), scratch.stride, scratch.tiles,
+          n, ceil_div(depth, kGradientChunk), scratch.stride, scratch,
           [&](int chunk) { return scratch.rows + chunk * kGradientChunk; },
           [&](int chunk) { return panels + p * elements + static_cast<long>(chunk) * kGradientChunk * kPanel; },
           [&](int chunk) { return smaller(kGradientChunk, depth - chunk * kGradientChunk); });
-      add_to_gradient(first, n, p * kPanel, inputs, scratch.tiles, grad, inputs, row_of);
+      add_to_gradient(first, n, p * kPanel, inputs, scratch.tiles, grad, row_of);
     }
   }
   team.sync();
@@ -82,7 +102,7 @@ void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs,
 // dy: [sequences, outputs, stride], x: [sequences, inputs, stride], both with the channels of a sequence as columns.
 template <class T>
 void sequence_weight_gradient(const Team& team, const T* dy, int outputs, const T* x, int inputs, long stride, int width,
-                              int sequences, float* grad, T* panels, const WeightGradientScratch<T>& scratch) {
+                              int sequences, const Gradient& grad, T* panels, const WeightGradientScratch<T>& scratch) {
   const long elements = panel_elements<T>(width);
   const int num_panels = ceil_div(inputs, kPanel);
   const Range packing = team.split(sequences * num_panels);
@@ -97,11 +117,11 @@ void sequence_weight_gradient(const Team& team, const T* dy, int outputs, const 
     const int first = block * kGradientRows, n = smaller(kGradientRows, outputs - first);
     for (int p = 0; p < num_panels; ++p) {
       multiply_chunks<T>(
-          n, sequences, stride, scratch.tiles,
+          n, sequences, stride, scratch,
           [&](int sequence) { return dy + (static_cast<long>(sequence) * outputs + first) * stride; },
           [&](int sequence) { return panels + (static_cast<long>(sequence) * num_panels + p) * elements; },
           [&](int) { return padded_depth<T>(width); });
-      add_to_gradient(first, n, p * kPanel, inputs, scratch.tiles, grad, inputs, [](int row) { return row; });
+      add_to_gradient(first, n, p * kPanel, inputs, scratch.tiles, grad, [](int row) { return row; });
     }
   }
   team.sync();

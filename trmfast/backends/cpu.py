@@ -34,7 +34,7 @@ ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 TARGETS = ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable")
 # Memory for what weight gradients read, over all sequences of a backward pass.
 STORE_BYTES = 96 << 20
-MOST_STATES = 64
+MOST_STATES, MOST_NETS = 64, 16
 PACKED_NETS = 16
 
 _forced: str | None = os.environ.get("TRMFAST_CPU_ISA") or None
@@ -227,8 +227,8 @@ class CpuBackend:
         block = blocks.pop()
         if block.channel_mixer != "swiglu":
             return f"it has no {block.channel_mixer}"
-        if len(problem.program.states) > MOST_STATES:
-            return f"it takes up to {MOST_STATES} states, not {len(problem.program.states)}"
+        if len(problem.program.states) > MOST_STATES or len(problem.nets) > MOST_NETS:
+            return f"it takes up to {MOST_STATES} states and {MOST_NETS} networks"
         return None
 
     def _packed(self, problem: Problem, dtype: torch.dtype, weights: Sequence[Tensor], backward: bool, threads: int) -> list[object]:
@@ -288,9 +288,12 @@ class CpuBackend:
         packed = self._packed(problem, saved.dtype, weights, True, threads)
         grads = [torch.empty(shape, dtype=torch.float32) for _ in grad_states]
         grad_x = torch.empty(shape, dtype=torch.float32) if needs_x else None
+        # The engine writes the gradients of the nets that it differentiates; of others there are none.
+        live = {problem.program.updates[i].net for i in problem.program.grad_updates}
+        needed = [n in live for n, part in enumerate(problem.weight_slices) for _ in range(part.start, part.stop)]
         grad_weights = [
-            torch.zeros(weight.shape, dtype=torch.float32) if needed else None
-            for weight, needed in zip(weights, needs_weights, strict=True)
+            torch.empty(weight.shape, dtype=torch.float32) if asked and written else None
+            for weight, asked, written in zip(weights, needs_weights, needed, strict=True)
         ]
         _cpu.backward(
             _engine(problem).program,
@@ -306,4 +309,4 @@ class CpuBackend:
             threads,
             STORE_BYTES,
         )
-        return [grad if needed else None for grad, needed in zip(grads, needs_states, strict=True)], grad_x, grad_weights
+        return [grad if asked else None for grad, asked in zip(grads, needs_states, strict=True)], grad_x, grad_weights

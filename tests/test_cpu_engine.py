@@ -1,0 +1,251 @@
+"""The CPU engine beyond parity: every target, threads, processes, and weights that change under it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import trmfast
+from trmfast.backends import BACKENDS
+from trmfast.backends import cpu as engine
+from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
+from trmfast.testing import check_case, compare, require, run_eager, run_fused, run_truth
+
+_reason = BACKENDS["cpu"].available()
+pytestmark = pytest.mark.skipif(_reason is not None, reason=f"backend cpu: {_reason}")
+
+DTYPES = [torch.float32, torch.bfloat16]
+ATTENTION = make_case("attention", batch=5, length=23, intermediate_size=96)
+SEQUENCE_MLP = make_case("mlp_t", batch=5, length=23, intermediate_size=96, token_mixer="mlp_t")
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def forward(inputs: Inputs, weights: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+    problem = inputs.problem
+    return trmfast.recursion(
+        problem.program, problem.nets, inputs.states, inputs.x, weights or inputs.weights, inputs.cos, inputs.sin, "cpu"
+    )
+
+
+def truth_of(inputs: Inputs) -> dict[str, Tensor]:
+    return run_truth(inputs, backward=False).outputs
+
+
+def assert_right(inputs: Inputs, out: tuple[Tensor, ...], truth: dict[str, Tensor]) -> None:
+    eager = run_eager(inputs, backward=False).outputs
+    names = inputs.problem.program.states
+    require([compare(name, fused, eager[name], truth[name]) for name, fused in zip(names, out, strict=True)])
+
+
+# ---------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *SMALL,
+        make_case("published-width", H_cycles=1, L_cycles=1, length=97, num_layers=1, hidden_size=512, num_heads=8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("target", engine.TARGETS)
+def test_every_target(case: Case, dtype: torch.dtype, target: str) -> None:
+    reason = engine.targets().get(target, f"{target} is not in this build")
+    if reason is not None:
+        pytest.skip(reason)
+    reason = BACKENDS["cpu"].supports(case.problem, torch.device("cpu"), dtype, case.batch, case.length)
+    if reason is not None:
+        pytest.skip(f"backend cpu, {case}: {reason}")
+    with engine.force_target(target):
+        require(check_case(case, dtype, "cpu"))
+
+
+def test_a_forced_target_serves_elements_it_lacks_by_the_next_one_below() -> None:
+    with engine.force_target("portable"):
+        assert {engine.target_for(dtype) for dtype in DTYPES} == {"portable"}
+    with pytest.raises(ValueError, match="TRMFAST_CPU_ISA: got 'sse9', accepted are "), engine.force_target("sse9"):
+        pass
+
+
+# ---------------------------------------------------------------- threads and processes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [ATTENTION, SEQUENCE_MLP], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(
+    case: Case, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    for batch in (1, 2, 5):
+        inputs = make_inputs(
+            make_case(
+                case.name,
+                batch=batch,
+                length=23,
+                intermediate_size=96,
+                token_mixer=case.problem.nets[0].block.token_mixer,
+            ),
+            dtype,
+        )
+        threads(1)
+        expected = run_fused(inputs, "cpu")
+        for count in (2, 3, 4, 7):
+            threads(count)
+            got = run_fused(inputs, "cpu")
+            for name in expected.outputs:
+                assert torch.equal(got.outputs[name], expected.outputs[name]), (name, batch, count)
+            for name in expected.gradients:
+                assert torch.equal(got.gradients[name], expected.gradients[name]), (name, batch, count)
+
+
+def test_a_small_store_only_changes_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in (ATTENTION, SEQUENCE_MLP):
+        inputs = make_inputs(case, torch.float32)
+        truth, eager = run_truth(inputs), run_eager(inputs)
+        for store in (1, 400_000, 1_500_000):
+            monkeypatch.setattr(engine, "STORE_BYTES", store)
+            got = run_fused(inputs, "cpu")
+            require(
+                [compare(n, got.gradients[n], eager.gradients[n], truth.gradients[n], True) for n in truth.gradients]
+            )
+
+
+def test_several_python_threads_at_once() -> None:
+    cases = [make_case(f"thread-{i}", batch=i + 1, length=9 + i, num_layers=1) for i in range(4)]
+    inputs = [make_inputs(case, torch.float32, seed=i) for i, case in enumerate(cases)]
+    expected = [run_fused(one, "cpu") for one in inputs]
+    failures: list[str] = []
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            got = run_fused(inputs[i], "cpu")
+            for name, value in {**got.outputs, **got.gradients}.items():
+                if not torch.equal(value, {**expected[i].outputs, **expected[i].gradients}[name]):
+                    failures.append(f"{i} {name}")
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_computes_too(threads: Callable[[int], None]) -> None:
+    threads(2)
+    inputs = make_inputs(ATTENTION, torch.float32)
+    expected = forward(inputs)  # the pool's workers run in the parent and do not exist in the child
+    child = os.fork()
+    if child == 0:
+        same = all(torch.equal(a, b) for a, b in zip(forward(inputs), expected, strict=True))
+        os._exit(0 if same else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert all(torch.equal(a, b) for a, b in zip(forward(inputs), expected, strict=True))
+
+
+# ---------------------------------------------------------------- weights that change
+
+
+def write_through_data(weight: Tensor) -> None:
+    weight.data.mul_(1.5)
+
+
+def write_one_element_through_data(weight: Tensor) -> None:
+    weight.data.view(-1)[-1] += 3.0
+
+
+def optimizer_step(weight: Tensor) -> None:
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.05).step()
+    weight.grad = None
+
+
+def ema_copy(weight: Tensor) -> None:
+    weight.data.copy_(0.9 * weight.data + 0.1)
+
+
+@pytest.mark.parametrize("change", [write_through_data, write_one_element_through_data, optimizer_step, ema_copy])
+def test_packed_weights_are_never_stale(change: Callable[[Tensor], None]) -> None:
+    inputs = make_inputs(ATTENTION, torch.float32)
+    weights = tuple(nn.Parameter(weight.clone()) for weight in inputs.weights)
+    with torch.no_grad():
+        before = forward(inputs, weights)
+        for which in (0, len(weights) - 1):
+            change(weights[which])
+            changed = Inputs(**{**inputs.__dict__, "weights": tuple(w.detach().clone() for w in weights)})
+            after = forward(inputs, weights)
+            assert_right(changed, after, truth_of(changed))
+            assert not torch.equal(after[0], before[0])
+
+
+def test_modules_that_are_copied_moved_and_loaded() -> None:
+    program = trmfast.RecursionProgram.trm(1, 1)
+    spec = trmfast.NetSpec(trmfast.BlockSpec(64, 96, num_heads=2), 1)
+    torch.manual_seed(0)
+    module = trmfast.nn.Recursion(program, [trmfast.nn.Net(spec)], backend="cpu")
+    other = trmfast.nn.Recursion(program, [trmfast.nn.Net(spec)], backend="cpu")
+    states, x = [torch.randn(2, 7, 64) for _ in range(2)], torch.randn(2, 7, 64)
+
+    def out(m: nn.Module) -> Tensor:
+        with torch.no_grad():
+            result: Tensor = m(states, x)[0]
+        return result
+
+    mine, theirs = out(module), out(other)
+    assert not torch.equal(mine, theirs)
+    twin = copy.deepcopy(module)
+    assert torch.equal(out(twin), mine)
+    twin.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(out(twin), theirs)
+    assert torch.equal(out(module), mine)
+    narrow = copy.deepcopy(module).to(torch.bfloat16)  # weights of another dtype, the same compute dtype
+    wide = copy.deepcopy(narrow).to(torch.float32)
+    assert torch.equal(out(narrow), out(wide))
+    assert torch.equal(out(narrow.to(torch.float32)), out(wide))
+
+
+def test_non_contiguous_weights() -> None:
+    inputs = make_inputs(ATTENTION, torch.float32)
+    strided = tuple(torch.stack([w, w + 1], dim=-1)[..., 0] for w in inputs.weights)
+    assert not strided[0].is_contiguous()
+    assert torch.equal(forward(inputs, strided)[0], forward(inputs)[0])
+
+
+def test_packed_weights_of_deleted_models_are_freed() -> None:
+    engine.release_memory()
+    for seed in range(5):
+        forward(make_inputs(ATTENTION, torch.float32, seed=seed))
+    assert len(engine._cache._entries) <= 2
+
+
+# ---------------------------------------------------------------- sequences
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [ATTENTION, SEQUENCE_MLP], ids=str)
+def test_a_bad_sequence_does_not_reach_the_others(case: Case, dtype: torch.dtype, bad: float) -> None:
+    inputs = make_inputs(case, dtype)
+    clean = forward(inputs)
+    assert inputs.x is not None
+    x = inputs.x.clone()
+    x[2] = bad
+    spoilt = forward(Inputs(**{**inputs.__dict__, "x": x}))
+    for a, b in zip(clean, spoilt, strict=True):
+        keep = [0, 1, 3, 4]
+        assert torch.equal(a[keep], b[keep])
+        assert b[2].isnan().any()
