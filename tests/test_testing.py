@@ -13,6 +13,7 @@ from trmfast.testing import (
     check_case,
     compare,
     compare_results,
+    pool,
     require,
     run_eager,
     run_truth,
@@ -69,6 +70,16 @@ def test_shapes_and_dtypes_have_to_agree() -> None:
         compare("t", torch.ones(2), torch.ones(3), torch.ones(3).double())
     with pytest.raises(ValueError, match=r"^t: got"):
         compare("t", torch.ones(3), torch.ones(3).bfloat16(), torch.ones(3).double())
+
+
+def test_draws_are_pooled_by_their_largest_errors() -> None:
+    first = [Comparison("a", 0.3, 0.1, 0.0), Comparison("b", 0.1, 0.1, 0.0)]
+    second = [Comparison("a", 0.1, 0.2, 0.01), Comparison("b", float("nan"), 0.3, 0.0)]
+    a, b = pool([first, second])
+    assert a == Comparison("a", 0.3, 0.2, 0.01)
+    assert not b.passed
+    with pytest.raises(ValueError, match="zip"):
+        pool([first, second[:1]])
 
 
 def test_comparing_nothing_fails() -> None:

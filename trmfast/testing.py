@@ -8,8 +8,8 @@ A fused tensor passes if ``max|fused - truth| <= 2 * max|eager - truth| + roundi
 best possible result loses by being stored in its dtype, ``max|truth.to(dtype) - truth|``: at most half a unit in the
 last place of the largest element.  This is the rule of flash-attention's tests with a smaller rounding term.
 
-Both errors are the largest over several seeds: of a single draw, the error of eager itself varies by a factor of two and
-more, and neither side should pass or fail by luck.
+Both errors are the largest over several seeds: of a single draw, the error of eager itself varies by a factor of two
+and more, and neither side should pass or fail by luck.
 
 The rule proves nothing where eager itself is far off, so such a comparison is refused: eager's error must be below 0.1
 for states, which the last norm keeps of order 1, and below a tenth of the largest element for gradients, whose scale is
