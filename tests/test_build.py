@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -167,3 +168,16 @@ def test_missing_source_is_recorded(tree: Path) -> None:
     done, record = build(tree)
     assert done.returncode == 0, done.stderr
     assert "csrc/cpu/engine_target.cpp" in record["error"]
+
+
+def test_no_code_is_shared_between_instruction_sets() -> None:
+    """An inline function outside a target's namespace would be merged across targets, into whichever copy comes first."""
+    folders = list((ROOT / "build").glob("cpu-release-*/engine_portable_f32.o"))
+    if not folders or shutil.which("nm") is None:
+        pytest.skip("no objects of this source tree's engine, or no nm to read them")
+    newest = max(folders, key=lambda file: file.stat().st_mtime).parent
+    for file in newest.glob("engine_*.o"):
+        namespace = file.stem.removeprefix("engine_")
+        symbols = subprocess.check_output(["nm", "--demangle", str(file)], text=True).splitlines()
+        weak = [symbol for symbol in symbols if re.match(r"^[0-9a-f ]{16} [WVu] ", symbol)]
+        assert [symbol for symbol in weak if f"trmfast::{namespace}::" not in symbol] == [], file.name
