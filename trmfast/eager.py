@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trmfast.models import HRM, TRM, ACTModel, ModelConfig
 from trmfast.models.inner import Family, Inner
 from trmfast.nn import CastedLinear
-from trmfast.reference import summed_input
+from trmfast.reference import summed_input, wide_dtype
 from trmfast.spec import swiglu_width
 
 __all__ = ["EagerHRM", "EagerInner", "EagerTRM"]
@@ -27,13 +27,13 @@ CosSin = tuple[Tensor, Tensor]
 
 
 def _rms_norm(h: Tensor, eps: float) -> Tensor:
-    wide = h.to(torch.float32)
+    wide = h.to(wide_dtype(h.dtype))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(h.dtype)
 
 
 def _rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """q: [B, L, heads, head_dim]; cos, sin: float32 [L, head_dim]."""
-    wide = q.to(cos.dtype)
+    wide = q.to(wide_dtype(q.dtype))
     low, high = wide.chunk(2, dim=-1)
     turned = torch.cat((-high, low), dim=-1)
     return (wide * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)).to(q.dtype)

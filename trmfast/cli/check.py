@@ -255,10 +255,10 @@ def _cpu_targets(skipped: list[dict[str, str]]) -> Iterator[str]:
 
 def _computes(target: str, dtype: torch.dtype) -> bool:
     """Whether a target computes in a dtype itself, and does not leave it to the next one."""
-    from trmfast.backends.cpu import force_target, target_for
+    from trmfast import _cpu
+    from trmfast.backends.cpu import ELEMENTS
 
-    with force_target(target):
-        return target_for(dtype) == target
+    return (target, ELEMENTS[dtype]) in set(_cpu.compiled_pairs())
 
 
 def _forced(target: str) -> AbstractContextManager[None]:

@@ -1,0 +1,185 @@
+"""The command line, as users run it: in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trmfast
+from trmfast.cli import main
+
+
+def run(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-m", "trmfast", *words], capture_output=True, text=True)
+    assert done.returncode == status, f"{words} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_version() -> None:
+    assert run("--version").stdout.strip() == f"trmfast {trmfast.__version__}"
+
+
+@pytest.mark.parametrize("command", ["info", "check", "bench"])
+def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: trmfast {command}" in text
+    assert f"  trmfast {command}" in text.split("examples:")[1]
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["info", "--program", "trm:3"], "--program: got 'trm:3'"),
+        (["info", "--program", "trm:0,6"], "H_cycles: got 0"),
+        (["info", "--program", "trm:3,6,9"], "window: got 9"),
+        (["check", "--problem", "nothing"], "--problem: got 'nothing'"),
+        (["check", "--backend", "nobody"], "--backend: got 'nobody'"),
+        (["check", "--threads", "0"], "--threads: got 0"),
+        (["bench", "--config", "chess"], "--config: got 'chess'"),
+        (["bench", "--batch", "0"], "--batch: got 0"),
+        (["bench", "--batch", "some"], "--batch"),
+        (["bench", "--seconds", "0"], "--seconds: got 0"),
+        (["bench", "--output", "/dev/null/x"], "--output"),
+    ],
+)
+def test_bad_options_are_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert expected in lines[0]
+
+
+def test_bad_option_of_a_process() -> None:
+    done = run("bench", "--config", "chess", status=2)
+    assert done.stdout == ""
+    assert done.stderr.startswith("trmfast bench: --config: got 'chess', accepted are arc, ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_info() -> None:
+    record = json.loads(run("info", "--json").stdout)
+    assert record["machine"]["logical_cpus"] >= 1
+    assert record["versions"]["trmfast"] == trmfast.__version__
+    backends = {backend["name"]: backend for backend in record["backends"]}
+    assert backends["reference"]["available"]
+    for backend in backends.values():
+        assert backend["available"] == (backend["reason"] is None)
+    for target in record["targets"]:
+        assert target["reason"] or target["chosen_for"]
+        assert target["supported"] or not target["chosen_for"]
+    chosen = sorted(dtype for target in record["targets"] for dtype in target["chosen_for"])
+    assert chosen == (["bfloat16", "float32"] if backends["cpu"]["available"] else [])
+    text = run("info").stdout
+    for heading in ("Machine", "Versions", "Targets of the CPU engine", "Backends"):
+        assert heading in text
+
+
+def test_info_program() -> None:
+    text = run("info", "--program", "hrm:2,2").stdout
+    assert text.strip() == trmfast.RecursionProgram.hrm(2, 2).table()
+    record = json.loads(run("info", "--program", "trm:3,6,all", "--json").stdout)
+    assert len(record["updates"]) == 21
+    assert all(update["grad"] for update in record["updates"])
+
+
+def test_check() -> None:
+    done = run("check", "--quick", "--problem", "trm", "one-token", "--threads", "1", "--json")
+    record = json.loads(done.stdout)
+    assert record["passed"]
+    assert {(row["problem"], row["dtype"]) for row in record["parity"] if row["backend"] == "reference"} == {
+        (problem, dtype) for problem in ("trm", "one-token") for dtype in ("float32", "bfloat16")
+    }
+    for row in record["parity"]:
+        assert row["error"] <= row["limit"]
+        assert row["tensors"] > 8
+
+
+def test_check_gradients_and_table() -> None:
+    text = run("check", "--quick", "--backend", "reference", "--threads", "1").stdout
+    for name in ("trm", "trm-mlp_t", "hrm", "single_z", "hier6", "urm"):
+        assert any(line.split()[:2] == [name, "yes"] for line in text.splitlines()), name
+    assert "checks passed" in text
+
+
+def test_check_fails_on_a_wrong_backend() -> None:
+    """A backend whose output is slightly off turns the exit status to 1."""
+    broken = """
+import sys
+from trmfast.backends.reference import ReferenceBackend
+from trmfast.cli import main
+
+forward = ReferenceBackend.forward
+
+def wrong(self, problem, states, *rest):
+    out, saved = forward(self, problem, states, *rest)
+    return [t + 0.01 if t.dtype.itemsize == 4 else t for t in out], saved
+
+ReferenceBackend.forward = wrong
+sys.exit(main(["check", "--problem", "trm", "--backend", "reference", "--threads", "1", "--json"]))
+"""
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    record = json.loads(done.stdout)
+    assert not record["passed"]
+    assert {row["dtype"]: row["passed"] for row in record["parity"]} == {"float32": False, "bfloat16": True}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """One run of all configurations at width 64, without torch.compile."""
+    folder = tmp_path_factory.mktemp("bench")
+    done = run("bench", "--quick", "--tiny", "--threads", "1", "--batch", "2", "--output", str(folder), "--json")
+    return json.loads(done.stdout), folder
+
+
+def test_bench_record(bench: tuple[dict[str, Any], Path]) -> None:
+    record, _ = bench
+    results = {(r["config"], r["step"], r["implementation"]): r for r in record["results"]}
+    assert {config for config, _, _ in results} == {"arc", "sudoku", "sudoku-mlp", "hrm-sudoku"}
+    assert len(results) == 4 * 2 * 2
+    for (_, step, implementation), r in results.items():
+        assert r["seconds"] > 0
+        assert r["low"] <= r["seconds"] <= r["high"]
+        assert r["gflops"] == pytest.approx(r["gflop"] / r["seconds"])
+        assert 0 < r["error"] < 0.1
+        assert (r["saved"] is None) == (step == "forward")
+        if implementation == "eager":
+            assert r["ratio"] == 1
+    for config in ("arc", "sudoku", "sudoku-mlp", "hrm-sudoku"):
+        eager, fused = (results[config, "training", name]["saved"] for name in ("eager", "trmfast"))
+        assert fused < eager / 10
+    assert record["passed"]
+    assert {r["verdict"] for r in record["results"] if r["implementation"] == "trmfast"} == {"pass"}
+    assert record["settings"]["threads"] == 1
+
+
+def test_bench_files(bench: tuple[dict[str, Any], Path]) -> None:
+    record, folder = bench
+    assert json.loads((folder / "bench.json").read_text())["results"] == record["results"]
+    with (folder / "bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(record["results"])
+    assert float(rows[0]["seconds"]) == record["results"][0]["seconds"]
+    table = (folder / "bench.md").read_text().splitlines()
+    assert len([line for line in table if line.startswith("| TRM") or line.startswith("| HRM")]) == 8
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_markdown_is_the_file(tmp_path: Path) -> None:
+    options = ["--quick", "--tiny", "--threads", "1", "--config", "sudoku", "--batch", "1", "--output", str(tmp_path)]
+    assert run("bench", *options, "--markdown").stdout == (tmp_path / "bench.md").read_text()
