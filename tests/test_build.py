@@ -171,7 +171,7 @@ def test_missing_source_is_recorded(tree: Path) -> None:
 
 
 def test_no_code_is_shared_between_instruction_sets() -> None:
-    """An inline function outside a target's namespace would be merged across targets, into whichever copy comes first."""
+    """An inline function outside a target's namespace is merged across targets, into whichever copy comes first."""
     folders = list((ROOT / "build").glob("cpu-release-*/engine_portable_f32.o"))
     if not folders or shutil.which("nm") is None:
         pytest.skip("no objects of this source tree's engine, or no nm to read them")
@@ -180,4 +180,5 @@ def test_no_code_is_shared_between_instruction_sets() -> None:
         namespace = file.stem.removeprefix("engine_")
         symbols = subprocess.check_output(["nm", "--demangle", str(file)], text=True).splitlines()
         weak = [symbol for symbol in symbols if re.match(r"^[0-9a-f ]{16} [WVu] ", symbol)]
-        assert [symbol for symbol in weak if f"trmfast::{namespace}::" not in symbol] == [], file.name
+        own = (f"trmfast::{namespace}::", "trmfast::amx_emulated::")  # the latter is in one object only
+        assert [symbol for symbol in weak if not any(name in symbol for name in own)] == [], file.name

@@ -15,7 +15,7 @@
 //   };
 #pragma once
 
-#if defined(__AMX_BF16__) || defined(TRMFAST_EMULATE_AMX)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__) || defined(TRMFAST_EMULATE_AMX)
 #include "dot_amx.h"
 #elif defined(__AVX512BF16__)
 #include "dot_avx512_bf16.h"

@@ -47,7 +47,7 @@ struct VectorPeak {
   }
 };
 
-#if defined(__AMX_BF16__) || defined(TRMFAST_EMULATE_AMX)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__) || defined(TRMFAST_EMULATE_AMX)
 // TDPBF16PS on four accumulators of 16 x 16.
 struct TilePeak {
   static constexpr double kFlops = 4.0 * 2 * 16 * 16 * 32;
@@ -87,7 +87,7 @@ struct TilePeak {
 template <class T>
 struct Peak : VectorPeak<typename VectorDot<T>::Step> {};
 
-#if defined(__AMX_BF16__) || defined(TRMFAST_EMULATE_AMX)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__) || defined(TRMFAST_EMULATE_AMX)
 template <>
 struct Peak<bf16> : TilePeak {};
 #elif defined(__AVX512BF16__)
