@@ -70,8 +70,8 @@ void attention_exponentials(const BlockShape& block, int length, const T* query,
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
   const int keys = visible_keys(block, row + n, length);
   for (int k = 0; k < keys; k += kPanel)
-    Dot<T>::run(query + row * stride, stride, scratch.keys + k / kPanel * panel_elements<T>(heads.qk_width), depth, n,
-                scratch.scores + k, scratch.score_stride, false);
+    multiply(query + row * stride, stride, scratch.keys + k / kPanel * panel_elements<T>(heads.qk_width), depth, n,
+                scratch.scores + k, scratch.score_stride);
   for (int r = 0; r < n; ++r) {
     float* s = scratch.scores + static_cast<long>(r) * scratch.score_stride;
     const int valid = visible_keys(block, row + r + 1, length);
@@ -105,8 +105,8 @@ void attention_forward(const Team& team, const BlockShape& block, int sequences,
             store_group(scratch.scores + static_cast<long>(r) * scratch.score_stride + j,
                         scratch.weights + static_cast<long>(r) * scratch.weight_stride + j);
         for (int c = 0; c < heads.v_width; c += kPanel) {
-          Dot<T>::run(scratch.weights, scratch.weight_stride, scratch.values + c / kPanel * panel_elements<T>(length),
-                      padded_depth<T>(keys), n, scratch.tile, kPanel, false);
+          multiply(scratch.weights, scratch.weight_stride, scratch.values + c / kPanel * panel_elements<T>(length),
+                      padded_depth<T>(keys), n, scratch.tile, kPanel);
           for (int r = 0; r < n; ++r) {
             const vf inverse = broadcast(1.0f / sums[r]);
             T* to = attended + (first + row + r) * attended_stride + head * heads.head_dim + c;

@@ -50,9 +50,9 @@ void attention_grad_scores(const BlockShape& block, int length, const T* query, 
   float sums[Dot<T>::kRows];
   attention_exponentials(block, length, query, stride, row, n, sums, forward);
   for (int k = 0; k < keys; k += kPanel)
-    Dot<T>::run(grad_out + row * grad_stride, grad_stride,
+    multiply(grad_out + row * grad_stride, grad_stride,
                 scratch.values_transposed + k / kPanel * panel_elements<T>(heads.v_width), padded_depth<T>(heads.v_width), n,
-                scratch.grad_weights + k, forward.score_stride, false);
+                scratch.grad_weights + k, forward.score_stride);
   for (int r = 0; r < n; ++r) {
     const float* e = forward.scores + static_cast<long>(r) * forward.score_stride;
     const float* grad = scratch.grad_weights + static_cast<long>(r) * forward.score_stride;
@@ -126,9 +126,9 @@ void attention_backward(const Team& team, const BlockShape& block, const Rope& r
           const int row = tiles.begin(i), n = tiles.size(i);
           attention_grad_scores(block, length, query, stride, grad, grad_stride, row, n, row - row0, scratch);
           for (int c = 0; c < qk; c += kPanel) {
-            Dot<T>::run(scratch.grad_scores + static_cast<long>(row - row0) * forward.weight_stride, forward.weight_stride,
+            multiply(scratch.grad_scores + static_cast<long>(row - row0) * forward.weight_stride, forward.weight_stride,
                         scratch.keys_rows + c / kPanel * panel_elements<T>(length), padded_depth<T>(length), n, forward.tile,
-                        kPanel, false);
+                        kPanel);
             for_rows(row, n, forward.tile, [&](int t, const float* in) { unrotate(in, t, c, query + t * stride + c); });
           }
         }

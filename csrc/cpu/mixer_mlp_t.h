@@ -72,8 +72,8 @@ void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* ga
 
     for (int i = 0; i < features.count; ++i) {
       const int row = features.begin(i), n = features.size(i);
-      Dot<T>::run(gate_up + row * in_stride, in_stride, scratch.input, padded_depth<T>(L), n, scratch.gate, kPanel, false);
-      Dot<T>::run(gate_up + (inner + row) * in_stride, in_stride, scratch.input, padded_depth<T>(L), n, scratch.up, kPanel, false);
+      multiply(gate_up + row * in_stride, in_stride, scratch.input, padded_depth<T>(L), n, scratch.gate, kPanel);
+      multiply(gate_up + (inner + row) * in_stride, in_stride, scratch.input, padded_depth<T>(L), n, scratch.up, kPanel);
       if (keep.gate_up) {
         T* kept = keep.gate_up + (static_cast<long>(sequence) * 2 * inner + row) * stride + c;
         for_rows(0, n, scratch.gate, [&](int r, const float* in) { store_group(in, kept + r * stride); });
@@ -91,7 +91,7 @@ void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* ga
     vf squares[kPanel / kLanes] = {};
     for (int i = 0; i < positions.count; ++i) {
       const int row = positions.begin(i), n = positions.size(i);
-      Dot<T>::run(down + row * hidden_stride, hidden_stride, scratch.hidden, padded_depth<T>(inner), n, scratch.gate, kPanel, false);
+      multiply(down + row * hidden_stride, hidden_stride, scratch.hidden, padded_depth<T>(inner), n, scratch.gate, kPanel);
       for_rows(row, n, scratch.gate, [&](int t, const float* in) {
         for (int j = 0; j < kPanel; j += kLanes) {
           const vf u = load(x + t * stride + j) + load(in + j);

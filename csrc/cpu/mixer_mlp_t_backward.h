@@ -50,7 +50,7 @@ void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* g
 
     for (int i = 0; i < features.count; ++i) {
       const int row = features.begin(i), n = features.size(i);
-      Dot<T>::run(down + row * down_stride, down_stride, scratch.grad_sum, padded_depth<T>(L), n, scratch.tile, kPanel, false);
+      multiply(down + row * down_stride, down_stride, scratch.grad_sum, padded_depth<T>(L), n, scratch.tile, kPanel);
       T* gates = kept.gate_up + (static_cast<long>(sequence) * 2 * inner + row) * stride + c;
       T* ups = gates + inner * stride;
       for_rows(0, n, scratch.tile, [&](int r, const float* in) {
@@ -68,7 +68,7 @@ void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* g
 
     for (int i = 0; i < positions.count; ++i) {
       const int row = positions.begin(i), n = positions.size(i);
-      Dot<T>::run(gate_up + row * gates_stride, gates_stride, scratch.grad_gates, 2 * depth, n, scratch.tile, kPanel, false);
+      multiply(gate_up + row * gates_stride, gates_stride, scratch.grad_gates, 2 * depth, n, scratch.tile, kPanel);
       for_rows(row, n, scratch.tile, [&](int t, const float* in) {
         for (int j = 0; j < kPanel; j += kLanes)
           store(grad + t * dy_stride + j, load(grad + t * dy_stride + j) + load(in + j));

@@ -7,7 +7,7 @@
 // A thread owns the rows that it adds to: no copy per thread, and the same sums for any number of threads.
 #pragma once
 
-#include "team.h"
+#include "gemm.h"
 #include "weights.h"
 
 namespace trmfast {
@@ -43,8 +43,8 @@ void multiply_chunks(int n, int chunks, long left_stride, const WeightGradientSc
       const T* panel = right(chunk);
       const long elements = static_cast<long>(depth(chunk)) * kPanel, share = elements / rows.count;
       const Prefetch next{panel + elements + i * share, share * static_cast<long>(sizeof(T))};
-      Dot<T>::run(left(chunk) + rows.begin(i) * left_stride, left_stride, panel, depth(chunk), rows.size(i),
-                  chunk == 0 ? tile : scratch.sums, kPanel, false, next);
+      multiply(left(chunk) + rows.begin(i) * left_stride, left_stride, panel, depth(chunk), rows.size(i),
+                  chunk == 0 ? tile : scratch.sums, kPanel, next);
       if (chunk > 0) add_sums(rows.size(i), scratch.sums, tile);
     }
 }
