@@ -15,7 +15,7 @@ import trmfast
 from trmfast.backends import BACKENDS
 from trmfast.backends import cpu as engine
 from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
-from trmfast.testing import check_case, compare, require, run_eager, run_fused, run_truth
+from trmfast.testing import check_case, require, run_fused, run_truth
 
 _reason = BACKENDS["cpu"].available()
 pytestmark = pytest.mark.skipif(_reason is not None, reason=f"backend cpu: {_reason}")
@@ -39,14 +39,11 @@ def forward(inputs: Inputs, weights: tuple[Tensor, ...] | None = None) -> tuple[
     )
 
 
-def truth_of(inputs: Inputs) -> dict[str, Tensor]:
-    return run_truth(inputs, backward=False).outputs
-
-
-def assert_right(inputs: Inputs, out: tuple[Tensor, ...], truth: dict[str, Tensor]) -> None:
-    eager = run_eager(inputs, backward=False).outputs
-    names = inputs.problem.program.states
-    require([compare(name, fused, eager[name], truth[name]) for name, fused in zip(names, out, strict=True)])
+def assert_current(inputs: Inputs, out: tuple[Tensor, ...]) -> None:
+    """The result is that of these weights; stale ones would be off by much more than rounding."""
+    truth = run_truth(inputs, backward=False).outputs
+    for name, fused in zip(inputs.problem.program.states, out, strict=True):
+        assert (fused.double() - truth[name]).abs().max() < 1e-4
 
 
 # ---------------------------------------------------------------- targets
@@ -112,14 +109,9 @@ def test_any_number_of_threads_gives_the_same_bits(
 
 def test_a_small_store_only_changes_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in (ATTENTION, SEQUENCE_MLP):
-        inputs = make_inputs(case, torch.float32)
-        truth, eager = run_truth(inputs), run_eager(inputs)
         for store in (1, 400_000, 1_500_000):
             monkeypatch.setattr(engine, "STORE_BYTES", store)
-            got = run_fused(inputs, "cpu")
-            require(
-                [compare(n, got.gradients[n], eager.gradients[n], truth.gradients[n], True) for n in truth.gradients]
-            )
+            require(check_case(case, torch.float32, "cpu"))
 
 
 def test_several_python_threads_at_once() -> None:
@@ -180,7 +172,8 @@ def ema_copy(weight: Tensor) -> None:
 
 @pytest.mark.parametrize("change", [write_through_data, write_one_element_through_data, optimizer_step, ema_copy])
 def test_packed_weights_are_never_stale(change: Callable[[Tensor], None]) -> None:
-    inputs = make_inputs(ATTENTION, torch.float32)
+    case = make_case("one-cycle", H_cycles=1, L_cycles=1, num_layers=1, length=9, intermediate_size=96)
+    inputs = make_inputs(case, torch.float32, weight_scale=0.5)
     weights = tuple(nn.Parameter(weight.clone()) for weight in inputs.weights)
     with torch.no_grad():
         before = forward(inputs, weights)
@@ -188,7 +181,7 @@ def test_packed_weights_are_never_stale(change: Callable[[Tensor], None]) -> Non
             change(weights[which])
             changed = Inputs(**{**inputs.__dict__, "weights": tuple(w.detach().clone() for w in weights)})
             after = forward(inputs, weights)
-            assert_right(changed, after, truth_of(changed))
+            assert_current(changed, after)
             assert not torch.equal(after[0], before[0])
 
 

@@ -8,8 +8,10 @@ A fused tensor passes if ``max|fused - truth| <= 2 * max|eager - truth| + roundi
 best possible result loses by being stored in its dtype, ``max|truth.to(dtype) - truth|``: at most half a unit in the
 last place of the largest element.  This is the rule of flash-attention's tests with a smaller rounding term.
 
-Both errors are the largest over several seeds: of a single draw, the error of eager itself varies by a factor of two
-and more, and neither side should pass or fail by luck.
+Small cases are drawn several times and both errors are geometric means over the draws: a recursion amplifies rounding
+errors by a factor that differs from draw to draw, so that of a single one even the error of a better implementation
+exceeds twice eager's now and then (measured: in 1 of 27 draws).  A wrong result cannot hide in the mean: in one of five
+draws it would have to be less than 32 times as far off as eager is.
 
 The rule proves nothing where eager itself is far off, so such a comparison is refused: eager's error must be below 0.1
 for states, which the last norm keeps of order 1, and below a tenth of the largest element for gradients, whose scale is
@@ -18,6 +20,7 @@ that of the loss.  One cycle, or a smaller ``weight_scale``, makes a comparison 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -162,20 +165,24 @@ def compare_results(fused: Result, eager: Result, truth: Result) -> list[Compari
 
 
 def pool(draws: Sequence[Sequence[Comparison]]) -> list[Comparison]:
-    """The comparisons of several draws of one case as one: the largest of each error, tensor by tensor."""
+    """The comparisons of several draws of one case as one: geometric means, tensor by tensor."""
     return [
         Comparison(
             tensors[0].name,
-            _largest_of([c.error for c in tensors]),
-            _largest_of([c.eager for c in tensors]),
-            _largest_of([c.rounding for c in tensors]),
+            _geometric_mean([c.error for c in tensors]),
+            _geometric_mean([c.eager for c in tensors]),
+            _geometric_mean([c.rounding for c in tensors]),
         )
         for tensors in zip(*draws, strict=True)
     ]
 
 
-def _largest_of(values: Sequence[float]) -> float:
-    return float("nan") if any(value != value for value in values) else max(values)
+def _geometric_mean(values: Sequence[float]) -> float:
+    """Zeros count as the smallest normal float32; NaN and infinity stay."""
+    least = torch.finfo(torch.float32).tiny
+    logs = [value if value != value else math.log(max(value, least)) for value in values]
+    mean = math.exp(sum(logs) / len(logs)) if math.inf not in logs else math.inf
+    return 0.0 if mean <= least else mean
 
 
 def check_case(
@@ -184,7 +191,7 @@ def check_case(
     backend: str,
     *,
     backward: bool = True,
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: Sequence[int] = range(5),
     device: torch.device | str = "cpu",
     weight_scale: float | None = None,
 ) -> list[Comparison]:
@@ -193,7 +200,7 @@ def check_case(
     Args:
         case, dtype, backend: what to run, in which compute dtype, with which backend.
         backward: whether gradients are compared too.
-        seeds: of the draws whose errors are pooled.
+        seeds: one for each draw; errors are averaged over them.
         device: as in :func:`make_inputs`.
         weight_scale: as in :func:`make_inputs`; by default 1 in float32, and 0.5 in 16-bit dtypes, which makes whole
             programs comparable in them.
