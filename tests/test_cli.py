@@ -176,7 +176,7 @@ def test_bench_files(bench: tuple[dict[str, Any], Path]) -> None:
     assert len(rows) == len(record["results"])
     assert float(rows[0]["seconds"]) == record["results"][0]["seconds"]
     table = (folder / "bench.md").read_text().splitlines()
-    assert len([line for line in table if line.startswith("| TRM") or line.startswith("| HRM")]) == 8
+    assert len([line for line in table if line.startswith(("| TRM", "| HRM"))]) == 8
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -182,7 +182,7 @@ def _geometric_mean(values: Sequence[float]) -> float:
     least = torch.finfo(torch.float32).tiny
     logs = [value if value != value else math.log(max(value, least)) for value in values]
     mean = math.exp(sum(logs) / len(logs)) if math.inf not in logs else math.inf
-    return 0.0 if mean <= least else mean
+    return 0.0 if mean <= 2 * least else mean
 
 
 def check_case(
