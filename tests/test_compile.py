@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from trmfast import RecursionProgram, recursion
-from trmfast.backends import BACKENDS
 from trmfast.cases import Case, Inputs, make_case, make_inputs
 from trmfast.nn import Net, Recursion
 
@@ -157,10 +156,8 @@ def test_a_replaced_submodule_is_used(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype: torch.dtype, backend: str) -> None:
-    device = torch.device("cpu")
-    if (reason := BACKENDS[backend].supports(CASE.problem, device, dtype, CASE.batch, CASE.length)) is not None:
-        pytest.skip(f"backend {backend}: {reason}")
+def test_autocast(dtype: torch.dtype, backend: str, need_support: Callable[[Case, torch.dtype], None]) -> None:
+    need_support(CASE, dtype)
     net, inputs = module(backend), make_inputs(CASE)
     states, x, tables = arguments(inputs)
     with torch.autocast("cpu", dtype=dtype):

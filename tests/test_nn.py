@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from trmfast import BlockSpec, NetSpec, Problem, RecursionProgram, Update
-from trmfast.backends import BACKENDS
 from trmfast.cases import SMALL, Case, make_case
 from trmfast.nn import (
     Block,
@@ -35,9 +35,8 @@ def test_parameters_are_those_of_the_spec(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_net_forward_is_one_update(case: Case, backend: str) -> None:
-    if reason := BACKENDS[backend].supports(case.problem, torch.device("cpu"), torch.float32, 2, case.length):
-        pytest.skip(f"backend {backend}: {reason}")
+def test_net_forward_is_one_update(case: Case, backend: str, need_support: Callable[[Case, torch.dtype], None]) -> None:
+    need_support(case, torch.float32)
     net = Net(case.problem.nets[0])
     program = RecursionProgram(("z",), ("f",), (Update(0, (0,), False, 0, True),), 1)
     h = torch.randn(2, case.length, case.problem.hidden_size, generator=torch.Generator().manual_seed(0))

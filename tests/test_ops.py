@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from trmfast import Problem, RecursionProgram, recursion
 from trmfast.backends import BACKENDS
 from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
 from trmfast.reference import run_program
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOWS: list[Any] = ["one_step", "last_cycle", 2, "all"]
 TINY: dict[str, Any] = {
@@ -192,9 +195,8 @@ def test_activations_kept_for_backward(backend: str) -> None:
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_outputs_own_their_memory(case: Case, backend: str) -> None:
-    if BACKENDS[backend].supports(case.problem, torch.device("cpu"), torch.float32, case.batch, case.length):
-        pytest.skip("refused")
+def test_outputs_own_their_memory(case: Case, backend: str, need_support: Callable[[Case, torch.dtype], None]) -> None:
+    need_support(case, torch.float32)
     inputs = make_inputs(case)
     before = [t.clone() for t in (*inputs.states, *inputs.weights)]
     outputs = call(inputs, backend)
@@ -354,10 +356,11 @@ def test_backward_without_saved_inputs_is_refused(backend: str) -> None:
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_gradients_have_the_dtype_of_the_weight(compute: torch.dtype, held: torch.dtype, backend: str) -> None:
+def test_gradients_have_the_dtype_of_the_weight(
+    compute: torch.dtype, held: torch.dtype, backend: str, need_support: Callable[[Case, torch.dtype], None]
+) -> None:
     case = tiny("trm", hidden_size=32)
-    if (reason := BACKENDS[backend].supports(case.problem, torch.device("cpu"), compute, 2, 3)) is not None:
-        pytest.skip(f"backend {backend}: {reason}")
+    need_support(case, compute)
     inputs = make_inputs(case, compute)
     assert inputs.x is not None
     states, (x,) = leaves(inputs.states), leaves([inputs.x])

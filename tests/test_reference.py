@@ -14,6 +14,8 @@ from trmfast import BlockSpec, NetSpec, Problem
 from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs, rope_tables
 from trmfast.reference import attention, conv_swiglu, rms_norm, rotate, run_block, run_net, run_program, swiglu
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def assert_exact(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -19,6 +19,8 @@ from trmfast.testing import (
     run_truth,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = make_case("tiny", H_cycles=1, L_cycles=1, hidden_size=16, intermediate_size=16, num_layers=1, length=5)
 
 
@@ -78,7 +80,8 @@ def test_draws_are_pooled_by_geometric_means() -> None:
     a, b, c = pool([first, second])
     assert (a.error, a.eager, a.rounding) == pytest.approx((0.2, 0.3, 0.02))
     assert not b.passed
-    assert c == Comparison("c", 0.0, 0.0, 0.0) and c.passed
+    assert c == Comparison("c", 0.0, 0.0, 0.0)
+    assert c.passed
     good, wrong = Comparison("d", 1e-6, 1e-6, 0.0), Comparison("d", 1e-2, 1e-6, 0.0)
     assert not pool([[good], [good], [wrong], [good], [good]])[0].passed
     with pytest.raises(ValueError, match="zip"):
