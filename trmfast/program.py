@@ -67,7 +67,8 @@ class RecursionProgram:
             raise ValueError("updates: got none, a program needs at least one update")
         if self.updates_per_cycle < 1 or len(self.updates) % self.updates_per_cycle:
             raise ValueError(
-                f"updates_per_cycle: got {self.updates_per_cycle}, accepted are the divisors of {len(self.updates)} updates"
+                f"updates_per_cycle: got {self.updates_per_cycle}, "
+                f"accepted are the divisors of {len(self.updates)} updates"
             )
         for position, update in enumerate(self.updates):
             for name, index, names in (
@@ -76,9 +77,8 @@ class RecursionProgram:
                 *(("sources", s, self.states) for s in update.sources),
             ):
                 if not 0 <= index < len(names):
-                    raise ValueError(
-                        f"updates[{position}].{name}: got {index}, accepted are 0 to {len(names) - 1} ({', '.join(names)})"
-                    )
+                    accepted = f"0 to {len(names) - 1} ({', '.join(names)})"
+                    raise ValueError(f"updates[{position}].{name}: got {index}, accepted are {accepted}")
             if not update.sources and not update.inject_x:
                 raise ValueError(f"updates[{position}]: reads no state and no x, an update needs at least one of them")
         rows = [[u.dst, list(u.sources), int(u.inject_x), u.net, int(u.grad)] for u in self.updates]
@@ -158,12 +158,13 @@ class RecursionProgram:
         """The same program with another gradient window.
 
         Args:
-            window: ``"one_step"`` (the last update of every state, as HRM), ``"last_cycle"`` (as TRM), an integer k (the
-                last k cycles), ``"all"`` or ``"none"``.
+            window: ``"one_step"`` (the last update of every state, as HRM), ``"last_cycle"`` (as TRM), an integer k
+                (the last k cycles), ``"all"`` or ``"none"``.
         """
         last = len(self.updates)
         if window == "one_step":
-            inside = {max((i for i, u in enumerate(self.updates) if u.dst == s), default=-1) for s in range(len(self.states))}
+            last_of = {update.dst: i for i, update in enumerate(self.updates)}
+            inside = set(last_of.values())
         elif window == "all":
             inside = set(range(last))
         elif window == "none":

@@ -25,7 +25,8 @@ class BlockSpec:
         hidden_size: width D of the states.
         intermediate_size: inner width of the channel mixer's SwiGLU.
         token_mixer: ``"attention"``, or ``"mlp_t"``, a SwiGLU over the sequence axis whose norm is over that axis too.
-        channel_mixer: ``"swiglu"``, or ``"conv_swiglu"`` (URM): a depthwise convolution over the sequence after the gate.
+        channel_mixer: ``"swiglu"``, or ``"conv_swiglu"`` (URM): a depthwise convolution over the sequence after the
+            gate.
         num_heads: query heads (attention).
         num_kv_heads: key and value heads, a divisor of ``num_heads`` (attention); by default ``num_heads``.
         head_dim: width of one head (attention); by default ``hidden_size // num_heads``.
@@ -79,7 +80,7 @@ class BlockSpec:
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names (as in the published state_dicts) and shapes of one block's weights, in the order all code passes them."""
+        """Names (as in the published state_dicts) and shapes of a block's weights, in the order all code passes them."""
         D, inter = self.hidden_size, self.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {}
         if self.token_mixer == "attention":
@@ -128,5 +129,7 @@ class NetSpec:
     def weight_shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """(name, shape) of every weight, layer by layer: ``layers.0.self_attn.qkv_proj.weight`` first."""
         return tuple(
-            (f"layers.{i}.{name}", shape) for i in range(self.num_layers) for name, shape in self.block.weight_shapes.items()
+            (f"layers.{i}.{name}", shape)
+            for i in range(self.num_layers)
+            for name, shape in self.block.weight_shapes.items()
         )

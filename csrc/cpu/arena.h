@@ -1,6 +1,6 @@
-// A bump allocator over one block of memory.  Run once over a null base it measures, run again over the block it hands out
-// the same offsets, so a layout is written once.  In a build with AddressSanitizer every array is followed by a zone that must
-// not be touched.
+// A bump allocator over one block of memory.  Run once over a null base it measures, run again over the block it hands
+// out the same offsets, so a layout is written once.  In a build with AddressSanitizer every array is followed by a
+// zone that must not be touched.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
-// Attention of one (sequence, key/value head) at a time.  Keys and values are packed once; then every tile of query rows
-// makes its scores against all keys (f32 [rows, L], in L1 or L2: never L x L), a softmax with the row maximum subtracted,
-// and its product with the values.
+// Attention of one (sequence, key/value head) at a time.  Keys and values are packed once; then every tile of query
+// rows makes its scores against all keys (f32 [rows, L], in L1 or L2: never L x L), a softmax with the row maximum
+// subtracted, and its product with the values.
 #pragma once
 
 #include "arena.h"
@@ -11,11 +11,11 @@ namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
 template <class T> struct AttentionScratch {
-  T* keys;        // K^T panels, depth qk_width, columns L
-  T* values;      // V panels, depth L, columns v_width
-  float* scores;  // [kRows, score_stride]
-  T* weights;     // [kRows, weight_stride]
-  float* tile;    // [kRows, 32]
+  T* keys;       // K^T panels, depth qk_width, columns L
+  T* values;     // V panels, depth L, columns v_width
+  float* scores; // [kRows, score_stride]
+  T* weights;    // [kRows, weight_stride]
+  float* tile;   // [kRows, 32]
   int score_stride, weight_stride;
 
   AttentionScratch(Arena& arena, const HeadLayout& heads, int length)
@@ -59,19 +59,21 @@ TRMFAST_INLINE float softmax_row(float* s, int valid, float scale) {
 }
 
 // Keys that the query rows up to `row_end` see.
-TRMFAST_INLINE int visible_keys(const BlockShape& block, int row_end, int length) { return block.causal ? row_end : length; }
+TRMFAST_INLINE int visible_keys(const BlockShape& block, int row_end, int length) {
+  return block.causal ? row_end : length;
+}
 
 // Exponentials of the scores of query rows row.. (n rows) into scratch.scores, their sums into sums.
 template <class T>
-void attention_exponentials(const BlockShape& block, int length, const T* query, long stride, int row, int n, float* sums,
-                            const AttentionScratch<T>& scratch) {
+void attention_exponentials(const BlockShape& block, int length, const T* query, long stride, int row, int n,
+                            float* sums, const AttentionScratch<T>& scratch) {
   const HeadLayout heads(block);
   const int depth = padded_depth<T>(heads.qk_width);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
   const int keys = visible_keys(block, row + n, length);
   for (int k = 0; k < keys; k += kPanel)
     multiply(query + row * stride, stride, scratch.keys + k / kPanel * panel_elements<T>(heads.qk_width), depth, n,
-                scratch.scores + k, scratch.score_stride);
+             scratch.scores + k, scratch.score_stride);
   for (int r = 0; r < n; ++r) {
     float* s = scratch.scores + static_cast<long>(r) * scratch.score_stride;
     const int valid = visible_keys(block, row + r + 1, length);
@@ -106,7 +108,7 @@ void attention_forward(const Team& team, const BlockShape& block, int sequences,
                         scratch.weights + static_cast<long>(r) * scratch.weight_stride + j);
         for (int c = 0; c < heads.v_width; c += kPanel) {
           multiply(scratch.weights, scratch.weight_stride, scratch.values + c / kPanel * panel_elements<T>(length),
-                      padded_depth<T>(keys), n, scratch.tile, kPanel);
+                   padded_depth<T>(keys), n, scratch.tile, kPanel);
           for (int r = 0; r < n; ++r) {
             const vf inverse = broadcast(1.0f / sums[r]);
             T* to = attended + (first + row + r) * attended_stride + head * heads.head_dim + c;

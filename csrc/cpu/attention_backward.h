@@ -1,6 +1,6 @@
-// Gradients of attention.  Query rows go in blocks of about 128: their probabilities P and score gradients dS are made again
-// from q and k, dQ = dS K leaves at once, and P^T dO and dS^T Q are added into f32 accumulators of one head, [L, 64] each.
-// Memory is (rows of a block) x L, never L x L.
+// Gradients of attention.  Query rows go in blocks of about 128: their probabilities P and score gradients dS are made
+// again from q and k, dQ = dS K leaves at once, and P^T dO and dS^T Q are added into f32 accumulators of one head, [L,
+// 64] each. Memory is (rows of a block) x L, never L x L.
 #pragma once
 
 #include "attention.h"
@@ -51,8 +51,8 @@ void attention_grad_scores(const BlockShape& block, int length, const T* query, 
   attention_exponentials(block, length, query, stride, row, n, sums, forward);
   for (int k = 0; k < keys; k += kPanel)
     multiply(grad_out + row * grad_stride, grad_stride,
-                scratch.values_transposed + k / kPanel * panel_elements<T>(heads.v_width), padded_depth<T>(heads.v_width), n,
-                scratch.grad_weights + k, forward.score_stride);
+             scratch.values_transposed + k / kPanel * panel_elements<T>(heads.v_width), padded_depth<T>(heads.v_width),
+             n, scratch.grad_weights + k, forward.score_stride);
   for (int r = 0; r < n; ++r) {
     const float* e = forward.scores + static_cast<long>(r) * forward.score_stride;
     const float* grad = scratch.grad_weights + static_cast<long>(r) * forward.score_stride;
@@ -127,17 +127,20 @@ void attention_backward(const Team& team, const BlockShape& block, const Rope& r
           attention_grad_scores(block, length, query, stride, grad, grad_stride, row, n, row - row0, scratch);
           for (int c = 0; c < qk; c += kPanel) {
             multiply(scratch.grad_scores + static_cast<long>(row - row0) * forward.weight_stride, forward.weight_stride,
-                        scratch.keys_rows + c / kPanel * panel_elements<T>(length), padded_depth<T>(length), n, forward.tile,
-                        kPanel);
+                     scratch.keys_rows + c / kPanel * panel_elements<T>(length), padded_depth<T>(length), n,
+                     forward.tile, kPanel);
             for_rows(row, n, forward.tile, [&](int t, const float* in) { unrotate(in, t, c, query + t * stride + c); });
           }
         }
-        attention_accumulate(scratch.weights, block_rows, length, scratch.grad_rows, heads.v_width, scratch.grad_value, scratch);
-        attention_accumulate(scratch.grad_scores, block_rows, length, scratch.query_rows, qk, scratch.grad_key, scratch);
+        attention_accumulate(scratch.weights, block_rows, length, scratch.grad_rows, heads.v_width, scratch.grad_value,
+                             scratch);
+        attention_accumulate(scratch.grad_scores, block_rows, length, scratch.query_rows, qk, scratch.grad_key,
+                             scratch);
       }
     }
     for (int t = 0; t < length; ++t) {
-      for (int c = 0; c < qk; c += kPanel) unrotate(scratch.grad_key + static_cast<long>(t) * qk + c, t, c, key + t * stride + c);
+      for (int c = 0; c < qk; c += kPanel)
+        unrotate(scratch.grad_key + static_cast<long>(t) * qk + c, t, c, key + t * stride + c);
       for (int c = 0; c < heads.v_width; c += kPanel)
         store_group(scratch.grad_value + static_cast<long>(t) * heads.v_width + c, value + t * stride + c);
     }

@@ -21,20 +21,21 @@ struct BlockStrides {
 
   explicit BlockStrides(const BlockShape& block)
       : h(row_stride(block.width)), qkv(row_stride(HeadLayout(block).columns())),
-        attended(row_stride(HeadLayout(block).output_columns())), gate_up(row_stride(GateLayout{block.inner}.columns())),
+        attended(row_stride(HeadLayout(block).output_columns())),
+        gate_up(row_stride(GateLayout{block.inner}.columns())),
         hidden(row_stride(GateLayout{block.inner}.hidden_columns())), u(round_up(block.width, kPanel)) {}
 };
 
 // What a block computes, rows = tokens.  gate_up, r1 and r2 are null where no backward follows.
 template <class T> struct BlockActivations {
-  T* h;         // the block's input
-  T* qkv;       // queries and keys rotated (attention)
-  T* attended;  // attention output before W_o
+  T* h;                                   // the block's input
+  T* qkv;                                 // queries and keys rotated (attention)
+  T* attended;                            // attention output before W_o
   SequenceMlpActivations<T> sequence_mlp; // mlp_t
-  T* h1;        // after the first norm
-  T* gate_up;   // before the gate
-  T* hidden;    // silu(gate) * up
-  float* r1;    // scales of the norms: one a token
+  T* h1;                                  // after the first norm
+  T* gate_up;                             // before the gate
+  T* hidden;                              // silu(gate) * up
+  float* r1;                              // scales of the norms: one a token
   float* r2;
 };
 
@@ -44,14 +45,14 @@ template <class T> struct BlockScratch {
   SequenceMlpScratch<T> sequence_mlp;
 
   BlockScratch(Arena& arena, const BlockShape& block, int length)
-      : tile(arena.take<float>(Dot<T>::kRows * kPanel)), attention(arena, HeadLayout(block), block.attention ? length : 0),
-        sequence_mlp(arena, block) {}
+      : tile(arena.take<float>(Dot<T>::kRows * kPanel)),
+        attention(arena, HeadLayout(block), block.attention ? length : 0), sequence_mlp(arena, block) {}
 };
 
 // u[row, group] <- residual + tile
 template <class T>
-TRMFAST_INLINE void add_residual(int row, int rows, int panel, const float* tile, const T* residual, long stride, float* u,
-                                 long u_stride) {
+TRMFAST_INLINE void add_residual(int row, int rows, int panel, const float* tile, const T* residual, long stride,
+                                 float* u, long u_stride) {
   for_rows(row, rows, tile, [&](int t, const float* in) {
     for (int j = 0; j < kPanel; j += kLanes)
       store(u + t * u_stride + panel * kPanel + j, load(residual + t * stride + panel * kPanel + j) + load(in + j));
@@ -59,7 +60,8 @@ TRMFAST_INLINE void add_residual(int row, int rows, int panel, const float* tile
 }
 
 template <class T>
-void norm_rows(const Team& team, int rows, const BlockShape& block, const float* u, long u_stride, T* y, long y_stride, float* r) {
+void norm_rows(const Team& team, int rows, const BlockShape& block, const float* u, long u_stride, T* y, long y_stride,
+               float* r) {
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t) {
     const float scale = rms_norm(u + t * u_stride, block.width, block.eps, y + t * y_stride);
@@ -69,8 +71,8 @@ void norm_rows(const Team& team, int rows, const BlockShape& block, const float*
 
 // qkv <- rotated queries and keys, values
 template <class T>
-void project_qkv(const Team& team, const BlockShape& block, const ForwardWeights<T>& weights, const Rope& rope, int rows,
-                 int length, const BlockActivations<T>& act, const BlockScratch<T>& scratch) {
+void project_qkv(const Team& team, const BlockShape& block, const ForwardWeights<T>& weights, const Rope& rope,
+                 int rows, int length, const BlockActivations<T>& act, const BlockScratch<T>& scratch) {
   const HeadLayout heads(block);
   const BlockStrides strides(block);
   const int rotated = rope.cos ? heads.value(0) : 0;
@@ -106,18 +108,22 @@ void project_gate_up(const Team& team, const BlockShape& block, const ForwardWei
 
 // out: [rows, out_stride].  u: f32 [rows, strides.u], scratch of the team.
 template <class T>
-void block_forward(const Team& team, const BlockShape& block, const ForwardWeights<T>& weights, const Rope& rope, int sequences,
-                   int length, const BlockActivations<T>& act, float* u, T* out, long out_stride, const BlockScratch<T>& scratch) {
+void block_forward(const Team& team, const BlockShape& block, const ForwardWeights<T>& weights, const Rope& rope,
+                   int sequences, int length, const BlockActivations<T>& act, float* u, T* out, long out_stride,
+                   const BlockScratch<T>& scratch) {
   const BlockStrides strides(block);
   const HeadLayout heads(block);
   const int rows = sequences * length, D = block.width;
   if (block.attention) {
     project_qkv(team, block, weights, rope, rows, length, act, scratch);
     team.sync();
-    attention_forward(team, block, sequences, length, act.qkv, strides.qkv, act.attended, strides.attended, scratch.attention);
+    attention_forward(team, block, sequences, length, act.qkv, strides.qkv, act.attended, strides.attended,
+                      scratch.attention);
     team.sync();
     gemm(team, act.attended, strides.attended, rows, weights.output, heads.output_columns(), D, scratch.tile,
-         [&](int row, int n, int panel, const float* tile) { add_residual(row, n, panel, tile, act.h, strides.h, u, strides.u); });
+         [&](int row, int n, int panel, const float* tile) {
+           add_residual(row, n, panel, tile, act.h, strides.h, u, strides.u);
+         });
     team.sync();
     norm_rows(team, rows, block, u, strides.u, act.h1, strides.h, act.r1);
   } else {
@@ -128,7 +134,9 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
   project_gate_up(team, block, weights, rows, act, scratch);
   team.sync();
   gemm(team, act.hidden, strides.hidden, rows, weights.down, block.inner, D, scratch.tile,
-       [&](int row, int n, int panel, const float* tile) { add_residual(row, n, panel, tile, act.h1, strides.h, u, strides.u); });
+       [&](int row, int n, int panel, const float* tile) {
+         add_residual(row, n, panel, tile, act.h1, strides.h, u, strides.u);
+       });
   team.sync();
   norm_rows(team, rows, block, u, strides.u, out, out_stride, act.r2);
   team.sync();

@@ -4,8 +4,8 @@
 //   attention: d(h1) -> norm -> du1 -> W_o -> dO -> attention -> d(q, k, v) -> W_qkv, + du1 -> d(h)
 //   mlp_t:     d(h1) -> mixer_mlp_t_backward.h -> d(h)
 //
-// The running gradient is f32; what a weight gradient reads is rounded to the element type and stays in the store: du1, du2,
-// and, in the place of the activations they belong to, d(gate, up) and d(q, k, v).
+// The running gradient is f32; what a weight gradient reads is rounded to the element type and stays in the store: du1,
+// du2, and, in the place of the activations they belong to, d(gate, up) and d(q, k, v).
 #pragma once
 
 #include "attention_backward.h"
@@ -26,13 +26,13 @@ template <class T> struct BlockBackwardScratch {
   SequenceMlpBackwardScratch<T> sequence_mlp;
 
   BlockBackwardScratch(Arena& arena, const BlockShape& block, int length)
-      : tile(arena.take<float>(Dot<T>::kRows * kPanel)), attention(arena, HeadLayout(block), block.attention ? length : 0),
-        sequence_mlp(arena, block) {}
+      : tile(arena.take<float>(Dot<T>::kRows * kPanel)),
+        attention(arena, HeadLayout(block), block.attention ? length : 0), sequence_mlp(arena, block) {}
 };
 
 template <class T>
-void norm_rows_backward(const Team& team, int rows, const BlockShape& block, const T* y, long y_stride, const float* r, float* dy,
-                        long dy_stride, T* du, long du_stride) {
+void norm_rows_backward(const Team& team, int rows, const BlockShape& block, const T* y, long y_stride, const float* r,
+                        float* dy, long dy_stride, T* du, long du_stride) {
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t)
     rms_norm_backward(dy + t * dy_stride, y + t * y_stride, r[t], block.width, du + t * du_stride);
@@ -48,7 +48,8 @@ TRMFAST_INLINE void add_tile(int row, int rows, int panel, const float* tile, fl
 
 // gate_up <- gradient of gate and up, in place; the tile is the gradient of 32 hidden columns, two groups of gate_up.
 template <class T>
-TRMFAST_INLINE void backward_gates(int row, int rows, int panel, int columns, const float* tile, T* gate_up, long stride) {
+TRMFAST_INLINE void backward_gates(int row, int rows, int panel, int columns, const float* tile, T* gate_up,
+                                   long stride) {
   for_rows(row, rows, tile, [&](int t, const float* in) {
     for (int half = 0; half < 2; ++half) {
       const int c = (2 * panel + half) * kPanel;
@@ -66,9 +67,9 @@ TRMFAST_INLINE void backward_gates(int row, int rows, int panel, int columns, co
 // dy: gradient of the block's output on entry, of its input on return.  out: the block's output.
 // grad_attended: [rows, stride of attended], scratch of the team.
 template <class T>
-void block_backward(const Team& team, const BlockShape& block, const BackwardWeights<T>& weights, const Rope& rope, int sequences,
-                    int length, const BlockActivations<T>& act, const T* out, float* dy, const BlockGradients<T>& grads,
-                    T* grad_attended, const BlockBackwardScratch<T>& scratch) {
+void block_backward(const Team& team, const BlockShape& block, const BackwardWeights<T>& weights, const Rope& rope,
+                    int sequences, int length, const BlockActivations<T>& act, const T* out, float* dy,
+                    const BlockGradients<T>& grads, T* grad_attended, const BlockBackwardScratch<T>& scratch) {
   const BlockStrides strides(block);
   const HeadLayout heads(block);
   const int rows = sequences * length, D = block.width, gate_columns = GateLayout{block.inner}.columns();
@@ -84,8 +85,8 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
   gemm(team, act.gate_up, strides.gate_up, rows, weights.gate_up, gate_columns, D, scratch.tile, add);
   team.sync();
   if (!block.attention) {
-    sequence_mlp_backward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h1, strides.h, dy, strides.u,
-                          grads.du1, act.sequence_mlp, scratch.sequence_mlp);
+    sequence_mlp_backward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h1, strides.h, dy,
+                          strides.u, grads.du1, act.sequence_mlp, scratch.sequence_mlp);
     team.sync();
     return;
   }
@@ -98,7 +99,8 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
          });
        });
   team.sync();
-  attention_backward(team, block, rope, sequences, length, act.qkv, strides.qkv, grad_attended, strides.attended, scratch.attention);
+  attention_backward(team, block, rope, sequences, length, act.qkv, strides.qkv, grad_attended, strides.attended,
+                     scratch.attention);
   team.sync();
   gemm(team, act.qkv, strides.qkv, rows, weights.qkv, heads.columns(), D, scratch.tile, add);
   team.sync();

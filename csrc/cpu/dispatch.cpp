@@ -42,7 +42,8 @@ const Engine& find_engine(const std::string& target, const std::string& element)
   std::string compiled;
   for (const Engine* engine : kEngines) {
     if (engine->target == target && engine->element == element) {
-      if (const char* reason = missing_reason(target)) throw std::invalid_argument("target: got " + target + ", but " + reason);
+      if (const char* reason = missing_reason(target))
+        throw std::invalid_argument("target: got " + target + ", but " + reason);
       return *engine;
     }
     compiled += std::string(compiled.empty() ? "" : ", ") + engine->target + "/" + engine->element;
@@ -62,11 +63,13 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
 
 void Memory::Free::operator()(void* memory) const { std::free(memory); }
 
-PackedWeights::PackedWeights(const Engine& engine, const NetShape& net, const std::vector<const float*>& weights, bool backward,
-                             int threads)
-    : engine(engine), net(net), forward_(pack(weights, false, threads)), backward_(backward ? pack(weights, true, threads) : nullptr) {}
+PackedWeights::PackedWeights(const Engine& engine, const NetShape& net, const std::vector<const float*>& weights,
+                             bool backward, int threads)
+    : engine(engine), net(net), forward_(pack(weights, false, threads)),
+      backward_(backward ? pack(weights, true, threads) : nullptr) {}
 
-std::unique_ptr<Memory> PackedWeights::pack(const std::vector<const float*>& weights, bool backward, int threads) const {
+std::unique_ptr<Memory> PackedWeights::pack(const std::vector<const float*>& weights, bool backward,
+                                            int threads) const {
   auto memory = std::make_unique<Memory>(engine.packed_bytes(net, backward));
   parallel(threads, [&](int thread) { engine.pack(net, weights.data(), backward, memory->get(), thread, threads); });
   return memory;
@@ -155,8 +158,7 @@ uint64_t fingerprint(const std::vector<const char*>& arrays, const std::vector<i
   std::vector<Piece> pieces;
   for (size_t i = 0; i < arrays.size(); ++i) {
     const size_t bytes = static_cast<size_t>(sizes[i]);
-    for (size_t at = 0; at < bytes; at += kChunk)
-      pieces.push_back({arrays[i] + at, std::min(kChunk, bytes - at)});
+    for (size_t at = 0; at < bytes; at += kChunk) pieces.push_back({arrays[i] + at, std::min(kChunk, bytes - at)});
   }
   std::vector<uint64_t> hashes(pieces.size());
   const auto hash_share = [&](size_t part, size_t parts) {

@@ -1,5 +1,5 @@
-// The target-independent half of the engine: which compiled target serves which element, packed weights, and running a job
-// on the thread pool.  Nothing here depends on instruction sets or on Python.
+// The target-independent half of the engine: which compiled target serves which element, packed weights, and running a
+// job on the thread pool.  Nothing here depends on instruction sets or on Python.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,8 @@ private:
 class PackedWeights {
 public:
   // weights: the f32 matrices layer by layer, kBlockWeights each.
-  PackedWeights(const Engine& engine, const NetShape& net, const std::vector<const float*>& weights, bool backward, int threads);
+  PackedWeights(const Engine& engine, const NetShape& net, const std::vector<const float*>& weights, bool backward,
+                int threads);
 
   const Engine& engine;
   const NetShape net;
@@ -63,8 +64,8 @@ void release_workspace();
 // Multiply-adds on registers alone, all threads together, GFLOP/s.
 double measure_peak(const Engine& engine, int threads, double seconds);
 
-// A fingerprint of the bytes of many arrays, the same for any number of threads.  It is certain to change when bytes of a
-// single aligned word of 8 change; any other change goes unseen with a probability of about 2^-64.
+// A fingerprint of the bytes of many arrays, the same for any number of threads.  It is certain to change when bytes of
+// a single aligned word of 8 change; any other change goes unseen with a probability of about 2^-64.
 uint64_t fingerprint(const std::vector<const char*>& arrays, const std::vector<int64_t>& sizes, int threads);
 
 } // namespace trmfast

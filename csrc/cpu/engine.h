@@ -78,11 +78,11 @@ struct BackwardJob {
   Job job;
   const void* const* grad_states_out; // num_states x [B, L, D] in the compute dtype; null: zero
   const void* saved;                  // as ForwardJob::saved
-  float* const* grad_states;          // num_states x [B, L, D]: the running gradients, in the end those of the incoming states
-  float* grad_x;                      // [B, L, D] or null
-  float* const* grad_weights;         // net by net, layer by layer; null where nobody asks.  Of a net that
-                                      // no update with gradient applies, nothing is written
-  size_t store_bytes;                 // most memory for the tensors that weight gradients read
+  float* const* grad_states;  // num_states x [B, L, D]: the running gradients, in the end those of the incoming states
+  float* grad_x;              // [B, L, D] or null
+  float* const* grad_weights; // net by net, layer by layer; null where nobody asks.  Of a net that
+                              // no update with gradient applies, nothing is written
+  size_t store_bytes;         // most memory for the tensors that weight gradients read
 };
 
 // The code of one (target, element) pair.  Every function but the *_bytes is called by all threads of a region.
@@ -98,8 +98,8 @@ struct Engine {
   double (*peak_gflops)(double seconds);
 };
 
-// How B sequences are divided: `each` whole sequences for every thread, and the `rest` (fewer than threads) one by one to
-// teams of `team_size` threads.
+// How B sequences are divided: `each` whole sequences for every thread, and the `rest` (fewer than threads) one by one
+// to teams of `team_size` threads.
 struct Division {
   int each, rest, team_size;
   Division(int batch, int threads)

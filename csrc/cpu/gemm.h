@@ -1,5 +1,5 @@
-// The schedule of a product: activations [rows, depth] times packed panels.  One panel (32 columns, 32 KB in bf16 at depth
-// 512) stays in L1 while all row tiles stream past it; the epilogue takes every finished 32-wide tile from L1.
+// The schedule of a product: activations [rows, depth] times packed panels.  One panel (32 columns, 32 KB in bf16 at
+// depth 512) stays in L1 while all row tiles stream past it; the epilogue takes every finished 32-wide tile from L1.
 #pragma once
 
 #include "pack.h"
@@ -8,9 +8,9 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Longest chain of f32 additions.  The micro-kernel adds one product after the other; over a depth of 512 or 1536 its rounding
-// errors exceeded those of PyTorch's product by half (measured: 1.5 to 1.6 times in the root mean square), in pieces of 128 they
-// stay below.  Where operands are bf16, their own rounding hides the difference.
+// Longest chain of f32 additions.  The micro-kernel adds one product after the other; over a depth of 512 or 1536 its
+// rounding errors exceeded those of PyTorch's product by half (measured: 1.5 to 1.6 times in the root mean square), in
+// pieces of 128 they stay below.  Where operands are bf16, their own rounding hides the difference.
 constexpr int kLongestChain = 128;
 
 // c <- a times a panel, as Dot<T>::run.
@@ -22,18 +22,19 @@ void multiply(const T* a, long lda, const T* panel, int depth, int rows, float* 
   }
   float sums[Dot<T>::kRows * kPanel];
   for (int d = 0; d < depth; d += kLongestChain) {
-    Dot<T>::run(a + d, lda, panel + static_cast<long>(d) * kPanel, smaller(kLongestChain, depth - d), rows, d == 0 ? c : sums,
-                d == 0 ? ldc : kPanel, false, d == 0 ? next : Prefetch{});
+    Dot<T>::run(a + d, lda, panel + static_cast<long>(d) * kPanel, smaller(kLongestChain, depth - d), rows,
+                d == 0 ? c : sums, d == 0 ? ldc : kPanel, false, d == 0 ? next : Prefetch{});
     if (d == 0) continue;
     for (int r = 0; r < rows; ++r)
-      for (int j = 0; j < kPanel; j += kLanes) store(c + r * ldc + j, load(c + r * ldc + j) + load(sums + r * kPanel + j));
+      for (int j = 0; j < kPanel; j += kLanes)
+        store(c + r * ldc + j, load(c + r * ldc + j) + load(sums + r * kPanel + j));
   }
 }
 
-// epilogue(row, rows, panel, tile): tile is f32 [rows][32] of rows row.. and columns 32 * panel..; every (row tile, panel)
-// is given to one thread of the team exactly once.  `tile` is scratch of the calling thread, Dot<T>::kRows * 32 floats.
-// Every call brings a share of the following panel into L2; matrices lie in the order of their use, so after the last panel
-// that is the next matrix.
+// epilogue(row, rows, panel, tile): tile is f32 [rows][32] of rows row.. and columns 32 * panel..; every (row tile,
+// panel) is given to one thread of the team exactly once.  `tile` is scratch of the calling thread, Dot<T>::kRows * 32
+// floats. Every call brings a share of the following panel into L2; matrices lie in the order of their use, so after
+// the last panel that is the next matrix.
 template <class T, class Epilogue>
 void gemm(const Team& team, const T* a, long a_stride, int rows, const T* panels, int depth, int columns, float* tile,
           Epilogue&& epilogue) {

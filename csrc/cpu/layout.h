@@ -1,5 +1,5 @@
-// Orders and sizes of packed matrices.  Every packed product has output columns in groups of kPanel = 32, chosen so that an
-// epilogue finds what it combines inside one group:
+// Orders and sizes of packed matrices.  Every packed product has output columns in groups of kPanel = 32, chosen so
+// that an epilogue finds what it combines inside one group:
 //   query/key   16 channels of the first half of a head | their rotation partners in the second half
 //   value       32 channels of a head
 //   gate/up     16 gate columns | the 16 up columns that they multiply
@@ -19,8 +19,8 @@ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Leading dimension of an activation with `columns` channels: whole groups, so that products may read a padded depth (the
-// owner keeps the padding zero), and one more group so that consecutive rows do not fall into the same cache sets.
+// Leading dimension of an activation with `columns` channels: whole groups, so that products may read a padded depth
+// (the owner keeps the padding zero), and one more group so that consecutive rows do not fall into the same cache sets.
 constexpr long row_stride(int columns) { return round_up(columns, kPanel) + kPanel; }
 
 // Columns of the query/key/value product.

@@ -1,8 +1,9 @@
-// The mlp_t token mixer: t = h^T, t <- norm(t + W_down (silu(W_gate t) * W_up t)), the norm over the L positions of a channel.
+// The mlp_t token mixer: t = h^T, t <- norm(t + W_down (silu(W_gate t) * W_up t)), the norm over the L positions of a
+// channel.
 //
-// Nothing is transposed: the weights multiply from the left, [inner, L] x [L, 32 channels], with the weights as the streamed
-// rows and 32 channels of h as the packed panel.  A panel never needs another one, the norm included, so (sequence, panel)
-// is the unit of work: h panel -> hidden panel [inner, 32] in L1 -> u [L, 32] -> norm.
+// Nothing is transposed: the weights multiply from the left, [inner, L] x [L, 32 channels], with the weights as the
+// streamed rows and 32 channels of h as the packed panel.  A panel never needs another one, the norm included, so
+// (sequence, panel) is the unit of work: h panel -> hidden panel [inner, 32] in L1 -> u [L, 32] -> norm.
 #pragma once
 
 #include "arena.h"
@@ -22,15 +23,16 @@ template <class T> struct SequenceMlpActivations {
 };
 
 template <class T> struct SequenceMlpScratch {
-  T* input;          // panel of h, depth L
-  T* hidden;         // panel of the hidden layer, depth seq_inner
-  float* u;          // [L, 32]
-  float *gate, *up;  // tiles
+  T* input;         // panel of h, depth L
+  T* hidden;        // panel of the hidden layer, depth seq_inner
+  float* u;         // [L, 32]
+  float *gate, *up; // tiles
 
   SequenceMlpScratch(Arena& arena, const BlockShape& block)
-      : input(arena.take<T>(panel_elements<T>(block.seq_len))), hidden(arena.take<T>(panel_elements<T>(block.seq_inner))),
-        u(arena.take<float>(static_cast<long>(block.seq_len) * kPanel)), gate(arena.take<float>((Dot<T>::kRows + 1) * kPanel)),
-        up(arena.take<float>((Dot<T>::kRows + 1) * kPanel)) {}
+      : input(arena.take<T>(panel_elements<T>(block.seq_len))),
+        hidden(arena.take<T>(panel_elements<T>(block.seq_inner))),
+        u(arena.take<float>(static_cast<long>(block.seq_len) * kPanel)),
+        gate(arena.take<float>((Dot<T>::kRows + 1) * kPanel)), up(arena.take<float>((Dot<T>::kRows + 1) * kPanel)) {}
 };
 
 // Row tiles of an even number of rows but the last, so that bf16 pairs of depth never straddle two tiles.
@@ -42,13 +44,14 @@ struct EvenRowTiles {
   int size(int tile) const { return smaller(step, rows - tile * step); }
 };
 
-// Depth rows first.. of a panel from n tile rows; an odd last row is paired with zeros, and the rest of the padded depth
-// after the last tile is zeroed.
+// Depth rows first.. of a panel from n tile rows; an odd last row is paired with zeros, and the rest of the padded
+// depth after the last tile is zeroed.
 template <class T> void store_depth_rows(const float* tile, int first, int n, int depth, T* panel) {
   static const float zeros[kPanel] = {};
   for (int r = 0; r < n; r += 2)
     if (sizeof(T) == 2 || r + 1 < n)
-      store_row_pair(panel + static_cast<long>(first + r) * kPanel, tile + r * kPanel, r + 1 < n ? tile + (r + 1) * kPanel : zeros);
+      store_row_pair(panel + static_cast<long>(first + r) * kPanel, tile + r * kPanel,
+                     r + 1 < n ? tile + (r + 1) * kPanel : zeros);
     else
       __builtin_memcpy(panel + static_cast<long>(first + r) * kPanel, tile + r * kPanel, sizeof zeros);
   if (first + n < depth) return;
@@ -57,8 +60,9 @@ template <class T> void store_depth_rows(const float* tile, int first, int n, in
 }
 
 template <class T>
-void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* gate_up, const T* down, int sequences, const T* h,
-                          long stride, T* h1, const SequenceMlpActivations<T>& keep, const SequenceMlpScratch<T>& scratch) {
+void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* gate_up, const T* down, int sequences,
+                          const T* h, long stride, T* h1, const SequenceMlpActivations<T>& keep,
+                          const SequenceMlpScratch<T>& scratch) {
   const int L = block.seq_len, inner = block.seq_inner, panels = ceil_div(block.width, kPanel);
   const long in_stride = row_stride(L), hidden_stride = row_stride(inner);
   const EvenRowTiles features(inner, Dot<T>::kRows);
@@ -73,7 +77,8 @@ void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* ga
     for (int i = 0; i < features.count; ++i) {
       const int row = features.begin(i), n = features.size(i);
       multiply(gate_up + row * in_stride, in_stride, scratch.input, padded_depth<T>(L), n, scratch.gate, kPanel);
-      multiply(gate_up + (inner + row) * in_stride, in_stride, scratch.input, padded_depth<T>(L), n, scratch.up, kPanel);
+      multiply(gate_up + (inner + row) * in_stride, in_stride, scratch.input, padded_depth<T>(L), n, scratch.up,
+               kPanel);
       if (keep.gate_up) {
         T* kept = keep.gate_up + (static_cast<long>(sequence) * 2 * inner + row) * stride + c;
         for_rows(0, n, scratch.gate, [&](int r, const float* in) { store_group(in, kept + r * stride); });
@@ -91,7 +96,8 @@ void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* ga
     vf squares[kPanel / kLanes] = {};
     for (int i = 0; i < positions.count; ++i) {
       const int row = positions.begin(i), n = positions.size(i);
-      multiply(down + row * hidden_stride, hidden_stride, scratch.hidden, padded_depth<T>(inner), n, scratch.gate, kPanel);
+      multiply(down + row * hidden_stride, hidden_stride, scratch.hidden, padded_depth<T>(inner), n, scratch.gate,
+               kPanel);
       for_rows(row, n, scratch.gate, [&](int t, const float* in) {
         for (int j = 0; j < kPanel; j += kLanes) {
           const vf u = load(x + t * stride + j) + load(in + j);

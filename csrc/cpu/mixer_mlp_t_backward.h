@@ -14,16 +14,17 @@ template <class T> struct SequenceMlpBackwardScratch {
 
   SequenceMlpBackwardScratch(Arena& arena, const BlockShape& block)
       : grad_sum(arena.take<T>(panel_elements<T>(block.seq_len))),
-        grad_gates(arena.take<T>(2 * panel_elements<T>(block.seq_inner))), tile(arena.take<float>(Dot<T>::kRows * kPanel)),
-        gate(arena.take<float>((Dot<T>::kRows + 1) * kPanel)), up(arena.take<float>((Dot<T>::kRows + 1) * kPanel)) {}
+        grad_gates(arena.take<T>(2 * panel_elements<T>(block.seq_inner))),
+        tile(arena.take<float>(Dot<T>::kRows * kPanel)), gate(arena.take<float>((Dot<T>::kRows + 1) * kPanel)),
+        up(arena.take<float>((Dot<T>::kRows + 1) * kPanel)) {}
 };
 
 // dy: gradient of h1 on entry, of h on return (f32 [rows, dy_stride]).  du: gradient of the residual sum, kept for the
 // weight gradients.  kept.gate_up becomes the gradient of gate and up.  gate_up, down: transposed weights.
 template <class T>
-void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* gate_up, const T* down, int sequences, const T* h1,
-                           long stride, float* dy, long dy_stride, T* du, const SequenceMlpActivations<T>& kept,
-                           const SequenceMlpBackwardScratch<T>& scratch) {
+void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* gate_up, const T* down, int sequences,
+                           const T* h1, long stride, float* dy, long dy_stride, T* du,
+                           const SequenceMlpActivations<T>& kept, const SequenceMlpBackwardScratch<T>& scratch) {
   const int L = block.seq_len, inner = block.seq_inner, panels = ceil_div(block.width, kPanel);
   const int depth = padded_depth<T>(inner);
   const long down_stride = row_stride(L), gates_stride = row_stride(2 * depth);
@@ -55,7 +56,8 @@ void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* g
       T* ups = gates + inner * stride;
       for_rows(0, n, scratch.tile, [&](int r, const float* in) {
         for (int j = 0; j < kPanel; j += kLanes) {
-          const GateGradient d = swiglu_backward(load(gates + r * stride + j), load(ups + r * stride + j), load(in + j));
+          const GateGradient d =
+              swiglu_backward(load(gates + r * stride + j), load(ups + r * stride + j), load(in + j));
           store(scratch.gate + r * kPanel + j, d.gate);
           store(scratch.up + r * kPanel + j, d.up);
           store(gates + r * stride + j, d.gate);

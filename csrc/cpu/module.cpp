@@ -29,7 +29,8 @@ struct OwnedProgram {
   OwnedProgram(int num_states, const std::vector<std::tuple<int, std::vector<int>, bool, int, bool>>& list)
       : num_states(num_states) {
     if (num_states > kMostStates)
-      throw std::invalid_argument("num_states: got " + std::to_string(num_states) + ", accepted are up to " + std::to_string(kMostStates));
+      throw std::invalid_argument("num_states: got " + std::to_string(num_states) + ", accepted are up to " +
+                                  std::to_string(kMostStates));
     for (const auto& [dst, from, inject_x, net, grad] : list) {
       updates.push_back({dst, static_cast<int>(sources.size()), static_cast<int>(from.size()), inject_x, net, grad});
       sources.insert(sources.end(), from.begin(), from.end());
@@ -44,29 +45,40 @@ struct OwnedJob {
   std::vector<PackedNet> packed;
   Job job;
 
-  OwnedJob(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets, std::tuple<int, int, int> shape, Address cos,
-           Address sin, int threads) {
+  OwnedJob(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets, std::tuple<int, int, int> shape,
+           Address cos, Address sin, int threads) {
     for (const PackedWeights* net : nets) {
       shapes.push_back(net->net);
       packed.push_back(net->view());
     }
-    job = {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape), program.view(), shapes.data(), packed.data(),
-           static_cast<int>(nets.size()), reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), threads, nullptr};
+    job = {std::get<0>(shape),
+           std::get<1>(shape),
+           std::get<2>(shape),
+           program.view(),
+           shapes.data(),
+           packed.data(),
+           static_cast<int>(nets.size()),
+           reinterpret_cast<const float*>(cos),
+           reinterpret_cast<const float*>(sin),
+           threads,
+           nullptr};
   }
 };
 
-void forward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets, std::tuple<int, int, int> shape,
-             const std::vector<Address>& states_in, const std::vector<Address>& states_out, Address x, Address saved, Address cos,
-             Address sin, int threads) {
+void forward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
+             std::tuple<int, int, int> shape, const std::vector<Address>& states_in,
+             const std::vector<Address>& states_out, Address x, Address saved, Address cos, Address sin, int threads) {
   const OwnedJob owned(program, nets, shape, cos, sin, threads);
   const auto in = pointers<const void>(states_in);
   const auto out = pointers<void>(states_out);
-  run(nets[0]->engine, ForwardJob{owned.job, in.data(), out.data(), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(saved)});
+  run(nets[0]->engine,
+      ForwardJob{owned.job, in.data(), out.data(), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(saved)});
 }
 
-void backward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets, std::tuple<int, int, int> shape,
-              const std::vector<Address>& grad_states_out, Address saved, const std::vector<Address>& grad_states, Address grad_x,
-              const std::vector<Address>& grad_weights, Address cos, Address sin, int threads, size_t store_bytes) {
+void backward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
+              std::tuple<int, int, int> shape, const std::vector<Address>& grad_states_out, Address saved,
+              const std::vector<Address>& grad_states, Address grad_x, const std::vector<Address>& grad_weights,
+              Address cos, Address sin, int threads, size_t store_bytes) {
   const OwnedJob owned(program, nets, shape, cos, sin, threads);
   const auto from = pointers<const void>(grad_states_out);
   const auto states = pointers<float>(grad_states);
@@ -84,16 +96,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU engine of trmfast.  Private: use trmfast.recursion.";
 
   py::class_<BlockShape>(m, "BlockShape")
-      .def(py::init([](int width, int inner, bool attention, int heads, int kv_heads, int head_dim, bool causal, int seq_len,
-                       int seq_inner, float eps) {
+      .def(py::init([](int width, int inner, bool attention, int heads, int kv_heads, int head_dim, bool causal,
+                       int seq_len, int seq_inner, float eps) {
              return BlockShape{width, inner, attention, heads, kv_heads, head_dim, causal, seq_len, seq_inner, eps};
            }),
-           py::kw_only(), py::arg("width"), py::arg("inner"), py::arg("attention"), py::arg("heads"), py::arg("kv_heads"),
-           py::arg("head_dim"), py::arg("causal"), py::arg("seq_len"), py::arg("seq_inner"), py::arg("eps"));
+           py::kw_only(), py::arg("width"), py::arg("inner"), py::arg("attention"), py::arg("heads"),
+           py::arg("kv_heads"), py::arg("head_dim"), py::arg("causal"), py::arg("seq_len"), py::arg("seq_inner"),
+           py::arg("eps"));
 
   py::class_<OwnedProgram>(m, "Program")
-      .def(py::init<int, const std::vector<std::tuple<int, std::vector<int>, bool, int, bool>>&>(), py::arg("num_states"),
-           py::arg("updates"));
+      .def(py::init<int, const std::vector<std::tuple<int, std::vector<int>, bool, int, bool>>&>(),
+           py::arg("num_states"), py::arg("updates"));
 
   py::class_<PackedWeights>(m, "PackedWeights")
       .def(py::init([](const std::string& target, const std::string& element, const BlockShape& block, int layers,
@@ -101,8 +114,8 @@ PYBIND11_MODULE(_cpu, m) {
              return std::make_unique<PackedWeights>(find_engine(target, element), NetShape{block, layers},
                                                     pointers<const float>(weights), backward, threads);
            }),
-           py::arg("target"), py::arg("element"), py::arg("block"), py::arg("layers"), py::arg("weights"), py::arg("backward"),
-           py::arg("threads"), Released())
+           py::arg("target"), py::arg("element"), py::arg("block"), py::arg("layers"), py::arg("weights"),
+           py::arg("backward"), py::arg("threads"), Released())
       .def_property_readonly("bytes", &PackedWeights::bytes);
 
   m.def("compiled_pairs", [] {

@@ -26,7 +26,8 @@ template <class T> TRMFAST_INLINE float rms_norm(const float* u, int width, floa
   return scale;
 }
 
-// du <- r (dy - y mean(dy y)), in place over dy and rounded into du_rounded.  dy is zero from `width` up to a multiple of kLanes.
+// du <- r (dy - y mean(dy y)), in place over dy and rounded into du_rounded.  dy is zero from `width` up to a multiple
+// of kLanes.
 template <class T> TRMFAST_INLINE void rms_norm_backward(float* dy, const T* y, float r, int width, T* du_rounded) {
   vf dots = {};
   int j = 0;

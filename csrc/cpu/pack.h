@@ -1,8 +1,9 @@
-// Packing into the panels that the micro-kernels read: 32 columns wide, depth first; bf16 keeps pairs of depth together.
+// Packing into the panels that the micro-kernels read: 32 columns wide, depth first; bf16 keeps pairs of depth
+// together.
 //   bf16  panel[depth / 2][32][2]        f32  panel[depth][32]
-// A dword of a panel is one float or one pair of bf16, so packing X^T (columns of the panel are rows of X) is a transpose
-// of dwords, and packing X (columns of the panel are columns of X) is a copy of floats or an interleave of two bf16 rows.
-// Whatever lies beyond the matrix is written as zero.
+// A dword of a panel is one float or one pair of bf16, so packing X^T (columns of the panel are rows of X) is a
+// transpose of dwords, and packing X (columns of the panel are columns of X) is a copy of floats or an interleave of
+// two bf16 rows. Whatever lies beyond the matrix is written as zero.
 #pragma once
 
 #include "dot.h"
@@ -17,7 +18,9 @@ template <class T> constexpr int elements_per_dword() { return 4 / static_cast<i
 // Depth of a product, padded to what the micro-kernel takes; a multiple of a dword for every element.
 template <class T> constexpr int padded_depth(int depth) { return round_up(depth, Dot<T>::kDepthStep); }
 
-template <class T> constexpr long panel_elements(int depth) { return static_cast<long>(padded_depth<T>(depth)) * kPanel; }
+template <class T> constexpr long panel_elements(int depth) {
+  return static_cast<long>(padded_depth<T>(depth)) * kPanel;
+}
 
 // The whole matrix: depth x columns.
 template <class T> constexpr long packed_elements(int depth, int columns) {
@@ -79,7 +82,8 @@ template <class T, class Src, class Row> void pack_transposed_panel(Row row, int
         else
           for (int i = 0; i < 16; ++i) in[j][i] = 0;
       }
-      uint32_t* to = reinterpret_cast<uint32_t*>(panel) + d / elements_per_dword<T>() * static_cast<long>(kPanel) + half * 16;
+      uint32_t* to =
+          reinterpret_cast<uint32_t*>(panel) + d / elements_per_dword<T>() * static_cast<long>(kPanel) + half * 16;
       const int dwords = smaller(kStep, padded - d) / elements_per_dword<T>();
       if (dwords == 16) {
         transpose_16x16(in, to, kPanel);
@@ -137,7 +141,8 @@ template <class T, class Row> void pack_panel(Row row, int depth, int columns, T
 // Panels of X^T: X is `columns` rows of `depth`, leading dimension `stride`.
 template <class T> void pack_transposed(const T* x, long stride, int columns, int depth, T* panels) {
   for (int first = 0; first < columns; first += kPanel, panels += panel_elements<T>(depth))
-    pack_transposed_panel<T, T>([&](int j) { return first + j < columns ? x + (first + j) * stride : nullptr; }, depth, panels);
+    pack_transposed_panel<T, T>([&](int j) { return first + j < columns ? x + (first + j) * stride : nullptr; }, depth,
+                                panels);
 }
 
 // Panels of X: X is `depth` rows of `columns`.
@@ -176,7 +181,8 @@ template <class T> void transpose(const T* x, long stride, int rows, int columns
   for (int c = 0; c < columns; c += 16) {
     const int wide = smaller(16, columns - c);
     for (int r = 0; r < padded; r += kStep) {
-      for (int i = 0; i < 16; ++i) row_pair_dwords(x + (r + i * kPair) * stride + c, stride, rows - r - i * kPair, wide, in[i]);
+      for (int i = 0; i < 16; ++i)
+        row_pair_dwords(x + (r + i * kPair) * stride + c, stride, rows - r - i * kPair, wide, in[i]);
       transpose_16x16(in, out[0], 16);
       const size_t tall = static_cast<size_t>(smaller(kStep, padded - r)) * sizeof(T);
       T* first = to + c * to_stride + r;

@@ -1,7 +1,8 @@
 // A whole program backward.  The updates are walked in reverse; each one with gradient is computed again from its saved
-// input by the forward code (the same values, bit for bit) and differentiated.  What the weight gradients will read goes into
-// a store with room for many (update, sequence) slots; when it is full, the gradients of the weights are added up over all of
-// it at once, so that the f32 gradients are read and written a few times in all and not once an update.
+// input by the forward code (the same values, bit for bit) and differentiated.  What the weight gradients will read
+// goes into a store with room for many (update, sequence) slots; when it is full, the gradients of the weights are
+// added up over all of it at once, so that the f32 gradients are read and written a few times in all and not once an
+// update.
 #pragma once
 
 #include "block_backward.h"
@@ -64,7 +65,8 @@ template <class T> struct LayerStore {
 // Where the layers' stores lie: one after the other from `first`.
 template <class T> class Store {
 public:
-  Store(Arena& arena, const BlockShape& block, int layers, int slots, int length) : block_(block), slots_(slots), length_(length) {
+  Store(Arena& arena, const BlockShape& block, int layers, int slots, int length)
+      : block_(block), slots_(slots), length_(length) {
     Arena one(nullptr);
     LayerStore<T>(one, block, slots, length);
     per_layer_ = one.used();
@@ -150,7 +152,8 @@ private:
     long wanted = 0;
     for (int i = 0; i < job.program.num_updates; ++i) wanted += job.program.updates[i].grad;
     wanted *= job.batch;
-    const long fit = static_cast<long>(backward.store_bytes / Store<T>::slot_bytes(job.nets[0].block, layers, job.length));
+    const long fit =
+        static_cast<long>(backward.store_bytes / Store<T>::slot_bytes(job.nets[0].block, layers, job.length));
     if (fit >= wanted) return larger(1, static_cast<int>(wanted));
     return larger(1, static_cast<int>(fit >= job.threads ? fit / job.threads * job.threads : fit));
   }
@@ -169,8 +172,8 @@ private:
 
 // One (update, sequence) in one slot: h from `saved`, dy from the gradient of dst; dh is added to the sources and to x.
 template <class T>
-void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved, int sequence,
-                   int slot, const BackwardThread<T>& shared, const BackwardThread<T>& mine) {
+void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
+                   int sequence, int slot, const BackwardThread<T>& shared, const BackwardThread<T>& mine) {
   const BackwardJob& backward = workspace.backward;
   const Job& job = backward.job;
   const NetShape& net = job.nets[update.net];
@@ -183,13 +186,14 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   const Range rows = team.split(L);
 
   T* h = layer_store(0).act.h;
-  for (int t = rows.begin; t < rows.end; ++t) __builtin_memcpy(h + t * strides.h, saved + first + static_cast<long>(t) * D, sizeof(T) * static_cast<size_t>(D));
+  for (int t = rows.begin; t < rows.end; ++t)
+    __builtin_memcpy(h + t * strides.h, saved + first + static_cast<long>(t) * D, sizeof(T) * static_cast<size_t>(D));
   team.sync();
   Arena forward_weights(const_cast<void*>(job.packed[update.net].forward));
   for (int layer = 0; layer < net.layers; ++layer) {
     T* out = layer + 1 < net.layers ? layer_store(layer + 1).act.h : shared.buffers.out;
-    block_forward(team, block, ForwardWeights<T>(forward_weights, block), rope, 1, L, layer_store(layer).act, shared.buffers.u, out,
-                  strides.h, mine.scratch);
+    block_forward(team, block, ForwardWeights<T>(forward_weights, block), rope, 1, L, layer_store(layer).act,
+                  shared.buffers.u, out, strides.h, mine.scratch);
   }
 
   float* dy = shared.buffers.dy;
@@ -222,7 +226,8 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
 
 // Adds what `used` slots hold to the gradients of net `n`; the first time, stores it.
 template <class T>
-void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& all, int n, int used, bool fresh, const BackwardThread<T>& mine) {
+void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& all, int n, int used, bool fresh,
+                            const BackwardThread<T>& mine) {
   const Job& job = workspace.backward.job;
   const BlockShape& block = workspace.block;
   const BlockStrides strides(block);
@@ -235,22 +240,27 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
   for (int layer = 0; layer < job.nets[n].layers; ++layer, grads += kBlockWeights) {
     const LayerStore<T> here = workspace.store.layer(layer);
     const BlockActivations<T>& act = here.act;
-    const auto by_token = [&](const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs, float* grad, auto row_of) {
+    const auto by_token = [&](const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs,
+                              float* grad, auto row_of) {
       if (grad)
-        weight_gradient(all, dy, dy_stride, outputs, x, x_stride, inputs, tokens, {grad, fresh}, workspace.panels, mine.gradient_scratch, row_of);
+        weight_gradient(all, dy, dy_stride, outputs, x, x_stride, inputs, tokens, {grad, fresh}, workspace.panels,
+                        mine.gradient_scratch, row_of);
     };
     const auto by_sequence = [&](const T* dy, int outputs, const T* x, int inputs, float* grad) {
       if (grad)
-        sequence_weight_gradient(all, dy, outputs, x, inputs, strides.h, D, used, {grad, fresh}, workspace.panels, mine.gradient_scratch);
+        sequence_weight_gradient(all, dy, outputs, x, inputs, strides.h, D, used, {grad, fresh}, workspace.panels,
+                                 mine.gradient_scratch);
     };
     if (block.attention) {
-      by_token(act.qkv, strides.qkv, heads.columns(), act.h, strides.h, D, grads[0], [&](int c) { return heads.qkv_row(c); });
+      by_token(act.qkv, strides.qkv, heads.columns(), act.h, strides.h, D, grads[0],
+               [&](int c) { return heads.qkv_row(c); });
       by_token(here.grads.du1, strides.h, D, act.attended, strides.attended, heads.output_columns(), grads[1], same);
     } else {
       by_sequence(act.sequence_mlp.gate_up, 2 * block.seq_inner, act.h, block.seq_len, grads[0]);
       by_sequence(here.grads.du1, block.seq_len, act.sequence_mlp.hidden, block.seq_inner, grads[1]);
     }
-    by_token(act.gate_up, strides.gate_up, gates.columns(), act.h1, strides.h, D, grads[2], [&](int c) { return gates.row(c); });
+    by_token(act.gate_up, strides.gate_up, gates.columns(), act.h1, strides.h, D, grads[2],
+             [&](int c) { return gates.row(c); });
     by_token(here.grads.du2, strides.h, D, act.hidden, strides.hidden, block.inner, grads[3], same);
   }
 }
@@ -262,7 +272,8 @@ template <class T> size_t backward_bytes(const BackwardJob& job) {
 }
 
 // Running gradients of the states from the gradients of the outputs; zero for x; padding of the store.
-template <class T> void start_backward(const BackwardWorkspace<T>& workspace, const Team& all, const BackwardThread<T>& mine) {
+template <class T> void start_backward(const BackwardWorkspace<T>& workspace, const Team& all,
+                                       const BackwardThread<T>& mine) {
   const BackwardJob& backward = workspace.backward;
   const Job& job = backward.job;
   const BlockShape& block = workspace.block;
@@ -286,7 +297,8 @@ template <class T> void start_backward(const BackwardWorkspace<T>& workspace, co
   const int attended = HeadLayout(block).output_columns();
   clear_padding(mine.buffers.out, job.length, block.width, padded, strides.h);
   clear_padding(mine.buffers.dy, job.length, block.width, strides.u, strides.u);
-  if (block.attention) clear_padding(mine.buffers.grad_attended, job.length, attended, strides.attended, strides.attended);
+  if (block.attention)
+    clear_padding(mine.buffers.grad_attended, job.length, attended, strides.attended, strides.attended);
   workspace.tables.pack(job, all);
   all.sync();
 }
@@ -336,7 +348,8 @@ template <class T> void backward(const BackwardJob& backward, void* memory, int 
       if (!rest.idle) {
         const int index = division.each * job.threads + rest.index;
         rest.team.sync(); // the first thread, whose buffers the team uses, is done with its own sequences
-        slot_backward(workspace, rest.team, update, saved, sequence + index, used + index, workspace.thread(rest.first_thread), mine);
+        slot_backward(workspace, rest.team, update, saved, sequence + index, used + index,
+                      workspace.thread(rest.first_thread), mine);
       }
       all.sync();
       used += wave;

@@ -1,5 +1,5 @@
-// A whole program forward.  A team takes a few sequences through every update before it takes the next: their activations
-// stay in L2, the weights stream past, and no thread waits for another team.
+// A whole program forward.  A team takes a few sequences through every update before it takes the next: their
+// activations stay in L2, the weights stream past, and no thread waits for another team.
 #pragma once
 
 #include "block.h"
@@ -7,8 +7,8 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Sequences that share one pass over the weights.  With AMX a panel must be used for about 400 rows before the next can be
-// had from L3; vector units need far fewer.
+// Sequences that share one pass over the weights.  With AMX a panel must be used for about 400 rows before the next can
+// be had from L3; vector units need far fewer.
 template <class T> int sequences_together(int length) {
   const int rows = Dot<T>::kRows >= 32 ? 400 : 112;
   return larger(1, rows / larger(1, length));
@@ -29,7 +29,8 @@ struct RopeTables {
     if (!cos) return;
     const HeadLayout heads(job.nets[0].block);
     const Range range = all.split(job.length);
-    const long from = static_cast<long>(range.begin) * heads.head_dim, to = static_cast<long>(range.begin) * heads.qk_width;
+    const long from = static_cast<long>(range.begin) * heads.head_dim,
+               to = static_cast<long>(range.begin) * heads.qk_width;
     pack_rope_table(job.cos + from, heads, range.end - range.begin, cos + to);
     pack_rope_table(job.sin + from, heads, range.end - range.begin, sin + to);
   }
@@ -39,7 +40,8 @@ struct RopeTables {
 // Zeroes what products read beyond the last column: [columns, up to) of every row.
 template <class T> void clear_padding(T* x, int rows, int columns, long up_to, long stride) {
   if (!x || columns >= up_to) return;
-  for (int t = 0; t < rows; ++t) __builtin_memset(static_cast<void*>(x + t * stride + columns), 0, static_cast<size_t>(up_to - columns) * sizeof(T));
+  for (int t = 0; t < rows; ++t)
+    __builtin_memset(static_cast<void*>(x + t * stride + columns), 0, static_cast<size_t>(up_to - columns) * sizeof(T));
 }
 
 template <class T> void clear_activation_padding(const BlockShape& block, int rows, const BlockActivations<T>& act) {
@@ -71,7 +73,7 @@ template <class T> struct ForwardBuffers {
 
 template <class T> struct ForwardWorkspace {
   RopeTables tables;
-  char* first;      // of thread 0
+  char* first; // of thread 0
   size_t per_thread;
   int together;
 
@@ -100,8 +102,8 @@ template <class T> struct ForwardWorkspace {
 
 // h[row] <- sum of the sources (+ x), in f32, rounded once; a copy to `saved` where backward will need it.
 template <class T>
-void sum_sources(const Team& team, const Job& job, const Update& update, const T* const* states, const T* x, long first_row, int rows,
-                 T* h, long stride, T* saved) {
+void sum_sources(const Team& team, const Job& job, const Update& update, const T* const* states, const T* x,
+                 long first_row, int rows, T* h, long stride, T* saved) {
   const int D = job.width;
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t) {
@@ -109,7 +111,8 @@ void sum_sources(const Team& team, const Job& job, const Update& update, const T
     for (int j = 0; j < D; j += kLanes) {
       const int n = smaller(kLanes, D - j);
       vf sum = update.inject_x ? load(x + at + j, n) : vf{};
-      for (int s = 0; s < update.num_sources; ++s) sum += load(states[job.program.sources[update.first_source + s]] + at + j, n);
+      for (int s = 0; s < update.num_sources; ++s)
+        sum += load(states[job.program.sources[update.first_source + s]] + at + j, n);
       store(h + t * stride + j, sum, n);
       if (saved) store(saved + at + j, sum, n);
     }
@@ -125,8 +128,8 @@ void net_forward(const Team& team, const NetShape& net, const void* packed, cons
   for (int layer = 0; layer < net.layers; ++layer) {
     const bool last = layer + 1 == net.layers;
     // h is free once h1 is there, so a block may write its output over its input.
-    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), rope, sequences, length, act, u, last ? out : act.h,
-                  last ? out_stride : stride, scratch);
+    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), rope, sequences, length, act, u,
+                  last ? out : act.h, last ? out_stride : stride, scratch);
   }
 }
 
@@ -134,7 +137,8 @@ template <class T>
 void program_forward(const ForwardJob& forward, const Team& team, const Rope& rope, int first_sequence, int sequences,
                      const ForwardBuffers<T>& buffers, const BlockScratch<T>& scratch, const T** states) {
   const Job& job = forward.job;
-  const long first_row = static_cast<long>(first_sequence) * job.length, elements = static_cast<long>(job.batch) * job.length * job.width;
+  const long first_row = static_cast<long>(first_sequence) * job.length,
+             elements = static_cast<long>(job.batch) * job.length * job.width;
   const int rows = sequences * job.length;
   for (int s = 0; s < job.program.num_states; ++s) states[s] = static_cast<const T*>(forward.states_in[s]);
   T* saved = static_cast<T*>(forward.saved);
@@ -146,8 +150,8 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
     if (keep) saved += elements;
     team.sync();
     T* out = static_cast<T*>(forward.states_out[update.dst]);
-    net_forward(team, job.nets[update.net], job.packed[update.net].forward, rope, sequences, job.length, buffers.act, buffers.u,
-                out + first_row * job.width, job.width, scratch);
+    net_forward(team, job.nets[update.net], job.packed[update.net].forward, rope, sequences, job.length, buffers.act,
+                buffers.u, out + first_row * job.width, job.width, scratch);
     states[update.dst] = out;
   }
 }
@@ -171,15 +175,16 @@ template <class T> void forward(const ForwardJob& forward, void* memory, int thr
   const auto mine = workspace.thread(job, thread);
   clear_activation_padding(job.nets[0].block, workspace.together * job.length, mine.buffers.act);
   for (int done = 0; done < division.each; done += workspace.together)
-    program_forward(forward, kAlone, rope, thread * division.each + done, smaller(workspace.together, division.each - done),
-                    mine.buffers, mine.scratch, states);
+    program_forward(forward, kAlone, rope, thread * division.each + done,
+                    smaller(workspace.together, division.each - done), mine.buffers, mine.scratch, states);
 
   // The rest: a team to a sequence, in the buffers of its first thread.
   const RestTeam rest(job, division, thread);
   if (!rest.idle) {
     const auto shared = workspace.thread(job, rest.first_thread);
     rest.team.sync(); // the first thread is done with its own sequences
-    program_forward(forward, rest.team, rope, division.each * job.threads + rest.index, 1, shared.buffers, mine.scratch, states);
+    program_forward(forward, rest.team, rope, division.each * job.threads + rest.index, 1, shared.buffers, mine.scratch,
+                    states);
   }
   Dot<T>::release();
 }

@@ -19,7 +19,8 @@ inline void pack_rope_table(const float* table, const HeadLayout& heads, int len
   for (int t = 0; t < length; ++t)
     for (int c = 0; c < heads.qk_width; ++c) {
       const int channel = heads.qk_channel(c);
-      packed[static_cast<long>(t) * heads.qk_width + c] = channel < 0 ? 0.0f : table[static_cast<long>(t) * heads.head_dim + channel];
+      packed[static_cast<long>(t) * heads.qk_width + c] =
+          channel < 0 ? 0.0f : table[static_cast<long>(t) * heads.head_dim + channel];
     }
 }
 

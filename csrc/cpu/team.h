@@ -1,5 +1,5 @@
-// A team: the threads that work on one group of sequences together.  A phase of work is a range of items, divided by rank;
-// sync() ends a phase.  A team of one never waits.
+// A team: the threads that work on one group of sequences together.  A phase of work is a range of items, divided by
+// rank; sync() ends a phase.  A team of one never waits.
 #pragma once
 
 #include "engine.h"

@@ -32,7 +32,7 @@ void spin_pause();
 // The threads that share a piece of work wait for each other; memory written before wait() is visible after it.
 // Spins, then yields, so that it stays correct (and only slow) with more threads than cores.
 class SpinBarrier {
- public:
+public:
   explicit SpinBarrier(int count = 0);
   SpinBarrier(const SpinBarrier&) = delete;
   SpinBarrier& operator=(const SpinBarrier&) = delete;
@@ -40,10 +40,10 @@ class SpinBarrier {
   // With another number of threads than before; the caller knows that no earlier wait is still going on.
   void wait(int count);
 
- private:
+private:
   const int count_;
   alignas(64) std::atomic<int> arrived_;
-  alignas(64) std::atomic<unsigned> phase_;  // in a line of its own: waiters poll it while others arrive
+  alignas(64) std::atomic<unsigned> phase_; // in a line of its own: waiters poll it while others arrive
 };
 
-}  // namespace trmfast
+} // namespace trmfast

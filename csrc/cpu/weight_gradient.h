@@ -3,8 +3,8 @@
 //   grad[n, c] += sum over tokens of dy[t, n] x[t, c]
 //
 // x is packed into panels that all threads share; then every thread takes blocks of 64 outputs, transposes their dy and
-// multiplies in chunks of 512 tokens, so that a chunk of a panel (32 KB in bf16) is read from L1 by all tiles of the block.
-// A thread owns the rows that it adds to: no copy per thread, and the same sums for any number of threads.
+// multiplies in chunks of 512 tokens, so that a chunk of a panel (32 KB in bf16) is read from L1 by all tiles of the
+// block. A thread owns the rows that it adds to: no copy per thread, and the same sums for any number of threads.
 #pragma once
 
 #include "gemm.h"
@@ -29,13 +29,16 @@ template <class T> struct WeightGradientScratch {
 
   WeightGradientScratch(Arena& arena, long tokens)
       : rows(arena.take<T>(kGradientRows * row_stride(static_cast<int>(tokens)))),
-        tiles(arena.take<float>(kGradientRows * kPanel)), sums(arena.take<float>(Dot<T>::kRows * kPanel)), stride(row_stride(static_cast<int>(tokens))) {}
+        tiles(arena.take<float>(kGradientRows * kPanel)), sums(arena.take<float>(Dot<T>::kRows * kPanel)),
+        stride(row_stride(static_cast<int>(tokens))) {}
 };
 
-// tiles[0 .. n) <- sum over chunks of left(chunk) [n, depth(chunk)] times the panel right(chunk).  Every chunk is summed by
-// itself first: one chain over all tokens would round far more often than autograd's sum over the updates does.
+// tiles[0 .. n) <- sum over chunks of left(chunk) [n, depth(chunk)] times the panel right(chunk).  Every chunk is
+// summed by itself first: one chain over all tokens would round far more often than autograd's sum over the updates
+// does.
 template <class T, class Left, class Right, class Depth>
-void multiply_chunks(int n, int chunks, long left_stride, const WeightGradientScratch<T>& scratch, Left left, Right right, Depth depth) {
+void multiply_chunks(int n, int chunks, long left_stride, const WeightGradientScratch<T>& scratch, Left left,
+                     Right right, Depth depth) {
   const RowTiles rows(n, Dot<T>::kRows);
   for (int chunk = 0; chunk < chunks; ++chunk)
     for (int i = 0; i < rows.count; ++i) {
@@ -44,7 +47,7 @@ void multiply_chunks(int n, int chunks, long left_stride, const WeightGradientSc
       const long elements = static_cast<long>(depth(chunk)) * kPanel, share = elements / rows.count;
       const Prefetch next{panel + elements + i * share, share * static_cast<long>(sizeof(T))};
       multiply(left(chunk) + rows.begin(i) * left_stride, left_stride, panel, depth(chunk), rows.size(i),
-                  chunk == 0 ? tile : scratch.sums, kPanel, next);
+               chunk == 0 ? tile : scratch.sums, kPanel, next);
       if (chunk > 0) add_sums(rows.size(i), scratch.sums, tile);
     }
 }
@@ -74,8 +77,9 @@ void add_to_gradient(int first, int n, int c, int columns, const float* tiles, c
 // dy: [tokens, outputs] in packed order, x: [tokens, inputs]; row_of(n) is the weight's row of packed output n, or -1.
 // panels: shared by the team, packed_elements(tokens, inputs).
 template <class T, class RowOf>
-void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs, int tokens,
-                     const Gradient& grad, T* panels, const WeightGradientScratch<T>& scratch, RowOf row_of) {
+void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs,
+                     int tokens, const Gradient& grad, T* panels, const WeightGradientScratch<T>& scratch,
+                     RowOf row_of) {
   const long elements = panel_elements<T>(tokens);
   const int num_panels = ceil_div(inputs, kPanel), depth = padded_depth<T>(tokens);
   const Range packing = team.split(num_panels);
@@ -101,8 +105,9 @@ void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs,
 // The mlp_t mixer: grad[n, c] += sum over sequences and channels of dy[s, n, channel] x[s, c, channel].
 // dy: [sequences, outputs, stride], x: [sequences, inputs, stride], both with the channels of a sequence as columns.
 template <class T>
-void sequence_weight_gradient(const Team& team, const T* dy, int outputs, const T* x, int inputs, long stride, int width,
-                              int sequences, const Gradient& grad, T* panels, const WeightGradientScratch<T>& scratch) {
+void sequence_weight_gradient(const Team& team, const T* dy, int outputs, const T* x, int inputs, long stride,
+                              int width, int sequences, const Gradient& grad, T* panels,
+                              const WeightGradientScratch<T>& scratch) {
   const long elements = panel_elements<T>(width);
   const int num_panels = ceil_div(inputs, kPanel);
   const Range packing = team.split(sequences * num_panels);

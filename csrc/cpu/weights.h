@@ -1,7 +1,8 @@
 // Weights of one block as the engine multiplies them, packed once per weight version.
 //
-// Forward packs hold W^T (depth: input channels), backward packs hold W (depth: output channels), all in the column orders
-// of layout.h.  The mlp_t mixer multiplies from the left, so its weights are rows with a padded leading dimension instead.
+// Forward packs hold W^T (depth: input channels), backward packs hold W (depth: output channels), all in the column
+// orders of layout.h.  The mlp_t mixer multiplies from the left, so its weights are rows with a padded leading
+// dimension instead.
 #pragma once
 
 #include "arena.h"
@@ -11,7 +12,7 @@ namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
 template <class T> struct ForwardWeights {
-  T *qkv = nullptr, *output = nullptr;  // attention
+  T *qkv = nullptr, *output = nullptr;           // attention
   T *seq_gate_up = nullptr, *seq_down = nullptr; // mlp_t: rows [2 seq_inner, L] and [L, seq_inner]
   T *gate_up = nullptr, *down = nullptr;
 
@@ -60,9 +61,11 @@ private:
   int thread_, threads_, turn_ = 0;
 };
 
-// Panels of W^T: panel column n is row row_of(n) of w [rows, depth].  column_of(k): the column of w that stands at depth k.
+// Panels of W^T: panel column n is row row_of(n) of w [rows, depth].  column_of(k): the column of w that stands at
+// depth k.
 template <class T, class RowOf>
-void pack_weight_transposed(const float* w, long stride, int columns, int depth, T* panels, PackTurn& turn, RowOf row_of) {
+void pack_weight_transposed(const float* w, long stride, int columns, int depth, T* panels, PackTurn& turn,
+                            RowOf row_of) {
   for (int first = 0; first < columns; first += kPanel, panels += panel_elements<T>(depth)) {
     if (!turn.mine()) continue;
     pack_transposed_panel<T, float>(
@@ -114,8 +117,10 @@ void pack_forward(const BlockShape& block, const float* const* weights, const Fo
   } else {
     const int L = block.seq_len, inner = block.seq_inner;
     const float *gate_up = weights[0], *down = weights[1];
-    pack_left(2 * inner, L, to.seq_gate_up, row_stride(L), turn, [=](int r, int c) { return gate_up[static_cast<long>(r) * L + c]; });
-    pack_left(L, inner, to.seq_down, row_stride(inner), turn, [=](int r, int c) { return down[static_cast<long>(r) * inner + c]; });
+    pack_left(2 * inner, L, to.seq_gate_up, row_stride(L), turn,
+              [=](int r, int c) { return gate_up[static_cast<long>(r) * L + c]; });
+    pack_left(L, inner, to.seq_down, row_stride(inner), turn,
+              [=](int r, int c) { return down[static_cast<long>(r) * inner + c]; });
   }
   pack_weight_transposed(weights[2], D, gates.columns(), D, to.gate_up, turn, [&](int n) { return gates.row(n); });
   pack_weight_transposed(weights[3], block.inner, D, block.inner, to.down, turn, same);
@@ -138,7 +143,8 @@ void pack_backward(const BlockShape& block, const float* const* weights, const B
       const int i = c % padded;
       return i < inner ? gate_up[static_cast<long>(c < padded ? i : inner + i) * L + r] : 0.0f;
     });
-    pack_left(inner, L, to.seq_down, row_stride(L), turn, [=](int r, int c) { return down[static_cast<long>(c) * inner + r]; });
+    pack_left(inner, L, to.seq_down, row_stride(L), turn,
+              [=](int r, int c) { return down[static_cast<long>(c) * inner + r]; });
   }
   pack_weight_rows(weights[2], D, gates.columns(), D, to.gate_up, turn, [&](int n) { return gates.row(n); });
   pack_weight_rows(weights[3], block.inner, D, block.inner, to.down, turn, same);

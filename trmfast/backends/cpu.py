@@ -105,8 +105,8 @@ class _Packed:
 class _PackedCache:
     """Packed weights by the addresses of the weights, valid for as long as their bytes are the same.
 
-    A version counter would not do: writes through ``p.data`` do not move it.  So every call fingerprints the bytes, which
-    costs a read of the weights at memory speed, and packs again when they differ.
+    A version counter would not do: writes through ``p.data`` do not move it.  So every call fingerprints the bytes,
+    which costs a read of the weights at memory speed, and packs again when they differ.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,9 @@ class _PackedCache:
         with self._lock:
             self._entries.clear()
 
-    def get(self, engine: _Engine, net: int, dtype: torch.dtype, weights: list[Tensor], backward: bool, threads: int) -> object:
+    def get(
+        self, engine: _Engine, net: int, dtype: torch.dtype, weights: list[Tensor], backward: bool, threads: int
+    ) -> object:
         assert _cpu is not None
         weights = [weight.detach().contiguous() for weight in weights]
         addresses = [weight.data_ptr() for weight in weights]
@@ -216,7 +218,9 @@ class CpuBackend:
             return None
         return f"the engine was not built: {build_info().error or _import_error}"
 
-    def supports(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> str | None:
+    def supports(
+        self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int
+    ) -> str | None:
         """None, or why the engine does not run this problem."""
         if dtype not in ELEMENTS:
             accepted = ", ".join(str(d).removeprefix("torch.") for d in ELEMENTS)
@@ -231,10 +235,13 @@ class CpuBackend:
             return f"it takes up to {MOST_STATES} states and {MOST_NETS} networks"
         return None
 
-    def _packed(self, problem: Problem, dtype: torch.dtype, weights: Sequence[Tensor], backward: bool, threads: int) -> list[object]:
+    def _packed(
+        self, problem: Problem, dtype: torch.dtype, weights: Sequence[Tensor], backward: bool, threads: int
+    ) -> list[object]:
         engine = _engine(problem)
         return [
-            _cache.get(engine, n, dtype, problem.net_weights(weights, n), backward, threads) for n in range(len(problem.nets))
+            _cache.get(engine, n, dtype, problem.net_weights(weights, n), backward, threads)
+            for n in range(len(problem.nets))
         ]
 
     def forward(
