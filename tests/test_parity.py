@@ -108,4 +108,5 @@ def test_every_shape(case: Case, dtype: torch.dtype, backend: str, need_support:
 def test_a_whole_published_program_in_float32(mixer: str, backend: str, need_support: Need) -> None:
     case = make_case("sudoku", H_cycles=3, L_cycles=6, batch=1, length=97, hidden_size=128, token_mixer=mixer)
     need_support(case, torch.float32)
-    require(check_case(case, torch.float32, backend))
+    # The weights as a model has them at initialisation: in float32 the whole program is comparable.
+    require(check_case(case, torch.float32, backend, weight_scale=1.0))
