@@ -80,7 +80,7 @@ class BlockSpec:
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names (as in the published state_dicts) and shapes of a block's weights, in the order all code passes them."""
+        """Names (those of the published state_dicts) and shapes of a block's weights, in the order all code uses."""
         D, inter = self.hidden_size, self.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {}
         if self.token_mixer == "attention":

@@ -38,8 +38,8 @@ void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* g
     float* grad = dy + static_cast<long>(sequence) * L * dy_stride + c;
     for (int j = 0; j < kPanel; j += kLanes) {
       const vf r = load(kept.r + static_cast<long>(sequence) * round_up(block.width, kPanel) + c + j);
-      vf dots = {};
-      for (int t = 0; t < L; ++t) dots = fma(load(grad + t * dy_stride + j), load(y + t * stride + j), dots);
+      const vf dots =
+          sum_over_positions(L, [&](int t) { return load(grad + t * dy_stride + j) * load(y + t * stride + j); });
       const vf mean = dots / static_cast<float>(L);
       for (int t = 0; t < L; ++t) {
         const vf value = r * (load(grad + t * dy_stride + j) - load(y + t * stride + j) * mean);
