@@ -35,14 +35,14 @@ class Build:
     environment: dict[str, str]
     reports: Path
 
-    def run(self, *arguments: str, **environment: str) -> str:
-        """Run Python away from the source tree, so that it finds this build; the output.  Fails on any report."""
+    def run(self, *arguments: str) -> str:
+        """Runs Python away from the source tree, so that it finds this build; its output.  Fails on any report."""
         for old in self.reports.glob("report*"):
             old.unlink()
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=self.reports,
-            env={**self.environment, **environment},
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -53,28 +53,44 @@ class Build:
         assert done.returncode == 0, done.stdout[-20000:]
         return done.stdout
 
-    def pytest(self, *arguments: str, **environment: str) -> str:
-        config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-        output = self.run("-m", "pytest", *config, *arguments, **environment)
-        print(output[-3000:])
-        return output
+
+@dataclass(frozen=True)
+class Sanitizer:
+    """How to build with a sanitizer, what to preload and with which options."""
+
+    flags: str
+    libraries: tuple[str, ...]
+    options: dict[str, str]
+    build: dict[str, str]
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+ADDRESS = Sanitizer(
+    "address,undefined",
+    ("libasan.so", "libubsan.so", "libstdc++.so"),
+    {
+        # Leaks are the business of test_memory.py: Python and torch keep much until they exit.
+        "ASAN_OPTIONS": f"detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size={1 << 30}:log_path=report",
+        "UBSAN_OPTIONS": "print_stacktrace=1:log_path=report",
+    },
+    {"TRMFAST_EMULATE_AMX": "1"},
+)
+# torch is not instrumented, so what its threads do among themselves cannot be judged.
+THREAD = Sanitizer("thread", ("libtsan.so",), {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:log_path=report"}, {})
+
+
+def make_build(sanitizer: Sanitizer, tmp_path_factory: pytest.TempPathFactory) -> Build:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None or "clang" in compiler:
         pytest.skip("the run-time libraries to preload are those of g++, which is not the compiler here")
     libraries = []
-    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
+    for name in sanitizer.libraries:
         path = subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
         if not Path(path).is_absolute():
             pytest.skip(f"{compiler} has no {name}")
         libraries.append(str(Path(path).resolve()))
 
     folder = tmp_path_factory.mktemp("instrumented")
-    reports = tmp_path_factory.mktemp("reports")
-    flags = {"TRMFAST_SANITIZE": "address,undefined", "TRMFAST_EMULATE_AMX": "1", "TRMFAST_REQUIRE_CPU": "1"}
+    flags = {"TRMFAST_SANITIZE": sanitizer.flags, "TRMFAST_REQUIRE_CPU": "1", **sanitizer.build}
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-lib", str(folder)],
         cwd=ROOT,
@@ -86,31 +102,85 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
     environment = {
         **os.environ,
+        **sanitizer.options,
         "PYTHONPATH": str(folder),
         "LD_PRELOAD": " ".join(libraries),
-        # Leaks are the business of test_memory.py: Python and torch keep much until they exit.
-        "ASAN_OPTIONS": f"detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size={1 << 30}:log_path={reports}/report",
-        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={reports}/report",
-        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "PASSIVE",  # torch's own threads must not spin beside the engine's
     }
-    return Build(folder, environment, reports)
+    return Build(folder, environment, tmp_path_factory.mktemp("reports"))
 
 
-def test_the_instrumented_engine_is_the_one_tested(build: Build) -> None:
-    code = "import trmfast._cpu as cpu, trmfast.build_info as b; print(cpu.__file__); print(b.build_info().sanitize)"
-    file, sanitize = build.run("-c", code).split()
-    assert Path(file).is_relative_to(build.folder)
-    assert sanitize == "address,undefined"
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    return make_build(ADDRESS, tmp_path_factory)
 
 
-def test_a_write_past_a_tensor_is_reported(build: Build) -> None:
+@pytest.fixture(scope="module")
+def thread(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    return make_build(THREAD, tmp_path_factory)
+
+
+# Every target with every small case, forward and backward.  Parity is judged by the tests of the plain build; here a
+# result only has to be finite, which it is not where it depends on memory that nobody wrote.
+SWEEP = """
+import sys, torch
+from trmfast.backends import BACKENDS, cpu
+from trmfast.build_info import build_info
+from trmfast.cases import SMALL, make_case, make_inputs
+from trmfast.testing import run_fused
+
+assert build_info().sanitize == sys.argv[1], build_info()
+published = make_case("published", H_cycles=1, L_cycles=1, length=97, num_layers=1, hidden_size=512, num_heads=8)
+ran = [target for target, reason in cpu.targets().items() if reason is None]
+for target in ran:
+    for case in (*SMALL, published):
+        for dtype in cpu.ELEMENTS:
+            if BACKENDS["cpu"].supports(case.problem, torch.device("cpu"), dtype, case.batch, case.length):
+                continue
+            for threads in (3,) if target == "amx_emulated" else (1, 3):  # the emulation is slow
+                torch.set_num_threads(threads)
+                with cpu.force_target(target):
+                    if cpu.target_for(dtype) != target:
+                        continue
+                    result = run_fused(make_inputs(case, dtype), "cpu")
+                for name, value in (*result.outputs.items(), *result.gradients.items()):
+                    assert value.isfinite().all(), (target, case.name, dtype, threads, name)
+print("swept", *ran)
+"""
+
+
+def test_a_write_past_a_tensor_is_reported(address: Build) -> None:
     # Proof that the preloaded library watches torch's memory: without it a clean run would mean nothing.
     code = "import ctypes, torch; t = torch.zeros(1024); ctypes.memset(t.data_ptr() + 4096, 0, 1)"
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
-        build.run("-c", code)
+        address.run("-c", code)
 
 
-def test_engine(build: Build) -> None:
-    # Every target of the build that this machine runs, the emulated AMX tiles among them.
-    output = build.pytest(str(ROOT / "tests" / "test_cpu_engine.py"))
+def test_a_race_in_a_library_is_reported(thread: Build, tmp_path: Path) -> None:
+    # The same proof for the thread sanitizer.
+    source = tmp_path / "race.cpp"
+    source.write_text(
+        "#include <thread>\nint value;\n"
+        'extern "C" int race() { std::thread other([] { value = 1; }); value = 2; other.join(); return value; }\n'
+    )
+    library = tmp_path / "race.so"
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, "-g", "-shared", "-fPIC", "-fsanitize=thread", source, "-o", library], check=True)
+    with pytest.raises(AssertionError, match="data race"):
+        thread.run("-c", f"import torch, trmfast, ctypes; ctypes.CDLL({str(library)!r}).race()")
+
+
+def test_every_target_reads_and_writes_only_its_memory(address: Build) -> None:
+    print(address.run("-c", SWEEP, ADDRESS.flags))
+
+
+def test_the_engines_threads_do_not_race(thread: Build) -> None:
+    print(thread.run("-c", SWEEP, THREAD.flags))
+
+
+def test_threads_processes_and_packed_weights(address: Build) -> None:
+    config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    tests = str(ROOT / "tests" / "test_cpu_engine.py")
+    output = address.run("-m", "pytest", *config, tests, "-k", "not test_every_target")
     assert " passed" in output
+    print(output[-2000:])
