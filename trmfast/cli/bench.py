@@ -115,8 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
             settings = Settings(
                 compile_scope=None if late else scope,
                 repeats=2 if arguments.quick else 3,
-                # Half of an equal share of what is left: models, compilation and accuracy take the rest.
-                seconds=0 if arguments.quick else max(0.0, (arguments.seconds - spent) / (len(names) - i) / 4),
+                # Each of two steps takes a quarter of an equal share; models, compilation and accuracy take the rest.
+                seconds=1 if arguments.quick else max(1.0, (arguments.seconds - spent) / (len(names) - i) / 4),
                 overrides=TINY if arguments.tiny else {},
                 batch=arguments.batch,
                 check=(1, 2) if arguments.quick else None,

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch.autograd.gradcheck import GradcheckError
@@ -17,6 +17,8 @@ from torch.autograd.gradcheck import GradcheckError
 from trmfast import recursion
 from trmfast.backends import BACKENDS
 from trmfast.cli.console import UsageError, print_json, print_table, progress
+from trmfast.problem import Problem
+from trmfast.program import RecursionProgram
 from trmfast.testing import (
     PUBLISHED,
     SMALL,
@@ -185,15 +187,29 @@ class _Draws:
     def get(self, job: Job) -> list[tuple[Inputs, Result, Result]]:
         key = (job.case.name, job.dtype)
         if key != self._key:
-            scale = default_weight_scale(job.dtype)
             # The largest error of a small tensor is a matter of luck, and varies from draw to draw.
-            seeds = SEEDS if job.case in SMALL else SEEDS[:1]
+            case, scale, seeds = job.case, default_weight_scale(job.dtype), SEEDS
+            if case in PUBLISHED:
+                seeds = SEEDS[:1]
+                if job.dtype.itemsize == 2:
+                    case, scale = _last_updates(case, 2), 0.3
             self._draws = []
             for seed in seeds:
-                inputs = make_inputs(job.case, job.dtype, seed, weight_scale=scale)
+                inputs = make_inputs(case, job.dtype, seed, weight_scale=scale)
                 self._draws.append((inputs, run_eager(inputs), run_truth(inputs)))
             self._key = key
         return self._draws
+
+
+def _last_updates(case: Case, count: int) -> Case:
+    """The case with the end of its program alone.
+
+    In 16 bits eager PyTorch is off by more than the policy allows for a verdict after a whole published program: of
+    half a million elements at 916 tokens, the largest error is that large even with small weights.
+    """
+    program = case.problem.program
+    last = RecursionProgram(program.states, program.nets, program.updates[-count:], count)
+    return replace(case, problem=Problem(last, case.problem.nets))
 
 
 def _jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[dict[str, str]]]:
@@ -206,7 +222,7 @@ def _jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[dict[str, str]
     for name in arguments.backend or ():
         if name not in BACKENDS:
             raise UsageError(f"--backend: got {name!r}, accepted are {', '.join(BACKENDS)}")
-    small = {case.name for case in SMALL}
+    small = _names(SMALL)
     jobs: list[Job] = []
     skipped: list[dict[str, str]] = []
     runners = []
@@ -318,7 +334,7 @@ def _print(
                         row.target or "-",
                         row.dtype,
                         str(row.tensors),
-                        row.worst or row.reason,
+                        row.worst or "no verdict",
                     ),
                     *(_number(row.error), _number(row.eager), _number(row.limit), "yes" if row.passed else "NO"),
                 ]
@@ -326,13 +342,22 @@ def _print(
             ],
             [i for i, row in enumerate(rows) if not row.passed],
         )
+    for row in rows:
+        if row.reason:
+            print(f"\n{row.problem}, {row.backend} {row.target}, {row.dtype}: {row.reason}")
     if skipped:
         print_table("Not checked", ("what", "reason"), [[s["what"], s["reason"]] for s in skipped])
     failed = sum(not row.passed for row in rows) + sum(not g["passed"] for g in gradients)
     total = len(rows) + len(gradients)
+    if any(row.problem in _names(PUBLISHED) for row in rows):
+        print("\nOf published problems bfloat16 runs the last two updates, float32 the whole program.")
     print(f"\n{total - failed} of {total} checks passed in {seconds:.0f} s", flush=True)
     if failed:
         print(f"trmfast check: {failed} checks failed", file=sys.stderr)
+
+
+def _names(cases: Sequence[Case]) -> set[str]:
+    return {case.name for case in cases}
 
 
 def _number(value: float | None) -> str:
