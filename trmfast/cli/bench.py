@@ -38,7 +38,7 @@ columns:
 """
 
 # Compilation may take so much of the time; after that the remaining configurations go without.
-COMPILE_SHARE = 0.55
+COMPILE_SHARE = 0.7
 TINY = {"hidden_size": 64, "num_heads": 2, "puzzle_emb_ndim": 64, "H_cycles": 2, "L_cycles": 2}
 
 
