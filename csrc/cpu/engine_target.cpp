@@ -1,6 +1,13 @@
 // The engine of one instruction set and element type: this file is compiled once for every pair, with the flags of the
 // instruction set, TRMFAST_TARGET and TRMFAST_ELEMENT.  The code it includes lives in a namespace of the pair's own and
 // calls no inline function of the standard library, which the linker could share between pairs.
+
+// GCC's AVX-512 intrinsics pass an undefined register that is initialised with itself, and GCC then warns of it (bug
+// 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #define TRMFAST_JOIN_(a, b) a##_##b
 #define TRMFAST_JOIN(a, b) TRMFAST_JOIN_(a, b)
 #define TRMFAST_TEXT_(a) #a
