@@ -100,9 +100,7 @@ def find_compiler() -> tuple[list[str], str]:
         version = subprocess.run([*words, "--version"], capture_output=True, text=True)
         if version.returncode == 0 and version.stdout:
             return words, version.stdout.splitlines()[0].strip()
-    raise CannotBuildError(
-        f"no C++ compiler: tried {', '.join(tried)}; install g++ (8 or newer) or clang++ (10 or newer), or set CXX"
-    )
+    raise CannotBuildError(f"no C++ compiler: tried {', '.join(tried)}; install g++ or clang++, or set CXX")
 
 
 def find_ninja() -> str:
