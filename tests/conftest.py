@@ -1,16 +1,32 @@
-"""Fixtures of every test: poisoned allocations, and the backends of this machine."""
+"""Fixtures of every test: poisoned allocations, the backends of this machine, Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+# Triton reads the variable when it decorates its first function, its own library included: before any import of it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from trmfast.backends import BACKENDS
 from trmfast.cases import Case
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped without one; with one, the tests of Triton kernels run there and are marked."""
+    found = torch.cuda.is_available()
+    for item in items:
+        if found and Path(str(item.fspath)).name.startswith("test_triton_"):
+            item.add_marker(pytest.mark.gpu)
+        if not found and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is False"))
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -45,9 +61,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=list(BACKENDS))
+CPU_BACKENDS = [name for name, backend in BACKENDS.items() if not backend.device_types or "cpu" in backend.device_types]
+
+
+@pytest.fixture(params=CPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """The name of every backend; one that does not work on this machine is a skip with its reason."""
+    """Every backend that is made for CPU tensors; one that does not work on this machine is a skip with its reason."""
     name: str = request.param
     reason = BACKENDS[name].available()
     if reason is not None:
