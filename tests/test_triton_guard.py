@@ -16,7 +16,7 @@ from triton_guard import DEVICE, guarded_run
 
 
 @triton.jit
-def copy(source, target, size, READ: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # type: ignore[no-untyped-def]
+def copy(source, target, size, READ: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.arange(0, BLOCK)
     value = tl.load(source + index + READ, mask=index < size)
     tl.store(target + index + WRITE, value, mask=index < size)
