@@ -60,6 +60,7 @@ def make_case(
     intermediate_size: int | None = None,
     token_mixer: str = "attention",
     channel_mixer: str = "swiglu",
+    conv_kernel: int = 2,
     num_kv_heads: int = 0,
     causal: bool = False,
     rope: bool = True,
@@ -71,7 +72,8 @@ def make_case(
         model: which program: trm, hrm, single_z, hier6 or urm.
         H_cycles, L_cycles, window: as in the constructors of :class:`RecursionProgram`.
         batch, length: B and L.
-        hidden_size, num_heads, num_layers, token_mixer, channel_mixer, num_kv_heads, causal: as in :class:`BlockSpec`.
+        hidden_size, num_heads, num_layers, token_mixer, channel_mixer, conv_kernel, num_kv_heads, causal: as in
+            :class:`BlockSpec`.
         intermediate_size: inner width of both SwiGLUs.
         rope: whether attention rotates queries and keys.
     """
@@ -82,6 +84,7 @@ def make_case(
         intermediate_size=intermediate_size or swiglu_width(hidden_size, 4),
         token_mixer=token_mixer,
         channel_mixer=channel_mixer,
+        conv_kernel=conv_kernel,
         num_heads=num_heads if attends else 0,
         num_kv_heads=num_kv_heads if attends else 0,
         causal=causal,
@@ -100,6 +103,12 @@ SMALL: tuple[Case, ...] = (
     make_case("single_z", "single_z"),
     make_case("hier6", "hier6", H_cycles=1, L_cycles=6, num_layers=1),
     make_case("urm", "urm", channel_mixer="conv_swiglu"),
+    make_case(
+        "conv-3-taps", "urm", H_cycles=1, channel_mixer="conv_swiglu", conv_kernel=3, length=13, intermediate_size=80
+    ),
+    make_case(
+        "conv-5-taps-2-tokens", "urm", H_cycles=1, channel_mixer="conv_swiglu", conv_kernel=5, length=2, num_layers=1
+    ),
     make_case("grouped-heads", num_heads=4, num_kv_heads=2),
     make_case("causal", causal=True),
     make_case("no-rope", rope=False),

@@ -2,12 +2,13 @@
 //
 //   attention   h -> [q k v] + rotation -> attention -> u = h + W_o . -> h1 = norm(u)      (attention.h)
 //   mlp_t       h -> SwiGLU over the sequence, norm over the sequence -> h1                (mixer_mlp_t.h)
-//   both        h1 -> SwiGLU -> u = h1 + W_down . -> out = norm(u)
+//   both        h1 -> SwiGLU (-> convolution, SiLU) -> u = h1 + W_down . -> out = norm(u)
 //
 // Activations are the element type with f32 only in u, the residual sum before a norm, and in the tiles in L1.
 #pragma once
 
 #include "attention.h"
+#include "conv_swiglu.h"
 #include "mixer_mlp_t.h"
 #include "norm.h"
 #include "swiglu.h"
@@ -34,7 +35,8 @@ template <class T> struct BlockActivations {
   SequenceMlpActivations<T> sequence_mlp; // mlp_t
   T* h1;                                  // after the first norm
   T* gate_up;                             // before the gate
-  T* hidden;                              // silu(gate) * up
+  T* gated;                               // silu(gate) * up, where a convolution follows
+  T* hidden;                              // the input of W_down: silu(gate) * up, or silu of its convolution
   float* r1;                              // scales of the norms: one a token
   float* r2;
 };
@@ -91,15 +93,16 @@ void project_qkv(const Team& team, const BlockShape& block, const ForwardWeights
        });
 }
 
-// hidden <- silu(gate) * up
+// hidden, or gated <- silu(gate) * up
 template <class T>
 void project_gate_up(const Team& team, const BlockShape& block, const ForwardWeights<T>& weights, int rows,
                      const BlockActivations<T>& act, const BlockScratch<T>& scratch) {
   const BlockStrides strides(block);
+  T* out = block.conv_taps ? act.gated : act.hidden;
   gemm(team, act.h1, strides.h, rows, weights.gate_up, block.width, GateLayout{block.inner}.columns(), scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          for_rows(row, n, tile, [&](int t, const float* in) {
-           T* to = act.hidden + t * strides.hidden + panel * kHalf;
+           T* to = out + t * strides.hidden + panel * kHalf;
            for (int j = 0; j < kHalf; j += kLanes) store(to + j, swiglu(load(in + j), load(in + kHalf + j)));
            if (act.gate_up) store_group(in, act.gate_up + t * strides.gate_up + panel * kPanel);
          });
@@ -133,6 +136,10 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
   team.sync();
   project_gate_up(team, block, weights, rows, act, scratch);
   team.sync();
+  if (block.conv_taps) {
+    convolve_rows(team, block, weights.conv, rows, length, act.gated, act.hidden, strides.hidden);
+    team.sync();
+  }
   gemm(team, act.hidden, strides.hidden, rows, weights.down, block.inner, D, scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          add_residual(row, n, panel, tile, act.h1, strides.h, u, strides.u);

@@ -1,11 +1,11 @@
 // One block backward over the sequences of a team, from activations that block_forward kept:
 //
-//   d(out) -> norm -> du2 -> W_down -> d(gate, up) -> W_gate_up, + du2 -> d(h1)
+//   d(out) -> norm -> du2 -> W_down (-> SiLU, convolution) -> d(gate, up) -> W_gate_up, + du2 -> d(h1)
 //   attention: d(h1) -> norm -> du1 -> W_o -> dO -> attention -> d(q, k, v) -> W_qkv, + du1 -> d(h)
 //   mlp_t:     d(h1) -> mixer_mlp_t_backward.h -> d(h)
 //
 // The running gradient is f32; what a weight gradient reads is rounded to the element type and stays in the store: du1,
-// du2, and, in the place of the activations they belong to, d(gate, up) and d(q, k, v).
+// du2, d(convolved), and, in the place of the activations they belong to, d(gate, up) and d(q, k, v).
 #pragma once
 
 #include "attention_backward.h"
@@ -18,6 +18,7 @@ namespace TRMFAST_NAMESPACE {
 template <class T> struct BlockGradients {
   T* du1; // of the residual sums, [rows, stride of h]
   T* du2;
+  T* dconvolved; // of the convolution's result, [rows, stride of hidden]
 };
 
 template <class T> struct BlockBackwardScratch {
@@ -79,9 +80,18 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
   team.sync();
   gemm(team, grads.du2, strides.h, rows, weights.down, D, gate_columns / 2, scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
-         backward_gates(row, n, panel, gate_columns, tile, act.gate_up, strides.gate_up);
+         if (block.conv_taps)
+           silu_rows_backward(row, n, panel, tile, block.conv_taps, length, weights.conv, act.gated, grads.dconvolved,
+                              strides.hidden);
+         else
+           backward_gates(row, n, panel, gate_columns, tile, act.gate_up, strides.gate_up);
        });
   team.sync();
+  if (block.conv_taps) {
+    gate_rows_backward(team, block, weights.conv, rows, length, grads.dconvolved, strides.hidden, act.gate_up,
+                       strides.gate_up);
+    team.sync();
+  }
   gemm(team, act.gate_up, strides.gate_up, rows, weights.gate_up, gate_columns, D, scratch.tile, add);
   team.sync();
   if (!block.attention) {

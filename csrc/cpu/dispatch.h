@@ -39,7 +39,7 @@ private:
 // The weights of one net, packed for one engine.
 class PackedWeights {
 public:
-  // weights: the f32 matrices layer by layer, kBlockWeights each.
+  // weights: the f32 matrices layer by layer, block_weights() each.
   PackedWeights(const Engine& engine, const NetShape& net, const std::vector<const float*>& weights, bool backward,
                 int threads);
 

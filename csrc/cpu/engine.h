@@ -20,12 +20,15 @@ struct BlockShape {
   int heads, kv_heads, head_dim;
   bool causal;
   int seq_len, seq_inner; // mlp_t
+  int conv_taps;          // of the depthwise convolution after the gate; 0: none
   float eps;
 };
 
-constexpr int kBlockWeights = 4; // matrices of a block
+// Tensors of a block, in the order of trmfast/spec.py.
+constexpr int block_weights(const BlockShape& block) { return block.conv_taps ? 6 : 4; }
 constexpr int kMostStates = 64;
 constexpr int kMostNets = 16;
+constexpr int kMostTaps = 8;
 
 struct NetShape {
   BlockShape block;

@@ -38,7 +38,7 @@ size_t packed_bytes(const NetShape& net, bool backward) {
 void pack(const NetShape& net, const float* const* weights, bool backward, void* packed, int thread, int threads) {
   Arena arena(packed);
   PackTurn turn(thread, threads);
-  for (int layer = 0; layer < net.layers; ++layer, weights += kBlockWeights) {
+  for (int layer = 0; layer < net.layers; ++layer, weights += block_weights(net.block)) {
     if (backward)
       pack_backward(net.block, weights, BackwardWeights<Element>(arena, net.block), turn);
     else

@@ -97,12 +97,13 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<BlockShape>(m, "BlockShape")
       .def(py::init([](int width, int inner, bool attention, int heads, int kv_heads, int head_dim, bool causal,
-                       int seq_len, int seq_inner, float eps) {
-             return BlockShape{width, inner, attention, heads, kv_heads, head_dim, causal, seq_len, seq_inner, eps};
+                       int seq_len, int seq_inner, int conv_taps, float eps) {
+             return BlockShape{width,  inner,   attention, heads,     kv_heads, head_dim,
+                               causal, seq_len, seq_inner, conv_taps, eps};
            }),
            py::kw_only(), py::arg("width"), py::arg("inner"), py::arg("attention"), py::arg("heads"),
            py::arg("kv_heads"), py::arg("head_dim"), py::arg("causal"), py::arg("seq_len"), py::arg("seq_inner"),
-           py::arg("eps"));
+           py::arg("conv_taps"), py::arg("eps"));
 
   py::class_<OwnedProgram>(m, "Program")
       .def(py::init<int, const std::vector<std::tuple<int, std::vector<int>, bool, int, bool>>&>(),

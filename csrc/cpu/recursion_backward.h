@@ -25,6 +25,10 @@ template <class T> struct LayerStore {
     act.r2 = arena.take<float>(rows);
     act.gate_up = arena.take<T>(rows * strides.gate_up);
     act.hidden = arena.take<T>(rows * strides.hidden);
+    if (block.conv_taps) {
+      act.gated = arena.take<T>(rows * strides.hidden);
+      grads.dconvolved = arena.take<T>(rows * strides.hidden);
+    }
     grads.du1 = arena.take<T>(rows * strides.h);
     grads.du2 = arena.take<T>(rows * strides.h);
     if (block.attention) {
@@ -47,6 +51,10 @@ template <class T> struct LayerStore {
     moved.act.r2 += row;
     moved.act.gate_up += row * strides.gate_up;
     moved.act.hidden += row * strides.hidden;
+    if (block.conv_taps) {
+      moved.act.gated += row * strides.hidden;
+      moved.grads.dconvolved += row * strides.hidden;
+    }
     moved.grads.du1 += row * strides.h;
     moved.grads.du2 += row * strides.h;
     if (block.attention) {
@@ -235,9 +243,9 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
   const GateLayout gates{block.inner};
   const int D = block.width, tokens = used * job.length;
   float* const* grads = workspace.backward.grad_weights;
-  for (int before = 0; before < n; ++before) grads += job.nets[before].layers * kBlockWeights;
+  for (int before = 0; before < n; ++before) grads += job.nets[before].layers * block_weights(block);
   const auto same = [](int row) { return row; };
-  for (int layer = 0; layer < job.nets[n].layers; ++layer, grads += kBlockWeights) {
+  for (int layer = 0; layer < job.nets[n].layers; ++layer, grads += block_weights(block)) {
     const LayerStore<T> here = workspace.store.layer(layer);
     const BlockActivations<T>& act = here.act;
     const auto by_token = [&](const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs,
@@ -261,7 +269,11 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
     }
     by_token(act.gate_up, strides.gate_up, gates.columns(), act.h1, strides.h, D, grads[2],
              [&](int c) { return gates.row(c); });
-    by_token(here.grads.du2, strides.h, D, act.hidden, strides.hidden, block.inner, grads[3], same);
+    if (block.conv_taps && (grads[3] || grads[4]))
+      conv_gradient(all, block, here.grads.dconvolved, act.gated, strides.hidden, used, job.length, {grads[3], fresh},
+                    {grads[4], fresh});
+    by_token(here.grads.du2, strides.h, D, act.hidden, strides.hidden, block.inner, grads[block_weights(block) - 1],
+             same);
   }
 }
 

@@ -67,6 +67,7 @@ template <class T> struct ForwardBuffers {
       act.attended = arena.take<T>(rows * strides.attended);
     }
     act.hidden = arena.take<T>(rows * strides.hidden);
+    if (block.conv_taps) act.gated = arena.take<T>(rows * strides.hidden);
     u = arena.take<float>(rows * strides.u);
   }
 };

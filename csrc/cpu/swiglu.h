@@ -19,5 +19,11 @@ TRMFAST_INLINE GateGradient swiglu_backward(vf gate, vf up, vf d) {
   return {scaled * up * (1.0f + gate * (1.0f - s)), scaled * gate};
 }
 
+// d: gradient of silu(m).
+TRMFAST_INLINE vf silu_backward(vf m, vf d) {
+  const vf s = sigmoid(m);
+  return d * s * (1.0f + m * (1.0f - s));
+}
+
 } // namespace TRMFAST_NAMESPACE
 } // namespace trmfast

@@ -11,12 +11,26 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
+// The depthwise convolution, by tap; the columns are padded with zeros.
+template <class T> struct ConvWeights {
+  T *kernel = nullptr, *bias = nullptr; // [taps, columns], [columns]
+  int columns = 0;
+
+  ConvWeights(Arena& arena, const BlockShape& block) {
+    if (!block.conv_taps) return;
+    columns = round_up(block.inner, kPanel);
+    kernel = arena.take<T>(static_cast<long>(block.conv_taps) * columns);
+    bias = arena.take<T>(columns);
+  }
+};
+
 template <class T> struct ForwardWeights {
   T *qkv = nullptr, *output = nullptr;           // attention
   T *seq_gate_up = nullptr, *seq_down = nullptr; // mlp_t: rows [2 seq_inner, L] and [L, seq_inner]
   T *gate_up = nullptr, *down = nullptr;
+  ConvWeights<T> conv;
 
-  ForwardWeights(Arena& arena, const BlockShape& block) {
+  ForwardWeights(Arena& arena, const BlockShape& block) : conv(arena, block) {
     const HeadLayout heads(block);
     const GateLayout gates{block.inner};
     if (block.attention) {
@@ -35,8 +49,9 @@ template <class T> struct BackwardWeights {
   T *qkv = nullptr, *output = nullptr;
   T *seq_gate_up = nullptr, *seq_down = nullptr; // transposed rows [L, 2 padded seq_inner] and [seq_inner, L]
   T *gate_up = nullptr, *down = nullptr;
+  ConvWeights<T> conv;
 
-  BackwardWeights(Arena& arena, const BlockShape& block) {
+  BackwardWeights(Arena& arena, const BlockShape& block) : conv(arena, block) {
     const HeadLayout heads(block);
     const GateLayout gates{block.inner};
     if (block.attention) {
@@ -104,7 +119,23 @@ void pack_left(int rows, int columns, T* to, long to_stride, PackTurn& turn, At 
   }
 }
 
-// weights: the four f32 matrices of a block in the order of trmfast/spec.py.
+// weights: f32, [inner, 1, taps] and [inner].
+template <class T>
+void pack_conv(const BlockShape& block, const float* const* weights, const ConvWeights<T>& to, PackTurn& turn) {
+  const int taps = block.conv_taps;
+  if (!taps || !turn.mine()) return;
+  const auto put = [&](T* at, const float* values, int c, int step) {
+    float padded[kLanes];
+    for (int i = 0; i < kLanes; ++i) padded[i] = c + i < block.inner ? values[static_cast<long>(c + i) * step] : 0.0f;
+    store(at + c, load(padded));
+  };
+  for (int c = 0; c < to.columns; c += kLanes) {
+    for (int k = 0; k < taps; ++k) put(to.kernel + k * to.columns, weights[0] + k, c, taps);
+    put(to.bias, weights[1], c, 1);
+  }
+}
+
+// weights: the f32 tensors of a block in the order of trmfast/spec.py.
 template <class T>
 void pack_forward(const BlockShape& block, const float* const* weights, const ForwardWeights<T>& to, PackTurn& turn) {
   const HeadLayout heads(block);
@@ -123,7 +154,8 @@ void pack_forward(const BlockShape& block, const float* const* weights, const Fo
               [=](int r, int c) { return down[static_cast<long>(r) * inner + c]; });
   }
   pack_weight_transposed(weights[2], D, gates.columns(), D, to.gate_up, turn, [&](int n) { return gates.row(n); });
-  pack_weight_transposed(weights[3], block.inner, D, block.inner, to.down, turn, same);
+  pack_conv(block, weights + 3, to.conv, turn);
+  pack_weight_transposed(weights[block_weights(block) - 1], block.inner, D, block.inner, to.down, turn, same);
 }
 
 template <class T>
@@ -147,7 +179,8 @@ void pack_backward(const BlockShape& block, const float* const* weights, const B
               [=](int r, int c) { return down[static_cast<long>(c) * inner + r]; });
   }
   pack_weight_rows(weights[2], D, gates.columns(), D, to.gate_up, turn, [&](int n) { return gates.row(n); });
-  pack_weight_rows(weights[3], block.inner, D, block.inner, to.down, turn, same);
+  pack_conv(block, weights + 3, to.conv, turn);
+  pack_weight_rows(weights[block_weights(block) - 1], block.inner, D, block.inner, to.down, turn, same);
 }
 
 } // namespace TRMFAST_NAMESPACE

@@ -34,7 +34,7 @@ ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 TARGETS = ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable")
 # Memory for what weight gradients read, over all sequences of a backward pass.
 STORE_BYTES = 96 << 20
-MOST_STATES, MOST_NETS = 64, 16
+MOST_STATES, MOST_NETS, MOST_TAPS = 64, 16, 8
 PACKED_NETS = 16
 
 _forced: str | None = os.environ.get("TRMFAST_CPU_ISA") or None
@@ -190,6 +190,7 @@ def _engine(problem: Problem) -> _Engine:
             causal=b.causal,
             seq_len=b.seq_len,
             seq_inner=b.seq_intermediate_size,
+            conv_taps=b.conv_kernel if b.channel_mixer == "conv_swiglu" else 0,
             eps=b.rms_norm_eps,
         )
         for b in (net.block for net in problem.nets)
@@ -229,8 +230,8 @@ class CpuBackend:
         if len(blocks) > 1:
             return "it takes networks whose blocks are equal, these differ"
         block = blocks.pop()
-        if block.channel_mixer != "swiglu":
-            return f"it has no {block.channel_mixer}"
+        if block.channel_mixer == "conv_swiglu" and block.conv_kernel > MOST_TAPS:
+            return f"it convolves with up to {MOST_TAPS} taps, not with {block.conv_kernel}"
         if len(problem.program.states) > MOST_STATES or len(problem.nets) > MOST_NETS:
             return f"it takes up to {MOST_STATES} states and {MOST_NETS} networks"
         return None

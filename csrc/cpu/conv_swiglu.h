@@ -1,0 +1,120 @@
+// What URM's channel mixer does between its two products: a depthwise convolution over the positions of a sequence,
+//
+//   convolved[l] = bias + sum over taps k of kernel[k] gated[l + k - taps / 2],      hidden = silu(convolved)
+//
+// with gated = silu(gate) * up, positions outside the sequence zero, and as many outputs as positions.  It is computed
+// row by row over whole rows of channels; a neighbouring row is in L1.
+#pragma once
+
+#include "swiglu.h"
+#include "team.h"
+#include "weight_gradient.h"
+
+namespace trmfast {
+namespace TRMFAST_NAMESPACE {
+
+// The first and last tap that fall into the sequence for an output at `position`, and the row of the first.
+struct TapRange {
+  int begin, end, offset;
+  TapRange(int taps, int position, int length)
+      : begin(larger(0, taps / 2 - position)), end(smaller(taps, length + taps / 2 - position)), offset(-(taps / 2)) {}
+};
+
+// Channels c.. of convolved; at points to gated of the output's own row.
+template <class T>
+TRMFAST_INLINE vf convolve(const T* at, long stride, const ConvWeights<T>& conv, const TapRange& taps, int c) {
+  vf sum = load(conv.bias + c);
+  for (int k = taps.begin; k < taps.end; ++k)
+    sum = fma(load(conv.kernel + k * conv.columns + c), load(at + (k + taps.offset) * stride + c), sum);
+  return sum;
+}
+
+// hidden <- silu(convolution of gated), [rows, stride] both
+template <class T>
+void convolve_rows(const Team& team, const BlockShape& block, const ConvWeights<T>& conv, int rows, int length,
+                   const T* gated, T* hidden, long stride) {
+  const int columns = GateLayout{block.inner}.hidden_columns();
+  const Range range = team.split(rows);
+  for (int t = range.begin; t < range.end; ++t) {
+    const TapRange taps(block.conv_taps, t % length, length);
+    for (int c = 0; c < columns; c += kLanes)
+      store(hidden + t * stride + c, silu(convolve(gated + t * stride, stride, conv, taps, c)));
+  }
+}
+
+// dconvolved[row, group] <- tile, the gradient of hidden, times the derivative of the SiLU
+template <class T>
+TRMFAST_INLINE void silu_rows_backward(int row, int rows, int panel, const float* tile, int num_taps, int length,
+                                       const ConvWeights<T>& conv, const T* gated, T* dconvolved, long stride) {
+  const int first = panel * kPanel, columns = smaller(kPanel, conv.columns - first);
+  for_rows(row, rows, tile, [&](int t, const float* in) {
+    const TapRange taps(num_taps, t % length, length);
+    for (int j = 0; j < columns; j += kLanes) {
+      const vf m = convolve(gated + t * stride, stride, conv, taps, first + j);
+      store(dconvolved + t * stride + first + j, silu_backward(m, load(in + j)));
+    }
+  });
+}
+
+// gate_up <- gradient of gate and up, in place, through the transposed convolution of dconvolved
+template <class T>
+void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWeights<T>& conv, int rows, int length,
+                        const T* dconvolved, long stride, T* gate_up, long gates_stride) {
+  const int columns = GateLayout{block.inner}.hidden_columns(), back = block.conv_taps / 2;
+  const Range range = team.split(rows);
+  for (int t = range.begin; t < range.end; ++t) {
+    const int position = t % length;
+    // Tap k of output l reads row l + k - back, so row l is read by outputs l + back - k.
+    const int begin = larger(0, position + back - length + 1), end = smaller(block.conv_taps, position + back + 1);
+    for (int c = 0; c < columns; c += kLanes) {
+      vf sum = {};
+      for (int k = begin; k < end; ++k)
+        sum = fma(load(conv.kernel + k * conv.columns + c), load(dconvolved + (t + back - k) * stride + c), sum);
+      T* gates = gate_up + t * gates_stride + c / kHalf * kPanel + c % kHalf;
+      const GateGradient d = swiglu_backward(load(gates), load(gates + kHalf), sum);
+      store(gates, d.gate);
+      store(gates + kHalf, d.up);
+    }
+  }
+}
+
+// kernel[c, k] += sum over tokens of dconvolved[l, c] gated[l + k - taps / 2, c], bias[c] += sum of dconvolved[l, c];
+// either may be absent.  In strips of 128 channels, so that a thread owns what it adds to and reads whole cache lines;
+// 32 positions are summed by themselves first, as in mixer_mlp_t.h.
+template <class T>
+void conv_gradient(const Team& team, const BlockShape& block, const T* dconvolved, const T* gated, long stride,
+                   int sequences, int length, const Gradient& kernel, const Gradient& bias) {
+  constexpr int kStrip = 128, kChain = 32;
+  const int num_taps = block.conv_taps, columns = GateLayout{block.inner}.hidden_columns();
+  const Range strips = team.split(ceil_div(columns, kStrip));
+  float total[kMostTaps + 1][kStrip], part[kMostTaps + 1][kStrip]; // the last is the bias
+  for (int strip = strips.begin; strip < strips.end; ++strip) {
+    const int first = strip * kStrip, n = smaller(kStrip, columns - first);
+    const size_t bytes = static_cast<size_t>(num_taps + 1) * sizeof total[0];
+    __builtin_memset(total, 0, bytes);
+    for (int t = 0; t < sequences * length; ++t) {
+      if (t % kChain == 0) __builtin_memset(part, 0, bytes);
+      const TapRange taps(num_taps, t % length, length);
+      for (int c = 0; c < n; c += kLanes) {
+        const vf d = load(dconvolved + t * stride + first + c);
+        for (int k = taps.begin; k < taps.end; ++k)
+          store(part[k] + c, fma(d, load(gated + (t + k + taps.offset) * stride + first + c), load(part[k] + c)));
+        store(part[num_taps] + c, load(part[num_taps] + c) + d);
+      }
+      if (t % kChain != kChain - 1 && t + 1 < sequences * length) continue;
+      for (int k = 0; k <= num_taps; ++k)
+        for (int c = 0; c < n; c += kLanes) store(total[k] + c, load(total[k] + c) + load(part[k] + c));
+    }
+    for (int c = 0; c < smaller(n, block.inner - first); ++c) {
+      const auto add = [c](const Gradient& grad, long at, const float* sums) {
+        if (grad.values) grad.values[at] = grad.fresh ? sums[c] : grad.values[at] + sums[c];
+      };
+      for (int k = 0; k < num_taps; ++k) add(kernel, static_cast<long>(first + c) * num_taps + k, total[k]);
+      add(bias, first + c, total[num_taps]);
+    }
+  }
+  team.sync();
+}
+
+} // namespace TRMFAST_NAMESPACE
+} // namespace trmfast
