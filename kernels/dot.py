@@ -1,13 +1,14 @@
-"""The matrix product of every kernel, and the one place that knows of Triton's interpreter.
+"""The matrix product and the rounding of every kernel, and the one place that knows of Triton's interpreter.
 
-The interpreter keeps bfloat16 as raw 16-bit integers, and its ``tl.dot`` multiplies those integers: silently wrong.  So
-operands are widened there.  On a device the condition is a constant and costs nothing.
+The interpreter keeps bfloat16 as raw 16-bit integers.  Its ``tl.dot`` multiplies those integers, and its conversion from
+float32 cuts the lower half off instead of rounding: both silently wrong.  So operands are widened there, and float32 is
+rounded before it is cut.  On a device the conditions are constants and cost nothing.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "dot"]
+__all__ = ["INTERPRETED", "dot", "narrow"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -20,3 +21,13 @@ def dot(a, b, total, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(wide, DTYPE: tl.constexpr):
+    """float32 values rounded to DTYPE, to nearest even."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = wide.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        wide = bits.to(tl.float32, bitcast=True)
+    return wide.to(DTYPE)
