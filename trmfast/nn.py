@@ -13,6 +13,7 @@ from trmfast import reference
 from trmfast.ops import recursion
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram
+from trmfast.recompute import recomputed, refusal
 from trmfast.spec import BlockSpec, NetSpec
 
 __all__ = [
@@ -201,23 +202,51 @@ class Net(nn.Module):
 
 
 class Recursion(nn.Module):
-    """A program over its networks, run as one operation; hooks on inner modules are not called.
+    """A program over its networks.
+
+    Networks that are all :class:`Net` run as one fused operation, and hooks on their inner modules are not called.
+
+    Any other module that maps h [B, L, D] to a tensor like h can be a network, too.  The program then runs update by
+    update, its updates without gradient under ``torch.no_grad``, and each update with gradient keeps its summed input
+    alone and is computed again in backward.  Results and gradients are those of the plain loop; a network with side
+    effects has them twice.
 
     Args:
         program: the recursion.
-        nets: one :class:`Net` for each network of the program.
-        backend: the name of a backend, or ``"auto"``.
+        nets: one network for each of the program.
+        backend: the name of a backend, or ``"auto"``; other networks than :class:`Net` take ``"auto"`` alone.
+        recompute: whether other networks than :class:`Net` are computed again in backward, or keep what they need.
 
     Raises:
-        ValueError: the networks do not fit the program.
+        TypeError: a network is not a module.
+        ValueError: the networks do not fit the program, or one of them must not be computed again.
     """
 
-    def __init__(self, program: RecursionProgram, nets: Sequence[Net], backend: str = "auto") -> None:
+    def __init__(
+        self, program: RecursionProgram, nets: Sequence[nn.Module], backend: str = "auto", recompute: bool = True
+    ) -> None:
         super().__init__()
+        for i, net in enumerate(nets):
+            if not isinstance(net, nn.Module):
+                raise TypeError(f"nets[{i}]: got {type(net).__name__}, accepted are torch.nn.Module")
         self.nets = nn.ModuleList(nets)
-        self.specs = Problem(program, tuple(net.spec for net in nets)).nets
+        self.specs: tuple[NetSpec, ...] | None = None
+        foreign = next((i for i, net in enumerate(nets) if not isinstance(net, Net)), None)
+        if foreign is None:
+            self.specs = Problem(program, tuple(cast(Net, net).spec for net in nets)).nets
+        else:
+            self._check_count(program)
+            if backend != "auto":
+                raise ValueError(
+                    f"backend: got {backend!r}, accepted is 'auto', nets[{foreign}] is not a trmfast.nn.Net"
+                )
+            for i, net in enumerate(nets):
+                reason = refusal(net) if recompute else None
+                if reason is not None:
+                    raise ValueError(f"nets[{i}]: {reason}, accepted with recompute=False")
         self.program = program
         self.backend = backend
+        self.recompute = recompute
 
     def forward(
         self,
@@ -229,14 +258,44 @@ class Recursion(nn.Module):
         """Runs the recursion.
 
         Args:
-            states: S tensors [B, L, D] of one compute dtype; under autocast they and x are cast to its dtype.
+            states: S tensors [B, L, D] of one compute dtype; under autocast they and x are cast to its dtype, which
+                other networks than :class:`Net` do for themselves.
             x: [B, L, D], or None when no update injects x.
-            cos_sin: RoPE tables [>= L, head_dim], or None for no rotation.
+            cos_sin: RoPE tables [>= L, head_dim], or None for no rotation; read by each :class:`Net`.
             program: the program of this call, by default that of the constructor.
 
         Returns:
             The final value of every state.
         """
+        program = program or self.program
+        if self.specs is None:
+            return self._run(program, states, x, cos_sin)
         cos, sin = cos_sin if cos_sin is not None else (None, None)
         weights = [weight for net in self.nets for weight in cast(Net, net).weights()]
-        return recursion(program or self.program, self.specs, states, x, weights, cos, sin, self.backend)
+        return recursion(program, self.specs, states, x, weights, cos, sin, self.backend)
+
+    def _run(
+        self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None
+    ) -> tuple[Tensor, ...]:
+        """The program, update by update."""
+        self._check_count(program)
+        if len(states) != len(program.states):
+            accepted = f"{len(program.states)} ({', '.join(program.states)})"
+            raise ValueError(f"states: got {len(states)}, accepted are {accepted}")
+        if x is None and program.uses_x:
+            raise ValueError("x: got None, accepted are tensors like the states, the program injects x")
+        if cos_sin is not None and not any(isinstance(net, Net) for net in self.nets):
+            raise ValueError("cos_sin: got tables, accepted is None, no network is a trmfast.nn.Net")
+        current = list(states)
+        for update in program.updates:
+            net = self.nets[update.net]
+            args = (cos_sin,) if isinstance(net, Net) else ()
+            with torch.set_grad_enabled(update.grad and torch.is_grad_enabled()):
+                h = reference.summed_input(update, current, x)
+                current[update.dst] = recomputed(net, net, h, *args) if self.recompute else net(h, *args)
+        return tuple(current)
+
+    def _check_count(self, program: RecursionProgram) -> None:
+        if len(self.nets) != len(program.nets):
+            accepted = f"{len(program.nets)} ({', '.join(program.nets)})"
+            raise ValueError(f"nets: got {len(self.nets)}, accepted are {accepted}")
