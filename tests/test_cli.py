@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,15 @@ def run(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
 
 def test_version() -> None:
     assert run("--version").stdout.strip() == f"trmfast {trmfast.__version__}"
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "trmfast", "info"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("command", ["info", "check", "bench"])
