@@ -1,0 +1,226 @@
+"""Compiles launches for GPUs that are not there, and reads registers, spills, shared memory and instructions.
+
+Needs Triton, which ships the compilers and disassemblers; no GPU.  Compilation runs in processes of its own, so that it
+works from a process in which Triton interprets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from trmfast.kernels.architectures import ARCHITECTURES, Architecture
+from trmfast.kernels.plan import Buffer, Launch, resolve
+
+__all__ = ["Compiled", "compile_all", "specialise"]
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_INT32 = 2**31
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, compiled for one architecture.
+
+    Attributes:
+        kernel: ``"stem.function"``.
+        architecture: its name.
+        label: what tells it from other compilations of the same kernel.
+        registers: for each thread; on AMD, vector and accumulation registers together.
+        spills: instructions that store registers to or load them from local memory; on AMD, spilled registers.
+        shared: bytes of shared memory of one program.
+        tensor: matrix instructions.
+        wide_loads: loads from global memory of 16 bytes a thread, and
+        narrow_loads: of less.
+        num_warps: of one program.
+        occupancy: warps that a multiprocessor holds.
+        instructions: kind of the matrix instructions: ``"mma"``, ``"wgmma"``, ``"tcgen05"``, ``"mfma"`` or ``""``.
+        error: why it does not compile, in one line, or None.
+    """
+
+    kernel: str
+    architecture: str
+    label: str
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    tensor: int = 0
+    wide_loads: int = 0
+    narrow_loads: int = 0
+    num_warps: int = 0
+    occupancy: int = 0
+    instructions: str = ""
+    error: str | None = None
+
+
+def specialise(
+    launch: Launch, params: Sequence[Any], amd: bool
+) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes of a launch as Triton would find them at run time.
+
+    Triton makes constants of absent buffers and of integers that are 1; it notes pointers and integers that are
+    divisible by 16, and on AMD pointers to less than 2 GiB.
+
+    Args:
+        launch: the launch; its buffers are allocated at multiples of 16 bytes.
+        params: ``fn.params`` of its kernel.
+        amd: whether for AMD.
+    """
+    values = {**dict(launch.arguments), **dict(launch.constants)}
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for i, param in enumerate(params):
+        value = values.get(param.name, param.default)
+        where = (i,)
+        if isinstance(value, Buffer):
+            signature[param.name] = _TYPES[value.dtype]
+            found = []
+            if value.offset * value.dtype.itemsize % 16 == 0:
+                found.append(["tt.divisibility", 16])
+            if amd and (value.offset + value.numel) * value.dtype.itemsize < _INT32:
+                found.append(["tt.pointer_range", 32])
+            if found:
+                attributes[where] = found
+        elif param.is_constexpr or value is None or (value == 1 and not param.do_not_specialize):
+            signature[param.name] = "constexpr"
+            constants[where] = value
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32" if -_INT32 <= value < _INT32 else "i64"
+            if value % 16 == 0 and not param.do_not_specialize and not param.do_not_specialize_on_alignment:
+                attributes[where] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_one(launch: Launch, label: str, architecture: Architecture) -> Compiled:
+    """Compiles in this process, in which Triton must not interpret."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = resolve(launch.kernel)
+    amd = architecture.backend == "hip"
+    source = ASTSource(function, *specialise(launch, function.params, amd))
+    target = GPUTarget(architecture.backend, architecture.number, architecture.warp_size)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    try:
+        compiled = triton.compile(source, target=target, options=options)
+    except Exception as error:  # whatever the compiler throws is a result to be shown
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return Compiled(launch.kernel, architecture.name, label, error=f"{type(error).__name__}: {lines[-1].strip()}")
+    read = _read_amd(compiled.asm["amdgcn"]) if amd else _read_nvidia(compiled.asm["cubin"])
+    read["shared"] = max(read.get("shared", 0), compiled.metadata.shared)
+    # Warp specialisation may add warps.
+    num_warps = compiled.metadata.num_warps
+    occupancy = architecture.occupancy(read["registers"], num_warps, read["shared"])
+    return Compiled(launch.kernel, architecture.name, label, num_warps=num_warps, occupancy=occupancy, **read)
+
+
+def compile_all(jobs: Iterable[tuple[str, Launch, str]], processes: int | None = None) -> list[Compiled]:
+    """Compiles many, in order.
+
+    Args:
+        jobs: label, launch and name of the architecture of each.
+        processes: how many at a time; by default one for each CPU that this process may use.
+    """
+    todo = [(launch, label, ARCHITECTURES[name]) for label, launch, name in jobs]
+    processes = processes or len(os.sched_getaffinity(0))
+    # Fresh processes: they must import Triton with the interpreter off.
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            return list(pool.map(_compile, todo))
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+
+
+def _compile(job: tuple[Launch, str, Architecture]) -> Compiled:
+    torch.set_num_threads(1)
+    return compile_one(*job)
+
+
+# ---------------------------------------------------------------- machine code
+
+_NVIDIA_MATRIX = (
+    ("tcgen05", re.compile(r"\bU?T?C(?:H|Q|OM|I)MMA\b|\bUTC\w*MMA\b")),
+    ("wgmma", re.compile(r"\b[HIQ]GMMA\b")),
+    ("mma", re.compile(r"\b[HIQD]MMA\b")),
+)
+_NVIDIA_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*")
+_NVIDIA_SPILL = re.compile(r"\b(?:STL|LDL)\b")
+
+
+def _read_nvidia(cubin: bytes) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage, code = (_cuobjdump(option, file) for option in ("-res-usage", "-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage: got {usage!r}, expected a line with REG, STACK, SHARED and LOCAL")
+    loads = _NVIDIA_LOAD.findall(code)
+    wide = sum(".128" in load for load in loads)
+    # Bulk copies by the tensor memory accelerator have no width for a thread.
+    wide += len(re.findall(r"\bUBLKCP\b|\bUTMALDG\b", code))
+    tensor, kind = 0, ""
+    for name, pattern in _NVIDIA_MATRIX:
+        count = len(pattern.findall(code))
+        if count:
+            tensor, kind = count, name
+            break
+    return {
+        "registers": int(found[1]),
+        "shared": int(found[3]),
+        "spills": len(_NVIDIA_SPILL.findall(code)),
+        "tensor": tensor,
+        "instructions": kind,
+        "wide_loads": wide,
+        "narrow_loads": len(loads) - sum(".128" in load for load in loads),
+    }
+
+
+def _cuobjdump(option: str, file: Path) -> str:
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([program, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def _read_amd(assembly: str) -> dict[str, Any]:
+    def metadata(name: str) -> int:
+        found = re.search(rf"^\s*\.{name}:\s+(\d+)", assembly, re.MULTILINE)
+        if found is None:
+            raise RuntimeError(f"amdgcn: no .{name} in the metadata of the kernel")
+        return int(found[1])
+
+    loads = re.findall(r"^\s*((?:global|buffer|flat)_load_\w+)", assembly, re.MULTILINE)
+    wide = sum(load.endswith("dwordx4") for load in loads)
+    tensor = len(re.findall(r"^\s*v_mfma_", assembly, re.MULTILINE))
+    return {
+        # The count covers accumulation registers too: they share one file.
+        "registers": metadata("vgpr_count"),
+        "shared": metadata("group_segment_fixed_size"),
+        "spills": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        "tensor": tensor,
+        "instructions": "mfma" if tensor else "",
+        "wide_loads": wide,
+        "narrow_loads": len(loads) - wide,
+    }
