@@ -1,8 +1,8 @@
 """The matrix product and the rounding of every kernel, and the one place that knows of Triton's interpreter.
 
-The interpreter keeps bfloat16 as raw 16-bit integers.  Its ``tl.dot`` multiplies those integers, and its conversion from
-float32 cuts the lower half off instead of rounding: both silently wrong.  So operands are widened there, and float32 is
-rounded before it is cut.  On a device the conditions are constants and cost nothing.
+The interpreter keeps bfloat16 as raw 16-bit integers.  Its ``tl.dot`` multiplies those integers, and its conversion
+from float32 cuts the lower half off instead of rounding: both silently wrong.  So operands are widened there, and
+float32 is rounded before it is cut.  On a device the conditions are constants and cost nothing.
 """
 
 import triton
@@ -24,10 +24,10 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def narrow(wide, DTYPE: tl.constexpr):
-    """float32 values rounded to DTYPE, to nearest even."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
+def narrow(wide, dtype: tl.constexpr):
+    """float32 values rounded to ``dtype``, to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
         bits = wide.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         wide = bits.to(tl.float32, bitcast=True)
-    return wide.to(DTYPE)
+    return wide.to(dtype)

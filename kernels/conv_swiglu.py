@@ -1,0 +1,150 @@
+"""URM's ConvSwiGLU after its activation: depthwise convolution, bias, SiLU, down projection, residual, norm.
+
+    mixed = silu(bias + sum_t activation[l + t - taps // 2] * conv[t])     [B, L, I], zero beyond a sequence's ends
+    out   = rms_norm(residual + mixed @ down^T)                            [B, L, D]
+
+``swiglu.gate_up`` makes the activation.  Here the convolution is the prologue of the down product: a program loads each
+tile of the activation once for every tap (from L1 or L2, all but the first time), so the convolved tensor never exists
+in memory.  One program holds whole rows, as in projection.py, so nothing is convolved twice.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import triton
+import triton.language as tl
+
+from trmfast.kernels.dot import dot, narrow
+from trmfast.kernels.plan import Buffer, Launch, Tile
+from trmfast.kernels.projection import add_and_norm, block_width
+from trmfast.kernels.swiglu import silu
+
+__all__ = ["conv_projection", "load_convolved"]
+
+
+@triton.jit
+def load_convolved(
+    activation,
+    conv,
+    bias,
+    first_row,
+    near_rows,
+    place,
+    columns,
+    length,
+    INTER: tl.constexpr,
+    TAPS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """``bias + sum_t activation[row + t - TAPS // 2] * conv[t]`` in float32, for rows ``first_row + near_rows``, whose
+    places in their sequences are ``place``, and columns, which where MASKED may reach beyond INTER."""
+    inside = columns < INTER
+    total = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    base = activation + first_row.to(tl.int64) * INTER
+    for tap in tl.static_range(TAPS):
+        shift = tap - TAPS // 2
+        reached = ((place + shift >= 0) & (place + shift < length))[:, None]
+        if MASKED:
+            reached = reached & inside[None, :]
+        offsets = (near_rows + shift)[:, None] * INTER + columns[None, :]
+        value = tl.load(base + offsets, mask=reached, other=0.0).to(tl.float32)
+        total += value * tl.load(conv + columns * TAPS + tap, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def conv_projection_kernel(
+    activation,
+    conv,
+    bias,
+    down,
+    residual,
+    out,
+    rstd,
+    tokens,
+    length,
+    D: tl.constexpr,
+    INTER: tl.constexpr,
+    TAPS: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    MASKED: tl.constexpr = INTER % BLOCK_K != 0
+    first_row = tl.program_id(0) * BLOCK_M
+    near_rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - first_row - 1)
+    place = (first_row + near_rows) % length
+    depth = tl.arange(0, BLOCK_K)
+    b_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + depth[None, :]
+    product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for k in range(0, INTER, BLOCK_K):
+        mixed = load_convolved(
+            activation, conv, bias, first_row, near_rows, place, k + depth, length, INTER, TAPS, MASKED
+        )
+        a = narrow(silu(mixed), activation.dtype.element_ty)
+        if MASKED:
+            b = tl.load(down + k + b_offsets, mask=(k + depth < INTER)[None, :], other=0.0)
+        else:
+            b = tl.load(down + k + b_offsets)
+        product = dot(a, tl.trans(b), product, PRECISION)
+    add_and_norm(product, residual, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
+
+
+def conv_projection(
+    activation: Buffer,
+    conv: Buffer,
+    bias: Buffer,
+    down: Buffer,
+    residual: Buffer,
+    out: Buffer,
+    *,
+    eps: float,
+    rstd: Buffer | None = None,
+    tile: Tile,
+    precision: str = "ieee",
+) -> Launch:
+    """The launch of everything after the activation of a ConvSwiGLU.
+
+    Args:
+        activation: [B, L, I], silu(gate) * up.
+        conv: [I, 1, taps]; tap t sees position l + t - taps // 2.
+        bias: [I].
+        down: [D, I].
+        residual: [B, L, D].
+        out: [B, L, D]; not the residual's buffer.
+        eps: of the norm.
+        rstd: [B, L] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None.
+        tile: BLOCK_M, BLOCK_K.
+        precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+    """
+    tokens, length, (width, inter), taps = prod(activation.shape[:-1]), activation.shape[-2], down.shape, conv.shape[-1]
+    return Launch.of(
+        "conv_swiglu.conv_projection_kernel",
+        (triton.cdiv(tokens, tile["BLOCK_M"]),),
+        {
+            "activation": activation,
+            "conv": conv,
+            "bias": bias,
+            "down": down,
+            "residual": residual,
+            "out": out,
+            "rstd": rstd,
+            "tokens": tokens,
+            "length": length,
+        },
+        reads=("activation", "conv", "bias", "down", "residual"),
+        writes=("out", "rstd"),
+        constants={
+            "D": width,
+            "INTER": inter,
+            "TAPS": taps,
+            "EPS": eps,
+            "PRECISION": precision,
+            "BLOCK_D": block_width(width),
+        },
+        tile=tile,
+        flops=2 * tokens * inter * (width + taps),
+    )

@@ -1,0 +1,134 @@
+"""A product, the residual and the norm: the output projection of attention, and the down projection of an MLP.
+
+    out = rms_norm(residual + source @ weight^T)          [T, D], weightless, over D
+
+One program holds whole rows: BLOCK_M of them, [BLOCK_M, D] in float32 registers, so the norm needs no second pass and
+what enters it never leaves the chip.  It reads BLOCK_M K elements of the source and all D K of the weight, which stays
+in L2, for 2 BLOCK_M D K FLOP: BLOCK_M FLOP for each element read from L2.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import triton
+import triton.language as tl
+
+from trmfast.kernels.dot import dot, narrow
+from trmfast.kernels.plan import Buffer, Launch, Tile
+
+__all__ = ["add_and_norm", "block_width", "projection"]
+
+
+@triton.jit
+def add_and_norm(
+    product,
+    residual,
+    out,
+    rstd,
+    first_row,
+    tokens,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Epilogue: adds the residual to a product [BLOCK_M, BLOCK_D], whose columns beyond D are zero or repeated ones,
+    and writes the normed rows; ``rstd`` (or None) receives 1 / sqrt(mean(h^2) + EPS) of each row."""
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < tokens - first_row)[:, None]
+    if D != BLOCK_D:
+        mask = mask & (columns < D)[None, :]
+    offsets = rows[:, None] * D + columns[None, :]
+    start = first_row.to(tl.int64) * D
+    h = product + tl.load(residual + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    if D != BLOCK_D:
+        h = tl.where((columns < D)[None, :], h, 0.0)
+    scale = tl.rsqrt(tl.sum(h * h, 1) / D + EPS)
+    tl.store(out + start + offsets, narrow(h * scale[:, None], out.dtype.element_ty), mask=mask)
+    if rstd is not None:
+        tl.store(rstd + first_row + rows, scale, mask=rows < tokens - first_row)
+
+
+@triton.jit
+def projection_kernel(
+    source,
+    weight,
+    residual,
+    out,
+    rstd,
+    tokens,
+    D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - first_row - 1)
+    columns = tl.minimum(tl.arange(0, BLOCK_D), D - 1)
+    depth = tl.arange(0, BLOCK_K)
+    a_base = source + first_row.to(tl.int64) * DEPTH
+    a_offsets = rows[:, None] * DEPTH + depth[None, :]
+    b_offsets = columns[:, None] * DEPTH + depth[None, :]
+    product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for k in range(0, DEPTH, BLOCK_K):
+        if DEPTH % BLOCK_K == 0:
+            a = tl.load(a_base + k + a_offsets)
+            b = tl.load(weight + k + b_offsets)
+        else:
+            inside = (k + depth < DEPTH)[None, :]
+            a = tl.load(a_base + k + a_offsets, mask=inside, other=0.0)
+            b = tl.load(weight + k + b_offsets, mask=inside, other=0.0)
+        product = dot(a, tl.trans(b), product, PRECISION)
+    add_and_norm(product, residual, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
+
+
+def block_width(width: int) -> int:
+    """The tile that holds a whole row of a width: the next power of two, at least 16."""
+    return max(16, int(triton.next_power_of_2(width)))
+
+
+def projection(
+    source: Buffer,
+    weight: Buffer,
+    residual: Buffer,
+    out: Buffer,
+    *,
+    eps: float,
+    rstd: Buffer | None = None,
+    tile: Tile,
+    precision: str = "ieee",
+) -> Launch:
+    """The launch of a projection with residual and norm.
+
+    Args:
+        source: [..., K].
+        weight: [D, K].
+        residual: [..., D].
+        out: [..., D]; not the residual's buffer.
+        eps: of the norm.
+        rstd: [...] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None.
+        tile: BLOCK_M, BLOCK_K.
+        precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+    """
+    tokens, (width, depth) = prod(source.shape[:-1]), weight.shape
+    return Launch.of(
+        "projection.projection_kernel",
+        (triton.cdiv(tokens, tile["BLOCK_M"]),),
+        {"source": source, "weight": weight, "residual": residual, "out": out, "rstd": rstd, "tokens": tokens},
+        reads=("source", "weight", "residual"),
+        writes=("out", "rstd"),
+        constants={
+            "D": width,
+            "DEPTH": depth,
+            "EPS": eps,
+            "PRECISION": precision,
+            "BLOCK_D": block_width(width),
+        },
+        tile=tile,
+        flops=2 * tokens * width * depth,
+    )

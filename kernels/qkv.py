@@ -1,0 +1,192 @@
+"""Input sum, QKV product and rotation: the first launch of an attention block.
+
+    total = terms[0] + (terms[1] + ...)          [T, D], rounded as the reference rounds
+    qkv   = rotate(total @ weight^T)             [T, (Hq + 2 Hkv) d]
+
+One program makes a tile [BLOCK_M, BLOCK_N].  Column tiles of one row tile are neighbours in the grid, so the terms come
+from memory once and from L2 afterwards; the weight (1.5 MB at D = 512) stays in L2 throughout, so no further grouping
+pays.  With k terms a program reads k BLOCK_M D + BLOCK_N D elements for 2 BLOCK_M BLOCK_N D FLOP: more terms want wider
+column tiles.  Each slice of ``total`` along D is written by one of the column tiles, in turn, so that none of them is
+slower than the others.
+
+The rotation pairs column i of a head with i + d / 2.  The weight rows are taken so that both end up in one thread
+(pairs.py).  Rows beyond T repeat the last one: the inner loop has no masks unless BLOCK_K does not divide D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import triton
+import triton.language as tl
+
+from trmfast.kernels import pairs
+from trmfast.kernels.dot import dot, narrow
+from trmfast.kernels.input_sum import TERM_NAMES, load_sum, term_arguments
+from trmfast.kernels.pairs import pair_of, part_columns
+from trmfast.kernels.plan import Buffer, Launch, Tile
+from trmfast.spec import BlockSpec
+
+__all__ = ["qkv"]
+
+
+@triton.jit
+def qkv_kernel(
+    term0,
+    term1,
+    term2,
+    term3,
+    term4,
+    term5,
+    term6,
+    term7,
+    weight,
+    cos,
+    sin,
+    total,
+    out,
+    tokens,
+    length,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROTATED: tl.constexpr,  # columns of queries and keys; 0: no rotation
+    HALF: tl.constexpr,  # half of the width of a head
+    GROUP: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    MASKED: tl.constexpr = D % BLOCK_K != 0
+    pid = tl.program_id(0)
+    first_row = pid // COLUMN_TILES * BLOCK_M
+    column_tile = pid % COLUMN_TILES
+    rows = tl.arange(0, BLOCK_M)
+    row_in_range = rows < tokens - first_row
+    near_rows = tl.minimum(rows, tokens - first_row - 1)
+    positions = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if ROTATED > 0:
+        pair, half = pair_of(positions, GROUP)
+        columns = pair // HALF * (2 * HALF) + pair % HALF + half * HALF
+    else:
+        columns = positions
+    if COLUMNS % BLOCK_N != 0:
+        columns = tl.minimum(columns, COLUMNS - 1)
+
+    depth = tl.arange(0, BLOCK_K)
+    start = first_row.to(tl.int64) * D
+    a_offsets = near_rows[:, None] * D + depth[None, :]
+    b_offsets = columns[:, None] * D + depth[None, :]
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        inside = (k + depth < D)[None, :]
+        a = load_sum(
+            term0, term1, term2, term3, term4, term5, term6, term7, start + k, a_offsets, inside, TERMS, MASKED
+        )
+        if total is not None:
+            mine = row_in_range[:, None] & (k // BLOCK_K % COLUMN_TILES == column_tile)
+            if MASKED:
+                mine = mine & inside
+            tl.store(total + (start + k) + a_offsets, a, mask=mine)
+        if MASKED:
+            b = tl.load(weight + k + b_offsets, mask=inside, other=0.0)
+        else:
+            b = tl.load(weight + k + b_offsets)
+        product = dot(a, tl.trans(b), product, PRECISION)
+
+    out_start = first_row.to(tl.int64) * COLUMNS
+    if ROTATED > 0:
+        low, high = part_columns(product, GROUP)
+        pair = column_tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        within = pair % HALF
+        low_column = pair // HALF * (2 * HALF) + within
+        if column_tile * BLOCK_N < ROTATED:
+            table = ((first_row + rows) % length)[:, None] * (2 * HALF) + within[None, :]
+            if ROTATED % BLOCK_N == 0:
+                cos_low, sin_low = tl.load(cos + table), tl.load(sin + table)
+                cos_high, sin_high = tl.load(cos + HALF + table), tl.load(sin + HALF + table)
+            else:
+                turns = (low_column < ROTATED)[None, :]
+                cos_low = tl.load(cos + table, mask=turns, other=1.0)
+                sin_low = tl.load(sin + table, mask=turns, other=0.0)
+                cos_high = tl.load(cos + HALF + table, mask=turns, other=1.0)
+                sin_high = tl.load(sin + HALF + table, mask=turns, other=0.0)
+            low, high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+        mask = row_in_range[:, None]
+        if COLUMNS % BLOCK_N != 0:
+            mask = mask & (low_column < COLUMNS)[None, :]
+        target = out + out_start + rows[:, None] * COLUMNS + low_column[None, :]
+        tl.store(target, narrow(low, out.dtype.element_ty), mask=mask)
+        tl.store(target + HALF, narrow(high, out.dtype.element_ty), mask=mask)
+    else:
+        mask = row_in_range[:, None]
+        if COLUMNS % BLOCK_N != 0:
+            mask = mask & (positions < COLUMNS)[None, :]
+        target = out + out_start + rows[:, None] * COLUMNS + positions[None, :]
+        tl.store(target, narrow(product, out.dtype.element_ty), mask=mask)
+
+
+def qkv(
+    block: BlockSpec,
+    terms: Sequence[Buffer],
+    weight: Buffer,
+    out: Buffer,
+    *,
+    cos: Buffer | None = None,
+    sin: Buffer | None = None,
+    total: Buffer | None = None,
+    tile: Tile,
+    precision: str = "ieee",
+) -> Launch:
+    """The launch of the input sum, the QKV product and the rotation.
+
+    Args:
+        block: sizes of the block.
+        terms: 1 to 8 buffers [B, L, D] in the order of the update, x last; the sum is taken from the right.
+        weight: [(Hq + 2 Hkv) d, D].
+        out: [B, L, (Hq + 2 Hkv) d], rotated queries, rotated keys, values.
+        cos, sin: [>= L, d] float32, or None for no rotation.
+        total: [B, L, D], receives the sum; None where nobody needs it.
+        tile: BLOCK_M, BLOCK_N, BLOCK_K.
+        precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+
+    Raises:
+        ValueError: the number of terms, or a rotation of an odd head_dim.
+    """
+    length, width = terms[0].shape[-2:]
+    tokens, columns = prod(terms[0].shape[:-1]), weight.shape[0]
+    half = 0
+    if cos is not None:
+        if block.head_dim % 2:
+            raise ValueError(f"head_dim: got {block.head_dim} with cos and sin, accepted are even numbers")
+        half = block.head_dim // 2
+    return Launch.of(
+        "qkv.qkv_kernel",
+        (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),),
+        {
+            **term_arguments(terms),
+            "weight": weight,
+            "cos": cos,
+            "sin": sin,
+            "total": total,
+            "out": out,
+            "tokens": tokens,
+            "length": length,
+        },
+        reads=(*TERM_NAMES, "weight", "cos", "sin"),
+        writes=("total", "out"),
+        constants={
+            "D": width,
+            "COLUMNS": columns,
+            "ROTATED": (block.num_heads + block.num_kv_heads) * block.head_dim if half else 0,
+            "HALF": half,
+            "GROUP": pairs.group_of(half) if half else 1,
+            "TERMS": len(terms),
+            "PRECISION": precision,
+        },
+        tile=tile,
+        flops=2 * tokens * columns * width,
+    )

@@ -1,0 +1,207 @@
+"""The SwiGLU channel mixer: in one kernel with its residual and norm, or its first half alone.
+
+    activation = silu(hidden @ gate^T) * (hidden @ up^T)          [T, I]
+    out        = rms_norm(hidden + activation @ down^T)           [T, D]
+
+``swiglu`` does both: a program holds BLOCK_M rows, makes the activation in tiles of BLOCK_I columns and adds each one's
+share to [BLOCK_M, D] accumulators; the activation never leaves the chip.  A program reads the 3 I D elements of the weights
+from L2 once, and the hidden rows I / BLOCK_I times, for 6 BLOCK_M I D FLOP: BLOCK_M FLOP for each weight byte (2-byte
+elements).  ``gate_up`` writes the activation to memory, 4 I bytes a token there and back, and then tiles are free to be
+larger than whole rows allow; ``projection`` does the rest.
+
+Gate and up columns are interleaved in groups (pairs.py), so one product has both and parting them moves no data.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import triton
+import triton.language as tl
+
+from trmfast.kernels.dot import dot, narrow
+from trmfast.kernels.pairs import GROUP, pair_of, part_columns
+from trmfast.kernels.plan import Buffer, Launch, Tile
+from trmfast.kernels.projection import add_and_norm, block_width
+
+__all__ = ["gate_up", "silu", "swiglu"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def silu(value):
+    """``value * sigmoid(value)`` of float32 values."""
+    return value / (1.0 + tl.exp2(value * -LOG2E))
+
+
+@triton.jit
+def swiglu_kernel(
+    hidden,
+    gate_up,
+    down,
+    out,
+    rstd,
+    tokens,
+    D: tl.constexpr,
+    INTER: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - first_row - 1)
+    depth = tl.arange(0, BLOCK_K)
+    a_base = hidden + first_row.to(tl.int64) * D
+    a_offsets = rows[:, None] * D + depth[None, :]
+    pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), GROUP)
+    inner = tl.arange(0, BLOCK_I)
+    down_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + inner[None, :]
+    product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for i in range(0, INTER, BLOCK_I):
+        column = i + pair
+        if INTER % BLOCK_I != 0:
+            column = tl.minimum(column, INTER - 1)
+        b_offsets = (column + half * INTER)[:, None] * D + depth[None, :]
+        both = tl.zeros((BLOCK_M, 2 * BLOCK_I), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            if D % BLOCK_K == 0:
+                a = tl.load(a_base + k + a_offsets)
+                b = tl.load(gate_up + k + b_offsets)
+            else:
+                inside = (k + depth < D)[None, :]
+                a = tl.load(a_base + k + a_offsets, mask=inside, other=0.0)
+                b = tl.load(gate_up + k + b_offsets, mask=inside, other=0.0)
+            both = dot(a, tl.trans(b), both, PRECISION)
+        gate, up = part_columns(both, GROUP)
+        activation = narrow(silu(gate) * up, hidden.dtype.element_ty)
+        if INTER % BLOCK_I == 0:
+            c = tl.load(down + i + down_offsets)
+        else:
+            c = tl.load(down + i + down_offsets, mask=(i + inner < INTER)[None, :], other=0.0)
+        product = dot(activation, tl.trans(c), product, PRECISION)
+    add_and_norm(product, hidden, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def gate_up_kernel(
+    hidden,
+    gate_up,
+    activation,
+    gates,
+    tokens,
+    D: tl.constexpr,
+    INTER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (INTER + BLOCK_I - 1) // BLOCK_I
+    pid = tl.program_id(0)
+    first_row = pid // COLUMN_TILES * BLOCK_M
+    first_column = pid % COLUMN_TILES * BLOCK_I
+    rows = tl.arange(0, BLOCK_M)
+    near_rows = tl.minimum(rows, tokens - first_row - 1)
+    depth = tl.arange(0, BLOCK_K)
+    pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), GROUP)
+    column = first_column + pair
+    if INTER % BLOCK_I != 0:
+        column = tl.minimum(column, INTER - 1)
+    a_base = hidden + first_row.to(tl.int64) * D
+    a_offsets = near_rows[:, None] * D + depth[None, :]
+    b_offsets = (column + half * INTER)[:, None] * D + depth[None, :]
+    both = tl.zeros((BLOCK_M, 2 * BLOCK_I), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0:
+            a = tl.load(a_base + k + a_offsets)
+            b = tl.load(gate_up + k + b_offsets)
+        else:
+            inside = (k + depth < D)[None, :]
+            a = tl.load(a_base + k + a_offsets, mask=inside, other=0.0)
+            b = tl.load(gate_up + k + b_offsets, mask=inside, other=0.0)
+        both = dot(a, tl.trans(b), both, PRECISION)
+    gate, up = part_columns(both, GROUP)
+    columns = first_column + tl.arange(0, BLOCK_I)
+    mask = (rows < tokens - first_row)[:, None]
+    if INTER % BLOCK_I != 0:
+        mask = mask & (columns < INTER)[None, :]
+    dtype: tl.constexpr = activation.dtype.element_ty
+    target = activation + first_row.to(tl.int64) * INTER + rows[:, None] * INTER + columns[None, :]
+    tl.store(target, narrow(silu(gate) * up, dtype), mask=mask)
+    if gates is not None:
+        target = gates + first_row.to(tl.int64) * (2 * INTER) + rows[:, None] * (2 * INTER) + columns[None, :]
+        tl.store(target, narrow(gate, dtype), mask=mask)
+        tl.store(target + INTER, narrow(up, dtype), mask=mask)
+
+
+def swiglu(
+    hidden: Buffer,
+    gate_up: Buffer,
+    down: Buffer,
+    out: Buffer,
+    *,
+    eps: float,
+    rstd: Buffer | None = None,
+    tile: Tile,
+    precision: str = "ieee",
+) -> Launch:
+    """The launch of the whole channel mixer.
+
+    Args:
+        hidden: [..., D].
+        gate_up: [2 I, D], the rows of the gate, then those of the up projection.
+        down: [D, I].
+        out: [..., D]; not the buffer of ``hidden``.
+        eps: of the norm.
+        rstd: [...] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None.
+        tile: BLOCK_M, BLOCK_I (at least 16), BLOCK_K.
+        precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+    """
+    tokens, (width, inter) = prod(hidden.shape[:-1]), down.shape
+    return Launch.of(
+        "swiglu.swiglu_kernel",
+        (triton.cdiv(tokens, tile["BLOCK_M"]),),
+        {"hidden": hidden, "gate_up": gate_up, "down": down, "out": out, "rstd": rstd, "tokens": tokens},
+        reads=("hidden", "gate_up", "down"),
+        writes=("out", "rstd"),
+        constants={"D": width, "INTER": inter, "EPS": eps, "PRECISION": precision, "BLOCK_D": block_width(width)},
+        tile=tile,
+        flops=6 * tokens * width * inter,
+    )
+
+
+def gate_up(
+    hidden: Buffer,
+    weight: Buffer,
+    activation: Buffer,
+    *,
+    gates: Buffer | None = None,
+    tile: Tile,
+    precision: str = "ieee",
+) -> Launch:
+    """The launch of the gate and up product and its activation.
+
+    Args:
+        hidden: [..., D].
+        weight: [2 I, D], the rows of the gate, then those of the up projection.
+        activation: [..., I], receives silu(gate) * up.
+        gates: [..., 2 I], receives gate and up before the activation, or None.
+        tile: BLOCK_M, BLOCK_I (columns of the activation, at least 8), BLOCK_K.
+        precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+    """
+    tokens, (rows, width) = prod(hidden.shape[:-1]), weight.shape
+    inter = rows // 2
+    return Launch.of(
+        "swiglu.gate_up_kernel",
+        (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(inter, tile["BLOCK_I"]),),
+        {"hidden": hidden, "gate_up": weight, "activation": activation, "gates": gates, "tokens": tokens},
+        reads=("hidden", "gate_up"),
+        writes=("activation", "gates"),
+        constants={"D": width, "INTER": inter, "PRECISION": precision},
+        tile=tile,
+        flops=4 * tokens * width * inter,
+    )
