@@ -24,7 +24,13 @@ __all__ = [
 ]
 
 # Imported on first use: the models need packages that the operators do not.
-_LAZY = {"HRM": "trmfast.models", "TRM": "trmfast.models"}
+_LAZY = {
+    "HRM": "trmfast.models",
+    "TRM": "trmfast.models",
+    "UnsupportedModelError": "trmfast.dropin",
+    "accelerate": "trmfast.dropin",
+    "restore": "trmfast.dropin",
+}
 
 
 def __getattr__(name: str) -> Any:

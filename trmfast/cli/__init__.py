@@ -1,4 +1,4 @@
-"""The command ``trmfast``: info, check and bench."""
+"""The command ``trmfast``: info, check, bench and convert."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "info": "what this machine and this installation can do",
     "check": "gradients, and parity of every backend that works here with the reference",
     "bench": "eager PyTorch, torch.compile and trmfast on real ARC-AGI tasks and Sudoku puzzles",
+    "convert": "a checkpoint of the published training scripts as safetensors that describe themselves",
 }
 
 EXAMPLES = """\
@@ -26,6 +27,7 @@ examples:
   trmfast info                      processor, instruction sets, backends and why one is off
   trmfast check                     exit status 1 if any result is outside the tolerance policy
   trmfast bench                     the published configurations, under five minutes on two cores
+  trmfast convert step_65100 sudoku.safetensors --config all_config.yaml --set seq_len=81
   trmfast bench --help              the options of a command
 """
 

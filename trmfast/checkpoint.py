@@ -1,0 +1,303 @@
+"""Checkpoints: a trmfast model from the files that people have, and back to a file that describes itself.
+
+Files are read as tensors and plain data; nothing in them is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trmfast.layouts import LAYOUTS, Layout, find_layout, inferred, inner_names
+from trmfast.models import ACTLossHead, ACTModel
+from trmfast.models.losses import LOSSES
+
+__all__ = ["Loaded", "load", "read", "save"]
+
+KEY = "trmfast"  # of the safetensors metadata
+VERSION = 1
+# What only training reads (and the rows of a puzzle embedding that is not there), where nothing else is said.
+DEFAULTS: dict[str, Any] = {"batch_size": 1, "halt_exploration_prob": 0.1, "num_puzzle_identifiers": 1}
+
+Config = Mapping[str, Any] | str | os.PathLike[str]
+
+
+def load(
+    path: str | os.PathLike[str],
+    config: Config | None = None,
+    *,
+    strict: bool = True,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A model from a checkpoint.
+
+    Args:
+        path: a file of :func:`save`, a ``.pt`` of the published training scripts (upstream saves averaged weights
+            where it keeps an average), its tensors as safetensors, or a Lightning checkpoint of nano-trm, of which the
+            averaged weights are taken if it has them.  Prefixes such as ``_orig_mod.model.inner.`` do not matter.
+        config: configuration keys that the tensors do not tell, such as ``H_cycles`` and ``num_heads``: a dict, or a
+            YAML or JSON file.  By default ``all_config.yaml`` beside the checkpoint, if upstream left one there.
+        strict: whether missing and unexpected tensors are an error; otherwise they are named in a warning, and what is
+            missing is as the constructor draws it.
+        device: where the model goes, by default the CPU.
+        options: configuration keys, before those of ``config``.  ``num_puzzle_identifiers`` other than the file's gives
+            a puzzle embedding of that many rows, each the mean of the file's.
+
+    Returns:
+        The model, in training mode; inside an ``ACTLossHead`` if it was saved so by :func:`save`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: one line with what is missing, contradicts the tensors, or is not a model that trmfast has.
+    """
+    found = read(path, config, strict=strict, **options)
+    return found.model if device is None else found.model.to(device)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes a model as safetensors, with its class and configuration as metadata.
+
+    Args:
+        model: one of ``trmfast.models`` (TRM, HRM and their variants), bare or inside an ``ACTLossHead``, compiled or
+            not.  Cycles, gradient window and halting are saved as they are now, the backend is not.
+        path: the file; an existing one is replaced once the new one is complete.
+
+    Raises:
+        TypeError: another kind of model.
+        ValueError: a loss function that :class:`ACTLossHead` has no name for.
+    """
+    from safetensors.torch import save_file
+
+    head, bare = _unwrap(model)
+    layout = next((layout for layout in LAYOUTS if type(bare) is layout.model), None)
+    if layout is None or not isinstance(bare, ACTModel):
+        accepted = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
+        raise TypeError(f"model: got {type(bare).__name__}, accepted are {accepted}, bare or in an ACTLossHead")
+    loss = None
+    if head is not None:
+        loss = next((name for name, function in LOSSES.items() if function is head.loss_fn), None)
+        if loss is None:
+            raise ValueError(f"model.loss_fn: got {head.loss_fn!r}, accepted are {', '.join(LOSSES)}")
+    now = replace(
+        bare.config,
+        H_cycles=bare.H_cycles,
+        L_cycles=bare.L_cycles,
+        halt_max_steps=bare.halt_max_steps,
+        halt_exploration_prob=bare.halt_exploration_prob,
+    )
+    kept = asdict(now)
+    del kept["backend"]  # a property of the machine
+    described = {"version": VERSION, "model": layout.name, "config": kept, "window": bare.window, "loss": loss}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in bare.state_dict().items()}
+    part = Path(f"{os.fspath(path)}.part")
+    save_file(tensors, part, metadata={"format": "pt", KEY: json.dumps(described)})
+    os.replace(part, path)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and where it came from.
+
+    Attributes:
+        model: the model.
+        form: what kind of file it was, for people.
+        layout: which model it is.
+        told: configuration keys that the tensors told.
+        missing, unexpected: names of tensors, within the model.
+    """
+
+    model: nn.Module
+    form: str
+    layout: Layout
+    told: dict[str, Any]
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: bool = True, **options: Any) -> Loaded:
+    """As :func:`load`, with what was found on the way."""
+    content = _read_file(Path(path))
+    tensors = inner_names(content.tensors)
+    layout = find_layout(tensors)
+    described = content.described
+    if described is not None and described["model"] != layout.name:
+        raise ValueError(f"path: the tensors are those of {layout.name}, the metadata says {described['model']}")
+    beside = Path(path).parent / "all_config.yaml"
+    if config is None and described is None and beside.is_file():
+        config = beside
+    given = layout.translate({**content.config, **_read_config(config), **options})
+
+    tensors = layout.adapt(tensors)
+    rows = options.get("num_puzzle_identifiers")
+    if rows is not None and "puzzle_emb.weights" in tensors and rows != len(tensors["puzzle_emb.weights"]):
+        mean = tensors["puzzle_emb.weights"].mean(0, keepdim=True)
+        tensors["puzzle_emb.weights"] = mean.expand(rows, -1).contiguous()
+    told = inferred(layout, tensors, given)
+    _contradictions(given, told)
+    values = {**DEFAULTS, **told, **given}
+    required = [f.name for f in fields(layout.model.config_type) if f.default is MISSING]
+    unknown = [name for name in required if name not in values]
+    if unknown:
+        raise ValueError(
+            f"config: got no {', '.join(unknown)}, which the tensors of {layout.name} do not tell; "
+            "accepted as arguments or in config"
+        )
+    with torch.random.fork_rng(devices=[]):
+        model: ACTModel = layout.model(values)
+    missing, unexpected = _fill(model, tensors, strict)
+    if described is not None:
+        model.window = described["window"]
+    loss = described["loss"] if described is not None else None
+    result = model if loss is None else ACTLossHead(model, loss)
+    return Loaded(result, content.form, layout, told, missing, unexpected)
+
+
+def _unwrap(model: nn.Module) -> tuple[ACTLossHead | None, nn.Module]:
+    """The loss head, if any, and the bare model, through the wrappers of torch.compile and DistributedDataParallel."""
+    head = None
+    while True:
+        if isinstance(model, ACTLossHead):
+            head, model = model, model.model
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return head, model
+
+
+def _fill(model: ACTModel, tensors: dict[str, Tensor], strict: bool) -> tuple[list[str], list[str]]:
+    """Gives the model its tensors, in the dtypes that they have; returns the names of missing and unexpected ones."""
+    wanted = model.inner.state_dict()
+    wrong = [name for name in wanted if name in tensors and tensors[name].shape != wanted[name].shape]
+    if wrong:
+        name = wrong[0]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        got, expected = list(tensors[name].shape), list(wanted[name].shape)
+        raise ValueError(f"{name}: got shape {got}, the configuration makes it {expected}{more}")
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = [name for name in tensors if name not in wanted]
+    if missing or unexpected:
+        lists = (("missing", missing), ("unexpected", unexpected))
+        report = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lists if names)
+        if strict:
+            raise ValueError(f"path: the tensors are not those of the model, {report}; accepted with strict=False")
+        warnings.warn(f"tensors of the checkpoint: {report}", stacklevel=4)
+    model.inner.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=False, assign=True)
+    return missing, unexpected
+
+
+def _contradictions(given: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    # The expansion only decides widths, which are compared with the tensors; the dtype is the caller's choice.
+    for name in told.keys() & given.keys() - {"expansion", "forward_dtype"}:
+        if given[name] != told[name]:
+            raise ValueError(f"{name}: got {given[name]!r}, the tensors of the file say {told[name]!r}")
+
+
+# ---------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class _Content:
+    form: str
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    described: dict[str, Any] | None = None
+
+
+def _read_file(path: Path) -> _Content:
+    with path.open("rb") as file:
+        start = file.read(9)
+    # A safetensors file starts with the length of its header, which is JSON.
+    return _read_safetensors(path) if start[8:] == b"{" else _read_torch(path)
+
+
+def _read_safetensors(path: Path) -> _Content:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Clones, which do not lie in the mapped file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"path: {path} is not a whole safetensors file: {error}") from error
+    if KEY not in metadata:
+        return _Content("safetensors", tensors)
+    described = json.loads(metadata[KEY])
+    version = described.get("version") if isinstance(described, dict) else None
+    if version != VERSION:
+        raise ValueError(f"path: {path} is of format version {version}, this trmfast reads version {VERSION}")
+    absent = [name for name in ("model", "config", "window", "loss") if name not in described]
+    if absent:
+        raise ValueError(f"path: the metadata of {path} has no {', '.join(absent)}")
+    return _Content("safetensors of trmfast", tensors, described["config"], described)
+
+
+def _read_torch(path: Path) -> _Content:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"path: {path} is not a file of tensors and plain data alone, and nothing else is read: {reason}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"path: {path} holds a {type(content).__name__}, accepted are dicts of tensors")
+    inside = next((k for k in ("state_dict", "model_state_dict", "model") if isinstance(content.get(k), Mapping)), None)
+    if inside is None:
+        return _Content("PyTorch state_dict", _tensors(path, content))
+    tensors = _tensors(path, content[inside])
+    form = f"PyTorch checkpoint, its {inside}"
+    for callback in (content.get("callbacks") or {}).values():
+        shadow = callback.get("shadow") if isinstance(callback, Mapping) else None
+        if isinstance(shadow, Mapping):
+            tensors.update(_tensors(path, shadow))
+            form += " with averaged weights"
+    hyper_parameters = content.get("hyper_parameters")
+    return _Content(form, tensors, dict(hyper_parameters) if isinstance(hyper_parameters, Mapping) else {})
+
+
+def _tensors(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    other = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
+    if other is not None or not content:
+        what = "nothing" if other is None else f"{type(content[other]).__name__} at {other!r}"
+        raise ValueError(f"path: {path} holds {what}, accepted are dicts of tensors")
+    return {str(name): value for name, value in content.items()}
+
+
+def _read_config(config: Config | None) -> dict[str, Any]:
+    """The configuration keys, of a training script's ``arch`` part if there is one."""
+    if config is None:
+        return {}
+    values: Any = config
+    if not isinstance(config, Mapping):
+        text = Path(config).read_text()
+        if Path(config).suffix == ".json":
+            values = json.loads(text)
+        else:
+            try:
+                import yaml  # type: ignore[import-untyped]
+            except ModuleNotFoundError as error:
+                raise ValueError(f"config: {config} is YAML, which `pip install pyyaml` reads") from error
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"config: {config} is not YAML of plain data: {str(error).splitlines()[0]}") from error
+    if isinstance(values, Mapping) and isinstance(values.get("arch"), Mapping):
+        batch = values.get("global_batch_size")
+        values = {**values["arch"], **({} if batch is None else {"batch_size": batch})}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"config: got {type(values).__name__}, accepted are dicts and YAML or JSON files of one")
+    # Interpolations (${.hidden_size}) are for what reads the training script's own files.
+    return {str(k): v for k, v in values.items() if not (isinstance(v, str) and "${" in v) and v is not None}

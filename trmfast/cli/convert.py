@@ -1,0 +1,97 @@
+"""Converts a checkpoint (a .pt of the training scripts of TRM or HRM, safetensors, a Lightning checkpoint of nano-trm)
+to safetensors with the class and the configuration of the model, which trmfast.load opens without further words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from trmfast.cli.console import UsageError, print_json, print_table
+
+__all__ = ["EXAMPLES", "add_arguments", "run"]
+
+EXAMPLES = """\
+examples:
+  trmfast convert step_65100 sudoku.safetensors --set seq_len=81      all_config.yaml lies beside the checkpoint
+  trmfast convert trm.pt trm.safetensors --config arch.yaml --set H_cycles=3 L_cycles=6
+  trmfast convert in.safetensors out.safetensors --set num_puzzle_identifiers=1000
+
+What the tensors tell (sizes, layers, kind of mixer) needs no words; the rest is asked for by name.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("input", type=Path, metavar="IN", help="the checkpoint")
+    parser.add_argument("output", type=Path, metavar="OUT", help="the safetensors file to write")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with configuration keys")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="configuration keys, before the file's",
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="go on with missing and unexpected tensors; missing ones are drawn anew"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Converts; always 0."""
+    from trmfast.checkpoint import read, save
+
+    options = dict(_option(text) for text in arguments.set)
+    taken = {"path", "config", "strict"} & options.keys()
+    if taken:
+        raise UsageError(f"--set: got {taken.pop()!r}, accepted are configuration keys")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what is missing is in the report
+            found = read(arguments.input, arguments.config, strict=not arguments.partial, **options)
+        save(found.model, arguments.output)
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    state = found.model.state_dict()
+    model = getattr(found.model, "model", found.model)
+    record: dict[str, Any] = {
+        "input": os.fspath(arguments.input),
+        "form": found.form,
+        "output": os.fspath(arguments.output),
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in found.model.parameters()),
+        "tensors": len(state),
+        "config": vars(model.config),
+        "told_by_the_tensors": sorted(found.told),
+        "missing": found.missing,
+        "unexpected": found.unexpected,
+    }
+    if arguments.json:
+        print_json(record)
+        return 0
+    told = set(found.told)
+    rows = [[name, str(value), "tensors" if name in told else ""] for name, value in record["config"].items()]
+    title = f"{record['model']}: {record['parameters']:,} parameters, {record['tensors']} tensors; {found.form}"
+    print_table(title, ("key", "value", "told by"), rows)
+    for kind in ("missing", "unexpected"):
+        if record[kind]:
+            print(f"{kind}: {', '.join(record[kind])}")
+    print(f"\n{arguments.output}")
+    return 0
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as JSON where it is any, as a word otherwise."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.isidentifier():
+        raise UsageError(f"--set: got {text!r}, accepted are KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, {"True": True, "False": False}.get(value, value)
