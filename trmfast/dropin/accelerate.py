@@ -1,0 +1,62 @@
+"""accelerate and restore: the fused recursion in a model that exists already, and out of it again."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from trmfast.backends import BACKENDS
+from trmfast.dropin import probe
+from trmfast.dropin.structure import UnsupportedModelError, find
+from trmfast.dropin.swap import Plan, is_swapped, plan_of, swap, swap_back
+
+__all__ = ["accelerate", "restore"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def accelerate(model: M, backend: str = "auto") -> M:
+    """Lets a model's recursion run as one fused operation; the model itself is changed and returned.
+
+    Takes TRM and its variants, HRM, the transformer baseline, URM and nano-trm under whatever class names, plain or
+    inside a loss head, ``torch.compile``, DistributedDataParallel or another wrapper.  The model is recognised by the
+    names, shapes and parts of its modules, and then by what its own code computes on random numbers, in a private
+    double that shares no tensor with it.  Parameters, buffers, state_dict, hooks outside of the networks and random
+    generators stay as they are.  An accelerated model takes the new backend and is otherwise left alone.
+
+    Args:
+        model: the model.
+        backend: the name of a backend, or ``"auto"`` for the best that supports the problem.
+
+    Raises:
+        TypeError: model is not a module.
+        UnsupportedModelError: a ValueError that lists everything in which the model differs, one line each.
+        ValueError: there is no backend of that name.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, accepted are torch.nn.Module")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, accepted are {', '.join(('auto', *BACKENDS))}")
+    swapped = [module for module in model.modules() if is_swapped(module)]
+    if swapped:
+        for module in swapped:
+            plan_of(module).backend = backend
+        return model
+    found = find(model)
+    differences = probe.differences(found)
+    if differences:
+        raise UnsupportedModelError(differences)
+    swap(found.inner, Plan(found.family, found.nets, backend))
+    return model
+
+
+def restore(model: M) -> M:
+    """Undoes :func:`accelerate`; the model computes again what it computed before, bit for bit, and is returned.
+
+    A model that is not accelerated stays as it is.
+    """
+    for module in list(model.modules()):
+        if is_swapped(module):
+            swap_back(module)
+    return model
