@@ -98,16 +98,6 @@ private:
   __attribute__((noinline)) static void tile(const T* a, long lda, const T* b, int depth, float* c, long ldc,
                                              bool accumulate, Prefetch next) {
     vf acc[R][kTileVectors] = {};
-    if (accumulate) {
-      const RowPointers outputs(c, ldc * 4, R);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kTileVectors; ++v)
-          acc[r][v] = load(reinterpret_cast<const float*>(outputs.row(r)) + v * kLanes);
-      }
-    }
-
     RowPointers rows(a, lda * static_cast<long>(sizeof(T)), R);
     const char* panel = reinterpret_cast<const char*>(b);
     const long steps = depth / Step::kDepth;
@@ -133,8 +123,10 @@ private:
     const RowPointers outputs(c, ldc * 4, R);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
+      float* out = reinterpret_cast<float*>(outputs.row(r));
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) store(reinterpret_cast<float*>(outputs.row(r)) + v * kLanes, acc[r][v]);
+      for (int v = 0; v < kTileVectors; ++v)
+        store(out + v * kLanes, accumulate ? load(out + v * kLanes) + acc[r][v] : acc[r][v]);
     }
   }
 

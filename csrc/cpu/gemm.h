@@ -16,18 +16,13 @@ constexpr int kLongestChain = 128;
 // c <- a times a panel, as Dot<T>::run.
 template <class T>
 void multiply(const T* a, long lda, const T* panel, int depth, int rows, float* c, long ldc, Prefetch next = {}) {
-  if (sizeof(T) == 2 || depth <= kLongestChain) {
-    Dot<T>::run(a, lda, panel, depth, rows, c, ldc, false, next);
-    return;
-  }
-  float sums[Dot<T>::kRows * kPanel];
-  for (int d = 0; d < depth; d += kLongestChain) {
-    Dot<T>::run(a + d, lda, panel + static_cast<long>(d) * kPanel, smaller(kLongestChain, depth - d), rows,
-                d == 0 ? c : sums, d == 0 ? ldc : kPanel, false, d == 0 ? next : Prefetch{});
-    if (d == 0) continue;
-    for (int r = 0; r < rows; ++r)
-      for (int j = 0; j < kPanel; j += kLanes)
-        store(c + r * ldc + j, load(c + r * ldc + j) + load(sums + r * kPanel + j));
+  const int chain = sizeof(T) == 2 ? depth : smaller(depth, kLongestChain), chains = ceil_div(depth, chain);
+  const long share = next.bytes / chains;
+  for (int i = 0; i < chains; ++i) {
+    const int d = i * chain;
+    const Prefetch part{next.from ? static_cast<const char*>(next.from) + i * share : nullptr, share};
+    Dot<T>::run(a + d, lda, panel + static_cast<long>(d) * kPanel, smaller(chain, depth - d), rows, c, ldc, i > 0,
+                part);
   }
 }
 
