@@ -1,0 +1,79 @@
+"""Arithmetic that backward kernels share, and the order in which they differentiate a block.
+
+Widths: D = hidden_size, I = intermediate_size, Q = (num_heads + 2 num_kv_heads) * head_dim, A = num_heads * head_dim,
+T = B * L tokens.  ``grad h`` is the gradient of the loss with respect to h.  A norm ``y = r * s``, with r the
+reciprocal root of the mean square of s (plus eps), is differentiated from its own output:
+
+    grad s = r * (grad y - y * mean(grad y * y))
+
+so that s is never stored.  Gradients between kernels have the compute dtype, sums inside a kernel are float32, and
+gradients of weights and of states are float32 in memory.  No kernel uses atomics: every element of every result
+belongs to one program, and results do not depend on the order in which programs run.
+
+The kernels of one block, last to first; s1 and s2 are what its two norms take, h1 what lies between the mixers, y the
+output of the block, h its input, ds = grad s:
+
+    attention and SwiGLU                             reads                          writes            elements / D
+    (norm_backward        a net's last block only    grad y (f32), y, rstd2         ds2               4
+    swiglu_backward                                  h1, ds2                        grad gu, act      2 + 3 I/D
+    projection_backward   gate_up; + ds2; norm       grad gu, ds2, h1, rstd1        ds1               3 + 2 I/D
+    projection_backward   o_proj                     ds1                            grad mixed        1 + A/D
+    attention_backward_*  one launch or two          qkv, mixed, lse, grad mixed    grad qkv          2 (Q + A)/D
+    projection_backward   qkv_proj; + ds1; norm of   grad qkv, ds1, h, rstd2 of     ds2 of the        3 + Q/D
+                          the block below            the block below                block below
+    weight_gradient       all four in one launch     ds2, act, grad gu, h1,         four gradients    3+(3 I+A+Q)/D
+                                                     ds1, mixed, grad qkv, h
+
+The first block of a net ends with ``projection_backward(..., targets=...)`` instead: it adds the gradient of the sum
+that entered the net to the float32 gradient of every state in that sum.  At D = A = 512 and I = Q = 1536 these are 48
+elements / D a token.
+
+    mlp_t instead of attention, after ds2 and grad gu as above
+    projection_backward   gate_up; + ds2             grad gu, ds2                   grad h1           2 + 2 I/D
+    mlp_t_backward        norm and mixer, L <= 128   h, h1, rstd1 [B, D], grad h1   ds1, grad h       5
+    mlp_t_weight_gradient makes gate and up again    h, ds1                         two gradients     2
+    norm_backward         of the block below         grad h, h, rstd2 of it         ds2 of it         3
+
+    mlp_t with L > 128: the intermediates [B, It, D], It = seq_intermediate_size, go through memory
+    mlp_t_norm_backward                              grad h1, h1, rstd1 [B, D]      ds1               3
+    swiglu_backward       transposed                 h, ds1                         grad gu, act      2 + 3 It/L
+    projection_backward   transposed; + ds1          grad gu, ds1                   grad h            2 + 2 It/L
+    weight_gradient       transposed                 grad gu, h, ds1, act           two gradients     2 + 3 It/L
+
+    conv_swiglu instead of SwiGLU; act as the forward kernel wrote it, before the convolution
+    conv_swiglu_backward  down, SiLU, convolution    ds2, act                       grad conv, z      1 + 3 I/D
+    gate_up_backward      makes gate and up again    h1, grad conv                  grad gu           1 + 3 I/D
+    conv_gradient         sums partials              partials                       two gradients     small
+
+then as with SwiGLU, except that weight_gradient takes (ds2, z) for the down projection.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["add_to_target", "norm_gradient", "swiglu_gradient"]
+
+
+@triton.jit
+def norm_gradient(gradient, output, rstd, WIDTH: tl.constexpr, AXIS: tl.constexpr):
+    """Gradient of a norm's input; all float32, zero outside the WIDTH elements along AXIS; rstd broadcasts."""
+    mean = tl.expand_dims(tl.sum(gradient * output, AXIS), AXIS) / WIDTH
+    return rstd * (gradient - output * mean)
+
+
+@triton.jit
+def swiglu_gradient(gate, up, gradient):
+    """Gradients of gate and up, and the activation ``silu(gate) * up``, from the activation's gradient; all float32."""
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    grad_gate = gradient * up * (sigmoid + silu * (1.0 - sigmoid))
+    return grad_gate, gradient * silu, silu * up
+
+
+@triton.jit
+def add_to_target(target, offsets, mask, value, ADD: tl.constexpr):
+    """Adds to a target, or overwrites it; an absent target is None."""
+    if target is not None:
+        if ADD:
+            value += tl.load(target + offsets, mask, 0.0).to(tl.float32)
+        tl.store(target + offsets, value.to(target.dtype.element_ty), mask)

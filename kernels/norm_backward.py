@@ -1,0 +1,62 @@
+"""Gradient of the input of an RMSNorm over the width D, from its output.
+
+One program takes BLOCK_M whole rows in registers.  Reads grad y, y [T, D] and rstd [T], writes grad s [T, D].  Only
+the last norm of a net needs it, and those below an ``mlp_t`` mixer: elsewhere the kernel that makes grad y has whole
+rows in registers and applies the norm's gradient to them (projection_backward).
+"""
+
+import triton
+import triton.language as tl
+from trmfast.kernels.gradients import norm_gradient
+from trmfast.kernels.plan import Buffer, Launch, Tile
+
+__all__ = ["norm_backward"]
+
+
+@triton.jit
+def norm_backward_kernel(
+    gradient,
+    norm_output,
+    rstd,
+    out,
+    rows,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    row_inside = row < rows
+    mask = row_inside[:, None] & (column < WIDTH)[None, :]
+    at = row[:, None].to(tl.int64) * WIDTH + column[None, :]
+    grad = tl.load(gradient + at, mask, 0.0).to(tl.float32)
+    y = tl.load(norm_output + at, mask, 0.0).to(tl.float32)
+    result = norm_gradient(grad, y, tl.load(rstd + row, row_inside, 0.0)[:, None], WIDTH, 1)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask)
+
+
+def norm_backward(gradient: Buffer, norm_output: Buffer, rstd: Buffer, out: Buffer, tile: Tile) -> Launch:
+    """From the gradient of ``y = rms_norm(s)`` to that of s.
+
+    Args:
+        gradient: of y, [T, D], the compute dtype or float32.
+        norm_output: y, [T, D].
+        rstd: [T] float32.
+        out: result [T, D].
+        tile: BLOCK_M rows, BLOCK_N >= D.
+
+    Raises:
+        ValueError: BLOCK_N < D.
+    """
+    rows, width = norm_output.shape
+    if tile["BLOCK_N"] < width:
+        raise ValueError(f"tile: got BLOCK_N {tile['BLOCK_N']}, accepted is at least {width}")
+    return Launch.of(
+        "norm_backward.norm_backward_kernel",
+        (triton.cdiv(rows, tile["BLOCK_M"]),),
+        {"gradient": gradient, "norm_output": norm_output, "rstd": rstd, "out": out, "rows": rows},
+        reads=("gradient", "norm_output", "rstd"),
+        writes=("out",),
+        constants={"WIDTH": width},
+        tile=tile,
+    )

@@ -1,0 +1,200 @@
+"""Gradient of the input of a linear layer, with what follows it in backward.
+
+    out = gradient [T, K] @ weight [K, N] (+ residual [T, N])
+
+One program owns a tile [BLOCK_M, BLOCK_N] of out in float32 accumulators and walks K in steps of BLOCK_K.  ``weight``
+in torch's layout [out features, in features] is the right operand as it lies in memory.  The epilogue, on the
+accumulators, is one of:
+
+* plain: out is stored in its dtype;
+* norm: out is the gradient of y = norm(s), which is ``norm_output``; its gradient with respect to s is stored instead.
+  Needs whole rows in a program: BLOCK_N >= N;
+* targets: out is the gradient of a sum of states; it is added to, or overwrites, the float32 gradient of each state.
+
+Reads (K + N [residual] + N [norm]) and writes N elements a token, beside the weight, for 2 K N FLOP; 8 N bytes for
+each target that is added to and 4 N for one that is overwritten.  Programs of one row tile are neighbours and share
+its rows through L2.
+
+Transposed, for the mixer over the sequence: the rows of the product are the columns of the state, gradient is [B, K,
+D], out and residual are [B, N, D] with N = L.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from trmfast.kernels.dot import dot
+from trmfast.kernels.gradients import add_to_target, norm_gradient
+from trmfast.kernels.plan import Buffer, Launch, Tile
+
+__all__ = ["MAX_TARGETS", "projection_backward", "target_arguments"]
+
+MAX_TARGETS = 8
+
+
+@triton.jit
+def projection_backward_kernel(
+    gradient,
+    weight,
+    residual,
+    norm_output,
+    rstd,
+    out,
+    target0,
+    target1,
+    target2,
+    target3,
+    target4,
+    target5,
+    target6,
+    target7,
+    rows,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    row = tl.program_id(0) // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    step = tl.arange(0, BLOCK_K)
+    batch = tl.program_id(1).to(tl.int64)
+    row_inside = row < rows
+    column_inside = column < WIDTH
+
+    if TRANSPOSED:
+        gradient_at = gradient + batch * DEPTH * rows + row[:, None] + step[None, :] * rows
+        gradient_step = BLOCK_K * rows
+        result = batch * WIDTH * rows + column[None, :] * rows + row[:, None]
+    else:
+        gradient_at = gradient + row[:, None].to(tl.int64) * DEPTH + step[None, :]
+        gradient_step = BLOCK_K
+        result = row[:, None].to(tl.int64) * WIDTH + column[None, :]
+    weight_at = weight + step[:, None] * STRIDE + column[None, :]
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, DEPTH, BLOCK_K):
+        if DEPTH % BLOCK_K == 0:
+            gradient_mask = row_inside[:, None]
+            weight_mask = column_inside[None, :]
+        else:
+            left = step < DEPTH - k
+            gradient_mask = row_inside[:, None] & left[None, :]
+            weight_mask = left[:, None] & column_inside[None, :]
+        g = tl.load(gradient_at, gradient_mask, 0.0)
+        total = dot(g, tl.load(weight_at, weight_mask, 0.0), total, PRECISION)
+        gradient_at += gradient_step
+        weight_at += BLOCK_K * STRIDE
+
+    mask = row_inside[:, None] & column_inside[None, :]
+    if residual is not None:
+        total += tl.load(residual + result, mask, 0.0).to(tl.float32)
+    if norm_output is not None:
+        y = tl.load(norm_output + result, mask, 0.0).to(tl.float32)
+        total = norm_gradient(total, y, tl.load(rstd + row, row_inside, 0.0)[:, None], WIDTH, 1)
+    if out is not None:
+        tl.store(out + result, total.to(out.dtype.element_ty), mask)
+    add_to_target(target0, result, mask, total, ADD & 1)
+    add_to_target(target1, result, mask, total, ADD & 2)
+    add_to_target(target2, result, mask, total, ADD & 4)
+    add_to_target(target3, result, mask, total, ADD & 8)
+    add_to_target(target4, result, mask, total, ADD & 16)
+    add_to_target(target5, result, mask, total, ADD & 32)
+    add_to_target(target6, result, mask, total, ADD & 64)
+    add_to_target(target7, result, mask, total, ADD & 128)
+
+
+def target_arguments(
+    targets: Sequence[tuple[Buffer, bool]],
+) -> tuple[dict[str, Buffer | None], tuple[str, ...], tuple[str, ...], int]:
+    """Arguments ``target0`` to ``target7``, the names of those read and of those written, and the constant ADD.
+
+    Args:
+        targets: buffers, and whether the gradient is added to what they hold; without, it overwrites them.
+
+    Raises:
+        ValueError: more than 8.
+    """
+    if len(targets) > MAX_TARGETS:
+        raise ValueError(f"targets: got {len(targets)}, accepted are at most {MAX_TARGETS}")
+    arguments: dict[str, Buffer | None] = {f"target{i}": None for i in range(MAX_TARGETS)}
+    arguments.update((f"target{i}", buffer) for i, (buffer, _) in enumerate(targets))
+    written = tuple(f"target{i}" for i in range(len(targets)))
+    read = tuple(name for name, (_, add) in zip(written, targets, strict=True) if add)
+    return arguments, read, written, sum(1 << i for i, (_, add) in enumerate(targets) if add)
+
+
+def projection_backward(
+    gradient: Buffer,
+    weight: Buffer,
+    out: Buffer | None,
+    tile: Tile,
+    *,
+    residual: Buffer | None = None,
+    norm_output: Buffer | None = None,
+    rstd: Buffer | None = None,
+    targets: Sequence[tuple[Buffer, bool]] = (),
+    transposed: bool = False,
+    width: int = 0,
+    precision: str = "ieee",
+) -> Launch:
+    """``gradient @ weight (+ residual)``, then the gradient of a norm, or sums into gradients of states.
+
+    Args:
+        gradient: of the layer's output, [T, K]; transposed [B, K, D].
+        weight: [K, N]; transposed [K, L], or with rows padded to more than L elements.
+        out: result [T, N]; transposed [B, L, D]; None if there are targets only.
+        tile: BLOCK_M rows, BLOCK_N columns, BLOCK_K; with a norm BLOCK_N >= N.
+        residual: added to the product, the shape of ``out``; the gradient that goes around the layer.
+        norm_output: y [T, N] of the norm whose output's gradient the sum is; ``out`` is then the gradient of the norm's
+            input.  Not with transposed or targets.
+        rstd: of that norm, [T] float32.
+        targets: float32 buffers of the shape of ``out``, and whether to add to them (True) or to overwrite them.
+        transposed: whether the layer runs over the sequence.
+        width: L, if transposed; otherwise N is the weight's.
+        precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+
+    Raises:
+        ValueError: BLOCK_N < N with a norm, or a norm with what it excludes.
+    """
+    depth = weight.shape[0]
+    width = width or weight.shape[1]
+    rows = gradient.shape[-1] if transposed else gradient.shape[0]
+    batch = gradient.shape[0] if transposed else 1
+    if norm_output is not None and (transposed or targets or tile["BLOCK_N"] < width):
+        raise ValueError(
+            f"norm_output: got transposed {transposed}, {len(targets)} targets and BLOCK_N {tile['BLOCK_N']}, "
+            f"accepted are False, 0 and at least {width}"
+        )
+    arguments, read, written, add = target_arguments(targets)
+    return Launch.of(
+        "projection_backward.projection_backward_kernel",
+        (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]), batch),
+        {
+            "gradient": gradient,
+            "weight": weight,
+            "residual": residual,
+            "norm_output": norm_output,
+            "rstd": rstd,
+            "out": out,
+            **arguments,
+            "rows": rows,
+        },
+        reads=("gradient", "weight", "residual", "norm_output", "rstd", *read),
+        writes=("out", *written),
+        constants={
+            "DEPTH": depth,
+            "WIDTH": width,
+            "STRIDE": weight.shape[1],
+            "TRANSPOSED": transposed,
+            "ADD": add,
+            "PRECISION": precision,
+        },
+        tile=tile,
+        flops=2 * batch * rows * depth * width,
+    )

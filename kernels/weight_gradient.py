@@ -1,0 +1,266 @@
+"""Gradients of the weights of linear layers, up to four in one launch.
+
+    total [out, in] += gradient [T, out]^T @ source [T, in]
+
+One program owns a tile [BLOCK_M, BLOCK_N] of one weight's float32 gradient: it walks the tokens in steps of BLOCK_K,
+then loads its tile of ``total``, adds and stores.  So the gradient of a net's weight is accumulated over all its
+applications in one buffer, without atomics, in a fixed order.  The weights of one block together have enough tiles to
+fill a GPU (208 of 128x128 at D = 512), however few tokens there are, and one launch shares the rows that they read
+through L2.
+
+A weight with few tiles and many rows (the mixer over the sequence sums over B * D rows) gives its ``total`` a leading
+axis of S splits: split s walks the s-th part of the steps and owns total[s].  The parts are kept apart over all
+applications and ``sum_splits`` adds them up once, at the end.
+
+Reads T (out + in) elements a weight and its float32 total, writes that total; 2 T out in FLOP.  At 128x128 a step
+does 64 FLOP for each byte from L2.
+
+Transposed, for the mixer over the sequence: gradient is [B, out, D] and source [B, in, D], summed over B and D.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from trmfast.kernels.dot import dot
+from trmfast.kernels.plan import Buffer, Launch, Tile
+
+__all__ = ["MAX_PRODUCTS", "sum_splits", "weight_gradient"]
+
+MAX_PRODUCTS = 4
+
+
+@triton.jit
+def _accumulate(
+    gradient,
+    source,
+    total,
+    program,
+    rows,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (IN + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = (OUT + BLOCK_M - 1) // BLOCK_M * COLUMN_TILES
+    split = program // TILES
+    m = program % TILES // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = program % TILES % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    m_inside = m < OUT
+    n_inside = n < IN
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if DEPTH == 0:
+        steps = tl.cdiv(rows, BLOCK_K)
+        share = tl.cdiv(steps, SPLITS)
+        begin = split * share * BLOCK_K
+        end = tl.minimum(begin + share * BLOCK_K, rows)
+        gradient_at = gradient + (begin + k)[:, None].to(tl.int64) * OUT + m[None, :]
+        source_at = source + (begin + k)[:, None].to(tl.int64) * IN + n[None, :]
+        for at in range(begin, end, BLOCK_K):
+            left = k < end - at
+            g = tl.load(gradient_at, left[:, None] & m_inside[None, :], 0.0)
+            x = tl.load(source_at, left[:, None] & n_inside[None, :], 0.0)
+            acc = dot(g.T, x, acc, PRECISION)
+            gradient_at += BLOCK_K * OUT
+            source_at += BLOCK_K * IN
+    else:
+        STEPS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
+        share = tl.cdiv(rows * STEPS, SPLITS)
+        begin = split * share
+        end = tl.minimum(begin + share, rows * STEPS)
+        for at in range(begin, end):
+            batch = (at // STEPS).to(tl.int64)
+            depth = at % STEPS * BLOCK_K + k
+            left = depth < DEPTH
+            g = tl.load(
+                gradient + batch * OUT * DEPTH + m[:, None] * DEPTH + depth[None, :],
+                m_inside[:, None] & left[None, :],
+                0.0,
+            )
+            x = tl.load(
+                source + batch * IN * DEPTH + n[:, None] * DEPTH + depth[None, :],
+                n_inside[:, None] & left[None, :],
+                0.0,
+            )
+            acc = dot(g, x.T, acc, PRECISION)
+    result = total + split.to(tl.int64) * OUT * IN + m[:, None] * IN + n[None, :]
+    mask = m_inside[:, None] & n_inside[None, :]
+    tl.store(result, tl.load(result, mask, 0.0) + acc, mask)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    gradient0,
+    source0,
+    total0,
+    gradient1,
+    source1,
+    total1,
+    gradient2,
+    source2,
+    total2,
+    gradient3,
+    source3,
+    total3,
+    rows,
+    OUT0: tl.constexpr,
+    IN0: tl.constexpr,
+    SPLITS0: tl.constexpr,
+    OUT1: tl.constexpr,
+    IN1: tl.constexpr,
+    SPLITS1: tl.constexpr,
+    OUT2: tl.constexpr,
+    IN2: tl.constexpr,
+    SPLITS2: tl.constexpr,
+    OUT3: tl.constexpr,
+    IN3: tl.constexpr,
+    SPLITS3: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    END0: tl.constexpr = tl.cdiv(OUT0, BLOCK_M) * tl.cdiv(IN0, BLOCK_N) * SPLITS0
+    END1: tl.constexpr = END0 + tl.cdiv(OUT1, BLOCK_M) * tl.cdiv(IN1, BLOCK_N) * SPLITS1
+    END2: tl.constexpr = END1 + tl.cdiv(OUT2, BLOCK_M) * tl.cdiv(IN2, BLOCK_N) * SPLITS2
+    i = tl.program_id(0)
+    if i < END0:
+        _accumulate(
+            gradient0, source0, total0, i, rows, OUT0, IN0, SPLITS0, DEPTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    if total1 is not None:  # noqa: SIM102 (known when compiled, the next one is not)
+        if (i >= END0) & (i < END1):
+            _accumulate(
+                gradient1,
+                source1,
+                total1,
+                i - END0,
+                rows,
+                OUT1,
+                IN1,
+                SPLITS1,
+                DEPTH,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+    if total2 is not None:  # noqa: SIM102 (known when compiled, the next one is not)
+        if (i >= END1) & (i < END2):
+            _accumulate(
+                gradient2,
+                source2,
+                total2,
+                i - END1,
+                rows,
+                OUT2,
+                IN2,
+                SPLITS2,
+                DEPTH,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+    if total3 is not None:  # noqa: SIM102 (known when compiled, the next one is not)
+        if i >= END2:
+            _accumulate(
+                gradient3,
+                source3,
+                total3,
+                i - END2,
+                rows,
+                OUT3,
+                IN3,
+                SPLITS3,
+                DEPTH,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+
+
+@triton.jit
+def sum_splits_kernel(parts, out, size, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = at < size
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(parts + split * size + at, mask, 0.0)
+    tl.store(out + at, total, mask)
+
+
+def weight_gradient(
+    products: Sequence[tuple[Buffer, Buffer, Buffer]],
+    tile: Tile,
+    *,
+    transposed: bool = False,
+    precision: str = "ieee",
+) -> Launch:
+    """Adds to the gradients of one to four weights, all of them over the same rows.
+
+    Args:
+        products: for each weight the gradient of its layer's output [T, out], the layer's input [T, in], and the
+            float32 total [out, in] or [splits, out, in]; transposed [B, out, D], [B, in, D] and the same totals.
+        tile: BLOCK_M of out, BLOCK_N of in, BLOCK_K rows.
+        transposed: whether the layers run over the sequence.
+        precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+
+    Raises:
+        ValueError: not one to four products.
+    """
+    if not 1 <= len(products) <= MAX_PRODUCTS:
+        raise ValueError(f"products: got {len(products)}, accepted are 1 to {MAX_PRODUCTS}")
+    arguments: dict[str, Buffer | int | float | None] = {}
+    constants: dict[str, int | str] = {}
+    programs, flops = 0, 0
+    rows = products[0][0].shape[0]
+    depth = products[0][0].shape[-1] if transposed else 0
+    for i in range(MAX_PRODUCTS):
+        gradient, source, total = products[i] if i < len(products) else (None, None, None)
+        arguments.update({f"gradient{i}": gradient, f"source{i}": source, f"total{i}": total})
+        out, inner, splits = 0, 0, 1
+        if total is not None:
+            out, inner = total.shape[-2:]
+            splits = total.shape[0] if len(total.shape) == 3 else 1
+            programs += triton.cdiv(out, tile["BLOCK_M"]) * triton.cdiv(inner, tile["BLOCK_N"]) * splits
+            flops += 2 * rows * (depth or 1) * out * inner
+        constants.update({f"OUT{i}": out, f"IN{i}": inner, f"SPLITS{i}": splits})
+    totals = [f"total{i}" for i in range(len(products))]
+    return Launch.of(
+        "weight_gradient.weight_gradient_kernel",
+        (programs,),
+        {**arguments, "rows": rows},
+        reads=(*(name for name in arguments if not name.startswith("total")), *totals),
+        writes=totals,
+        constants={**constants, "DEPTH": depth, "PRECISION": precision},
+        tile=tile,
+        flops=flops,
+    )
+
+
+def sum_splits(parts: Buffer, out: Buffer, tile: Tile) -> Launch:
+    """``out = parts.sum(0)``: the splits of a weight's gradient, [splits, ...] to [...], both float32.
+
+    Args:
+        parts: [splits, out, in].
+        out: [out, in].
+        tile: BLOCK_N elements.
+    """
+    return Launch.of(
+        "weight_gradient.sum_splits_kernel",
+        (triton.cdiv(out.numel, tile["BLOCK_N"]),),
+        {"parts": parts, "out": out, "size": out.numel},
+        reads=("parts",),
+        writes=("out",),
+        constants={"SPLITS": parts.shape[0]},
+        tile=tile,
+    )
