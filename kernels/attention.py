@@ -17,9 +17,9 @@ import math
 
 import triton
 import triton.language as tl
-
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.plan import Buffer, Launch, Tile
+
 from trmfast.spec import BlockSpec
 
 __all__ = ["attention"]
@@ -161,7 +161,7 @@ def attention(
         block: sizes of the block.
         qkv: [B, L, (Hq + 2 Hkv) d], queries and keys rotated.
         out: [B, L, Hq d].
-        lse: [B, Hq, L] float32, receives the natural logarithm of the sums of exp(q . k / sqrt(d)), which backward needs.
+        lse: [B, Hq, L] float32, receives the natural logarithm of sum exp(q . k / sqrt(d)) for backward, or None.
         tile: BLOCK_M queries, BLOCK_N keys.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """

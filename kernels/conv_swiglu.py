@@ -14,7 +14,6 @@ from math import prod
 
 import triton
 import triton.language as tl
-
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection import add_and_norm, block_width

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
-
 from trmfast.kernels.dot import narrow
 from trmfast.kernels.plan import Buffer
 

@@ -3,17 +3,17 @@
     activation = silu(gate @ h) * (up @ h)                 [B, I, D], h = sum of the terms, [B, L, D]
     out        = rms_norm over L of (h + down @ activation) [B, L, D]
 
-A program owns a tile of BLOCK_C channels of one sequence, over its whole length, so the norm is a sum within the program.
+A program that norms owns BLOCK_C channels of one sequence over its whole length: the norm is a sum within the program.
 
 ``mlp_t``, for sequences that fit one tile (L <= 128): the whole mixer.  The channels are the rows of both products, as
 queries are in attention: [BLOCK_C, L] @ [L, 2 BLOCK_I] makes gate and up, their activation is the left operand of
-[BLOCK_C, BLOCK_I] @ [BLOCK_I, L].  The activation, 2 I / L times as wide as a state, never leaves the chip; at L = 97 it
-would be 10.5 states each way.  A program reads the weights, 3 I L elements, from L2, and h once, for 6 I L BLOCK_C FLOP.
+[BLOCK_C, BLOCK_I] @ [BLOCK_I, L].  The activation, at L = 97 and I = 512 as large as 5.3 states, never leaves the chip.
+A program reads the 3 I L elements of the weights from L2, and h once, for 6 I L BLOCK_C FLOP.
 
-``gate_up_t`` and ``down_t``, for longer ones (L = 916, I = 2560: the activation is 2.8 states): tiles of the activation as
-in any product; then a program walks over row tiles of BLOCK_L, writes them with the residual added, sums their squares,
-and in the end reads back what it wrote, out of L2, and scales it.  That costs one more rounding to the compute dtype, the
-one that eager PyTorch makes there, and saves a launch and a buffer against a norm of its own.
+``gate_up_t`` and ``down_t``, for longer ones (L = 916, I = 2560: the activation is 2.8 states): tiles of the activation
+as in any product; then a program walks over row tiles of BLOCK_L, writes them with the residual added, sums their
+squares, and in the end reads back what it wrote, out of L2, and scales it.  That costs one more rounding to the compute
+dtype, the one that eager PyTorch makes there, and saves a launch and a buffer against a norm of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
-
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.input_sum import TERM_NAMES, load_sum, term_arguments
 from trmfast.kernels.pairs import GROUP, pair_of, part_columns, part_rows

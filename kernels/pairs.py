@@ -1,9 +1,9 @@
-"""Products whose columns belong together in pairs: the gate and up halves of a SwiGLU, the two halves of a rotated head.
+"""Products whose columns belong together in pairs: gate and up of a SwiGLU, the two halves of a rotated head.
 
 Both columns of a pair come out of one product, and the weight rows are taken in an order that keeps a pair within one
 thread: a group of rows of the first half, then the same group of the second half.  With groups of 8, bit 3 of a column
-(or row) number tells the halves apart.  In the accumulator of mma and wgmma instructions that bit numbers registers, not
-lanes, along columns and rows alike, so parting the halves moves no data, and what results is an accumulator again.
+(or row) number tells the halves apart.  In the accumulator of mma and wgmma instructions that bit numbers registers,
+not lanes, along columns and rows alike, so parting the halves moves no data, and each half is an accumulator again.
 """
 
 import triton

@@ -20,12 +20,12 @@ from math import prod
 
 import triton
 import triton.language as tl
-
 from trmfast.kernels import pairs
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.input_sum import TERM_NAMES, load_sum, term_arguments
 from trmfast.kernels.pairs import pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
+
 from trmfast.spec import BlockSpec
 
 __all__ = ["qkv"]

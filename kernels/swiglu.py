@@ -4,9 +4,9 @@
     out        = rms_norm(hidden + activation @ down^T)           [T, D]
 
 ``swiglu`` does both: a program holds BLOCK_M rows, makes the activation in tiles of BLOCK_I columns and adds each one's
-share to [BLOCK_M, D] accumulators; the activation never leaves the chip.  A program reads the 3 I D elements of the weights
-from L2 once, and the hidden rows I / BLOCK_I times, for 6 BLOCK_M I D FLOP: BLOCK_M FLOP for each weight byte (2-byte
-elements).  ``gate_up`` writes the activation to memory, 4 I bytes a token there and back, and then tiles are free to be
+share to [BLOCK_M, D] accumulators; the activation never leaves the chip.  A program reads the 3 I D elements of the
+weights from L2 once, and the hidden rows I / BLOCK_I times, for 6 BLOCK_M I D FLOP: BLOCK_M FLOP for each byte of a
+2-byte weight.  ``gate_up`` writes the activation to memory, 4 I bytes a token there and back, and its tiles may be
 larger than whole rows allow; ``projection`` does the rest.
 
 Gate and up columns are interleaved in groups (pairs.py), so one product has both and parting them moves no data.
@@ -18,7 +18,6 @@ from math import prod
 
 import triton
 import triton.language as tl
-
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.pairs import GROUP, pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
