@@ -29,7 +29,9 @@ _LAZY = {
     "TRM": "trmfast.models",
     "UnsupportedModelError": "trmfast.dropin",
     "accelerate": "trmfast.dropin",
+    "load": "trmfast.checkpoint",
     "restore": "trmfast.dropin",
+    "save": "trmfast.checkpoint",
 }
 
 
