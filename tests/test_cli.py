@@ -35,7 +35,7 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["info", "check", "bench"])
+@pytest.mark.parametrize("command", ["info", "check", "bench", "convert"])
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

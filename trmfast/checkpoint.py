@@ -100,7 +100,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     described = {"version": VERSION, "model": layout.name, "config": kept, "window": bare.window, "loss": loss}
     tensors = {name: tensor.detach().contiguous() for name, tensor in bare.state_dict().items()}
     part = Path(f"{os.fspath(path)}.part")
-    save_file(tensors, part, metadata={"format": "pt", KEY: json.dumps(described)})
+    # One key: several would be written in an order that differs from run to run.
+    save_file(tensors, part, metadata={KEY: json.dumps(described)})
     os.replace(part, path)
 
 
