@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.projection import add_and_norm, block_width
+from trmfast.kernels.projection import block_width, load_residual, store_normed
 from trmfast.kernels.swiglu import silu
 
 __all__ = ["conv_projection", "load_convolved"]
@@ -34,12 +34,18 @@ def load_convolved(
     length,
     INTER: tl.constexpr,
     TAPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """``bias + sum_t activation[row + t - TAPS // 2] * conv[t]`` in float32, for rows ``first_row + near_rows``, whose
     places in their sequences are ``place``, and columns, which where MASKED may reach beyond INTER."""
     inside = columns < INTER
     total = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    # All taps of a column at once: they lie side by side.
+    taps = tl.arange(0, BLOCK_T)
+    weights = tl.load(
+        conv + columns[:, None] * TAPS + taps[None, :], mask=inside[:, None] & (taps < TAPS)[None, :], other=0.0
+    ).to(tl.float32)
     base = activation + first_row.to(tl.int64) * INTER
     for tap in tl.static_range(TAPS):
         shift = tap - TAPS // 2
@@ -48,7 +54,7 @@ def load_convolved(
             reached = reached & inside[None, :]
         offsets = (near_rows + shift)[:, None] * INTER + columns[None, :]
         value = tl.load(base + offsets, mask=reached, other=0.0).to(tl.float32)
-        total += value * tl.load(conv + columns * TAPS + tap, mask=inside, other=0.0).to(tl.float32)[None, :]
+        total += value * tl.sum(tl.where((taps == tap)[None, :], weights, 0.0), 1)[None, :]
     return total
 
 
@@ -71,6 +77,7 @@ def conv_projection_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     MASKED: tl.constexpr = INTER % BLOCK_K != 0
     first_row = tl.program_id(0) * BLOCK_M
@@ -78,18 +85,18 @@ def conv_projection_kernel(
     place = (first_row + near_rows) % length
     depth = tl.arange(0, BLOCK_K)
     b_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + depth[None, :]
-    product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    h = load_residual(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
     for k in range(0, INTER, BLOCK_K):
         mixed = load_convolved(
-            activation, conv, bias, first_row, near_rows, place, k + depth, length, INTER, TAPS, MASKED
+            activation, conv, bias, first_row, near_rows, place, k + depth, length, INTER, TAPS, BLOCK_T, MASKED
         )
         a = narrow(silu(mixed), activation.dtype.element_ty)
         if MASKED:
             b = tl.load(down + k + b_offsets, mask=(k + depth < INTER)[None, :], other=0.0)
         else:
             b = tl.load(down + k + b_offsets)
-        product = dot(a, tl.trans(b), product, PRECISION)
-    add_and_norm(product, residual, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
+        h = dot(a, tl.trans(b), h, PRECISION)
+    store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
 
 
 def conv_projection(
@@ -143,6 +150,7 @@ def conv_projection(
             "EPS": eps,
             "PRECISION": precision,
             "BLOCK_D": block_width(width),
+            "BLOCK_T": triton.next_power_of_2(taps),
         },
         tile=tile,
         flops=2 * tokens * inter * (width + taps),

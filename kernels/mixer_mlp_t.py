@@ -83,7 +83,7 @@ def mlp_t_kernel(
     pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), GROUP)
     inner = tl.arange(0, BLOCK_I)
     down_offsets = tl.minimum(rows, LENGTH - 1)[:, None] * INTER + inner[None, :]
-    product = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
+    sums = h.to(tl.float32)
     for i in range(0, INTER, BLOCK_I):
         column = i + pair
         if INTER % BLOCK_I != 0:
@@ -100,9 +100,8 @@ def mlp_t_kernel(
             c = tl.load(down + i + down_offsets)
         else:
             c = tl.load(down + i + down_offsets, mask=(i + inner < INTER)[None, :], other=0.0)
-        product = dot(activation, tl.trans(c), product, PRECISION)
+        sums = dot(activation, tl.trans(c), sums, PRECISION)
 
-    sums = product + h.to(tl.float32)
     if LENGTH != BLOCK_L:
         sums = tl.where((rows < LENGTH)[None, :], sums, 0.0)
     scale = tl.rsqrt(tl.sum(sums * sums, 1) / LENGTH + EPS)

@@ -16,13 +16,27 @@ import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.plan import Buffer, Launch, Tile
 
-__all__ = ["add_and_norm", "block_width", "projection"]
+__all__ = ["block_width", "load_residual", "projection", "store_normed"]
 
 
 @triton.jit
-def add_and_norm(
-    product,
-    residual,
+def load_residual(residual, first_row, tokens, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of the residual in float32, for the product to be added to: [BLOCK_M, BLOCK_D], zero where there is none.
+
+    Products start from the residual rather than from zero: added at the end, it would need registers beside theirs.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < tokens - first_row)[:, None]
+    if D != BLOCK_D:
+        mask = mask & (columns < D)[None, :]
+    offsets = rows[:, None] * D + columns[None, :]
+    return tl.load(residual + first_row.to(tl.int64) * D + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_normed(
+    h,
     out,
     rstd,
     first_row,
@@ -32,20 +46,17 @@ def add_and_norm(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Epilogue: adds the residual to a product [BLOCK_M, BLOCK_D], whose columns beyond D are zero or repeated ones,
-    and writes the normed rows; ``rstd`` (or None) receives 1 / sqrt(mean(h^2) + EPS) of each row."""
+    """Norms rows [BLOCK_M, BLOCK_D], whatever stands beyond column D, and writes them; ``rstd`` (or None) receives
+    1 / sqrt(mean(h^2) + EPS) of each row."""
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     mask = (rows < tokens - first_row)[:, None]
     if D != BLOCK_D:
         mask = mask & (columns < D)[None, :]
-    offsets = rows[:, None] * D + columns[None, :]
-    start = first_row.to(tl.int64) * D
-    h = product + tl.load(residual + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    if D != BLOCK_D:
         h = tl.where((columns < D)[None, :], h, 0.0)
     scale = tl.rsqrt(tl.sum(h * h, 1) / D + EPS)
-    tl.store(out + start + offsets, narrow(h * scale[:, None], out.dtype.element_ty), mask=mask)
+    offsets = rows[:, None] * D + columns[None, :]
+    tl.store(out + first_row.to(tl.int64) * D + offsets, narrow(h * scale[:, None], out.dtype.element_ty), mask=mask)
     if rstd is not None:
         tl.store(rstd + first_row + rows, scale, mask=rows < tokens - first_row)
 
@@ -73,7 +84,7 @@ def projection_kernel(
     a_base = source + first_row.to(tl.int64) * DEPTH
     a_offsets = rows[:, None] * DEPTH + depth[None, :]
     b_offsets = columns[:, None] * DEPTH + depth[None, :]
-    product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    h = load_residual(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
     for k in range(0, DEPTH, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
             a = tl.load(a_base + k + a_offsets)
@@ -82,8 +93,8 @@ def projection_kernel(
             inside = (k + depth < DEPTH)[None, :]
             a = tl.load(a_base + k + a_offsets, mask=inside, other=0.0)
             b = tl.load(weight + k + b_offsets, mask=inside, other=0.0)
-        product = dot(a, tl.trans(b), product, PRECISION)
-    add_and_norm(product, residual, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
+        h = dot(a, tl.trans(b), h, PRECISION)
+    store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
 
 
 def block_width(width: int) -> int:

@@ -21,7 +21,7 @@ import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.pairs import GROUP, pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.projection import add_and_norm, block_width
+from trmfast.kernels.projection import block_width, load_residual, store_normed
 
 __all__ = ["gate_up", "silu", "swiglu"]
 
@@ -59,7 +59,7 @@ def swiglu_kernel(
     pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), GROUP)
     inner = tl.arange(0, BLOCK_I)
     down_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + inner[None, :]
-    product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    h = load_residual(hidden, first_row, tokens, D, BLOCK_M, BLOCK_D)
     for i in range(0, INTER, BLOCK_I):
         column = i + pair
         if INTER % BLOCK_I != 0:
@@ -81,8 +81,8 @@ def swiglu_kernel(
             c = tl.load(down + i + down_offsets)
         else:
             c = tl.load(down + i + down_offsets, mask=(i + inner < INTER)[None, :], other=0.0)
-        product = dot(activation, tl.trans(c), product, PRECISION)
-    add_and_norm(product, hidden, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
+        h = dot(activation, tl.trans(c), h, PRECISION)
+    store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
