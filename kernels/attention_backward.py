@@ -6,8 +6,9 @@ sums lse.  With delta = sum(grad mixed * mixed) over a head:
     grad v = p^T grad mixed             grad s = p * (grad mixed v^T - delta) * scale
     grad k = grad s^T q                 grad q = grad s k
 
-The rotation is undone on the accumulators.  It pairs column c of a head with column c + head_dim / 2, so q, k and
-their gradients are held as two halves, and s is a sum of two products.
+The rotation is undone on the accumulators.  It pairs column c of a head with column c + head_dim / 2; the columns of q
+and k are taken in an order that keeps both in one thread (pairs.py).  Rows beyond L repeat the last one, and their
+probabilities are set to zero.
 
 attention_backward_keys: a program owns BLOCK_N keys of one key/value head and walks the queries of its query heads in
 steps of BLOCK_M; grad k and grad v stay in registers.  If BLOCK_N covers the sequence, the program has all that grad
@@ -17,56 +18,88 @@ q and delta.  Together they read 2 Q + 3 A elements a token and write Q.  10 A L
 token.  Either way every result has one owner: no atomics, and the same bits on every run.
 """
 
+import math
+
 import triton
 import triton.language as tl
-from trmfast.kernels.dot import dot
+from trmfast.kernels.dot import dot, narrow
+from trmfast.kernels.pairs import group_of, pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
+
+from trmfast.spec import BlockSpec
 
 __all__ = ["attention_backward_keys", "attention_backward_queries"]
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _load_rows(pointer, row, stride, inside, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns ``first`` to ``first + WIDTH - 1`` of some rows; zeros up to BLOCK columns and where not inside."""
-    column = tl.arange(0, BLOCK)
-    mask = inside[:, None] & (column < WIDTH)[None, :]
-    return tl.load(pointer + row[:, None] * stride + first + column[None, :], mask, 0.0)
+def _head_columns(HALF: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which column of a head each column of its tile holds."""
+    column = tl.arange(0, BLOCK_D)
+    if HALF > 0:
+        pair, half = pair_of(column, GROUP)
+        column = pair + half * HALF
+    return column
+
+
+@triton.jit
+def _load_rows(pointer, row, column, length, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of one head [rows, BLOCK_D]: beyond the sequence its last row, beyond the head zero."""
+    at = pointer + tl.minimum(row, length - 1)[:, None] * STRIDE + column[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(at)
+    return tl.load(at, (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], 0.0)
 
 
 @triton.jit
 def _store_unrotated(
-    pointer, low, high, cos, sin, row, inside, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr
+    pointer,
+    gradient,
+    cos,
+    sin,
+    row,
+    length,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Stores the gradient of an unrotated head, whose rotated gradient has the halves ``low`` and ``high``."""
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
-    if cos is not None:
-        cos_low = _load_rows(cos, row, HEAD_DIM, inside, 0, HALF, BLOCK_H)
-        sin_low = _load_rows(sin, row, HEAD_DIM, inside, 0, HALF, BLOCK_H)
-        cos_high = _load_rows(cos, row, HEAD_DIM, inside, HALF, HEAD_DIM - HALF, BLOCK_H)
-        sin_high = _load_rows(sin, row, HEAD_DIM, inside, HALF, HEAD_DIM - HALF, BLOCK_H)
-        unrotated = low * cos_low + high * sin_high
-        high = high * cos_high - low * sin_low
-        low = unrotated
-    column = tl.arange(0, BLOCK_H)
-    at = pointer + row[:, None] * STRIDE + column[None, :]
-    dtype = pointer.dtype.element_ty
-    tl.store(at, low.to(dtype), inside[:, None] & (column < HALF)[None, :])
-    tl.store(at + HALF, high.to(dtype), inside[:, None] & (column < HEAD_DIM - HALF)[None, :])
+    """Stores the gradient of an unrotated head, given that of the rotated one in the order of its tile."""
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    inside = (row < length)[:, None]
+    if HALF > 0:
+        low, high = part_columns(gradient, GROUP)
+        column = tl.arange(0, BLOCK_D // 2)
+        if HALF * 2 != BLOCK_D:
+            inside = inside & (column < HALF)[None, :]
+        table = row[:, None] * HEAD_DIM + column[None, :]
+        cos_low, sin_low = tl.load(cos + table, inside, 0.0), tl.load(sin + table, inside, 0.0)
+        cos_high, sin_high = tl.load(cos + HALF + table, inside, 0.0), tl.load(sin + HALF + table, inside, 0.0)
+        low, high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
+        at = pointer + row[:, None] * STRIDE + column[None, :]
+        tl.store(at, narrow(low, dtype), inside)
+        tl.store(at + HALF, narrow(high, dtype), inside)
+    else:
+        column = tl.arange(0, BLOCK_D)
+        if HEAD_DIM != BLOCK_D:
+            inside = inside & (column < HEAD_DIM)[None, :]
+        tl.store(pointer + row[:, None] * STRIDE + column[None, :], narrow(gradient, dtype), inside)
 
 
 @triton.jit
 def _score_gradient(
-    q_low, q_high, k_low, k_high, v, grad, lse, delta, visible, scale, PRECISION: tl.constexpr
-):  # queries along axis 0, keys along axis 1
-    """Probabilities and the gradient of ``q k^T``, in float32."""
-    zero = tl.zeros((q_low.shape[0], k_low.shape[0]), tl.float32)
-    scores = dot(q_low, k_low.T, zero, PRECISION)
-    scores = dot(q_high, k_high.T, scores, PRECISION)
-    p = tl.exp2((scores * scale - lse[:, None]) * LOG2_E)
-    p = tl.where(visible, p, 0.0)
-    grad_p = dot(grad, v.T, zero, PRECISION)
+    q, k, v, grad, lse, delta, query, key, length, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Probabilities and the gradient of ``q k^T``, [queries, keys] in float32."""
+    zero = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
+    scores = dot(q, tl.trans(k), zero, PRECISION)
+    visible = (query < length)[:, None] & (key < length)[None, :]
+    if CAUSAL:
+        visible = visible & (key[None, :] <= query[:, None])
+    p = tl.where(visible, tl.exp2(scores * (scale * LOG2E) - (lse * LOG2E)[:, None]), 0.0)
+    grad_p = dot(grad, tl.trans(v), zero, PRECISION)
     return p, p * (grad_p - delta[:, None]) * scale
 
 
@@ -81,79 +114,68 @@ def attention_backward_keys_kernel(
     sin,
     grad_qkv,
     length,
-    scale,
+    SCALE: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,  # half of a rotated head; 0: no rotation
+    GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,  # all keys fit one tile
     PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
+    SHARED: tl.constexpr = HEADS // KV_HEADS  # query heads of one key head
     STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     MIXED_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     first_key = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     key = first_key + tl.arange(0, BLOCK_N)
-    key_inside = key < length
     start = batch * length * STRIDE
     mixed_start = batch * length * MIXED_STRIDE
-    dtype = qkv.dtype.element_ty
+    dtype: tl.constexpr = qkv.dtype.element_ty
 
+    plain = tl.arange(0, BLOCK_D)
+    column = _head_columns(HALF, GROUP, BLOCK_D)
     key_at = start + (HEADS + kv_head) * HEAD_DIM
     value_at = start + (HEADS + KV_HEADS + kv_head) * HEAD_DIM
-    k_low = _load_rows(qkv + key_at, key, STRIDE, key_inside, 0, HALF, BLOCK_H)
-    k_high = _load_rows(qkv + key_at, key, STRIDE, key_inside, HALF, HEAD_DIM - HALF, BLOCK_H)
-    v = _load_rows(qkv + value_at, key, STRIDE, key_inside, 0, HEAD_DIM, BLOCK_D)
-    grad_k_low = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-    grad_k_high = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    k = _load_rows(qkv + key_at, key, column, length, STRIDE, HEAD_DIM, BLOCK_D)
+    v = _load_rows(qkv + value_at, key, plain, length, STRIDE, HEAD_DIM, BLOCK_D)
+    grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
     first_tile = first_key // BLOCK_M if CAUSAL else 0
     tiles = tl.cdiv(length, BLOCK_M) - first_tile
-    for i in range(GROUP * tiles):
-        head = kv_head * GROUP + i // tiles
+    for i in range(SHARED * tiles):
+        head = kv_head * SHARED + i // tiles
         query = (first_tile + i % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-        query_inside = query < length
         query_at = start + head * HEAD_DIM
         mixed_at = mixed_start + head * HEAD_DIM
-        row_at = (batch * HEADS + head) * length + query
-        q_low = _load_rows(qkv + query_at, query, STRIDE, query_inside, 0, HALF, BLOCK_H)
-        q_high = _load_rows(qkv + query_at, query, STRIDE, query_inside, HALF, HEAD_DIM - HALF, BLOCK_H)
-        grad = _load_rows(grad_mixed + mixed_at, query, MIXED_STRIDE, query_inside, 0, HEAD_DIM, BLOCK_D)
+        of_rows = (batch * HEADS + head) * length + tl.minimum(query, length - 1)
+        q = _load_rows(qkv + query_at, query, column, length, STRIDE, HEAD_DIM, BLOCK_D)
+        grad = _load_rows(grad_mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
         if WHOLE:
-            o = _load_rows(mixed + mixed_at, query, MIXED_STRIDE, query_inside, 0, HEAD_DIM, BLOCK_D)
+            o = _load_rows(mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
             dots = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
         else:
-            dots = tl.load(delta + row_at, query_inside, 0.0)
-        visible = query_inside[:, None] & key_inside[None, :]
-        if CAUSAL:
-            visible &= key[None, :] <= query[:, None]
-        row_lse = tl.load(lse + row_at, query_inside, 0.0)
-        p, grad_s = _score_gradient(q_low, q_high, k_low, k_high, v, grad, row_lse, dots, visible, scale, PRECISION)
-        grad_v = dot(p.to(dtype).T, grad, grad_v, PRECISION)
-        grad_s = grad_s.to(dtype)
-        grad_k_low = dot(grad_s.T, q_low, grad_k_low, PRECISION)
-        grad_k_high = dot(grad_s.T, q_high, grad_k_high, PRECISION)
+            dots = tl.load(delta + of_rows)
+        p, grad_s = _score_gradient(
+            q, k, v, grad, tl.load(lse + of_rows), dots, query, key, length, SCALE, CAUSAL, PRECISION
+        )
+        grad_v = dot(tl.trans(narrow(p, dtype)), grad, grad_v, PRECISION)
+        grad_s = narrow(grad_s, dtype)
+        grad_k = dot(tl.trans(grad_s), q, grad_k, PRECISION)
         if WHOLE:
-            zero = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-            low = dot(grad_s, k_low, zero, PRECISION)
-            high = dot(grad_s, k_high, zero, PRECISION)
-            _store_unrotated(grad_qkv + query_at, low, high, cos, sin, query, query_inside, STRIDE, HEAD_DIM, BLOCK_H)
+            grad_q = dot(grad_s, k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+            _store_unrotated(
+                grad_qkv + query_at, grad_q, cos, sin, query, length, STRIDE, HEAD_DIM, HALF, GROUP, BLOCK_D
+            )
 
-    _store_unrotated(grad_qkv + key_at, grad_k_low, grad_k_high, cos, sin, key, key_inside, STRIDE, HEAD_DIM, BLOCK_H)
-    column = tl.arange(0, BLOCK_D)
-    tl.store(
-        grad_qkv + value_at + key[:, None] * STRIDE + column[None, :],
-        grad_v.to(dtype),
-        key_inside[:, None] & (column < HEAD_DIM)[None, :],
-    )
+    _store_unrotated(grad_qkv + key_at, grad_k, cos, sin, key, length, STRIDE, HEAD_DIM, HALF, GROUP, BLOCK_D)
+    _store_unrotated(grad_qkv + value_at, grad_v, cos, sin, key, length, STRIDE, HEAD_DIM, 0, GROUP, BLOCK_D)
 
 
 @triton.jit
@@ -167,18 +189,18 @@ def attention_backward_queries_kernel(
     sin,
     grad_qkv,
     length,
-    scale,
+    SCALE: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,  # half of a rotated head; 0: no rotation
+    GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
     STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     MIXED_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     first_query = tl.program_id(0) * BLOCK_M
@@ -186,96 +208,94 @@ def attention_backward_queries_kernel(
     kv_head = head // (HEADS // KV_HEADS)
     batch = tl.program_id(2).to(tl.int64)
     query = first_query + tl.arange(0, BLOCK_M)
-    query_inside = query < length
     start = batch * length * STRIDE
     mixed_at = batch * length * MIXED_STRIDE + head * HEAD_DIM
     query_at = start + head * HEAD_DIM
     key_at = start + (HEADS + kv_head) * HEAD_DIM
     value_at = start + (HEADS + KV_HEADS + kv_head) * HEAD_DIM
-    row_at = (batch * HEADS + head) * length + query
-    dtype = qkv.dtype.element_ty
+    of_rows = (batch * HEADS + head) * length + tl.minimum(query, length - 1)
+    dtype: tl.constexpr = qkv.dtype.element_ty
 
-    q_low = _load_rows(qkv + query_at, query, STRIDE, query_inside, 0, HALF, BLOCK_H)
-    q_high = _load_rows(qkv + query_at, query, STRIDE, query_inside, HALF, HEAD_DIM - HALF, BLOCK_H)
-    grad = _load_rows(grad_mixed + mixed_at, query, MIXED_STRIDE, query_inside, 0, HEAD_DIM, BLOCK_D)
-    o = _load_rows(mixed + mixed_at, query, MIXED_STRIDE, query_inside, 0, HEAD_DIM, BLOCK_D)
+    plain = tl.arange(0, BLOCK_D)
+    column = _head_columns(HALF, GROUP, BLOCK_D)
+    q = _load_rows(qkv + query_at, query, column, length, STRIDE, HEAD_DIM, BLOCK_D)
+    grad = _load_rows(grad_mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
+    o = _load_rows(mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
     dots = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + row_at, dots, query_inside)
-    row_lse = tl.load(lse + row_at, query_inside, 0.0)
-    low = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-    high = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    tl.store(delta + of_rows, dots, query < length)
+    row_lse = tl.load(lse + of_rows)
+    grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     keys = tl.minimum(first_query + BLOCK_M, length) if CAUSAL else length
     for first_key in range(0, keys, BLOCK_N):
         key = first_key + tl.arange(0, BLOCK_N)
-        key_inside = key < length
-        k_low = _load_rows(qkv + key_at, key, STRIDE, key_inside, 0, HALF, BLOCK_H)
-        k_high = _load_rows(qkv + key_at, key, STRIDE, key_inside, HALF, HEAD_DIM - HALF, BLOCK_H)
-        v = _load_rows(qkv + value_at, key, STRIDE, key_inside, 0, HEAD_DIM, BLOCK_D)
-        visible = query_inside[:, None] & key_inside[None, :]
-        if CAUSAL:
-            visible &= key[None, :] <= query[:, None]
-        _, grad_s = _score_gradient(q_low, q_high, k_low, k_high, v, grad, row_lse, dots, visible, scale, PRECISION)
-        grad_s = grad_s.to(dtype)
-        low = dot(grad_s, k_low, low, PRECISION)
-        high = dot(grad_s, k_high, high, PRECISION)
-    _store_unrotated(grad_qkv + query_at, low, high, cos, sin, query, query_inside, STRIDE, HEAD_DIM, BLOCK_H)
+        k = _load_rows(qkv + key_at, key, column, length, STRIDE, HEAD_DIM, BLOCK_D)
+        v = _load_rows(qkv + value_at, key, plain, length, STRIDE, HEAD_DIM, BLOCK_D)
+        _, grad_s = _score_gradient(q, k, v, grad, row_lse, dots, query, key, length, SCALE, CAUSAL, PRECISION)
+        grad_q = dot(narrow(grad_s, dtype), k, grad_q, PRECISION)
+    _store_unrotated(grad_qkv + query_at, grad_q, cos, sin, query, length, STRIDE, HEAD_DIM, HALF, GROUP, BLOCK_D)
 
 
-def _constants(num_heads: int, num_kv_heads: int, causal: bool, precision: str, head_dim: int) -> dict[str, int | str]:
+def _constants(block: BlockSpec, rotated: bool, precision: str) -> dict[str, int | float | str]:
+    if rotated and block.head_dim % 2:
+        raise ValueError(f"head_dim: got {block.head_dim} with cos and sin, accepted are even numbers")
+    half = block.head_dim // 2 if rotated else 0
     return {
-        "HEADS": num_heads,
-        "KV_HEADS": num_kv_heads,
-        "HEAD_DIM": head_dim,
-        "CAUSAL": causal,
+        "SCALE": block.head_dim**-0.5,
+        "HEADS": block.num_heads,
+        "KV_HEADS": block.num_kv_heads,
+        "HEAD_DIM": block.head_dim,
+        "HALF": half,
+        "GROUP": group_of(half) if half else 1,
+        "CAUSAL": block.causal,
         "PRECISION": precision,
-        "BLOCK_H": max(16, triton.next_power_of_2(-(-head_dim // 2))),
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": max(16, triton.next_power_of_2(block.head_dim)),
     }
 
 
+def _flops(block: BlockSpec, qkv: Buffer, products: int) -> int:
+    batch, length, _ = qkv.shape
+    pairs = length * (length + 1) // 2 if block.causal else length * length
+    return 2 * products * batch * block.num_heads * pairs * block.head_dim
+
+
 def attention_backward_keys(
+    block: BlockSpec,
     qkv: Buffer,
     mixed: Buffer,
     grad_mixed: Buffer,
     lse: Buffer,
-    delta: Buffer | None,
     grad_qkv: Buffer,
-    tile: Tile,
     *,
-    length: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    causal: bool = False,
+    delta: Buffer | None = None,
     cos: Buffer | None = None,
     sin: Buffer | None = None,
+    tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
     """Gradients of keys and values; of queries too, if BLOCK_N keys are all of a sequence.
 
     Args:
-        qkv: rotated queries, keys and values, [T, (num_heads + 2 num_kv_heads) * head_dim].
-        mixed: what attention returned, [T, num_heads * head_dim].
+        block: sizes of the block.
+        qkv: rotated queries and keys, and values, [B, L, (Hq + 2 Hkv) d].
+        mixed: what attention returned, [B, L, Hq d].
         grad_mixed: its gradient.
-        lse: log(sum(exp(scores))) of each query over its keys, [B, num_heads, L] float32, natural logarithm.
-        delta: [B, num_heads, L] float32, from :func:`attention_backward_queries`; None if BLOCK_N >= L.
-        grad_qkv: result, the shape of ``qkv``: its columns of keys and values, or all.
+        lse: [B, Hq, L] float32, the natural logarithm of the sums of exp(q . k / sqrt(d)).
+        grad_qkv: result, the shape of ``qkv``: gradients before rotation, of keys and values or of all.
+        delta: [B, Hq, L] float32, from :func:`attention_backward_queries`; needed if BLOCK_N < L.
+        cos, sin: [>= L, d] float32, or None if nothing was rotated.
         tile: BLOCK_M queries, BLOCK_N keys.
-        length: L.
-        num_heads, num_kv_heads, head_dim, causal: as in ``BlockSpec``.
-        cos, sin: tables [>= L, head_dim] float32, or None if nothing was rotated.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
     Raises:
-        ValueError: BLOCK_N < L without delta.
+        ValueError: BLOCK_N < L without delta, or a rotation of an odd head_dim.
     """
+    batch, length, _ = qkv.shape
     whole = tile["BLOCK_N"] >= length
     if not whole and delta is None:
         raise ValueError(f"delta: got None with BLOCK_N {tile['BLOCK_N']}, accepted if BLOCK_N is at least {length}")
-    batch = qkv.shape[0] // length
     return Launch.of(
         "attention_backward.attention_backward_keys_kernel",
-        (triton.cdiv(length, tile["BLOCK_N"]), num_kv_heads, batch),
+        (triton.cdiv(length, tile["BLOCK_N"]), block.num_kv_heads, batch),
         {
             "qkv": qkv,
             "mixed": mixed if whole else None,
@@ -286,38 +306,34 @@ def attention_backward_keys(
             "sin": sin,
             "grad_qkv": grad_qkv,
             "length": length,
-            "scale": head_dim**-0.5,
         },
         reads=("qkv", "mixed", "grad_mixed", "lse", "delta", "cos", "sin"),
         writes=("grad_qkv",),
-        constants={**_constants(num_heads, num_kv_heads, causal, precision, head_dim), "WHOLE": whole},
+        constants={**_constants(block, cos is not None, precision), "WHOLE": whole},
         tile=tile,
-        flops=(10 if whole else 8) * qkv.shape[0] * num_heads * head_dim * length // (2 if causal else 1),
+        flops=_flops(block, qkv, 5 if whole else 4),
     )
 
 
 def attention_backward_queries(
+    block: BlockSpec,
     qkv: Buffer,
     mixed: Buffer,
     grad_mixed: Buffer,
     lse: Buffer,
-    delta: Buffer,
     grad_qkv: Buffer,
-    tile: Tile,
     *,
-    length: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    causal: bool = False,
+    delta: Buffer,
     cos: Buffer | None = None,
     sin: Buffer | None = None,
+    tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
     """Gradient of the queries, and delta; arguments as in :func:`attention_backward_keys`, delta is a result here."""
+    batch, length, _ = qkv.shape
     return Launch.of(
         "attention_backward.attention_backward_queries_kernel",
-        (triton.cdiv(length, tile["BLOCK_M"]), num_heads, qkv.shape[0] // length),
+        (triton.cdiv(length, tile["BLOCK_M"]), block.num_heads, batch),
         {
             "qkv": qkv,
             "mixed": mixed,
@@ -328,11 +344,10 @@ def attention_backward_queries(
             "sin": sin,
             "grad_qkv": grad_qkv,
             "length": length,
-            "scale": head_dim**-0.5,
         },
         reads=("qkv", "mixed", "grad_mixed", "lse", "cos", "sin"),
         writes=("delta", "grad_qkv"),
-        constants=_constants(num_heads, num_kv_heads, causal, precision, head_dim),
+        constants=_constants(block, cos is not None, precision),
         tile=tile,
-        flops=6 * qkv.shape[0] * num_heads * head_dim * length // (2 if causal else 1),
+        flops=_flops(block, qkv, 3),
     )

@@ -14,9 +14,11 @@ there:
 Tokens are flattened, and a tap that reaches out of its sequence reads zero.
 """
 
+from math import prod
+
 import triton
 import triton.language as tl
-from trmfast.kernels.dot import dot
+from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.gradients import swiglu_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
 
@@ -24,11 +26,11 @@ __all__ = ["conv_gradient", "conv_partials_shape", "conv_swiglu_backward", "gate
 
 
 @triton.jit
-def _load_shifted(pointer, row, column, mask, length, SHIFT: tl.constexpr, INNER: tl.constexpr):
+def _load_shifted(pointer, first_row, row, column, mask, length, SHIFT: tl.constexpr, INNER: tl.constexpr):
     """Rows of their own sequence that lie SHIFT tokens further on, zero outside of it; float32."""
-    position = row % length + SHIFT
+    position = (first_row + row) % length + SHIFT
     inside = mask & ((position >= 0) & (position < length))[:, None]
-    at = (row + SHIFT)[:, None].to(tl.int64) * INNER + column[None, :]
+    at = first_row.to(tl.int64) * INNER + ((row + SHIFT)[:, None] * INNER + column[None, :])
     return tl.load(pointer + at, inside, 0.0).to(tl.float32)
 
 
@@ -54,44 +56,46 @@ def conv_swiglu_backward_kernel(
 ):
     COLUMN_TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     row_tile = tl.program_id(0) // COLUMN_TILES
-    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = row_tile * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
     column = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    step = tl.arange(0, BLOCK_K)
-    row_inside = row < rows
     column_inside = column < INNER
-    gradient_at = gradient + row[:, None].to(tl.int64) * DEPTH + step[None, :]
-    down_at = down + step[:, None] * INNER + column[None, :]
+    near_column = column
+    if INNER % BLOCK_N != 0:
+        near_column = tl.minimum(column, INNER - 1)
+    step = tl.arange(0, BLOCK_K)
+    start = first_row.to(tl.int64) * DEPTH
+    offsets = tl.minimum(row, rows - first_row - 1)[:, None] * DEPTH + step[None, :]
+    down_offsets = step[:, None] * INNER + near_column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, DEPTH, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
-            gradient_mask = row_inside[:, None]
-            down_mask = column_inside[None, :]
+            g = tl.load(gradient + (start + k) + offsets)
+            w = tl.load(down + k * INNER + down_offsets)
         else:
             left = step < DEPTH - k
-            gradient_mask = row_inside[:, None] & left[None, :]
-            down_mask = left[:, None] & column_inside[None, :]
-        g = tl.load(gradient_at, gradient_mask, 0.0)
-        total = dot(g, tl.load(down_at, down_mask, 0.0), total, PRECISION)
-        gradient_at += BLOCK_K
-        down_at += BLOCK_K * INNER
+            g = tl.load(gradient + (start + k) + offsets, left[None, :], 0.0)
+            w = tl.load(down + k * INNER + down_offsets, left[:, None], 0.0)
+        total = dot(g, w, total, PRECISION)
 
-    mask = row_inside[:, None] & column_inside[None, :]
-    dtype = mixed.dtype.element_ty
+    mask = (row < rows - first_row)[:, None]
+    if INNER % BLOCK_N != 0:
+        mask = mask & column_inside[None, :]
+    dtype: tl.constexpr = mixed.dtype.element_ty
     c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + tl.load(bias + column, column_inside, 0.0).to(tl.float32)[None, :]
     for tap in tl.static_range(TAPS):
         weight = tl.load(conv + column * TAPS + tap, column_inside, 0.0).to(tl.float32)
-        c += _load_shifted(activation, row, column, mask, length, tap - TAPS // 2, INNER) * weight[None, :]
-    c = c.to(dtype).to(tl.float32)
+        c += _load_shifted(activation, first_row, row, column, mask, length, tap - TAPS // 2, INNER) * weight[None, :]
     sigmoid = 1.0 / (1.0 + tl.exp(-c))
     z = c * sigmoid
-    grad_c = total * (sigmoid + z * (1.0 - sigmoid))
-    at = row[:, None].to(tl.int64) * INNER + column[None, :]
-    tl.store(mixed + at, z.to(dtype), mask)
-    tl.store(grad_conv + at, grad_c.to(dtype), mask)
+    grad_c = tl.where(mask, total * (sigmoid + z * (1.0 - sigmoid)), 0.0)
+    at = first_row.to(tl.int64) * INNER + (row[:, None] * INNER + column[None, :])
+    tl.store(mixed + at, narrow(z, dtype), mask)
+    tl.store(grad_conv + at, narrow(grad_c, dtype), mask)
     if partials is not None:
         sums = partials + row_tile.to(tl.int64) * (TAPS + 1) * INNER + column
         for tap in tl.static_range(TAPS):
-            act = _load_shifted(activation, row, column, mask, length, tap - TAPS // 2, INNER)
+            act = _load_shifted(activation, first_row, row, column, mask, length, tap - TAPS // 2, INNER)
             tl.store(sums + tap * INNER, tl.sum(grad_c * act, 0), column_inside)
         tl.store(sums + TAPS * INNER, tl.sum(grad_c, 0), column_inside)
 
@@ -114,39 +118,43 @@ def gate_up_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     COLUMN_TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
-    row = tl.program_id(0) // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0) // COLUMN_TILES * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
     column = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    step = tl.arange(0, BLOCK_K)
-    row_inside = row < rows
     column_inside = column < INNER
-    hidden_at = hidden + row[:, None].to(tl.int64) * DEPTH + step[None, :]
-    gate_at = gate_up + column[:, None] * DEPTH + step[None, :]
+    step = tl.arange(0, BLOCK_K)
+    start = first_row.to(tl.int64) * DEPTH
+    offsets = tl.minimum(row, rows - first_row - 1)[:, None] * DEPTH + step[None, :]
+    gate_offsets = tl.minimum(column, INNER - 1)[:, None] * DEPTH + step[None, :]
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, DEPTH, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
-            hidden_mask = row_inside[:, None]
-            gate_mask = column_inside[:, None]
+            h = tl.load(hidden + (start + k) + offsets)
+            gate_tile = tl.load(gate_up + k + gate_offsets)
+            up_tile = tl.load(gate_up + INNER * DEPTH + k + gate_offsets)
         else:
-            left = step < DEPTH - k
-            hidden_mask = row_inside[:, None] & left[None, :]
-            gate_mask = column_inside[:, None] & left[None, :]
-        h = tl.load(hidden_at, hidden_mask, 0.0)
-        gate = dot(h, tl.load(gate_at, gate_mask, 0.0).T, gate, PRECISION)
-        up = dot(h, tl.load(gate_at + INNER * DEPTH, gate_mask, 0.0).T, up, PRECISION)
-        hidden_at += BLOCK_K
-        gate_at += BLOCK_K
+            left = (step < DEPTH - k)[None, :]
+            h = tl.load(hidden + (start + k) + offsets, left, 0.0)
+            gate_tile = tl.load(gate_up + k + gate_offsets, left, 0.0)
+            up_tile = tl.load(gate_up + INNER * DEPTH + k + gate_offsets, left, 0.0)
+        gate = dot(h, tl.trans(gate_tile), gate, PRECISION)
+        up = dot(h, tl.trans(up_tile), up, PRECISION)
 
-    mask = row_inside[:, None] & column_inside[None, :]
+    mask = (row < rows - first_row)[:, None]
+    if INNER % BLOCK_N != 0:
+        mask = mask & column_inside[None, :]
     grad_activation = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tap in tl.static_range(TAPS):
         weight = tl.load(conv + column * TAPS + tap, column_inside, 0.0).to(tl.float32)
-        grad_activation += _load_shifted(grad_conv, row, column, mask, length, TAPS // 2 - tap, INNER) * weight[None, :]
+        grad_activation += (
+            _load_shifted(grad_conv, first_row, row, column, mask, length, TAPS // 2 - tap, INNER) * weight[None, :]
+        )
     grad_gate, grad_up, _ = swiglu_gradient(gate, up, grad_activation)
-    at = row[:, None].to(tl.int64) * (2 * INNER) + column[None, :]
-    dtype = grad_gate_up.dtype.element_ty
-    tl.store(grad_gate_up + at, grad_gate.to(dtype), mask)
-    tl.store(grad_gate_up + at + INNER, grad_up.to(dtype), mask)
+    at = grad_gate_up + first_row.to(tl.int64) * (2 * INNER) + (row[:, None] * (2 * INNER) + column[None, :])
+    dtype: tl.constexpr = grad_gate_up.dtype.element_ty
+    tl.store(at, narrow(grad_gate, dtype), mask)
+    tl.store(at + INNER, narrow(grad_up, dtype), mask)
 
 
 @triton.jit
@@ -192,29 +200,27 @@ def conv_swiglu_backward(
     bias: Buffer,
     grad_conv: Buffer,
     mixed: Buffer,
-    partials: Buffer | None,
-    tile: Tile,
+    partials: Buffer | None = None,
     *,
-    length: int,
+    tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
     """From the gradient of the block's channel mixer back through the convolution.
 
     Args:
-        gradient: ds2 [T, D].
+        gradient: ds2 [B, L, D].
         down: [D, I].
-        activation: ``silu(gate) * up`` [T, I], as the forward kernel wrote it.
+        activation: ``silu(gate) * up`` [B, L, I], as the forward kernel wrote it.
         conv: taps [I, 1, k].
         bias: [I].
-        grad_conv: result [T, I], the gradient of the convolution's output.
-        mixed: result z [T, I], the input of the down projection.
+        grad_conv: result [B, L, I], the gradient of the convolution's output.
+        mixed: result z [B, L, I], the input of the down projection.
         partials: result float32 of :func:`conv_partials_shape`, for :func:`conv_gradient`; None if neither conv nor
             bias needs a gradient.
         tile: BLOCK_M tokens, BLOCK_N inner columns, BLOCK_K.
-        length: L.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
-    rows, depth = gradient.shape
+    (length, depth), rows = gradient.shape[-2:], prod(gradient.shape[:-1])
     inner = down.shape[1]
     return Launch.of(
         "conv_swiglu_backward.conv_swiglu_backward_kernel",
@@ -245,25 +251,23 @@ def gate_up_backward(
     grad_conv: Buffer,
     conv: Buffer,
     grad_gate_up: Buffer,
-    tile: Tile,
     *,
-    length: int,
+    tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
     """From the gradient of the convolution's output to those of gate and up.
 
     Args:
-        hidden: input of the channel mixer, h1 [T, D].
+        hidden: input of the channel mixer, h1 [B, L, D].
         gate_up: [2I, D].
-        grad_conv: [T, I], from :func:`conv_swiglu_backward`.
+        grad_conv: [B, L, I], from :func:`conv_swiglu_backward`.
         conv: taps [I, 1, k].
-        grad_gate_up: result [T, 2I].
+        grad_gate_up: result [B, L, 2 I].
         tile: BLOCK_M tokens, BLOCK_N inner columns, BLOCK_K.
-        length: L.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
-    rows, depth = hidden.shape
-    inner = grad_conv.shape[1]
+    (length, depth), rows = hidden.shape[-2:], prod(hidden.shape[:-1])
+    inner = grad_conv.shape[-1]
     return Launch.of(
         "conv_swiglu_backward.gate_up_backward_kernel",
         (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(inner, tile["BLOCK_N"]),),
@@ -284,7 +288,7 @@ def gate_up_backward(
     )
 
 
-def conv_gradient(partials: Buffer, total_conv: Buffer | None, total_bias: Buffer | None, tile: Tile) -> Launch:
+def conv_gradient(partials: Buffer, total_conv: Buffer | None, total_bias: Buffer | None, *, tile: Tile) -> Launch:
     """Adds up partials, in order, into the gradients of taps and bias.
 
     Args:

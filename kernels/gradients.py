@@ -50,6 +50,7 @@ then as with SwiGLU, except that weight_gradient takes (ds2, z) for the down pro
 
 import triton
 import triton.language as tl
+from trmfast.kernels.dot import narrow
 
 __all__ = ["add_to_target", "norm_gradient", "swiglu_gradient"]
 
@@ -76,4 +77,4 @@ def add_to_target(target, offsets, mask, value, ADD: tl.constexpr):
     if target is not None:
         if ADD:
             value += tl.load(target + offsets, mask, 0.0).to(tl.float32)
-        tl.store(target + offsets, value.to(target.dtype.element_ty), mask)
+        tl.store(target + offsets, narrow(value, target.dtype.element_ty), mask)

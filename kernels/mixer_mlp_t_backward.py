@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
-from trmfast.kernels.dot import dot
+from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.gradients import add_to_target, norm_gradient, swiglu_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection_backward import target_arguments
@@ -30,14 +30,26 @@ __all__ = ["mlp_t_backward", "mlp_t_norm_backward", "mlp_t_weight_gradient"]
 
 
 @triton.jit
-def _load_weights(gate_up, down, inner, INNER: tl.constexpr, LENGTH: tl.constexpr, STRIDE, BLOCK_L: tl.constexpr):
+def _load_weights(
+    gate_up,
+    down,
+    inner,
+    INNER: tl.constexpr,
+    LENGTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
     """Rows ``inner`` of gate and up, [inner, BLOCK_L], and columns ``inner`` of down, [BLOCK_L, inner]."""
     position = tl.arange(0, BLOCK_L)
-    inside = (inner < INNER)[:, None] & (position < LENGTH)[None, :]
     at = gate_up + inner[:, None] * STRIDE + position[None, :]
     down_at = down + position[:, None] * INNER + inner[None, :]
-    down_inside = (position < LENGTH)[:, None] & (inner < INNER)[None, :]
-    return tl.load(at, inside, 0.0), tl.load(at + INNER * STRIDE, inside, 0.0), tl.load(down_at, down_inside, 0.0)
+    inside = (position < LENGTH)[:, None]
+    if EVEN and STRIDE >= BLOCK_L:
+        return tl.load(at), tl.load(at + INNER * STRIDE), tl.load(down_at, inside, 0.0)
+    gate_inside = (inner < INNER)[:, None] & (position < LENGTH)[None, :]
+    inside = inside & (inner < INNER)[None, :]
+    return tl.load(at, gate_inside, 0.0), tl.load(at + INNER * STRIDE, gate_inside, 0.0), tl.load(down_at, inside, 0.0)
 
 
 @triton.jit
@@ -68,34 +80,37 @@ def mlp_t_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
+    EVEN: tl.constexpr = INNER % BLOCK_I == 0
     position = tl.arange(0, BLOCK_L)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     batch = tl.program_id(1).to(tl.int64)
     column_inside = column < WIDTH
-    mask = (position < LENGTH)[:, None] & column_inside[None, :]
+    mask = (position < LENGTH)[:, None]
+    if WIDTH % BLOCK_N != 0:
+        mask = mask & column_inside[None, :]
     at = batch * LENGTH * WIDTH + position[:, None] * WIDTH + column[None, :]
-    dtype = hidden.dtype.element_ty
+    dtype: tl.constexpr = hidden.dtype.element_ty
 
     grad = tl.load(gradient + at, mask, 0.0).to(tl.float32)
     y = tl.load(norm_output + at, mask, 0.0).to(tl.float32)
     total = norm_gradient(grad, y, tl.load(rstd + batch * WIDTH + column, column_inside, 0.0)[None, :], LENGTH, 0)
-    grad_s = total.to(dtype)
+    grad_s = narrow(total, dtype)
     if grad_sum is not None:
         tl.store(grad_sum + at, grad_s, mask)
     h = tl.load(hidden + at, mask, 0.0)
     zero = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
     for first in range(0, INNER, BLOCK_I):
         inner = first + tl.arange(0, BLOCK_I)
-        gate_weight, up_weight, down_weight = _load_weights(gate_up, down, inner, INNER, LENGTH, STRIDE, BLOCK_L)
+        gate_weight, up_weight, down_weight = _load_weights(gate_up, down, inner, INNER, LENGTH, STRIDE, EVEN, BLOCK_L)
         gate = dot(gate_weight, h, zero, PRECISION)
         up = dot(up_weight, h, zero, PRECISION)
-        grad_activation = dot(down_weight.T, grad_s, zero, PRECISION)
+        grad_activation = dot(tl.trans(down_weight), grad_s, zero, PRECISION)
         grad_gate, grad_up, _ = swiglu_gradient(gate, up, grad_activation)
-        total = dot(gate_weight.T, grad_gate.to(dtype), total, PRECISION)
-        total = dot(up_weight.T, grad_up.to(dtype), total, PRECISION)
+        total = dot(tl.trans(gate_weight), narrow(grad_gate, dtype), total, PRECISION)
+        total = dot(tl.trans(up_weight), narrow(grad_up, dtype), total, PRECISION)
 
     if out is not None:
-        tl.store(out + at, total.to(out.dtype.element_ty), mask)
+        tl.store(out + at, narrow(total, out.dtype.element_ty), mask)
     add_to_target(target0, at, mask, total, ADD & 1)
     add_to_target(target1, at, mask, total, ADD & 2)
     add_to_target(target2, at, mask, total, ADD & 4)
@@ -126,11 +141,12 @@ def mlp_t_weight_gradient_kernel(
     BLOCK_I: tl.constexpr,
 ):
     TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    EVEN: tl.constexpr = INNER % BLOCK_I == 0
     position = tl.arange(0, BLOCK_L)
     inner = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     split = tl.program_id(1)
-    dtype = hidden.dtype.element_ty
-    gate_weight, up_weight, down_weight = _load_weights(gate_up, down, inner, INNER, LENGTH, STRIDE, BLOCK_L)
+    dtype: tl.constexpr = hidden.dtype.element_ty
+    gate_weight, up_weight, down_weight = _load_weights(gate_up, down, inner, INNER, LENGTH, STRIDE, EVEN, BLOCK_L)
     zero = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
     sum_gate = tl.zeros((BLOCK_I, BLOCK_L), tl.float32)
     sum_up = tl.zeros((BLOCK_I, BLOCK_L), tl.float32)
@@ -139,19 +155,21 @@ def mlp_t_weight_gradient_kernel(
     share = tl.cdiv(steps, SPLITS)
     for i in range(split * share, tl.minimum((split + 1) * share, steps)):
         column = i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (position < LENGTH)[:, None] & (column < WIDTH)[None, :]
+        mask = (position < LENGTH)[:, None]
+        if WIDTH % BLOCK_N != 0:
+            mask = mask & (column < WIDTH)[None, :]
         at = (i // TILES).to(tl.int64) * LENGTH * WIDTH + position[:, None] * WIDTH + column[None, :]
         h = tl.load(hidden + at, mask, 0.0)
         grad_s = tl.load(grad_sum + at, mask, 0.0)
         gate = dot(gate_weight, h, zero, PRECISION)
         up = dot(up_weight, h, zero, PRECISION)
-        grad_activation = dot(down_weight.T, grad_s, zero, PRECISION)
+        grad_activation = dot(tl.trans(down_weight), grad_s, zero, PRECISION)
         grad_gate, grad_up, act = swiglu_gradient(gate, up, grad_activation)
         if total_gate_up is not None:
-            sum_gate = dot(grad_gate.to(dtype), h.T, sum_gate, PRECISION)
-            sum_up = dot(grad_up.to(dtype), h.T, sum_up, PRECISION)
+            sum_gate = dot(narrow(grad_gate, dtype), tl.trans(h), sum_gate, PRECISION)
+            sum_up = dot(narrow(grad_up, dtype), tl.trans(h), sum_up, PRECISION)
         if total_down is not None:
-            sum_down = dot(act.to(dtype), grad_s.T, sum_down, PRECISION)
+            sum_down = dot(narrow(act, dtype), tl.trans(grad_s), sum_down, PRECISION)
 
     inside = (inner < INNER)[:, None] & (position < LENGTH)[None, :]
     if total_gate_up is not None:
@@ -182,7 +200,9 @@ def mlp_t_norm_backward_kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, LENGTH, BLOCK_M):
         position = first + tl.arange(0, BLOCK_M)
-        mask = (position < LENGTH)[:, None] & column_inside[None, :]
+        mask = (position < LENGTH)[:, None]
+        if WIDTH % BLOCK_N != 0:
+            mask = mask & column_inside[None, :]
         at = start + position[:, None] * WIDTH + column[None, :]
         grad = tl.load(gradient + at, mask, 0.0).to(tl.float32)
         sums += grad * tl.load(norm_output + at, mask, 0.0).to(tl.float32)
@@ -190,11 +210,13 @@ def mlp_t_norm_backward_kernel(
     r = tl.load(rstd + batch * WIDTH + column, column_inside, 0.0)
     for first in range(0, LENGTH, BLOCK_M):
         position = first + tl.arange(0, BLOCK_M)
-        mask = (position < LENGTH)[:, None] & column_inside[None, :]
+        mask = (position < LENGTH)[:, None]
+        if WIDTH % BLOCK_N != 0:
+            mask = mask & column_inside[None, :]
         at = start + position[:, None] * WIDTH + column[None, :]
         grad = tl.load(gradient + at, mask, 0.0).to(tl.float32)
         y = tl.load(norm_output + at, mask, 0.0).to(tl.float32)
-        tl.store(out + at, (r[None, :] * (grad - y * mean[None, :])).to(out.dtype.element_ty), mask)
+        tl.store(out + at, narrow(r[None, :] * (grad - y * mean[None, :]), out.dtype.element_ty), mask)
 
 
 def _block_l(length: int) -> int:
@@ -210,8 +232,8 @@ def mlp_t_backward(
     down: Buffer,
     grad_sum: Buffer | None,
     out: Buffer | None,
-    tile: Tile,
     *,
+    tile: Tile,
     targets: Sequence[tuple[Buffer, bool]] = (),
     precision: str = "ieee",
 ) -> Launch:
@@ -222,7 +244,7 @@ def mlp_t_backward(
         gradient: of h1, [B, L, D].
         norm_output: h1, [B, L, D].
         rstd: of the norm over the sequence, [B, D] float32.
-        gate_up: [2It, L], or with rows padded to more than L elements.
+        gate_up: [2 It, W] with W >= L, zeros from L on.
         down: [L, It].
         grad_sum: result ds1 [B, L, D], which :func:`mlp_t_weight_gradient` takes; None where nobody needs it.
         out: result, the gradient of h, [B, L, D]; None if there are targets only.
@@ -270,8 +292,8 @@ def mlp_t_weight_gradient(
     down: Buffer,
     total_gate_up: Buffer | None,
     total_down: Buffer | None,
-    tile: Tile,
     *,
+    tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
     """Adds to the gradients of the mixer's weights, for a sequence that fits a tile.
@@ -279,9 +301,9 @@ def mlp_t_weight_gradient(
     Args:
         hidden: h, the block's input, [B, L, D].
         grad_sum: ds1 [B, L, D].
-        gate_up: [2It, L], or with rows padded to more than L elements.
+        gate_up: [2 It, W] with W >= L, zeros from L on.
         down: [L, It].
-        total_gate_up: [splits, 2It, L] float32, added to; None if it is not wanted.
+        total_gate_up: [splits, 2 It, L] float32, added to; None if it is not wanted.
         total_down: [splits, L, It] float32, added to; None if it is not wanted.
         tile: BLOCK_N columns a step, BLOCK_I inner rows.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
@@ -324,7 +346,7 @@ def mlp_t_weight_gradient(
     )
 
 
-def mlp_t_norm_backward(gradient: Buffer, norm_output: Buffer, rstd: Buffer, out: Buffer, tile: Tile) -> Launch:
+def mlp_t_norm_backward(gradient: Buffer, norm_output: Buffer, rstd: Buffer, out: Buffer, *, tile: Tile) -> Launch:
     """From the gradient of h1, a norm over the sequence of s, to that of s.
 
     Args:

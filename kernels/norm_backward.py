@@ -5,8 +5,11 @@ the last norm of a net needs it, and those below an ``mlp_t`` mixer: elsewhere t
 rows in registers and applies the norm's gradient to them (projection_backward).
 """
 
+from math import prod
+
 import triton
 import triton.language as tl
+from trmfast.kernels.dot import narrow
 from trmfast.kernels.gradients import norm_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
 
@@ -24,31 +27,35 @@ def norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0) * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    row_inside = row < rows - first_row
     column = tl.arange(0, BLOCK_N)
-    row_inside = row < rows
-    mask = row_inside[:, None] & (column < WIDTH)[None, :]
-    at = row[:, None].to(tl.int64) * WIDTH + column[None, :]
+    mask = row_inside[:, None]
+    if WIDTH != BLOCK_N:
+        mask = mask & (column < WIDTH)[None, :]
+    at = first_row.to(tl.int64) * WIDTH + row[:, None] * WIDTH + column[None, :]
     grad = tl.load(gradient + at, mask, 0.0).to(tl.float32)
     y = tl.load(norm_output + at, mask, 0.0).to(tl.float32)
-    result = norm_gradient(grad, y, tl.load(rstd + row, row_inside, 0.0)[:, None], WIDTH, 1)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask)
+    scale = tl.load(rstd + first_row + row, row_inside, 0.0)
+    result = norm_gradient(grad, y, scale[:, None], WIDTH, 1)
+    tl.store(out + at, narrow(result, out.dtype.element_ty), mask)
 
 
-def norm_backward(gradient: Buffer, norm_output: Buffer, rstd: Buffer, out: Buffer, tile: Tile) -> Launch:
+def norm_backward(gradient: Buffer, norm_output: Buffer, rstd: Buffer, out: Buffer, *, tile: Tile) -> Launch:
     """From the gradient of ``y = rms_norm(s)`` to that of s.
 
     Args:
-        gradient: of y, [T, D], the compute dtype or float32.
-        norm_output: y, [T, D].
-        rstd: [T] float32.
-        out: result [T, D].
+        gradient: of y, [..., D], the compute dtype or float32.
+        norm_output: y, [..., D].
+        rstd: [...] float32.
+        out: result [..., D].
         tile: BLOCK_M rows, BLOCK_N >= D.
 
     Raises:
         ValueError: BLOCK_N < D.
     """
-    rows, width = norm_output.shape
+    rows, width = prod(norm_output.shape[:-1]), norm_output.shape[-1]
     if tile["BLOCK_N"] < width:
         raise ValueError(f"tile: got BLOCK_N {tile['BLOCK_N']}, accepted is at least {width}")
     return Launch.of(

@@ -20,10 +20,11 @@ D], out and residual are [B, N, D] with N = L.
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import triton
 import triton.language as tl
-from trmfast.kernels.dot import dot
+from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.gradients import add_to_target, norm_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
 
@@ -51,62 +52,71 @@ def projection_backward_kernel(
     rows,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ADD: tl.constexpr,
+    STRIDE: tl.constexpr,  # of the rows of weight
+    CHANNELS: tl.constexpr,  # D if transposed, otherwise 0
+    ADD: tl.constexpr,  # bit i: target i is added to
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    row = tl.program_id(0) // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0) // COLUMN_TILES * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    row_inside = row < rows - first_row
     column = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    near_column = column
+    if COLUMN_TILES * BLOCK_N > STRIDE:
+        near_column = tl.minimum(column, WIDTH - 1)
     step = tl.arange(0, BLOCK_K)
-    batch = tl.program_id(1).to(tl.int64)
-    row_inside = row < rows
-    column_inside = column < WIDTH
-
-    if TRANSPOSED:
-        gradient_at = gradient + batch * DEPTH * rows + row[:, None] + step[None, :] * rows
-        gradient_step = BLOCK_K * rows
-        result = batch * WIDTH * rows + column[None, :] * rows + row[:, None]
+    if CHANNELS > 0:
+        batch = tl.program_id(1).to(tl.int64)
+        near_row = row
+        if CHANNELS % BLOCK_M != 0:
+            near_row = tl.minimum(row, rows - first_row - 1)
+        start = batch * DEPTH * CHANNELS + first_row
+        offsets = near_row[:, None] + step[None, :] * CHANNELS
+        pitch = CHANNELS
+        result = batch * WIDTH * CHANNELS + first_row
+        result_offsets = column[None, :] * CHANNELS + row[:, None]
     else:
-        gradient_at = gradient + row[:, None].to(tl.int64) * DEPTH + step[None, :]
-        gradient_step = BLOCK_K
-        result = row[:, None].to(tl.int64) * WIDTH + column[None, :]
-    weight_at = weight + step[:, None] * STRIDE + column[None, :]
+        start = first_row.to(tl.int64) * DEPTH
+        offsets = tl.minimum(row, rows - first_row - 1)[:, None] * DEPTH + step[None, :]
+        pitch = 1
+        result = first_row.to(tl.int64) * WIDTH
+        result_offsets = row[:, None] * WIDTH + column[None, :]
+    weight_offsets = step[:, None] * STRIDE + near_column[None, :]
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, DEPTH, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
-            gradient_mask = row_inside[:, None]
-            weight_mask = column_inside[None, :]
+            g = tl.load(gradient + start + k * pitch + offsets)
+            w = tl.load(weight + k * STRIDE + weight_offsets)
         else:
             left = step < DEPTH - k
-            gradient_mask = row_inside[:, None] & left[None, :]
-            weight_mask = left[:, None] & column_inside[None, :]
-        g = tl.load(gradient_at, gradient_mask, 0.0)
-        total = dot(g, tl.load(weight_at, weight_mask, 0.0), total, PRECISION)
-        gradient_at += gradient_step
-        weight_at += BLOCK_K * STRIDE
+            g = tl.load(gradient + start + k * pitch + offsets, left[None, :], 0.0)
+            w = tl.load(weight + k * STRIDE + weight_offsets, left[:, None], 0.0)
+        total = dot(g, w, total, PRECISION)
 
-    mask = row_inside[:, None] & column_inside[None, :]
+    mask = row_inside[:, None]
+    if WIDTH % BLOCK_N != 0:
+        mask = mask & (column < WIDTH)[None, :]
     if residual is not None:
-        total += tl.load(residual + result, mask, 0.0).to(tl.float32)
+        total += tl.load(residual + result + result_offsets, mask, 0.0).to(tl.float32)
     if norm_output is not None:
-        y = tl.load(norm_output + result, mask, 0.0).to(tl.float32)
-        total = norm_gradient(total, y, tl.load(rstd + row, row_inside, 0.0)[:, None], WIDTH, 1)
+        y = tl.load(norm_output + result + result_offsets, mask, 0.0).to(tl.float32)
+        scale = tl.load(rstd + first_row + row, row_inside, 0.0)
+        total = norm_gradient(total, y, scale[:, None], WIDTH, 1)
     if out is not None:
-        tl.store(out + result, total.to(out.dtype.element_ty), mask)
-    add_to_target(target0, result, mask, total, ADD & 1)
-    add_to_target(target1, result, mask, total, ADD & 2)
-    add_to_target(target2, result, mask, total, ADD & 4)
-    add_to_target(target3, result, mask, total, ADD & 8)
-    add_to_target(target4, result, mask, total, ADD & 16)
-    add_to_target(target5, result, mask, total, ADD & 32)
-    add_to_target(target6, result, mask, total, ADD & 64)
-    add_to_target(target7, result, mask, total, ADD & 128)
+        tl.store(out + result + result_offsets, narrow(total, out.dtype.element_ty), mask)
+    add_to_target(target0, result + result_offsets, mask, total, ADD & 1)
+    add_to_target(target1, result + result_offsets, mask, total, ADD & 2)
+    add_to_target(target2, result + result_offsets, mask, total, ADD & 4)
+    add_to_target(target3, result + result_offsets, mask, total, ADD & 8)
+    add_to_target(target4, result + result_offsets, mask, total, ADD & 16)
+    add_to_target(target5, result + result_offsets, mask, total, ADD & 32)
+    add_to_target(target6, result + result_offsets, mask, total, ADD & 64)
+    add_to_target(target7, result + result_offsets, mask, total, ADD & 128)
 
 
 def target_arguments(
@@ -132,9 +142,9 @@ def target_arguments(
 def projection_backward(
     gradient: Buffer,
     weight: Buffer,
-    out: Buffer | None,
-    tile: Tile,
+    out: Buffer | None = None,
     *,
+    tile: Tile,
     residual: Buffer | None = None,
     norm_output: Buffer | None = None,
     rstd: Buffer | None = None,
@@ -146,14 +156,14 @@ def projection_backward(
     """``gradient @ weight (+ residual)``, then the gradient of a norm, or sums into gradients of states.
 
     Args:
-        gradient: of the layer's output, [T, K]; transposed [B, K, D].
-        weight: [K, N]; transposed [K, L], or with rows padded to more than L elements.
-        out: result [T, N]; transposed [B, L, D]; None if there are targets only.
+        gradient: of the layer's output, [..., K]; transposed [B, K, D].
+        weight: [K, N]; transposed [K, W] with W >= L, zeros from L on.
+        out: result [..., N]; transposed [B, L, D]; None if there are targets only.
         tile: BLOCK_M rows, BLOCK_N columns, BLOCK_K; with a norm BLOCK_N >= N.
         residual: added to the product, the shape of ``out``; the gradient that goes around the layer.
-        norm_output: y [T, N] of the norm whose output's gradient the sum is; ``out`` is then the gradient of the norm's
-            input.  Not with transposed or targets.
-        rstd: of that norm, [T] float32.
+        norm_output: y [..., N] of the norm whose output's gradient the sum is; ``out`` is then the gradient of the
+            norm's input.  Not with transposed or targets.
+        rstd: of that norm, [...] float32.
         targets: float32 buffers of the shape of ``out``, and whether to add to them (True) or to overwrite them.
         transposed: whether the layer runs over the sequence.
         width: L, if transposed; otherwise N is the weight's.
@@ -164,7 +174,7 @@ def projection_backward(
     """
     depth = weight.shape[0]
     width = width or weight.shape[1]
-    rows = gradient.shape[-1] if transposed else gradient.shape[0]
+    rows = gradient.shape[-1] if transposed else prod(gradient.shape[:-1])
     batch = gradient.shape[0] if transposed else 1
     if norm_output is not None and (transposed or targets or tile["BLOCK_N"] < width):
         raise ValueError(
@@ -191,7 +201,7 @@ def projection_backward(
             "DEPTH": depth,
             "WIDTH": width,
             "STRIDE": weight.shape[1],
-            "TRANSPOSED": transposed,
+            "CHANNELS": rows if transposed else 0,
             "ADD": add,
             "PRECISION": precision,
         },

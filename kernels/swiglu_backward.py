@@ -15,9 +15,11 @@ the intermediates are [B, inner, D], so that memory is contiguous along rows of 
 L.
 """
 
+from math import prod
+
 import triton
 import triton.language as tl
-from trmfast.kernels.dot import dot
+from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.gradients import swiglu_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
 
@@ -35,72 +37,82 @@ def swiglu_backward_kernel(
     rows,
     DEPTH: tl.constexpr,
     INNER: tl.constexpr,
-    STRIDE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    STRIDE: tl.constexpr,  # of the rows of gate_up
+    CHANNELS: tl.constexpr,  # D if transposed, otherwise 0
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     COLUMN_TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
-    row = tl.program_id(0) // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    step = tl.arange(0, BLOCK_K)
-    batch = tl.program_id(1).to(tl.int64)
-    row_inside = row < rows
+    PADDED: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K * BLOCK_K <= STRIDE
+    first_row = tl.program_id(0) // COLUMN_TILES * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    row_inside = row < rows - first_row
+    first_column = tl.program_id(0) % COLUMN_TILES * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
     column_inside = column < INNER
-
-    if TRANSPOSED:
-        source = batch * DEPTH * rows + row[:, None] + step[None, :] * rows
-        source_step = BLOCK_K * rows
+    near_column = column
+    if INNER % BLOCK_N != 0:
+        near_column = tl.minimum(column, INNER - 1)
+    step = tl.arange(0, BLOCK_K)
+    if CHANNELS > 0:
+        batch = tl.program_id(1).to(tl.int64)
+        start = batch * DEPTH * CHANNELS + first_row
+        near_row = row
+        if CHANNELS % BLOCK_M != 0:
+            near_row = tl.minimum(row, rows - first_row - 1)
+        offsets = near_row[:, None] + step[None, :] * CHANNELS
+        pitch = CHANNELS
     else:
-        source = row[:, None].to(tl.int64) * DEPTH + step[None, :]
-        source_step = BLOCK_K
-    hidden_at = hidden + source
-    gradient_at = gradient + source
-    gate_at = gate_up + column[:, None] * STRIDE + step[None, :]
-    down_at = down + step[:, None] * INNER + column[None, :]
+        start = first_row.to(tl.int64) * DEPTH
+        offsets = tl.minimum(row, rows - first_row - 1)[:, None] * DEPTH + step[None, :]
+        pitch = 1
+    gate_offsets = near_column[:, None] * STRIDE + step[None, :]
+    down_offsets = step[:, None] * INNER + near_column[None, :]
 
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     grad_activation = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, DEPTH, BLOCK_K):
+        at = start + k * pitch
         if DEPTH % BLOCK_K == 0:
-            source_mask = row_inside[:, None]
-            gate_mask = column_inside[:, None]
-            down_mask = column_inside[None, :]
+            h = tl.load(hidden + at + offsets)
+            g = tl.load(gradient + at + offsets)
+            down_tile = tl.load(down + k * INNER + down_offsets)
         else:
             left = step < DEPTH - k
-            source_mask = row_inside[:, None] & left[None, :]
-            gate_mask = column_inside[:, None] & left[None, :]
-            down_mask = left[:, None] & column_inside[None, :]
-        h = tl.load(hidden_at, source_mask, 0.0)
-        g = tl.load(gradient_at, source_mask, 0.0)
-        gate = dot(h, tl.load(gate_at, gate_mask, 0.0).T, gate, PRECISION)
-        up = dot(h, tl.load(gate_at + INNER * STRIDE, gate_mask, 0.0).T, up, PRECISION)
-        grad_activation = dot(g, tl.load(down_at, down_mask, 0.0), grad_activation, PRECISION)
-        hidden_at += source_step
-        gradient_at += source_step
-        gate_at += BLOCK_K
-        down_at += BLOCK_K * INNER
+            h = tl.load(hidden + at + offsets, left[None, :], 0.0)
+            g = tl.load(gradient + at + offsets, left[None, :], 0.0)
+            down_tile = tl.load(down + k * INNER + down_offsets, left[:, None], 0.0)
+        if PADDED:
+            gate_tile = tl.load(gate_up + k + gate_offsets)
+            up_tile = tl.load(gate_up + INNER * STRIDE + k + gate_offsets)
+        else:
+            left = step < DEPTH - k
+            gate_tile = tl.load(gate_up + k + gate_offsets, left[None, :], 0.0)
+            up_tile = tl.load(gate_up + INNER * STRIDE + k + gate_offsets, left[None, :], 0.0)
+        gate = dot(h, tl.trans(gate_tile), gate, PRECISION)
+        up = dot(h, tl.trans(up_tile), up, PRECISION)
+        grad_activation = dot(g, down_tile, grad_activation, PRECISION)
 
     grad_gate, grad_up, act = swiglu_gradient(gate, up, grad_activation)
     mask = row_inside[:, None] & column_inside[None, :]
-    if TRANSPOSED:
-        result = batch * 2 * INNER * rows + column[None, :].to(tl.int64) * rows + row[:, None]
-        half = INNER * rows
+    dtype: tl.constexpr = grad_gate_up.dtype.element_ty
+    if CHANNELS > 0:
+        start = tl.program_id(1).to(tl.int64) * INNER * CHANNELS + first_row
+        offsets = column[None, :] * CHANNELS + row[:, None]
+        result = grad_gate_up + 2 * start - first_row + offsets
+        half = INNER * CHANNELS
     else:
-        result = row[:, None].to(tl.int64) * (2 * INNER) + column[None, :]
+        start = first_row.to(tl.int64) * INNER
+        offsets = row[:, None] * INNER + column[None, :]
+        result = grad_gate_up + 2 * start + row[:, None] * (2 * INNER) + column[None, :]
         half = INNER
-    dtype = grad_gate_up.dtype.element_ty
-    tl.store(grad_gate_up + result, grad_gate.to(dtype), mask)
-    tl.store(grad_gate_up + result + half, grad_up.to(dtype), mask)
+    tl.store(result, narrow(grad_gate, dtype), mask)
+    tl.store(result + half, narrow(grad_up, dtype), mask)
     if activation is not None:
-        if TRANSPOSED:
-            result = batch * INNER * rows + column[None, :].to(tl.int64) * rows + row[:, None]
-        else:
-            result = row[:, None].to(tl.int64) * INNER + column[None, :]
-        tl.store(activation + result, act.to(dtype), mask)
+        tl.store(activation + start + offsets, narrow(act, dtype), mask)
 
 
 def swiglu_backward(
@@ -109,27 +121,27 @@ def swiglu_backward(
     gate_up: Buffer,
     down: Buffer,
     grad_gate_up: Buffer,
-    activation: Buffer | None,
-    tile: Tile,
+    activation: Buffer | None = None,
     *,
+    tile: Tile,
     transposed: bool = False,
     precision: str = "ieee",
 ) -> Launch:
     """From the gradient of a SwiGLU's output to those of gate and up.
 
     Args:
-        hidden: its input, [T, D]; transposed [B, L, D].
+        hidden: its input, [..., D]; transposed [B, L, D].
         gradient: of its output, the shape of ``hidden``.
-        gate_up: [2I, D]; transposed [2I, L], or with rows padded to more than L elements.
+        gate_up: [2 I, D], or transposed [2 I, W] with W >= L, zeros from L on.
         down: [D, I]; transposed [L, I].
-        grad_gate_up: result, [T, 2I]; transposed [B, 2I, D].
-        activation: result ``silu(gate) * up``, [T, I]; transposed [B, I, D]; None where nobody needs it.
+        grad_gate_up: result, [..., 2 I]; transposed [B, 2 I, D].
+        activation: result ``silu(gate) * up``, [..., I]; transposed [B, I, D]; None where nobody needs it.
         tile: BLOCK_M rows, BLOCK_N inner columns, BLOCK_K.
         transposed: whether the product runs over the sequence.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
     depth, inner = down.shape
-    rows = hidden.shape[-1] if transposed else hidden.shape[0]
+    rows = hidden.shape[-1] if transposed else prod(hidden.shape[:-1])
     batch = hidden.shape[0] if transposed else 1
     tiles = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(inner, tile["BLOCK_N"])
     return Launch.of(
@@ -150,7 +162,7 @@ def swiglu_backward(
             "DEPTH": depth,
             "INNER": inner,
             "STRIDE": gate_up.shape[1],
-            "TRANSPOSED": transposed,
+            "CHANNELS": rows if transposed else 0,
             "PRECISION": precision,
         },
         tile=tile,

@@ -19,6 +19,7 @@ Transposed, for the mixer over the sequence: gradient is [B, out, D] and source 
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import triton
 import triton.language as tl
@@ -40,7 +41,7 @@ def _accumulate(
     OUT: tl.constexpr,
     IN: tl.constexpr,
     SPLITS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -51,46 +52,47 @@ def _accumulate(
     split = program // TILES
     m = program % TILES // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     n = program % TILES % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    near_m = m
+    if OUT % BLOCK_M != 0:
+        near_m = tl.minimum(m, OUT - 1)
+    near_n = n
+    if IN % BLOCK_N != 0:
+        near_n = tl.minimum(n, IN - 1)
     k = tl.arange(0, BLOCK_K)
-    m_inside = m < OUT
-    n_inside = n < IN
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if DEPTH == 0:
-        steps = tl.cdiv(rows, BLOCK_K)
-        share = tl.cdiv(steps, SPLITS)
-        begin = split * share * BLOCK_K
-        end = tl.minimum(begin + share * BLOCK_K, rows)
-        gradient_at = gradient + (begin + k)[:, None].to(tl.int64) * OUT + m[None, :]
-        source_at = source + (begin + k)[:, None].to(tl.int64) * IN + n[None, :]
+    if CHANNELS == 0:
+        share = tl.cdiv(tl.cdiv(rows, BLOCK_K), SPLITS) * BLOCK_K
+        begin = split * share
+        end = tl.minimum(begin + share, rows)
+        gradient_offsets = k[:, None] * OUT + near_m[None, :]
+        source_offsets = k[:, None] * IN + near_n[None, :]
         for at in range(begin, end, BLOCK_K):
-            left = k < end - at
-            g = tl.load(gradient_at, left[:, None] & m_inside[None, :], 0.0)
-            x = tl.load(source_at, left[:, None] & n_inside[None, :], 0.0)
-            acc = dot(g.T, x, acc, PRECISION)
-            gradient_at += BLOCK_K * OUT
-            source_at += BLOCK_K * IN
+            left = (k < end - at)[:, None]
+            g = tl.load(gradient + tl.cast(at, tl.int64) * OUT + gradient_offsets, left, 0.0)
+            x = tl.load(source + tl.cast(at, tl.int64) * IN + source_offsets, left, 0.0)
+            acc = dot(tl.trans(g), x, acc, PRECISION)
     else:
-        STEPS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
+        STEPS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
         share = tl.cdiv(rows * STEPS, SPLITS)
         begin = split * share
         end = tl.minimum(begin + share, rows * STEPS)
+        gradient_offsets = near_m[:, None] * CHANNELS + k[None, :]
+        source_offsets = near_n[:, None] * CHANNELS + k[None, :]
         for at in range(begin, end):
-            batch = (at // STEPS).to(tl.int64)
-            depth = at % STEPS * BLOCK_K + k
-            left = depth < DEPTH
-            g = tl.load(
-                gradient + batch * OUT * DEPTH + m[:, None] * DEPTH + depth[None, :],
-                m_inside[:, None] & left[None, :],
-                0.0,
-            )
-            x = tl.load(
-                source + batch * IN * DEPTH + n[:, None] * DEPTH + depth[None, :],
-                n_inside[:, None] & left[None, :],
-                0.0,
-            )
-            acc = dot(g, x.T, acc, PRECISION)
+            batch = tl.cast(at // STEPS, tl.int64)
+            first = at % STEPS * BLOCK_K
+            gradient_at = gradient + (batch * (OUT * CHANNELS) + first) + gradient_offsets
+            source_at = source + (batch * (IN * CHANNELS) + first) + source_offsets
+            if CHANNELS % BLOCK_K == 0:
+                g = tl.load(gradient_at)
+                x = tl.load(source_at)
+            else:
+                left = (k < CHANNELS - first)[None, :]
+                g = tl.load(gradient_at, left, 0.0)
+                x = tl.load(source_at, left, 0.0)
+            acc = dot(g, tl.trans(x), acc, PRECISION)
     result = total + split.to(tl.int64) * OUT * IN + m[:, None] * IN + n[None, :]
-    mask = m_inside[:, None] & n_inside[None, :]
+    mask = (m < OUT)[:, None] & (n < IN)[None, :]
     tl.store(result, tl.load(result, mask, 0.0) + acc, mask)
 
 
@@ -121,7 +123,7 @@ def weight_gradient_kernel(
     OUT3: tl.constexpr,
     IN3: tl.constexpr,
     SPLITS3: tl.constexpr,
-    DEPTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -133,7 +135,7 @@ def weight_gradient_kernel(
     i = tl.program_id(0)
     if i < END0:
         _accumulate(
-            gradient0, source0, total0, i, rows, OUT0, IN0, SPLITS0, DEPTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            gradient0, source0, total0, i, rows, OUT0, IN0, SPLITS0, CHANNELS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
         )
     if total1 is not None:  # noqa: SIM102 (known when compiled, the next one is not)
         if (i >= END0) & (i < END1):
@@ -146,7 +148,7 @@ def weight_gradient_kernel(
                 OUT1,
                 IN1,
                 SPLITS1,
-                DEPTH,
+                CHANNELS,
                 PRECISION,
                 BLOCK_M,
                 BLOCK_N,
@@ -163,7 +165,7 @@ def weight_gradient_kernel(
                 OUT2,
                 IN2,
                 SPLITS2,
-                DEPTH,
+                CHANNELS,
                 PRECISION,
                 BLOCK_M,
                 BLOCK_N,
@@ -180,7 +182,7 @@ def weight_gradient_kernel(
                 OUT3,
                 IN3,
                 SPLITS3,
-                DEPTH,
+                CHANNELS,
                 PRECISION,
                 BLOCK_M,
                 BLOCK_N,
@@ -200,15 +202,15 @@ def sum_splits_kernel(parts, out, size, SPLITS: tl.constexpr, BLOCK_N: tl.conste
 
 def weight_gradient(
     products: Sequence[tuple[Buffer, Buffer, Buffer]],
-    tile: Tile,
     *,
+    tile: Tile,
     transposed: bool = False,
     precision: str = "ieee",
 ) -> Launch:
     """Adds to the gradients of one to four weights, all of them over the same rows.
 
     Args:
-        products: for each weight the gradient of its layer's output [T, out], the layer's input [T, in], and the
+        products: for each weight the gradient of its layer's output [..., out], the layer's input [..., in], and the
             float32 total [out, in] or [splits, out, in]; transposed [B, out, D], [B, in, D] and the same totals.
         tile: BLOCK_M of out, BLOCK_N of in, BLOCK_K rows.
         transposed: whether the layers run over the sequence.
@@ -222,8 +224,9 @@ def weight_gradient(
     arguments: dict[str, Buffer | int | float | None] = {}
     constants: dict[str, int | str] = {}
     programs, flops = 0, 0
-    rows = products[0][0].shape[0]
-    depth = products[0][0].shape[-1] if transposed else 0
+    shape = products[0][0].shape
+    rows = shape[0] if transposed else prod(shape[:-1])
+    channels = shape[-1] if transposed else 0
     for i in range(MAX_PRODUCTS):
         gradient, source, total = products[i] if i < len(products) else (None, None, None)
         arguments.update({f"gradient{i}": gradient, f"source{i}": source, f"total{i}": total})
@@ -232,7 +235,7 @@ def weight_gradient(
             out, inner = total.shape[-2:]
             splits = total.shape[0] if len(total.shape) == 3 else 1
             programs += triton.cdiv(out, tile["BLOCK_M"]) * triton.cdiv(inner, tile["BLOCK_N"]) * splits
-            flops += 2 * rows * (depth or 1) * out * inner
+            flops += 2 * rows * (channels or 1) * out * inner
         constants.update({f"OUT{i}": out, f"IN{i}": inner, f"SPLITS{i}": splits})
     totals = [f"total{i}" for i in range(len(products))]
     return Launch.of(
@@ -241,13 +244,13 @@ def weight_gradient(
         {**arguments, "rows": rows},
         reads=(*(name for name in arguments if not name.startswith("total")), *totals),
         writes=totals,
-        constants={**constants, "DEPTH": depth, "PRECISION": precision},
+        constants={**constants, "CHANNELS": channels, "PRECISION": precision},
         tile=tile,
         flops=flops,
     )
 
 
-def sum_splits(parts: Buffer, out: Buffer, tile: Tile) -> Launch:
+def sum_splits(parts: Buffer, out: Buffer, *, tile: Tile) -> Launch:
     """``out = parts.sum(0)``: the splits of a weight's gradient, [splits, ...] to [...], both float32.
 
     Args:
