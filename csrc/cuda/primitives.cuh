@@ -50,6 +50,7 @@
 //   lane l names row l % 16, columns 8 * (l / 16); for B stored [n][k] (k contiguous) ldmatrix is plain.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -92,6 +93,7 @@ template <class T> struct GlobalPtr {
   T* pointer;
 
   HOST_DEVICE GlobalPtr operator+(int64_t elements) const { return {pointer + elements}; }
+  HOST_DEVICE GlobalPtr operator-(int64_t elements) const { return {pointer - elements}; }
   HOST_DEVICE explicit operator bool() const { return pointer != nullptr; }
   template <class U = T, class = std::enable_if_t<!std::is_const<U>::value>>
   HOST_DEVICE operator GlobalPtr<const U>() const {
@@ -107,6 +109,7 @@ template <class T> struct SharedPtr {
   HOST_DEVICE SharedPtr operator+(int elements) const {
     return {address + static_cast<uint32_t>(elements) * static_cast<uint32_t>(sizeof(T))};
   }
+  HOST_DEVICE SharedPtr operator-(int elements) const { return *this + -elements; }
   template <class U = T, class = std::enable_if_t<!std::is_const<U>::value>>
   HOST_DEVICE operator SharedPtr<const U>() const {
     return {address};
