@@ -64,6 +64,11 @@ def swiglu_kernel(
         column = i + pair
         if INTER % BLOCK_I != 0:
             column = tl.minimum(column, INTER - 1)
+        # Early, so that the gate and up product hides its way from L2.
+        if INTER % BLOCK_I == 0:
+            c = tl.load(down + i + down_offsets)
+        else:
+            c = tl.load(down + i + down_offsets, mask=(i + inner < INTER)[None, :], other=0.0)
         b_offsets = (column + half * INTER)[:, None] * D + depth[None, :]
         both = tl.zeros((BLOCK_M, 2 * BLOCK_I), tl.float32)
         for k in range(0, D, BLOCK_K):
@@ -77,10 +82,6 @@ def swiglu_kernel(
             both = dot(a, tl.trans(b), both, PRECISION)
         gate, up = part_columns(both, GROUP)
         activation = narrow(silu(gate) * up, hidden.dtype.element_ty)
-        if INTER % BLOCK_I == 0:
-            c = tl.load(down + i + down_offsets)
-        else:
-            c = tl.load(down + i + down_offsets, mask=(i + inner < INTER)[None, :], other=0.0)
         h = dot(activation, tl.trans(c), h, PRECISION)
     store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
 
