@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -40,6 +40,12 @@ class Buffer:
             raise IndexError(f"index: got {index}, accepted are 0 to {self.shape[0] - 1} of {self.name}")
         rest = self.shape[1:]
         return Buffer(self.name, rest, self.dtype, self.offset + index * prod(rest))
+
+    def view(self, *shape: int) -> Buffer:
+        """The same elements in another shape."""
+        if prod(shape) != self.numel:
+            raise ValueError(f"shape: got {shape}, accepted are shapes of {self.numel} elements, as {self.name} has")
+        return replace(self, shape=shape)
 
     @property
     def numel(self) -> int:
@@ -139,17 +145,93 @@ class Plan:
         launches: the launches.
         inputs: buffers that the caller fills before.
         outputs: buffers that the caller reads after; they may be inputs too.
+        zeros: buffers that must be zero before the first launch.
     """
 
     launches: tuple[Launch, ...]
     inputs: tuple[Buffer, ...] = ()
     outputs: tuple[Buffer, ...] = ()
+    zeros: tuple[Buffer, ...] = ()
 
     def __iter__(self) -> Iterator[Launch]:
         return iter(self.launches)
 
     def __len__(self) -> int:
         return len(self.launches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the launches move, see :attr:`Launch.nbytes`."""
+        return sum(launch.nbytes for launch in self.launches)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of all matrix products."""
+        return sum(launch.flops for launch in self.launches)
+
+    def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
+        """Elements and dtype of every buffer by name, inputs and outputs too."""
+        found: dict[str, tuple[int, torch.dtype]] = {}
+        used = (buffer for launch in self.launches for buffer in launch.buffers((*launch.reads, *launch.writes)))
+        for buffer in (*self.inputs, *self.outputs, *self.zeros, *used):
+            size = max(buffer.offset + buffer.numel, found.get(buffer.name, (0, buffer.dtype))[0])
+            found[buffer.name] = (size, buffer.dtype)
+        return found
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of the buffers that are neither inputs nor outputs."""
+        outside = {buffer.name for buffer in (*self.inputs, *self.outputs)}
+        return sum(size * dtype.itemsize for name, (size, dtype) in self.sizes().items() if name not in outside)
+
+    def packed(self) -> Plan:
+        """The same plan with its scratch buffers in one allocation a dtype, where those that live at different times share
+        memory."""
+        outside = {buffer.name for buffer in (*self.inputs, *self.outputs, *self.zeros)}
+        lives: dict[str, tuple[int, int]] = {}
+        for i, launch in enumerate(self.launches):
+            for buffer in launch.buffers((*launch.reads, *launch.writes)):
+                if buffer.name not in outside:
+                    lives[buffer.name] = (lives.get(buffer.name, (i, i))[0], i)
+        sizes = self.sizes()
+        places: dict[str, tuple[str, int]] = {}
+        for dtype in {sizes[name][1] for name in lives}:
+            arena = f"scratch.{dtype}".replace("torch.", "")
+            names = [name for name in lives if sizes[name][1] == dtype]
+            step = _ALIGNMENT // dtype.itemsize
+            spans = [(-(-sizes[name][0] // step) * step, *lives[name]) for name in names]
+            places.update((name, (arena, at)) for name, at in zip(names, _place(spans), strict=True))
+
+        def move(value: Buffer | int | float | None) -> Buffer | int | float | None:
+            if isinstance(value, Buffer) and value.name in places:
+                arena, at = places[value.name]
+                return replace(value, name=arena, offset=at + value.offset)
+            return value
+
+        launches = tuple(
+            replace(launch, arguments=tuple((name, move(value)) for name, value in launch.arguments))
+            for launch in self.launches
+        )
+        return replace(self, launches=launches)
+
+
+_ALIGNMENT = 256
+
+
+def _place(spans: list[tuple[int, int, int]]) -> list[int]:
+    """Offsets for (size, first, last use), large ones first, each as low as what lives at the same time allows."""
+    offsets = [0] * len(spans)
+    placed: list[int] = []
+    for i in sorted(range(len(spans)), key=lambda i: -spans[i][0]):
+        size, first, last = spans[i]
+        at = 0
+        for other in sorted(placed, key=lambda j: offsets[j]):
+            other_size, other_first, other_last = spans[other]
+            if other_first <= last and first <= other_last and offsets[other] < at + size:
+                at = max(at, offsets[other] + other_size)
+        offsets[i] = at
+        placed.append(i)
+    return offsets
 
 
 def resolve(kernel: str) -> Any:

@@ -1,0 +1,268 @@
+"""From a recursion to launches, forward; and the forward of one block, which the backward plan launches again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trmfast.kernels.attention import attention
+from trmfast.kernels.configurations import Configuration, Sizes
+from trmfast.kernels.conv_swiglu import conv_projection
+from trmfast.kernels.mixer_mlp_t import LONGEST, down_t, gate_up_t, mlp_t, padded_length
+from trmfast.kernels.plan import Buffer, Launch, Plan
+from trmfast.kernels.projection import projection
+from trmfast.kernels.qkv import qkv
+from trmfast.kernels.swiglu import gate_up, swiglu
+
+from trmfast.problem import Problem
+from trmfast.spec import BlockSpec
+
+__all__ = ["BlockValues", "PlanWriter", "Setting", "forward_block", "forward_net", "forward_plan", "weight_buffers"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is made for.
+
+    Attributes:
+        problem: program and networks.
+        batch, length: B and L.
+        dtype: compute dtype.
+        rope: whether attention rotates queries and keys.
+        configuration: tiles and choices for a GPU.
+        tf32: whether float32 products may round their operands to TF32.
+    """
+
+    problem: Problem
+    batch: int
+    length: int
+    dtype: torch.dtype
+    rope: bool
+    configuration: Configuration
+    tf32: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """T = B * L."""
+        return self.batch * self.length
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[B, L, D] of a state."""
+        return self.batch, self.length, self.problem.hidden_size
+
+    @property
+    def precision(self) -> str:
+        """Of float32 products, as ``tl.dot`` takes it."""
+        return "tf32" if self.tf32 and self.dtype == torch.float32 else "ieee"
+
+
+def weight_buffers(problem: Problem, dtype: torch.dtype) -> tuple[Buffer, ...]:
+    """The buffers of all weights, in the order of the problem.
+
+    They are the weights' own shapes, but for ``mlp_t.gate_up_proj``: its rows are filled up with zeros.
+    """
+    buffers = []
+    for i, (name, shape) in enumerate(zip(problem.weight_names, problem.weight_shapes, strict=True)):
+        if name.endswith("mlp_t.gate_up_proj.weight"):
+            shape = (shape[0], padded_length(shape[1]))
+        buffers.append(Buffer(f"weights.{i}", shape, dtype))
+    return tuple(buffers)
+
+
+class PlanWriter:
+    """Launches and buffers of a plan while it is written.
+
+    Attributes:
+        launches: so far.
+        setting: what the plan is for.
+        weights: buffers of all weights in the compute dtype, in the order of the problem.
+        cos, sin: RoPE tables [L, head_dim] in float32, or None.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.launches: list[Launch] = []
+        self.weights = weight_buffers(setting.problem, setting.dtype)
+        self.cos: Buffer | None = None
+        self.sin: Buffer | None = None
+        head_dim = setting.problem.rope_dim
+        if setting.rope and head_dim is not None:
+            table = (setting.length, head_dim)
+            self.cos, self.sin = (Buffer(name, table, torch.float32) for name in ("cos", "sin"))
+        self._count = 0
+
+    @property
+    def constants(self) -> tuple[Buffer, ...]:
+        """The inputs that are the same in forward and backward: weights and tables."""
+        return (*self.weights, *(table for table in (self.cos, self.sin) if table is not None))
+
+    def add(self, kernel: str, build: Callable[..., Launch], *arguments: Any, **options: Any) -> None:
+        """Adds the launch that ``build`` makes of the arguments, with the tile of the configuration."""
+        setting = self.setting
+        sizes = Sizes(setting.problem.hidden_size, setting.length, setting.dtype)
+        launch = setting.configuration.launch(kernel, sizes, lambda tile: build(*arguments, tile=tile, **options))
+        self.launches.append(launch)
+
+    def add_product(self, kernel: str, build: Callable[..., Launch], *arguments: Any, **options: Any) -> None:
+        """:meth:`add` for a kernel with matrix products, whose precision is the setting's."""
+        self.add(kernel, build, *arguments, precision=self.setting.precision, **options)
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Buffer:
+        """A new buffer of the compute dtype or another, under a name that begins as asked."""
+        self._count += 1
+        return Buffer(f"{name}.{self._count}", shape, dtype or self.setting.dtype)
+
+    def state(self, name: str) -> Buffer:
+        """A new buffer [B, L, D]."""
+        return self.scratch(name, self.setting.shape)
+
+    def block_weights(self, net: int, layer: int) -> tuple[Buffer, ...]:
+        """The weights of one block, in the order of ``BlockSpec.weight_shapes``."""
+        count = len(self.setting.problem.nets[net].block.weight_shapes)
+        start = self.setting.problem.weight_slices[net].start + layer * count
+        return self.weights[start : start + count]
+
+
+@dataclass(frozen=True)
+class BlockValues:
+    """What the forward of a block left behind.
+
+    Attributes:
+        input: h [B, L, D], the sum that entered the block.
+        hidden: what lies between the mixers, [B, L, D].
+        output: of the block, [B, L, D].
+        qkv, mixed, lse: of attention: [B, L, (Hq + 2 Hkv) d], [B, L, Hq d], [B, Hq, L].
+        activation: ``silu(gate) * up`` [B, L, I], where it went through memory.
+        hidden_rstd, output_rstd: of the two norms.
+    """
+
+    input: Buffer
+    hidden: Buffer
+    output: Buffer
+    qkv: Buffer | None = None
+    mixed: Buffer | None = None
+    lse: Buffer | None = None
+    activation: Buffer | None = None
+    hidden_rstd: Buffer | None = None
+    output_rstd: Buffer | None = None
+
+
+def forward_block(
+    writer: PlanWriter,
+    block: BlockSpec,
+    weights: Sequence[Buffer],
+    terms: Sequence[Buffer],
+    out: Buffer,
+    *,
+    total: Buffer | None = None,
+    keep: bool = False,
+) -> BlockValues:
+    """Writes the launches of one block.
+
+    Args:
+        writer: the plan.
+        block: its sizes.
+        weights: of the block, in the order of ``BlockSpec.weight_shapes``.
+        terms: [B, L, D] each; their sum enters the block.
+        out: [B, L, D], the result; it may be the buffer of a term.
+        total: [B, L, D], receives the sum; None if there is one term, which is the sum itself.
+        keep: whether everything that backward reads is kept: row sums of the softmax and the norms' factors.
+    """
+    setting, eps, product = writer.setting, block.rms_norm_eps, writer.add_product
+    batch, length, width = setting.shape
+    if total is None and len(terms) > 1:
+        raise ValueError(f"total: got None with {len(terms)} terms, accepted with one")
+    source = terms[0] if total is None else total
+    hidden = writer.state("hidden")
+    hidden_rstd = output_rstd = lse = qkv_out = mixed = activation = None
+    if keep:
+        over = (batch, length) if block.token_mixer == "attention" else (batch, width)
+        hidden_rstd = writer.scratch("hidden_rstd", over, torch.float32)
+        output_rstd = writer.scratch("output_rstd", (batch, length), torch.float32)
+
+    if block.token_mixer == "attention":
+        heads, head_dim = block.num_heads, block.head_dim
+        qkv_out = writer.scratch("qkv", (batch, length, (heads + 2 * block.num_kv_heads) * head_dim))
+        mixed = writer.scratch("mixed", (batch, length, heads * head_dim))
+        lse = writer.scratch("lse", (batch, heads, length), torch.float32) if keep else None
+        product("qkv", qkv, block, terms, weights[0], qkv_out, cos=writer.cos, sin=writer.sin, total=total)
+        product("attention", attention, block, qkv_out, mixed, lse=lse)
+        product("projection", projection, mixed, weights[1], source, hidden, eps=eps, rstd=hidden_rstd)
+    elif length <= LONGEST:
+        product("mlp_t", mlp_t, terms, *weights[:2], hidden, eps=eps, total=total, rstd=hidden_rstd)
+    else:
+        activation_t = writer.scratch("activation_t", (batch, block.seq_intermediate_size, width))
+        product("gate_up_t", gate_up_t, terms, weights[0], activation_t, total=total)
+        product("down_t", down_t, activation_t, weights[1], source, hidden, eps=eps, rstd=hidden_rstd)
+
+    inner, (gate_up_weight, *conv, down) = block.intermediate_size, weights[2:]
+    if not conv and setting.configuration.fuses_mlp(setting.tokens, width, inner, setting.dtype):
+        product("swiglu", swiglu, hidden, gate_up_weight, down, out, eps=eps, rstd=output_rstd)
+    else:
+        activation = writer.scratch("activation", (batch, length, inner))
+        product("gate_up", gate_up, hidden, gate_up_weight, activation)
+        last = (activation, *conv, down, hidden, out)
+        if conv:
+            product("conv_projection", conv_projection, *last, eps=eps, rstd=output_rstd)
+        else:
+            product("projection", projection, *last, eps=eps, rstd=output_rstd)
+    return BlockValues(source, hidden, out, qkv_out, mixed, lse, activation, hidden_rstd, output_rstd)
+
+
+def forward_net(
+    writer: PlanWriter,
+    net: int,
+    terms: Sequence[Buffer],
+    out: Buffer,
+    *,
+    total: Buffer | None = None,
+    keep: bool = False,
+) -> list[BlockValues]:
+    """Writes the launches of a network; arguments as in :func:`forward_block`.  Returns the values of its blocks."""
+    spec = writer.setting.problem.nets[net]
+    values = []
+    for layer in range(spec.num_layers):
+        target = out if layer + 1 == spec.num_layers else writer.state("layer")
+        weights = writer.block_weights(net, layer)
+        values.append(forward_block(writer, spec.block, weights, terms, target, total=total, keep=keep))
+        terms, total = (target,), None
+    return values
+
+
+def forward_plan(setting: Setting, save: bool) -> Plan:
+    """The launches of a whole recursion.
+
+    Inputs are ``states.s``, ``x``, ``weights.i`` and the tables; outputs are ``out.s`` of every state that an update
+    writes, and, if ``save``, ``saved`` [G, B, L, D] with the summed input of every update with ``grad``.
+
+    Args:
+        setting: what the plan is for.
+        save: whether inputs are saved for backward.
+    """
+    problem, shape = setting.problem, setting.shape
+    program = problem.program
+    writer = PlanWriter(setting)
+    current = [Buffer(f"states.{s}", shape, setting.dtype) for s in range(len(program.states))]
+    x = Buffer("x", shape, setting.dtype)
+    inputs = (*current, *((x,) if problem.uses_x else ()), *writer.constants)
+    written = sorted({update.dst for update in program.updates})
+    out = {s: Buffer(f"out.{s}", shape, setting.dtype) for s in written}
+    saved = Buffer("saved", (problem.num_grad_updates, *shape), setting.dtype)
+    save = save and problem.num_grad_updates > 0
+    slot = 0
+    for update in program.updates:
+        terms = [current[s] for s in update.sources] + [x] * update.inject_x
+        total = None
+        if save and update.grad:
+            total = saved[slot]
+            slot += 1
+        elif len(terms) > 1:
+            total = writer.state("total")
+        # In place where the state is among the terms: the last launch of a network reads none of them.
+        forward_net(writer, update.net, terms, out[update.dst], total=total)
+        current[update.dst] = out[update.dst]
+    outputs = (*out.values(), *((saved,) if save else ()))
+    return Plan(tuple(writer.launches), inputs, outputs)
