@@ -11,11 +11,11 @@ and k are taken in an order that keeps both in one thread (pairs.py).  Rows beyo
 probabilities are set to zero.
 
 attention_backward_keys: a program owns BLOCK_N keys of one key/value head and walks the queries of its query heads in
-steps of BLOCK_M; grad k and grad v stay in registers.  If BLOCK_N covers the sequence, the program has all that grad
-q needs too, and one launch is enough: it reads Q + 2 A elements a token and writes Q.  Otherwise
+steps of BLOCK_M; grad k and grad v stay in registers.  If BLOCK_N covers the sequence, the program makes the row sums
+again too, has all that grad q needs, and one launch is enough: it reads Q + A elements a token and writes Q.  Otherwise
 attention_backward_queries runs before it: a program owns BLOCK_M queries of one head, walks the keys, and writes grad
-q and delta.  Together they read 2 Q + 3 A elements a token and write Q.  10 A L (one launch) or 14 A L FLOP a
-token.  Either way every result has one owner: no atomics, and the same bits on every run.
+q and delta.  Together they read 2 Q + 3 A elements a token and write Q.  10 A L (one launch) or 14 A L FLOP a token.
+Either way every result has one owner: no atomics, and the same bits on every run.
 """
 
 import math
@@ -89,24 +89,43 @@ def _store_unrotated(
 
 
 @triton.jit
-def _score_gradient(
-    q, k, v, grad, lse, delta, query, key, length, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Probabilities and the gradient of ``q k^T``, [queries, keys] in float32."""
-    zero = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
-    scores = dot(q, tl.trans(k), zero, PRECISION)
-    visible = (query < length)[:, None] & (key < length)[None, :]
+def _visible(query, key, length, CAUSAL: tl.constexpr):
+    visible = (key < length)[None, :]
     if CAUSAL:
         visible = visible & (key[None, :] <= query[:, None])
-    p = tl.where(visible, tl.exp2(scores * (scale * LOG2E) - (lse * LOG2E)[:, None]), 0.0)
+    return visible
+
+
+@triton.jit
+def _score_gradient(
+    q, k, v, grad, lse, delta, query, key, length, SCALE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Probabilities and the gradient of ``q k^T``, [queries, keys] in float32, from row sums over all keys."""
+    zero = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
+    scores = dot(q, tl.trans(k), zero, PRECISION)
+    visible = _visible(query, key, length, CAUSAL) & (query < length)[:, None]
+    p = tl.where(visible, tl.exp2(scores * (SCALE * LOG2E) - (lse * LOG2E)[:, None]), 0.0)
     grad_p = dot(grad, tl.trans(v), zero, PRECISION)
-    return p, p * (grad_p - delta[:, None]) * scale
+    return p, p * (grad_p - delta[:, None]) * SCALE
+
+
+@triton.jit
+def _whole_score_gradient(
+    q, k, v, grad, query, key, length, SCALE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The same where the tile holds all keys, and so all that the row sums are made of."""
+    zero = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
+    scores = dot(q, tl.trans(k), zero, PRECISION)
+    scores = tl.where(_visible(query, key, length, CAUSAL), scores, float("-inf"))
+    p = tl.exp2((scores - tl.max(scores, 1)[:, None]) * (SCALE * LOG2E))
+    p *= tl.where(query < length, 1.0 / tl.sum(p, 1), 0.0)[:, None]
+    grad_p = dot(grad, tl.trans(v), zero, PRECISION)
+    return p, p * (grad_p - tl.sum(p * grad_p, 1)[:, None]) * SCALE
 
 
 @triton.jit
 def attention_backward_keys_kernel(
     qkv,
-    mixed,
     grad_mixed,
     lse,
     delta,
@@ -154,17 +173,16 @@ def attention_backward_keys_kernel(
         query = (first_tile + i % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
         query_at = start + head * HEAD_DIM
         mixed_at = mixed_start + head * HEAD_DIM
-        of_rows = (batch * HEADS + head) * length + tl.minimum(query, length - 1)
         q = _load_rows(qkv + query_at, query, column, length, STRIDE, HEAD_DIM, BLOCK_D)
         grad = _load_rows(grad_mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
         if WHOLE:
-            o = _load_rows(mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
-            dots = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
+            p, grad_s = _whole_score_gradient(q, k, v, grad, query, key, length, SCALE, CAUSAL, PRECISION)
         else:
-            dots = tl.load(delta + of_rows)
-        p, grad_s = _score_gradient(
-            q, k, v, grad, tl.load(lse + of_rows), dots, query, key, length, SCALE, CAUSAL, PRECISION
-        )
+            of_rows = (batch * HEADS + head) * length + tl.minimum(query, length - 1)
+            p, grad_s = _score_gradient(
+                q, k, v, grad, tl.load(lse + of_rows), tl.load(delta + of_rows), query, key, length,
+                SCALE, CAUSAL, PRECISION,
+            )  # fmt: skip
         grad_v = dot(tl.trans(narrow(p, dtype)), grad, grad_v, PRECISION)
         grad_s = narrow(grad_s, dtype)
         grad_k = dot(tl.trans(grad_s), q, grad_k, PRECISION)
@@ -261,11 +279,10 @@ def _flops(block: BlockSpec, qkv: Buffer, products: int) -> int:
 def attention_backward_keys(
     block: BlockSpec,
     qkv: Buffer,
-    mixed: Buffer,
     grad_mixed: Buffer,
-    lse: Buffer,
     grad_qkv: Buffer,
     *,
+    lse: Buffer | None = None,
     delta: Buffer | None = None,
     cos: Buffer | None = None,
     sin: Buffer | None = None,
@@ -277,37 +294,36 @@ def attention_backward_keys(
     Args:
         block: sizes of the block.
         qkv: rotated queries and keys, and values, [B, L, (Hq + 2 Hkv) d].
-        mixed: what attention returned, [B, L, Hq d].
-        grad_mixed: its gradient.
-        lse: [B, Hq, L] float32, the natural logarithm of the sums of exp(q . k / sqrt(d)).
+        grad_mixed: gradient of what attention returned, [B, L, Hq d].
         grad_qkv: result, the shape of ``qkv``: gradients before rotation, of keys and values or of all.
+        lse: [B, Hq, L] float32, the natural logarithm of the sums of exp(q . k / sqrt(d)); needed if BLOCK_N < L.
         delta: [B, Hq, L] float32, from :func:`attention_backward_queries`; needed if BLOCK_N < L.
         cos, sin: [>= L, d] float32, or None if nothing was rotated.
         tile: BLOCK_M queries, BLOCK_N keys.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
     Raises:
-        ValueError: BLOCK_N < L without delta, or a rotation of an odd head_dim.
+        ValueError: BLOCK_N < L without lse and delta, or a rotation of an odd head_dim.
     """
     batch, length, _ = qkv.shape
     whole = tile["BLOCK_N"] >= length
-    if not whole and delta is None:
-        raise ValueError(f"delta: got None with BLOCK_N {tile['BLOCK_N']}, accepted if BLOCK_N is at least {length}")
+    if not whole and (lse is None or delta is None):
+        name, size = "lse" if lse is None else "delta", tile["BLOCK_N"]
+        raise ValueError(f"{name}: got None with BLOCK_N {size}, accepted if BLOCK_N is at least {length}")
     return Launch.of(
         "attention_backward.attention_backward_keys_kernel",
         (triton.cdiv(length, tile["BLOCK_N"]), block.num_kv_heads, batch),
         {
             "qkv": qkv,
-            "mixed": mixed if whole else None,
             "grad_mixed": grad_mixed,
-            "lse": lse,
+            "lse": None if whole else lse,
             "delta": None if whole else delta,
             "cos": cos,
             "sin": sin,
             "grad_qkv": grad_qkv,
             "length": length,
         },
-        reads=("qkv", "mixed", "grad_mixed", "lse", "delta", "cos", "sin"),
+        reads=("qkv", "grad_mixed", "lse", "delta", "cos", "sin"),
         writes=("grad_qkv",),
         constants={**_constants(block, cos is not None, precision), "WHOLE": whole},
         tile=tile,
@@ -320,16 +336,20 @@ def attention_backward_queries(
     qkv: Buffer,
     mixed: Buffer,
     grad_mixed: Buffer,
-    lse: Buffer,
     grad_qkv: Buffer,
     *,
+    lse: Buffer,
     delta: Buffer,
     cos: Buffer | None = None,
     sin: Buffer | None = None,
     tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
-    """Gradient of the queries, and delta; arguments as in :func:`attention_backward_keys`, delta is a result here."""
+    """Gradient of the queries, and delta for the launch that follows.
+
+    Arguments as in :func:`attention_backward_keys`, but for ``mixed``, what attention returned [B, L, Hq d], and for
+    ``delta``, which is a result here.
+    """
     batch, length, _ = qkv.shape
     return Launch.of(
         "attention_backward.attention_backward_queries_kernel",

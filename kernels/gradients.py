@@ -18,15 +18,16 @@ output of the block, h its input, ds = grad s:
     swiglu_backward                                  h1, ds2                        grad gu, act      2 + 3 I/D
     projection_backward   gate_up; + ds2; norm       grad gu, ds2, h1, rstd1        ds1               3 + 2 I/D
     projection_backward   o_proj                     ds1                            grad mixed        1 + A/D
-    attention_backward_*  one launch or two          qkv, mixed, lse, grad mixed    grad qkv          2 (Q + A)/D
+    attention_backward_*  L <= 128: one launch       qkv, grad mixed                grad qkv          (2 Q + A)/D
+                          longer: queries, keys      qkv, mixed, lse, grad mixed    grad qkv, delta   (3 Q + 3 A)/D
     projection_backward   qkv_proj; + ds1; norm of   grad qkv, ds1, h, rstd2 of     ds2 of the        3 + Q/D
                           the block below            the block below                block below
     weight_gradient       all four in one launch     ds2, act, grad gu, h1,         four gradients    3+(3 I+A+Q)/D
                                                      ds1, mixed, grad qkv, h
 
 The first block of a net ends with ``projection_backward(..., targets=...)`` instead: it adds the gradient of the sum
-that entered the net to the float32 gradient of every state in that sum.  At D = A = 512 and I = Q = 1536 these are 48
-elements / D a token.
+that entered the net to the float32 gradient of every state in that sum.  At D = A = 512 and I = Q = 1536 these are 47
+elements / D a token for a short sequence.
 
     mlp_t instead of attention, after ds2 and grad gu as above
     projection_backward   gate_up; + ds2             grad gu, ds2                   grad h1           2 + 2 I/D
