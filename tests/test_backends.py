@@ -35,7 +35,7 @@ class Fake(ReferenceBackend):
     def supports(self, *_: Any) -> str | None:
         return self.unsupported
 
-    def forward(self, *arguments: Any) -> tuple[list[Tensor], Tensor]:
+    def forward(self, *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
         self.calls += 1
         return super().forward(*arguments)
 

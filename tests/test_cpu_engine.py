@@ -77,6 +77,74 @@ def test_a_forced_target_serves_elements_it_lacks_by_the_next_one_below() -> Non
         pass
 
 
+# ---------------------------------------------------------------- kept activations
+
+BATCHES = [
+    make_case("hrm-all", "hrm", batch=5, length=13, window="all", num_layers=1),
+    make_case("mlp_t-odd", batch=3, length=13, hidden_size=48, intermediate_size=24, token_mixer="mlp_t"),
+    make_case(
+        *("conv-odd", "urm"),
+        batch=3,
+        length=7,
+        hidden_size=40,
+        num_heads=5,
+        intermediate_size=24,
+        channel_mixer="conv_swiglu",
+        conv_kernel=3,
+    ),
+]
+
+
+@pytest.mark.parametrize("store", [None, 200_000])
+@pytest.mark.parametrize("target", engine.TARGETS)
+def test_kept_activations_give_the_bits_of_recomputed_ones(
+    target: str, store: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = engine.targets().get(target, f"{target} is not in this build")
+    if reason is not None:
+        pytest.skip(reason)
+    if store is not None:
+        monkeypatch.setattr(engine, "STORE_BYTES", store)
+    with engine.force_target(target):
+        dtype = torch.bfloat16 if target in ("amx", "amx_emulated", "avx512_bf16") else torch.float32
+        for case in (*SMALL, *BATCHES):
+            inputs = make_inputs(case, dtype, weight_scale=0.5)
+            kept, recomputed = run_fused(inputs, "cpu", recompute=False), run_fused(inputs, "cpu")
+            for name, tensor in recomputed.outputs.items():
+                assert torch.equal(kept.outputs[name], tensor), (case, name)
+            for name, tensor in recomputed.gradients.items():
+                # A full store is added up when it is full, and that is at other updates.
+                bound = 0.0 if store is None else 1e-2 * tensor.abs().max().item()
+                assert (kept.gradients[name] - tensor).abs().max() <= bound, (case, name)
+
+
+def test_kept_activations_serve_two_backward_passes_and_their_memory_returns() -> None:
+    inputs = make_inputs(ATTENTION)
+    problem = inputs.problem
+    weights = [weight.clone().requires_grad_() for weight in inputs.weights]
+    arguments = (inputs.states, inputs.x, weights, inputs.cos, inputs.sin, "cpu", False)
+    out = trmfast.recursion(problem.program, problem.nets, *arguments)
+    first, second = (
+        torch.autograd.grad(out, weights, inputs.grad_states, retain_graph=True, materialize_grads=True) for _ in "12"
+    )
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    again = trmfast.recursion(problem.program, problem.nets, *arguments)  # while the first is alive
+    del out
+    for a, b in zip(first, torch.autograd.grad(again, weights, inputs.grad_states), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bytes_that_are_kept() -> None:
+    case = make_case("sudoku", batch=4, H_cycles=3, L_cycles=6, hidden_size=512, num_heads=8, length=97)
+    tokens = 7 * 4 * 97
+    size = BACKENDS["cpu"].kept_bytes(case.problem, torch.bfloat16, 4, 97)
+    # h, h1, qkv, attended, gate and up, hidden of two layers, and the output: 2 x 8,704 + 512 channels of two bytes.
+    assert 1.0 <= size / (tokens * 2 * (2 * 8704 + 512)) < 1.1
+    none = make_case("none", window="none")
+    assert BACKENDS["cpu"].kept_bytes(none.problem, torch.bfloat16, 4, 97) == 0
+
+
 # ---------------------------------------------------------------- threads and processes
 
 

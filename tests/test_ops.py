@@ -117,7 +117,9 @@ def test_window_cuts_as_autograd_does(name: str, window: Any) -> None:
 # ---------------------------------------------------------------- registration
 
 
-def forward_sample(case: Case, backend: str, requires_grad: bool, save: bool) -> tuple[Any, ...]:
+def forward_sample(
+    case: Case, backend: str, requires_grad: bool, save: bool, recompute: bool = True
+) -> tuple[Any, ...]:
     inputs = make_inputs(case)
 
     def take(tensors: Any) -> list[Tensor]:
@@ -126,7 +128,7 @@ def forward_sample(case: Case, backend: str, requires_grad: bool, save: bool) ->
     assert inputs.x is not None
     program, nets = case.problem.program.key, [net.key for net in case.problem.nets]
     states, (x,), weights = take(inputs.states), take([inputs.x]), take(inputs.weights)
-    return states, x, weights, inputs.cos, inputs.sin, program, nets, backend, save
+    return states, x, weights, inputs.cos, inputs.sin, program, nets, backend, save, recompute
 
 
 OPCHECK = [
@@ -146,9 +148,10 @@ def test_opcheck_forward(case: Case, requires_grad: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no-grad"])
 @pytest.mark.parametrize("case", OPCHECK, ids=["trm", "hrm", "mlp_t"])
-def test_opcheck_backward(case: Case, requires_grad: bool, backend: str) -> None:
-    states, x, weights, *rest = forward_sample(case, backend, False, save=True)
-    _, saved = torch.ops.trmfast.recursion.default(states, x, weights, *rest)
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
+def test_opcheck_backward(case: Case, requires_grad: bool, recompute: bool, backend: str) -> None:
+    states, x, weights, *rest = forward_sample(case, backend, False, save=True, recompute=recompute)
+    _, saved, kept = torch.ops.trmfast.recursion.default(states, x, weights, *rest)
     grads = [state.clone().requires_grad_(requires_grad) for state in states]
     for needs in (True, False):
         flags = ([needs] * len(states), True, [True] * (len(weights) - 1) + [needs])
@@ -156,19 +159,29 @@ def test_opcheck_backward(case: Case, requires_grad: bool, backend: str) -> None
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(
             torch.ops.trmfast.recursion_backward.default,
-            (grads, saved, weights, *rest[:-1], *flags),
+            (grads, saved, kept, weights, *rest[:-2], *flags),
             test_utils=checks if requires_grad else (*checks, "test_aot_dispatch_dynamic"),
         )
 
 
+@pytest.mark.parametrize("case", OPCHECK, ids=["trm", "hrm", "mlp_t"])
+def test_opcheck_forward_that_keeps_activations(case: Case, backend: str) -> None:
+    sample = forward_sample(case, backend, True, save=True, recompute=False)
+    # Without the checks that compare results: what is kept has gaps that nobody writes.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.trmfast.recursion.default, sample, test_utils=checks)
+
+
 def test_saved_is_the_window_and_nothing_more(backend: str) -> None:
     case = make_case("sudoku", H_cycles=3, L_cycles=6)
-    *arguments, _ = forward_sample(case, backend, False, save=True)
-    _, saved = torch.ops.trmfast.recursion.default(*arguments, True)
+    *arguments, _, _ = forward_sample(case, backend, False, save=True)
+    _, saved, kept = torch.ops.trmfast.recursion.default(*arguments, True, True)
+    assert kept.numel() == 0
     assert saved.shape == (7, case.batch, case.length, 64)
     assert torch.isfinite(saved).all()
-    _, nothing = torch.ops.trmfast.recursion.default(*arguments, False)
+    _, nothing, kept = torch.ops.trmfast.recursion.default(*arguments, False, False)
     assert nothing.shape == (0, case.batch, case.length, 64)
+    assert kept.numel() == 0
 
 
 def test_activations_kept_for_backward(backend: str) -> None:
@@ -346,7 +359,7 @@ def test_double_backward_is_refused(backend: str) -> None:
 
 def test_backward_without_saved_inputs_is_refused(backend: str) -> None:
     arguments = forward_sample(tiny("trm", hidden_size=32), backend, True, save=False)
-    outputs, _ = torch.ops.trmfast.recursion.default(*arguments)
+    outputs, _, _ = torch.ops.trmfast.recursion.default(*arguments)
     with pytest.raises(RuntimeError, match="save=False"):
         outputs[0].sum().backward()
 

@@ -215,7 +215,8 @@ class Recursion(nn.Module):
         program: the recursion.
         nets: one network for each of the program.
         backend: the name of a backend, or ``"auto"``; other networks than :class:`Net` take ``"auto"`` alone.
-        recompute: whether other networks than :class:`Net` are computed again in backward, or keep what they need.
+        recompute: whether the gradient window is computed again in backward, or keeps what backward needs: faster, and
+            for :class:`Net` about thirty times the memory.
 
     Raises:
         TypeError: a network is not a module.
@@ -272,7 +273,7 @@ class Recursion(nn.Module):
             return self._run(program, states, x, cos_sin)
         cos, sin = cos_sin if cos_sin is not None else (None, None)
         weights = [weight for net in self.nets for weight in cast(Net, net).weights()]
-        return recursion(program, self.specs, states, x, weights, cos, sin, self.backend)
+        return recursion(program, self.specs, states, x, weights, cos, sin, self.backend, self.recompute)
 
     def _run(
         self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None

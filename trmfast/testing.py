@@ -149,12 +149,13 @@ def run_eager(inputs: Inputs, backward: bool = True) -> Result:
     return _run(_reference(inputs), inputs, inputs.states[0].dtype, backward)
 
 
-def run_fused(inputs: Inputs, backend: str, backward: bool = True) -> Result:
-    """The operator, with one backend."""
+def run_fused(inputs: Inputs, backend: str, backward: bool = True, recompute: bool = True) -> Result:
+    """The operator, with one backend; recompute as in :func:`trmfast.recursion`."""
     problem = inputs.problem
 
     def forward(states: Sequence[Tensor], x: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return recursion(problem.program, problem.nets, states, x, weights, inputs.cos, inputs.sin, backend)
+        cos, sin = inputs.cos, inputs.sin
+        return recursion(problem.program, problem.nets, states, x, weights, cos, sin, backend, recompute)
 
     return _run(forward, inputs, inputs.states[0].dtype, backward)
 

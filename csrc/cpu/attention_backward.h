@@ -87,11 +87,12 @@ void attention_accumulate(const T* x, int rows, int length, const T* panels, int
                   accumulator + static_cast<long>(tiles.begin(i)) * columns + c, columns, true);
 }
 
-// qkv <- gradient of the query/key/value product (before rotation), in place.  grad_out: dO.  Its
+// grad_qkv <- gradient of the query/key/value product (before rotation); it may be qkv itself.  grad_out: dO.  Its
 // padding columns must be finite: a padded depth reads them against zero weights.
 template <class T>
-void attention_backward(const Team& team, const BlockShape& block, const Rope& rope, int sequences, int length, T* qkv,
-                        long stride, const T* grad_out, long grad_stride, const AttentionBackwardScratch<T>& scratch) {
+void attention_backward(const Team& team, const BlockShape& block, const Rope& rope, int sequences, int length,
+                        const T* qkv, T* grad_qkv, long stride, const T* grad_out, long grad_stride,
+                        const AttentionBackwardScratch<T>& scratch) {
   const HeadLayout heads(block);
   const AttentionScratch<T>& forward = scratch.forward;
   const RowTiles tiles(length, Dot<T>::kRows);
@@ -106,16 +107,18 @@ void attention_backward(const Team& team, const BlockShape& block, const Rope& r
   for (int item = items.begin; item < items.end; ++item) {
     const long first = static_cast<long>(item / heads.kv_heads) * length;
     const int kv_head = item % heads.kv_heads;
-    T* rows = qkv + first * stride;
-    T* key = rows + heads.key(kv_head);
-    T* value = rows + heads.value(kv_head);
+    const T* rows = qkv + first * stride;
+    T* grad_rows = grad_qkv + first * stride;
+    const T* key = rows + heads.key(kv_head);
+    const T* value = rows + heads.value(kv_head);
     pack_transposed(key, stride, length, qk, forward.keys);
     pack_transposed(value, stride, length, heads.v_width, scratch.values_transposed);
     pack_rows(key, stride, length, qk, scratch.keys_rows);
     __builtin_memset(scratch.grad_key, 0, sizeof(float) * static_cast<size_t>(length) * qk);
     __builtin_memset(scratch.grad_value, 0, sizeof(float) * static_cast<size_t>(length) * heads.v_width);
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      T* query = rows + heads.query(head);
+      const T* query = rows + heads.query(head);
+      T* grad_query = grad_rows + heads.query(head);
       const T* grad = grad_out + first * grad_stride + head * heads.head_dim;
       for (int from = 0; from < tiles.count; from += attention_block_tiles<T>()) {
         const int to = smaller(tiles.count, from + attention_block_tiles<T>());
@@ -129,7 +132,8 @@ void attention_backward(const Team& team, const BlockShape& block, const Rope& r
             multiply(scratch.grad_scores + static_cast<long>(row - row0) * forward.weight_stride, forward.weight_stride,
                      scratch.keys_rows + c / kPanel * panel_elements<T>(length), padded_depth<T>(length), n,
                      forward.tile, kPanel);
-            for_rows(row, n, forward.tile, [&](int t, const float* in) { unrotate(in, t, c, query + t * stride + c); });
+            for_rows(row, n, forward.tile,
+                     [&](int t, const float* in) { unrotate(in, t, c, grad_query + t * stride + c); });
           }
         }
         attention_accumulate(scratch.weights, block_rows, length, scratch.grad_rows, heads.v_width, scratch.grad_value,
@@ -140,9 +144,11 @@ void attention_backward(const Team& team, const BlockShape& block, const Rope& r
     }
     for (int t = 0; t < length; ++t) {
       for (int c = 0; c < qk; c += kPanel)
-        unrotate(scratch.grad_key + static_cast<long>(t) * qk + c, t, c, key + t * stride + c);
+        unrotate(scratch.grad_key + static_cast<long>(t) * qk + c, t, c,
+                 grad_rows + heads.key(kv_head) + t * stride + c);
       for (int c = 0; c < heads.v_width; c += kPanel)
-        store_group(scratch.grad_value + static_cast<long>(t) * heads.v_width + c, value + t * stride + c);
+        store_group(scratch.grad_value + static_cast<long>(t) * heads.v_width + c,
+                    grad_rows + heads.value(kv_head) + t * stride + c);
     }
   }
 }

@@ -149,5 +149,21 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
   team.sync();
 }
 
+// Zeroes what products read beyond the last column: [columns, up to) of every row.
+template <class T> void clear_padding(T* x, int rows, int columns, long up_to, long stride) {
+  if (!x || columns >= up_to) return;
+  for (int t = 0; t < rows; ++t)
+    __builtin_memset(static_cast<void*>(x + t * stride + columns), 0, static_cast<size_t>(up_to - columns) * sizeof(T));
+}
+
+template <class T> void clear_activation_padding(const BlockShape& block, int rows, const BlockActivations<T>& act) {
+  const BlockStrides strides(block);
+  const int hidden = GateLayout{block.inner}.hidden_columns(), attended = HeadLayout(block).output_columns();
+  clear_padding(act.h, rows, block.width, round_up(block.width, kPanel), strides.h);
+  clear_padding(act.h1, rows, block.width, round_up(block.width, kPanel), strides.h);
+  clear_padding(act.hidden, rows, hidden, round_up(hidden, kPanel), strides.hidden);
+  if (block.attention) clear_padding(act.attended, rows, attended, round_up(attended, kPanel), strides.attended);
+}
+
 } // namespace TRMFAST_NAMESPACE
 } // namespace trmfast

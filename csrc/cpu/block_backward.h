@@ -4,8 +4,7 @@
 //   attention: d(h1) -> norm -> du1 -> W_o -> dO -> attention -> d(q, k, v) -> W_qkv, + du1 -> d(h)
 //   mlp_t:     d(h1) -> mixer_mlp_t_backward.h -> d(h)
 //
-// The running gradient is f32; what a weight gradient reads is rounded to the element type and stays in the store: du1,
-// du2, d(convolved), and, in the place of the activations they belong to, d(gate, up) and d(q, k, v).
+// The running gradient is f32; what a weight gradient reads is rounded to the element type and stays in the store.
 #pragma once
 
 #include "attention_backward.h"
@@ -19,6 +18,8 @@ template <class T> struct BlockGradients {
   T* du1; // of the residual sums, [rows, stride of h]
   T* du2;
   T* dconvolved; // of the convolution's result, [rows, stride of hidden]
+  // Like the activations of the same name, and in their place where those are not needed any more.
+  T *qkv, *gate_up, *sequence_gate_up;
 };
 
 template <class T> struct BlockBackwardScratch {
@@ -47,19 +48,20 @@ TRMFAST_INLINE void add_tile(int row, int rows, int panel, const float* tile, fl
   });
 }
 
-// gate_up <- gradient of gate and up, in place; the tile is the gradient of 32 hidden columns, two groups of gate_up.
+// grad_gate_up <- gradient of gate and up; the tile is the gradient of 32 hidden columns, two groups of gate_up.
 template <class T>
-TRMFAST_INLINE void backward_gates(int row, int rows, int panel, int columns, const float* tile, T* gate_up,
-                                   long stride) {
+TRMFAST_INLINE void backward_gates(int row, int rows, int panel, int columns, const float* tile, const T* gate_up,
+                                   T* grad_gate_up, long stride) {
   for_rows(row, rows, tile, [&](int t, const float* in) {
     for (int half = 0; half < 2; ++half) {
       const int c = (2 * panel + half) * kPanel;
       if (c >= columns) return;
-      T* gates = gate_up + t * stride + c;
       for (int j = 0; j < kHalf; j += kLanes) {
-        const GateGradient d = swiglu_backward(load(gates + j), load(gates + kHalf + j), load(in + half * kHalf + j));
-        store(gates + j, d.gate);
-        store(gates + kHalf + j, d.up);
+        const long at = t * stride + c + j;
+        const GateGradient d =
+            swiglu_backward(load(gate_up + at), load(gate_up + at + kHalf), load(in + half * kHalf + j));
+        store(grad_gate_up + at, d.gate);
+        store(grad_gate_up + at + kHalf, d.up);
       }
     }
   });
@@ -84,19 +86,19 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
            silu_rows_backward(row, n, panel, tile, block.conv_taps, length, weights.conv, act.gated, grads.dconvolved,
                               strides.hidden);
          else
-           backward_gates(row, n, panel, gate_columns, tile, act.gate_up, strides.gate_up);
+           backward_gates(row, n, panel, gate_columns, tile, act.gate_up, grads.gate_up, strides.gate_up);
        });
   team.sync();
   if (block.conv_taps) {
     gate_rows_backward(team, block, weights.conv, rows, length, grads.dconvolved, strides.hidden, act.gate_up,
-                       strides.gate_up);
+                       grads.gate_up, strides.gate_up);
     team.sync();
   }
-  gemm(team, act.gate_up, strides.gate_up, rows, weights.gate_up, gate_columns, D, scratch.tile, add);
+  gemm(team, grads.gate_up, strides.gate_up, rows, weights.gate_up, gate_columns, D, scratch.tile, add);
   team.sync();
   if (!block.attention) {
     sequence_mlp_backward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h1, strides.h, dy,
-                          strides.u, grads.du1, act.sequence_mlp, scratch.sequence_mlp);
+                          strides.u, grads.du1, act.sequence_mlp, grads.sequence_gate_up, scratch.sequence_mlp);
     team.sync();
     return;
   }
@@ -109,10 +111,10 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
          });
        });
   team.sync();
-  attention_backward(team, block, rope, sequences, length, act.qkv, strides.qkv, grad_attended, strides.attended,
-                     scratch.attention);
+  attention_backward(team, block, rope, sequences, length, act.qkv, grads.qkv, strides.qkv, grad_attended,
+                     strides.attended, scratch.attention);
   team.sync();
-  gemm(team, act.qkv, strides.qkv, rows, weights.qkv, heads.columns(), D, scratch.tile, add);
+  gemm(team, grads.qkv, strides.qkv, rows, weights.qkv, heads.columns(), D, scratch.tile, add);
   team.sync();
 }
 

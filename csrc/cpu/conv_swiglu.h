@@ -56,10 +56,10 @@ TRMFAST_INLINE void silu_rows_backward(int row, int rows, int panel, const float
   });
 }
 
-// gate_up <- gradient of gate and up, in place, through the transposed convolution of dconvolved
+// grad_gate_up <- gradient of gate and up through the transposed convolution of dconvolved; it may be gate_up itself
 template <class T>
 void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWeights<T>& conv, int rows, int length,
-                        const T* dconvolved, long stride, T* gate_up, long gates_stride) {
+                        const T* dconvolved, long stride, const T* gate_up, T* grad_gate_up, long gates_stride) {
   const int columns = GateLayout{block.inner}.hidden_columns(), back = block.conv_taps / 2;
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t) {
@@ -70,10 +70,10 @@ void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWei
       vf sum = {};
       for (int k = begin; k < end; ++k)
         sum = fma(load(conv.kernel + k * conv.columns + c), load(dconvolved + (t + back - k) * stride + c), sum);
-      T* gates = gate_up + t * gates_stride + c / kHalf * kPanel + c % kHalf;
-      const GateGradient d = swiglu_backward(load(gates), load(gates + kHalf), sum);
-      store(gates, d.gate);
-      store(gates + kHalf, d.up);
+      const long at = t * gates_stride + c / kHalf * kPanel + c % kHalf;
+      const GateGradient d = swiglu_backward(load(gate_up + at), load(gate_up + at + kHalf), sum);
+      store(grad_gate_up + at, d.gate);
+      store(grad_gate_up + at + kHalf, d.up);
     }
   }
 }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 
@@ -77,6 +78,14 @@ std::unique_ptr<Memory> PackedWeights::pack(const std::vector<const float*>& wei
 
 namespace {
 
+// With AddressSanitizer all NaN: nothing of the last job may be read.
+void make_poison([[maybe_unused]] const Memory& memory) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(memory.get(), memory.bytes());
+  std::memset(memory.get(), 0xff, memory.bytes());
+#endif
+}
+
 // The workspace of the last job, kept for the next one: mapping fresh memory would cost a tenth of a training step.
 std::atomic<Memory*> kept_workspace{nullptr};
 
@@ -87,10 +96,7 @@ public:
       memory_.reset(); // before there are two
       memory_ = std::make_unique<Memory>(bytes);
     }
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(get(), memory_->bytes());
-    std::memset(get(), 0xff, memory_->bytes()); // NaN: nothing of the last job may be read
-#endif
+    make_poison(*memory_);
   }
   ~Workspace() { delete kept_workspace.exchange(memory_.release()); }
   void* get() const { return memory_->get(); }
@@ -108,7 +114,41 @@ template <class SomeJob> void run_region(SomeJob job, size_t bytes, void (*body)
 
 } // namespace
 
-void release_workspace() { delete kept_workspace.exchange(nullptr); }
+namespace {
+
+// Never destroyed: an object that gives memory back may outlive every other static object.
+std::mutex& pool_lock = *new std::mutex;
+std::vector<std::unique_ptr<Memory>>& pool = *new std::vector<std::unique_ptr<Memory>>;
+constexpr size_t kPooled = 2;
+
+} // namespace
+
+KeptActivations::KeptActivations(size_t bytes) : bytes_(bytes) {
+  {
+    const std::lock_guard<std::mutex> guard(pool_lock);
+    const auto fits = std::find_if(pool.begin(), pool.end(), [&](const auto& memory) {
+      return memory->bytes() >= bytes && memory->bytes() / 2 <= bytes;
+    });
+    if (fits != pool.end()) {
+      memory_ = std::move(*fits);
+      pool.erase(fits);
+    }
+  }
+  if (!memory_) memory_ = std::make_unique<Memory>(bytes);
+  make_poison(*memory_);
+}
+
+KeptActivations::~KeptActivations() {
+  const std::lock_guard<std::mutex> guard(pool_lock);
+  if (pool.size() >= kPooled) pool.erase(pool.begin());
+  pool.push_back(std::move(memory_));
+}
+
+void release_workspace() {
+  delete kept_workspace.exchange(nullptr);
+  const std::lock_guard<std::mutex> guard(pool_lock);
+  pool.clear();
+}
 
 void run(const Engine& engine, const ForwardJob& job) { run_region(job, engine.forward_bytes(job), engine.forward); }
 

@@ -75,12 +75,14 @@ struct ForwardJob {
   void* const* states_out;      // the same; written by every update
   const void* x;                // [B, L, D] or null
   void* saved;                  // [G, B, L, D], the summed input of each update with gradient; or null
+  void* kept;                   // kept_bytes(job): the activations of every update with gradient; or null
 };
 
 struct BackwardJob {
   Job job;
   const void* const* grad_states_out; // num_states x [B, L, D] in the compute dtype; null: zero
   const void* saved;                  // as ForwardJob::saved
+  const void* kept;                   // as ForwardJob::kept; null: they are computed again from `saved`
   float* const* grad_states;  // num_states x [B, L, D]: the running gradients, in the end those of the incoming states
   float* grad_x;              // [B, L, D] or null
   float* const* grad_weights; // net by net, layer by layer; null where nobody asks.  Of a net that
@@ -94,6 +96,7 @@ struct Engine {
   const char* element;
   size_t (*packed_bytes)(const NetShape& net, bool backward);
   void (*pack)(const NetShape& net, const float* const* weights, bool backward, void* packed, int thread, int threads);
+  size_t (*kept_bytes)(const Job& job);
   size_t (*forward_bytes)(const ForwardJob& job);
   void (*forward)(const ForwardJob& job, void* workspace, int thread);
   size_t (*backward_bytes)(const BackwardJob& job);

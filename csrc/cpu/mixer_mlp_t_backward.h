@@ -20,11 +20,13 @@ template <class T> struct SequenceMlpBackwardScratch {
 };
 
 // dy: gradient of h1 on entry, of h on return (f32 [rows, dy_stride]).  du: gradient of the residual sum, kept for the
-// weight gradients.  kept.gate_up becomes the gradient of gate and up.  gate_up, down: transposed weights.
+// weight gradients.  grad_gate_up: gradient of gate and up, maybe in the place of kept.gate_up.  gate_up, down:
+// transposed weights.
 template <class T>
 void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* gate_up, const T* down, int sequences,
                            const T* h1, long stride, float* dy, long dy_stride, T* du,
-                           const SequenceMlpActivations<T>& kept, const SequenceMlpBackwardScratch<T>& scratch) {
+                           const SequenceMlpActivations<T>& kept, T* grad_gate_up,
+                           const SequenceMlpBackwardScratch<T>& scratch) {
   const int L = block.seq_len, inner = block.seq_inner, panels = ceil_div(block.width, kPanel);
   const int depth = padded_depth<T>(inner);
   const long down_stride = row_stride(L), gates_stride = row_stride(2 * depth);
@@ -52,16 +54,17 @@ void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* g
     for (int i = 0; i < features.count; ++i) {
       const int row = features.begin(i), n = features.size(i);
       multiply(down + row * down_stride, down_stride, scratch.grad_sum, padded_depth<T>(L), n, scratch.tile, kPanel);
-      T* gates = kept.gate_up + (static_cast<long>(sequence) * 2 * inner + row) * stride + c;
-      T* ups = gates + inner * stride;
+      const long at = (static_cast<long>(sequence) * 2 * inner + row) * stride + c;
+      const T *gates = kept.gate_up + at, *ups = gates + inner * stride;
+      T *grad_gates = grad_gate_up + at, *grad_ups = grad_gates + inner * stride;
       for_rows(0, n, scratch.tile, [&](int r, const float* in) {
         for (int j = 0; j < kPanel; j += kLanes) {
           const GateGradient d =
               swiglu_backward(load(gates + r * stride + j), load(ups + r * stride + j), load(in + j));
           store(scratch.gate + r * kPanel + j, d.gate);
           store(scratch.up + r * kPanel + j, d.up);
-          store(gates + r * stride + j, d.gate);
-          store(ups + r * stride + j, d.up);
+          store(grad_gates + r * stride + j, d.gate);
+          store(grad_ups + r * stride + j, d.up);
         }
       });
       store_depth_rows(scratch.gate, row, n, inner, scratch.grad_gates);

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "dispatch.h"
 #include "isa.h"
 
@@ -67,24 +69,39 @@ struct OwnedJob {
 
 void forward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
              std::tuple<int, int, int> shape, const std::vector<Address>& states_in,
-             const std::vector<Address>& states_out, Address x, Address saved, Address cos, Address sin, int threads) {
+             const std::vector<Address>& states_out, Address x, Address saved, Address kept, Address cos, Address sin,
+             int threads) {
   const OwnedJob owned(program, nets, shape, cos, sin, threads);
   const auto in = pointers<const void>(states_in);
   const auto out = pointers<void>(states_out);
-  run(nets[0]->engine,
-      ForwardJob{owned.job, in.data(), out.data(), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(saved)});
+  run(nets[0]->engine, ForwardJob{owned.job, in.data(), out.data(), reinterpret_cast<const void*>(x),
+                                  reinterpret_cast<void*>(saved), reinterpret_cast<void*>(kept)});
+}
+
+// The size of the activations that forward keeps.
+size_t kept_bytes(const OwnedProgram& program, const std::string& target, const std::string& element,
+                  const BlockShape& block, const std::vector<int>& layers, std::tuple<int, int, int> shape) {
+  std::vector<NetShape> nets;
+  for (const int count : layers) nets.push_back({block, count});
+  Job job = {};
+  std::tie(job.batch, job.length, job.width) = shape;
+  job.program = program.view();
+  job.nets = nets.data();
+  job.num_nets = static_cast<int>(nets.size());
+  return find_engine(target, element).kept_bytes(job);
 }
 
 void backward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
-              std::tuple<int, int, int> shape, const std::vector<Address>& grad_states_out, Address saved,
+              std::tuple<int, int, int> shape, const std::vector<Address>& grad_states_out, Address saved, Address kept,
               const std::vector<Address>& grad_states, Address grad_x, const std::vector<Address>& grad_weights,
               Address cos, Address sin, int threads, size_t store_bytes) {
   const OwnedJob owned(program, nets, shape, cos, sin, threads);
   const auto from = pointers<const void>(grad_states_out);
   const auto states = pointers<float>(grad_states);
   const auto weights = pointers<float>(grad_weights);
-  run(nets[0]->engine, BackwardJob{owned.job, from.data(), reinterpret_cast<const void*>(saved), states.data(),
-                                   reinterpret_cast<float*>(grad_x), weights.data(), store_bytes});
+  run(nets[0]->engine,
+      BackwardJob{owned.job, from.data(), reinterpret_cast<const void*>(saved), reinterpret_cast<const void*>(kept),
+                  states.data(), reinterpret_cast<float*>(grad_x), weights.data(), store_bytes});
 }
 
 } // namespace
@@ -119,6 +136,13 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("backward"), py::arg("threads"), Released())
       .def_property_readonly("bytes", &PackedWeights::bytes);
 
+  // A buffer of bytes, so that torch.frombuffer makes a tensor of it that keeps it alive.
+  py::class_<KeptActivations>(m, "KeptActivations", py::buffer_protocol())
+      .def(py::init<size_t>(), py::arg("bytes"), Released())
+      .def_buffer([](KeptActivations& kept) {
+        return py::buffer_info(static_cast<uint8_t*>(kept.get()), static_cast<py::ssize_t>(kept.bytes()));
+      });
+
   m.def("compiled_pairs", [] {
     std::vector<std::pair<std::string, std::string>> pairs;
     for (const Pair& pair : compiled_pairs()) pairs.emplace_back(pair.target, pair.element);
@@ -130,6 +154,7 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("supported_targets", &supported_targets);
   m.def("release_workspace", &release_workspace);
+  m.def("kept_bytes", &kept_bytes, Released());
   m.def("forward", &forward, Released());
   m.def("backward", &backward, Released());
   m.def(

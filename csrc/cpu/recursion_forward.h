@@ -2,7 +2,7 @@
 // activations stay in L2, the weights stream past, and no thread waits for another team.
 #pragma once
 
-#include "block.h"
+#include "store.h"
 
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
@@ -36,22 +36,6 @@ struct RopeTables {
   }
   Rope rope(const Job& job) const { return {cos, sin, HeadLayout(job.nets[0].block).qk_width}; }
 };
-
-// Zeroes what products read beyond the last column: [columns, up to) of every row.
-template <class T> void clear_padding(T* x, int rows, int columns, long up_to, long stride) {
-  if (!x || columns >= up_to) return;
-  for (int t = 0; t < rows; ++t)
-    __builtin_memset(static_cast<void*>(x + t * stride + columns), 0, static_cast<size_t>(up_to - columns) * sizeof(T));
-}
-
-template <class T> void clear_activation_padding(const BlockShape& block, int rows, const BlockActivations<T>& act) {
-  const BlockStrides strides(block);
-  const int hidden = GateLayout{block.inner}.hidden_columns(), attended = HeadLayout(block).output_columns();
-  clear_padding(act.h, rows, block.width, round_up(block.width, kPanel), strides.h);
-  clear_padding(act.h1, rows, block.width, round_up(block.width, kPanel), strides.h);
-  clear_padding(act.hidden, rows, hidden, round_up(hidden, kPanel), strides.hidden);
-  if (block.attention) clear_padding(act.attended, rows, attended, round_up(attended, kPanel), strides.attended);
-}
 
 // Memory of one team for inference: the activations of one block, used by all blocks in turn.
 template <class T> struct ForwardBuffers {
@@ -134,6 +118,23 @@ void net_forward(const Team& team, const NetShape& net, const void* packed, cons
   }
 }
 
+// An update whose activations are kept: every layer in its place in the store, and the result copied to out.
+template <class T>
+void net_forward_kept(const Team& team, const NetShape& net, const void* packed, const Rope& rope, int sequences,
+                      int length, const ActivationStore<T>& store, int slot, float* u, T* out,
+                      const BlockScratch<T>& scratch) {
+  Arena weights(const_cast<void*>(packed));
+  const long stride = BlockStrides(net.block).h;
+  const int D = net.block.width;
+  for (int layer = 0; layer < net.layers; ++layer)
+    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), rope, sequences, length,
+                  store.layer(layer, slot), u, store.output(layer, net.layers, slot), stride, scratch);
+  const Range rows = team.split(sequences * length);
+  for (int t = rows.begin; t < rows.end; ++t)
+    __builtin_memcpy(out + static_cast<long>(t) * D, store.out(slot) + t * stride, sizeof(T) * static_cast<size_t>(D));
+  team.sync();
+}
+
 template <class T>
 void program_forward(const ForwardJob& forward, const Team& team, const Rope& rope, int first_sequence, int sequences,
                      const ForwardBuffers<T>& buffers, const BlockScratch<T>& scratch, const T** states) {
@@ -141,20 +142,35 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
   const long first_row = static_cast<long>(first_sequence) * job.length,
              elements = static_cast<long>(job.batch) * job.length * job.width;
   const int rows = sequences * job.length;
+  Arena kept(forward.kept);
+  const ActivationStore<T> store(kept, job, all_slots(job));
+  int slot = all_slots(job) + first_sequence;
   for (int s = 0; s < job.program.num_states; ++s) states[s] = static_cast<const T*>(forward.states_in[s]);
   T* saved = static_cast<T*>(forward.saved);
   for (int i = 0; i < job.program.num_updates; ++i) {
     const Update& update = job.program.updates[i];
-    const bool keep = saved && update.grad;
-    sum_sources(team, job, update, states, static_cast<const T*>(forward.x), first_row, rows, buffers.act.h,
-                BlockStrides(job.nets[update.net].block).h, keep ? saved : nullptr);
-    if (keep) saved += elements;
+    const NetShape& net = job.nets[update.net];
+    const bool save = saved && update.grad, keep = forward.kept && update.grad;
+    if (keep) slot -= job.batch;
+    sum_sources(team, job, update, states, static_cast<const T*>(forward.x), first_row, rows,
+                keep ? store.layer(0, slot).h : buffers.act.h, BlockStrides(net.block).h, save ? saved : nullptr);
+    if (save) saved += elements;
     team.sync();
     T* out = static_cast<T*>(forward.states_out[update.dst]);
-    net_forward(team, job.nets[update.net], job.packed[update.net].forward, rope, sequences, job.length, buffers.act,
-                buffers.u, out + first_row * job.width, job.width, scratch);
+    if (keep)
+      net_forward_kept(team, net, job.packed[update.net].forward, rope, sequences, job.length, store, slot, buffers.u,
+                       out + first_row * job.width, scratch);
+    else
+      net_forward(team, net, job.packed[update.net].forward, rope, sequences, job.length, buffers.act, buffers.u,
+                  out + first_row * job.width, job.width, scratch);
     states[update.dst] = out;
   }
+}
+
+template <class T> size_t kept_bytes(const Job& job) {
+  Arena arena(nullptr);
+  ActivationStore<T>(arena, job, all_slots(job));
+  return arena.used();
 }
 
 template <class T> size_t forward_bytes(const ForwardJob& job) {
@@ -167,8 +183,13 @@ template <class T> void forward(const ForwardJob& forward, void* memory, int thr
   const Job& job = forward.job;
   Arena arena(memory);
   const ForwardWorkspace<T> workspace(arena, forward);
-  workspace.tables.pack(job, everyone(job, thread));
-  if (workspace.tables.cos) everyone(job, thread).sync();
+  const Team all = everyone(job, thread);
+  workspace.tables.pack(job, all);
+  if (forward.kept) {
+    Arena kept(forward.kept);
+    ActivationStore<T>(kept, job, all_slots(job)).clear_padding(most_layers(job), all.split(all_slots(job)));
+  }
+  if (workspace.tables.cos || forward.kept) all.sync();
   const Rope rope = workspace.tables.rope(job);
   const Division division(job.batch, job.threads);
   const T* states[kMostStates];

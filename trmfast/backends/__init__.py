@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trmfast.backends.cpu import CpuBackend
 from trmfast.backends.reference import ReferenceBackend
+from trmfast.backends.triton import TritonBackend
 from trmfast.problem import Problem
 
 __all__ = ["BACKENDS", "Backend", "select"]
@@ -34,6 +35,10 @@ class Backend(Protocol):
     def device_types(self) -> tuple[str, ...]:
         """The types of devices it is made for; empty for all."""
 
+    @property
+    def slow_device_types(self) -> tuple[str, ...]:
+        """The types of devices on which it is interpreted or emulated: it runs there only if asked for by name."""
+
     def available(self) -> str | None:
         """None if the backend works on this machine, else the reason in one line."""
 
@@ -41,6 +46,9 @@ class Backend(Protocol):
         self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int
     ) -> str | None:
         """None if the backend can run this problem on [batch, length, D] states, else the reason in one line."""
+
+    def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
+        """Bytes of activations that forward keeps where it need not recompute; 0 if this backend always recomputes."""
 
     def forward(
         self,
@@ -51,12 +59,14 @@ class Backend(Protocol):
         cos: Tensor | None,
         sin: Tensor | None,
         save: bool,
-    ) -> tuple[list[Tensor], Tensor]:
+        recompute: bool,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Runs the program.
 
         Returns:
-            The final states, newly allocated and contiguous, in the compute dtype; and the summed input of every update
-            with ``grad``, [G, B, L, D] in the compute dtype, with G = 0 if not ``save``.
+            The final states, newly allocated and contiguous, in the compute dtype; the summed input of every update
+            with ``grad``, [G, B, L, D] in the compute dtype, with G = 0 if not ``save``; and :meth:`kept_bytes` bytes
+            in a form of the backend's own, none if not ``save`` or if ``recompute``.
         """
 
     def backward(
@@ -64,6 +74,7 @@ class Backend(Protocol):
         problem: Problem,
         grad_states: Sequence[Tensor],
         saved: Tensor,
+        kept: Tensor,
         weights: Sequence[Tensor],
         cos: Tensor | None,
         sin: Tensor | None,
@@ -71,7 +82,9 @@ class Backend(Protocol):
         needs_x: bool,
         needs_weights: Sequence[bool],
     ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
-        """Walks the grad updates in reverse, recomputing each from its saved input.
+        """Walks the grad updates in reverse, recomputing each from its saved input unless ``kept`` holds what it needs.
+
+        Nothing that was saved or kept is changed: backward may run again.
 
         Returns:
             Gradients of the incoming states and of x in the compute dtype or a wider one, and of the weights in float32
@@ -79,7 +92,9 @@ class Backend(Protocol):
         """
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (CpuBackend(), TritonBackend(), ReferenceBackend())
+}
 """Backends by name, in order of preference."""
 
 _told: set[str] = set()
@@ -101,12 +116,12 @@ def select(name: str, problem: Problem, device: torch.device, dtype: torch.dtype
         backend = BACKENDS.get(name)
         if backend is None:
             raise ValueError(f"backend: got {name!r}, accepted are {', '.join(['auto', *BACKENDS])}")
-        reason = _refusal(backend, problem, device, dtype, batch, length)
+        reason = _refusal(backend, backend.slow_device_types, problem, device, dtype, batch, length)
         if reason is not None:
             raise ValueError(f"backend: got {name!r}, accepted are auto or a backend that takes this problem: {reason}")
         return backend
     for backend in BACKENDS.values():
-        reason = _refusal(backend, problem, device, dtype, batch, length)
+        reason = _refusal(backend, (), problem, device, dtype, batch, length)
         if reason is None:
             return backend
         if device.type in backend.device_types and reason not in _told:
@@ -116,8 +131,14 @@ def select(name: str, problem: Problem, device: torch.device, dtype: torch.dtype
 
 
 def _refusal(
-    backend: Backend, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int
+    backend: Backend,
+    more_device_types: tuple[str, ...],
+    problem: Problem,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    length: int,
 ) -> str | None:
-    if backend.device_types and device.type not in backend.device_types:
+    if backend.device_types and device.type not in (*backend.device_types, *more_device_types):
         return f"it runs on {', '.join(backend.device_types)}, not on {device.type}"
     return backend.available() or backend.supports(problem, device, dtype, batch, length)

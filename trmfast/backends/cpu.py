@@ -203,6 +203,14 @@ def _engine(problem: Problem) -> _Engine:
     )
 
 
+def _keep(size: int) -> Tensor:
+    """A tensor of bytes in memory that the engine takes back when the tensor dies."""
+    assert _cpu is not None
+    return (
+        torch.frombuffer(_cpu.KeptActivations(size), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+    )
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -212,6 +220,7 @@ class CpuBackend:
 
     name = "cpu"
     device_types = ("cpu",)
+    slow_device_types: tuple[str, ...] = ()
 
     def available(self) -> str | None:
         """None, or why there is no engine in this installation."""
@@ -236,6 +245,18 @@ class CpuBackend:
             return f"it takes up to {MOST_STATES} states and {MOST_NETS} networks"
         return None
 
+    def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
+        """Bytes of the activations of the gradient window."""
+        assert _cpu is not None
+        if not problem.num_grad_updates:
+            return 0
+        engine = _engine(problem)
+        shape = (batch, length, problem.hidden_size)
+        size: int = _cpu.kept_bytes(
+            engine.program, target_for(dtype), ELEMENTS[dtype], engine.blocks[0], list(engine.layers), shape
+        )
+        return size
+
     def _packed(
         self, problem: Problem, dtype: torch.dtype, weights: Sequence[Tensor], backward: bool, threads: int
     ) -> list[object]:
@@ -254,7 +275,8 @@ class CpuBackend:
         cos: Tensor | None,
         sin: Tensor | None,
         save: bool,
-    ) -> tuple[list[Tensor], Tensor]:
+        recompute: bool,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """See :class:`trmfast.backends.Backend`."""
         assert _cpu is not None
         first = states[0]
@@ -263,6 +285,7 @@ class CpuBackend:
         written = {update.dst for update in problem.program.updates}
         out = [torch.empty_like(state) if s in written else state.clone() for s, state in enumerate(states)]
         saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
+        kept = _keep(self.kept_bytes(problem, first.dtype, *first.shape[:2]) if save and not recompute else 0)
         _cpu.forward(
             _engine(problem).program,
             packed,
@@ -271,17 +294,19 @@ class CpuBackend:
             [state.data_ptr() for state in out],
             _address(x),
             saved.data_ptr() if save and problem.num_grad_updates else 0,
+            kept.data_ptr() if kept.numel() else 0,
             _address(cos),
             _address(sin),
             threads,
         )
-        return out, saved
+        return out, saved, kept
 
     def backward(
         self,
         problem: Problem,
         grad_states: Sequence[Tensor],
         saved: Tensor,
+        kept: Tensor,
         weights: Sequence[Tensor],
         cos: Tensor | None,
         sin: Tensor | None,
@@ -309,6 +334,7 @@ class CpuBackend:
             shape,
             [grad.data_ptr() for grad in grad_states],
             saved.data_ptr(),
+            kept.data_ptr() if kept.numel() else 0,
             [grad.data_ptr() for grad in grads],
             _address(grad_x),
             [_address(grad) for grad in grad_weights],

@@ -20,12 +20,16 @@ class ReferenceBackend:
 
     name = "reference"
     device_types: tuple[str, ...] = ()
+    slow_device_types: tuple[str, ...] = ()
 
     def available(self) -> str | None:
         return None
 
     def supports(self, *_: Any) -> str | None:
         return None
+
+    def kept_bytes(self, *_: Any) -> int:
+        return 0
 
     def forward(
         self,
@@ -36,7 +40,8 @@ class ReferenceBackend:
         cos: Tensor | None,
         sin: Tensor | None,
         save: bool,
-    ) -> tuple[list[Tensor], Tensor]:
+        recompute: bool,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         first = states[0]
         saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
         cast = [w.to(first.dtype) for w in weights]
@@ -51,13 +56,15 @@ class ReferenceBackend:
                 net = problem.nets[update.net]
                 current[update.dst] = run_net(net, h, problem.net_weights(cast, update.net), cos, sin)
         # A state that no update writes is still the caller's tensor.
-        return [out.clone() if out is state else out for out, state in zip(current, states, strict=True)], saved
+        out = [z.clone() if z is state else z for z, state in zip(current, states, strict=True)]
+        return out, saved, saved.new_empty(0, dtype=torch.uint8)
 
     def backward(
         self,
         problem: Problem,
         grad_states: Sequence[Tensor],
         saved: Tensor,
+        kept: Tensor,
         weights: Sequence[Tensor],
         cos: Tensor | None,
         sin: Tensor | None,

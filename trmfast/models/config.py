@@ -43,6 +43,8 @@ class ModelConfig:
         forward_dtype: compute dtype: ``"bfloat16"``, ``"float16"``, ``"float32"`` or ``"float64"``.
         mlp_t: whether a SwiGLU over the sequence axis takes the place of attention.
         backend: backend of the recursion; ``"auto"`` takes the best that supports the problem.
+        recompute: whether backward computes the gradient window again, or forward keeps its activations; as in
+            :func:`trmfast.recursion`.
 
     Raises:
         TypeError: a value of the wrong type, naming the key.
@@ -69,6 +71,7 @@ class ModelConfig:
     forward_dtype: str = "bfloat16"
     mlp_t: bool = False
     backend: str = "auto"
+    recompute: bool = True
 
     @classmethod
     def from_dict(cls: type[C], config: Mapping[str, Any]) -> C:

@@ -164,6 +164,7 @@ class Inner(nn.Module):
             cos,
             sin,
             backend=self.backend,
+            recompute=self.config.recompute,
         )
         head = states[self.family.head]
         logits = self.lm_head(head)[:, self.puzzle_emb_len :]
