@@ -69,6 +69,7 @@ def conv_projection_kernel(
     rstd,
     tokens,
     length,
+    end,  # INTER, at run time: a constant number of steps would be unrolled, into more registers
     D: tl.constexpr,
     INTER: tl.constexpr,
     TAPS: tl.constexpr,
@@ -86,7 +87,7 @@ def conv_projection_kernel(
     depth = tl.arange(0, BLOCK_K)
     b_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + depth[None, :]
     h = load_residual(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
-    for k in range(0, INTER, BLOCK_K):
+    for k in range(0, end, BLOCK_K):
         mixed = load_convolved(
             activation, conv, bias, first_row, near_rows, place, k + depth, length, INTER, TAPS, BLOCK_T, MASKED
         )
@@ -140,6 +141,7 @@ def conv_projection(
             "rstd": rstd,
             "tokens": tokens,
             "length": length,
+            "end": inter,
         },
         reads=("activation", "conv", "bias", "down", "residual"),
         writes=("out", "rstd"),

@@ -54,6 +54,7 @@ def mlp_t_kernel(
     total,
     out,
     rstd,
+    end,  # INTER, at run time: a constant number of steps would be unrolled, into more registers
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,  # of the rows of gate_up
     D: tl.constexpr,
@@ -84,7 +85,7 @@ def mlp_t_kernel(
     inner = tl.arange(0, BLOCK_I)
     down_offsets = tl.minimum(rows, LENGTH - 1)[:, None] * INTER + inner[None, :]
     sums = h.to(tl.float32)
-    for i in range(0, INTER, BLOCK_I):
+    for i in range(0, end, BLOCK_I):
         column = i + pair
         if INTER % BLOCK_I != 0:
             column = tl.minimum(column, INTER - 1)
@@ -125,6 +126,7 @@ def gate_up_t_kernel(
     total,
     activation,
     gates,
+    end,  # LENGTH, at run time: a constant number of steps would be unrolled, into more registers
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,  # of the rows of gate_up
     D: tl.constexpr,
@@ -155,7 +157,7 @@ def gate_up_t_kernel(
     depth = tl.arange(0, BLOCK_K)
     a_offsets = (inner + half * INTER)[:, None] * WIDTH + depth[None, :]
     both = tl.zeros((2 * BLOCK_I, BLOCK_C), tl.float32)
-    for k in range(0, LENGTH, BLOCK_K):
+    for k in range(0, end, BLOCK_K):
         # Rows beyond the sequence repeat its last one, and meet the zeros beyond L in the weight.
         rows = k + depth
         b_offsets = tl.minimum(rows, LENGTH - 1)[:, None] * D + near_channels[None, :]
@@ -187,6 +189,7 @@ def down_t_kernel(
     residual,
     out,
     rstd,
+    end,  # INTER, at run time: a constant number of steps would be unrolled, into more registers
     LENGTH: tl.constexpr,
     D: tl.constexpr,
     INTER: tl.constexpr,
@@ -214,7 +217,7 @@ def down_t_kernel(
         rows = first_row + tl.arange(0, BLOCK_L)
         a_offsets = tl.minimum(rows, LENGTH - 1)[:, None] * INTER + depth[None, :]
         product = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-        for k in range(0, INTER, BLOCK_K):
+        for k in range(0, end, BLOCK_K):
             if INTER % BLOCK_K == 0:
                 a = tl.load(down + k + a_offsets)
                 b = tl.load(b_base + k * D + b_offsets)
@@ -280,7 +283,15 @@ def mlp_t(
     return Launch.of(
         "mixer_mlp_t.mlp_t_kernel",
         (batch * triton.cdiv(width, tile["BLOCK_C"]),),
-        {**term_arguments(terms), "gate_up": gate_up, "down": down, "total": total, "out": out, "rstd": rstd},
+        {
+            **term_arguments(terms),
+            "gate_up": gate_up,
+            "down": down,
+            "total": total,
+            "out": out,
+            "rstd": rstd,
+            "end": inter,
+        },
         reads=(*TERM_NAMES, "gate_up", "down"),
         writes=("total", "out", "rstd"),
         constants={
@@ -327,7 +338,14 @@ def gate_up_t(
     return Launch.of(
         "mixer_mlp_t.gate_up_t_kernel",
         (batch * triton.cdiv(inter, tile["BLOCK_I"]) * triton.cdiv(width, tile["BLOCK_C"]),),
-        {**term_arguments(terms), "gate_up": gate_up, "total": total, "activation": activation, "gates": gates},
+        {
+            **term_arguments(terms),
+            "gate_up": gate_up,
+            "total": total,
+            "activation": activation,
+            "gates": gates,
+            "end": length,
+        },
         reads=(*TERM_NAMES, "gate_up"),
         writes=("total", "activation", "gates"),
         constants={
@@ -370,7 +388,7 @@ def down_t(
     return Launch.of(
         "mixer_mlp_t.down_t_kernel",
         (batch * triton.cdiv(width, tile["BLOCK_C"]),),
-        {"activation": activation, "down": down, "residual": residual, "out": out, "rstd": rstd},
+        {"activation": activation, "down": down, "residual": residual, "out": out, "rstd": rstd, "end": inter},
         reads=("activation", "down", "residual"),
         writes=("out", "rstd"),
         constants={"LENGTH": length, "D": width, "INTER": inter, "EPS": eps, "PRECISION": precision},

@@ -69,6 +69,7 @@ def projection_kernel(
     out,
     rstd,
     tokens,
+    end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
     D: tl.constexpr,
     DEPTH: tl.constexpr,
     EPS: tl.constexpr,
@@ -85,7 +86,7 @@ def projection_kernel(
     a_offsets = rows[:, None] * DEPTH + depth[None, :]
     b_offsets = columns[:, None] * DEPTH + depth[None, :]
     h = load_residual(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
-    for k in range(0, DEPTH, BLOCK_K):
+    for k in range(0, end, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
             a = tl.load(a_base + k + a_offsets)
             b = tl.load(weight + k + b_offsets)
@@ -129,7 +130,15 @@ def projection(
     return Launch.of(
         "projection.projection_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]),),
-        {"source": source, "weight": weight, "residual": residual, "out": out, "rstd": rstd, "tokens": tokens},
+        {
+            "source": source,
+            "weight": weight,
+            "residual": residual,
+            "out": out,
+            "rstd": rstd,
+            "tokens": tokens,
+            "end": depth,
+        },
         reads=("source", "weight", "residual"),
         writes=("out", "rstd"),
         constants={

@@ -48,6 +48,7 @@ def qkv_kernel(
     out,
     tokens,
     length,
+    end,  # D, at run time: a constant number of steps would be unrolled, into more registers
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROTATED: tl.constexpr,  # columns of queries and keys; 0: no rotation
@@ -81,7 +82,7 @@ def qkv_kernel(
     a_offsets = near_rows[:, None] * D + depth[None, :]
     b_offsets = columns[:, None] * D + depth[None, :]
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, D, BLOCK_K):
+    for k in range(0, end, BLOCK_K):
         inside = (k + depth < D)[None, :]
         a = load_sum(
             term0, term1, term2, term3, term4, term5, term6, term7, start + k, a_offsets, inside, TERMS, MASKED
@@ -175,6 +176,7 @@ def qkv(
             "out": out,
             "tokens": tokens,
             "length": length,
+            "end": width,
         },
         reads=(*TERM_NAMES, "weight", "cos", "sin"),
         writes=("total", "out"),

@@ -42,6 +42,7 @@ def swiglu_kernel(
     out,
     rstd,
     tokens,
+    end,  # D, at run time: a constant number of steps would be unrolled, into more registers
     D: tl.constexpr,
     INTER: tl.constexpr,
     EPS: tl.constexpr,
@@ -71,7 +72,7 @@ def swiglu_kernel(
             c = tl.load(down + i + down_offsets, mask=(i + inner < INTER)[None, :], other=0.0)
         b_offsets = (column + half * INTER)[:, None] * D + depth[None, :]
         both = tl.zeros((BLOCK_M, 2 * BLOCK_I), tl.float32)
-        for k in range(0, D, BLOCK_K):
+        for k in range(0, end, BLOCK_K):
             if D % BLOCK_K == 0:
                 a = tl.load(a_base + k + a_offsets)
                 b = tl.load(gate_up + k + b_offsets)
@@ -93,6 +94,7 @@ def gate_up_kernel(
     activation,
     gates,
     tokens,
+    end,  # D, at run time: a constant number of steps would be unrolled, into more registers
     D: tl.constexpr,
     INTER: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -115,7 +117,7 @@ def gate_up_kernel(
     a_offsets = near_rows[:, None] * D + depth[None, :]
     b_offsets = (column + half * INTER)[:, None] * D + depth[None, :]
     both = tl.zeros((BLOCK_M, 2 * BLOCK_I), tl.float32)
-    for k in range(0, D, BLOCK_K):
+    for k in range(0, end, BLOCK_K):
         if D % BLOCK_K == 0:
             a = tl.load(a_base + k + a_offsets)
             b = tl.load(gate_up + k + b_offsets)
@@ -165,7 +167,15 @@ def swiglu(
     return Launch.of(
         "swiglu.swiglu_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]),),
-        {"hidden": hidden, "gate_up": gate_up, "down": down, "out": out, "rstd": rstd, "tokens": tokens},
+        {
+            "hidden": hidden,
+            "gate_up": gate_up,
+            "down": down,
+            "out": out,
+            "rstd": rstd,
+            "tokens": tokens,
+            "end": width,
+        },
         reads=("hidden", "gate_up", "down"),
         writes=("out", "rstd"),
         constants={"D": width, "INTER": inter, "EPS": eps, "PRECISION": precision, "BLOCK_D": block_width(width)},
@@ -198,7 +208,7 @@ def gate_up(
     return Launch.of(
         "swiglu.gate_up_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(inter, tile["BLOCK_I"]),),
-        {"hidden": hidden, "gate_up": weight, "activation": activation, "gates": gates, "tokens": tokens},
+        {"hidden": hidden, "gate_up": weight, "activation": activation, "gates": gates, "tokens": tokens, "end": width},
         reads=("hidden", "gate_up"),
         writes=("activation", "gates"),
         constants={"D": width, "INTER": inter, "PRECISION": precision},
