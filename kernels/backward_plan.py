@@ -271,7 +271,8 @@ class BlockBackward:
         self, grad_sum: Buffer, grad_gate_up: Buffer, below: BlockValues | None, need_input: bool, targets: Targets
     ) -> Buffer | None:
         writer, values, add, block = self.writer, self.values, self.writer.add_product, self.block
-        assert values.qkv is not None and values.mixed is not None
+        assert values.qkv is not None
+        assert values.mixed is not None
         batch, length, _ = writer.setting.shape
         grad_hidden_sum = writer.state("grad_hidden_sum")
         add(
@@ -340,8 +341,8 @@ class BlockBackward:
             grad_gates = writer.scratch("grad_gate_up_t", (batch, 2 * inner, width))
             activation = writer.scratch("activation_t", (batch, inner, width)) if totals[1] is not None else None
             writer.add("mlp_t_norm_backward", mlp_t_norm_backward, grad_hidden, h1, rstd, grad_hidden_sum)
-            shared = (h, grad_hidden_sum, gate_up, down, grad_gates, activation)
-            add("swiglu_backward_t", swiglu_backward, *shared, transposed=True)
+            recomputed = (h, grad_hidden_sum, gate_up, down, grad_gates, activation)
+            add("swiglu_backward_t", swiglu_backward, *recomputed, transposed=True)
             if need_input:
                 add(
                     *("projection_backward_t", projection_backward, grad_gates, gate_up, gradient),

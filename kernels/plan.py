@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -185,8 +186,7 @@ class Plan:
         return sum(size * dtype.itemsize for name, (size, dtype) in self.sizes().items() if name not in outside)
 
     def packed(self) -> Plan:
-        """The same plan with its scratch buffers in one allocation a dtype, where those that live at different times share
-        memory."""
+        """The same plan with its scratch buffers in one allocation a dtype; those that do not live together overlap."""
         outside = {buffer.name for buffer in (*self.inputs, *self.outputs, *self.zeros)}
         lives: dict[str, tuple[int, int]] = {}
         for i, launch in enumerate(self.launches):
@@ -234,6 +234,7 @@ def _place(spans: list[tuple[int, int, int]]) -> list[int]:
     return offsets
 
 
+@lru_cache(maxsize=256)
 def resolve(kernel: str) -> Any:
     """The ``triton.jit`` function that ``"stem.function"`` names."""
     stem, function = kernel.split(".")

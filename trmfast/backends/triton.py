@@ -1,0 +1,361 @@
+"""Triton kernels behind the backend protocol: the launch plan of a problem, run eagerly or replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trmfast.problem import Problem
+
+if TYPE_CHECKING:
+    from trmfast.kernels.backward_plan import BackwardPlan
+    from trmfast.kernels.configurations import Configuration
+    from trmfast.kernels.forward_plan import Setting
+    from trmfast.kernels.plan import Buffer, Plan
+
+__all__ = ["TritonBackend", "interprets", "release_memory"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_TRITON = (3, 4)
+MOST_TERMS = 8
+WIDEST, WIDEST_HEAD = 1024, 128
+MOST_SEQUENCES = 65535  # CUDA's limit for the second and third axis of a grid
+# Above this many tokens a kernel takes longer than Python takes to launch the next one, and a graph would only cost the
+# copies in and out of its buffers.
+GRAPH_TOKENS = 16384
+GRAPHS = 16
+
+
+def interprets() -> bool:
+    """Whether Triton's interpreter is on in this process; it was if ``TRITON_INTERPRET=1`` when Triton was imported."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from trmfast.kernels.dot import INTERPRETED
+
+    return bool(INTERPRETED)
+
+
+@lru_cache(maxsize=1)
+def _triton_problem() -> str | None:
+    """None, or why Triton cannot be used."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: `pip install trmfast[triton]` brings it on Linux"
+    import triton
+
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < OLDEST_TRITON:
+        return f"Triton {triton.__version__} is too old: it needs {'.'.join(map(str, OLDEST_TRITON))} or newer"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _architecture(index: int) -> tuple[str | None, str]:
+    """The architecture whose tiles a GPU gets, or None; and what the GPU calls itself."""
+    if torch.version.hip is not None:
+        found = str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
+        return ("gfx942" if found in ("gfx90a", "gfx940", "gfx941", "gfx942", "gfx950") else None), found
+    major, minor = torch.cuda.get_device_capability(index)
+    name = f"sm_{major}{minor}"
+    if major < 8:
+        return None, name
+    if name in ("sm_80", "sm_89"):
+        return name, name
+    # Others get the tiles of the nearest relative; those of sm_120 need the least shared memory.
+    return {8: "sm_86", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120"), name
+
+
+class TritonBackend:
+    """Kernels in kernels/, planned by :mod:`trmfast.kernels.forward_plan` and :mod:`trmfast.kernels.backward_plan`.
+
+    Up to 16,384 tokens the second call of a problem captures the plan into a CUDA graph, which later calls replay; the
+    environment variable ``TRMFAST_GRAPHS`` set to ``0`` or ``1`` turns that off or on for any number of tokens.  With
+    ``TRITON_INTERPRET=1`` it runs on CPU tensors, slowly, if asked for by name.
+    """
+
+    name = "triton"
+    device_types = ("cuda",)
+
+    @property
+    def slow_device_types(self) -> tuple[str, ...]:
+        """The CPU, if Triton interprets."""
+        return ("cpu",) if interprets() else ()
+
+    def available(self) -> str | None:
+        """None, or why no kernel runs here."""
+        reason = _triton_problem()
+        if reason is None and not torch.cuda.is_available() and not interprets():
+            reason = "no GPU: torch.cuda.is_available() is False"
+        return reason
+
+    def supports(
+        self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int
+    ) -> str | None:
+        """None, or why the kernels do not run this problem."""
+        if device.type not in (*self.device_types, *self.slow_device_types):
+            return f"it runs on {', '.join(self.device_types)}, not on {device.type}"
+        if device.type == "cuda":
+            if interprets():
+                return "TRITON_INTERPRET is set: it interprets, on CPU tensors"
+            architecture, found = _architecture(_index(device))
+            if architecture is None:
+                return f"it has no tiles for {found}: it needs compute capability 8.0 or newer, or CDNA 2 or newer"
+        if dtype not in DTYPES:
+            accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            return f"it computes in {accepted}, not in {str(dtype).removeprefix('torch.')}"
+        if problem.hidden_size > WIDEST:
+            return f"it takes widths up to {WIDEST}, not {problem.hidden_size}"
+        if problem.rope_dim is not None and problem.rope_dim > WIDEST_HEAD:
+            return f"it takes head_dim up to {WIDEST_HEAD}, not {problem.rope_dim}"
+        terms = max(len(update.sources) + update.inject_x for update in problem.program.updates)
+        if terms > MOST_TERMS:
+            return f"it adds up to {MOST_TERMS} tensors in an update, not {terms}"
+        if batch > MOST_SEQUENCES or batch * length >= 2**31:
+            return f"it takes up to {MOST_SEQUENCES} sequences and 2^31 tokens, not {batch} of {length}"
+        return None
+
+    def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
+        """0: it always recomputes."""
+        return 0
+
+    def forward(
+        self,
+        problem: Problem,
+        states: Sequence[Tensor],
+        x: Tensor | None,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        save: bool,
+        recompute: bool,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """See :class:`trmfast.backends.Backend`."""
+        first = states[0]
+        setting = _setting(problem, first, cos is not None)
+        plan = _forward_plan(setting, save)
+        inputs: dict[str, Tensor] = {f"states.{s}": state for s, state in enumerate(states)}
+        if x is not None:
+            inputs["x"] = x
+        results = _run((setting, save), plan, {**inputs, **_constants(weights, cos, sin)})
+        # A state that no update writes is still the caller's tensor.
+        out = [results[f"out.{s}"] if f"out.{s}" in results else state.clone() for s, state in enumerate(states)]
+        saved = results["saved"] if "saved" in results else first.new_empty((0, *first.shape))
+        return out, saved, first.new_empty(0, dtype=torch.uint8)
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_states: Sequence[Tensor],
+        saved: Tensor,
+        kept: Tensor,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        needs_states: Sequence[bool],
+        needs_x: bool,
+        needs_weights: Sequence[bool],
+    ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+        """See :class:`trmfast.backends.Backend`."""
+        setting = _setting(problem, grad_states[0], cos is not None, saved.dtype)
+        key = (setting, tuple(needs_states), needs_x, tuple(needs_weights))
+        backward = _backward_plan(*key)
+        inputs = {f"grad.{s}": gradient for s, gradient in enumerate(grad_states)}
+        results = _run(key, backward.plan, {"saved": saved, **inputs, **_constants(weights, cos, sin)})
+
+        def of(buffer: Buffer | None) -> Tensor | None:
+            return None if buffer is None else results[buffer.name]
+
+        return [of(g) for g in backward.grad_states], of(backward.grad_x), [of(g) for g in backward.grad_weights]
+
+
+def _constants(weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None) -> dict[str, Tensor]:
+    found = {f"weights.{i}": weight for i, weight in enumerate(weights)}
+    if cos is not None and sin is not None:
+        found.update(cos=cos, sin=sin)
+    return found
+
+
+# ---------------------------------------------------------------- plans
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@lru_cache(maxsize=64)
+def _configuration(device: torch.device) -> Configuration:
+    from trmfast.kernels.configurations import INTERPRETER, Configuration
+
+    if device.type == "cpu":
+        return Configuration(INTERPRETER, 1)
+    architecture, found = _architecture(_index(device))
+    assert architecture is not None, found
+    return Configuration(architecture, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _setting(problem: Problem, like: Tensor, rope: bool, dtype: torch.dtype | None = None) -> Setting:
+    from trmfast.kernels.forward_plan import Setting
+
+    batch, length, _ = like.shape
+    tf32 = like.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return Setting(problem, batch, length, dtype or like.dtype, rope, _configuration(like.device), tf32)
+
+
+@lru_cache(maxsize=256)
+def _forward_plan(setting: Setting, save: bool) -> Plan:
+    from trmfast.kernels.forward_plan import forward_plan
+
+    return forward_plan(setting, save).packed()
+
+
+@lru_cache(maxsize=256)
+def _backward_plan(
+    setting: Setting, needs_states: tuple[bool, ...], needs_x: bool, needs_weights: tuple[bool, ...]
+) -> BackwardPlan:
+    from trmfast.kernels.backward_plan import backward_plan
+
+    found = backward_plan(setting, needs_states, needs_x, needs_weights)
+    return replace(found, plan=found.plan.packed())
+
+
+# ---------------------------------------------------------------- execution
+
+
+def _run(key: tuple[Any, ...], plan: Plan, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Runs the plan of a key; returns its outputs by name, in tensors of their own."""
+    device = next(iter(inputs.values())).device
+    if device.type != "cuda":
+        return _run_eagerly(plan, inputs, device)
+    with torch.cuda.device(device):
+        # Inside of somebody else's capture the launches become part of that graph.
+        if torch.cuda.is_current_stream_capturing() or not _wants_graph(key[0].tokens):
+            return _run_eagerly(plan, inputs, device)
+        graph = _graphs.get((*key, device), plan, device)
+        return _run_eagerly(plan, inputs, device) if graph is None else graph(inputs)
+
+
+def _wants_graph(tokens: int) -> bool:
+    asked = os.environ.get("TRMFAST_GRAPHS", "")
+    return asked == "1" if asked in ("0", "1") else tokens <= GRAPH_TOKENS
+
+
+def _run_eagerly(plan: Plan, inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Kernel by kernel on the current stream, over the caller's tensors and new ones."""
+    from trmfast.kernels.plan import run
+
+    tensors = _allocate(plan, device, skip=inputs)
+    changed = {buffer.name for launch in plan for buffer in launch.buffers(launch.writes)}
+    for buffer in plan.inputs:
+        given = inputs[buffer.name]
+        fits = given.dtype == buffer.dtype and given.shape == buffer.shape and given.is_contiguous()
+        if fits and buffer.name not in changed:
+            tensors[buffer.name] = given
+        else:
+            tensors[buffer.name] = _new(buffer, device)
+            _fill(tensors[buffer.name], given)
+    run(plan, tensors)
+    return {buffer.name: buffer.of(tensors[buffer.name]) for buffer in plan.outputs}
+
+
+def _allocate(plan: Plan, device: torch.device, skip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tensor for every buffer but those to skip; zero where the plan says so."""
+    tensors = {
+        name: torch.empty(size, dtype=dtype, device=device)
+        for name, (size, dtype) in plan.sizes().items()
+        if name not in skip
+    }
+    for buffer in plan.zeros:
+        tensors[buffer.name].zero_()
+    return tensors
+
+
+def _new(buffer: Buffer, device: torch.device) -> Tensor:
+    """A tensor for an input.  Weights over the sequence have rows that end in zeros."""
+    return torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def _fill(target: Tensor, given: Tensor) -> None:
+    """Copies and casts; what is wider than the given tensor keeps its zeros."""
+    target[..., : given.shape[-1]].copy_(given)
+
+
+class _Graph:
+    """A plan as a CUDA graph, with buffers of its own.
+
+    Inputs are copied into them and outputs out of them: nobody sees a buffer that the next replay overwrites.  A call
+    waits for the copies out of the one before it, whatever stream that was on.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        from trmfast.kernels.plan import run
+
+        self.plan = plan
+        inputs = {buffer.name: _new(buffer, device) for buffer in plan.inputs}
+        self.tensors = {**_allocate(plan, device, skip=inputs), **inputs}
+        self.lock = threading.Lock()
+        self.done = torch.cuda.Event()
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().synchronize()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            for buffer in plan.zeros:
+                self.tensors[buffer.name].zero_()
+            run(plan, self.tensors)
+        self.done.record()
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with self.lock:
+            torch.cuda.current_stream().wait_event(self.done)
+            for buffer in self.plan.inputs:
+                _fill(self.tensors[buffer.name].view(buffer.shape), inputs[buffer.name])
+            self.graph.replay()
+            results = {buffer.name: buffer.of(self.tensors[buffer.name]).clone() for buffer in self.plan.outputs}
+            self.done.record()
+        return results
+
+
+class _Graphs:
+    """The graphs of the plans used last.  The first call of a plan gets none: it compiles the kernels."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[tuple[Any, ...], _Graph | None] = OrderedDict()
+
+    def get(self, key: tuple[Any, ...], plan: Plan, device: torch.device) -> _Graph | None:
+        with self._lock:
+            if key not in self._entries:
+                self._entries[key] = None
+                while len(self._entries) > GRAPHS:
+                    self._drop()
+                return None
+            self._entries.move_to_end(key)
+            graph = self._entries[key]
+            if graph is None:
+                graph = self._entries[key] = _Graph(plan, device)
+            return graph
+
+    def clear(self) -> None:
+        with self._lock:
+            while self._entries:
+                self._drop()
+
+    def _drop(self) -> None:
+        _, graph = self._entries.popitem(last=False)
+        if graph is not None:
+            # Its buffers return to the stream that they were allocated on, and may be in use on another.
+            graph.done.synchronize()
+
+
+_graphs = _Graphs()
+
+
+def release_memory() -> None:
+    """Frees the graphs and their buffers.  They are made again when needed."""
+    _graphs.clear()
