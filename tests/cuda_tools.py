@@ -1,0 +1,149 @@
+"""Builds CUDA sources twice: with the host compiler on the SIMT emulator (tests/simt), and with nvcc.
+
+Results are kept under build/simt, named by a hash of everything they depend on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+SIMT = ROOT / "tests" / "simt"
+CACHE = ROOT / "build" / "simt"
+EMULATOR = [SIMT / f"{name}.cpp" for name in ("access", "collectives", "fiber", "machine", "memory")]
+INCLUDES = [f"-I{CUDA}", f"-I{ROOT / 'tests'}", f"-I{SIMT}"]
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+VARIANTS = {
+    "plain": ("-O2",),
+    "ucontext": ("-O2", "-DTRMFAST_SIMT_UCONTEXT"),
+    "sanitized": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+}
+
+
+def skip_or_fail(reason: str, required_by: str) -> None:
+    """A missing tool is a skip; with the environment variable `required_by` set to 1 it is a failure."""
+    if os.environ.get(required_by) == "1":
+        pytest.fail(f"{required_by}=1: {reason}")
+    pytest.skip(reason)
+
+
+def _digest(*parts: str, files: Sequence[Path] = ()) -> str:
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _headers() -> list[Path]:
+    return sorted(file for folder in (CUDA, SIMT) for pattern in ("*.h", "*.cuh") for file in folder.glob(pattern))
+
+
+def _make(output: Path, command: Sequence[str]) -> Path:
+    """Runs the command, which writes the file appended to it, unless the file is there; a warning is an error."""
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+            made = Path(folder) / output.name
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr + done.stdout
+            assert "warning" not in done.stderr, done.stderr
+            os.replace(made, output)
+    return output
+
+
+@functools.cache
+def host_compiler() -> tuple[str, str]:
+    """The C++ compiler and its version; skips the test where there is none."""
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["g++", "clang++"]:
+        path = shutil.which(name)
+        if path is not None:
+            return path, subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    pytest.skip("no C++ compiler on this machine")
+
+
+def build_emulated(
+    sources: Sequence[Path], *, variant: str = "plain", defines: Sequence[str] = (), shared: bool = False
+) -> Path:
+    """A program, or a shared library, of the sources and the emulator.
+
+    Args:
+        sources: .cpp files that include kernels and simt.h; they find csrc/cuda, tests and tests/simt.
+        variant: a key of VARIANTS.
+        defines: NAME or NAME=VALUE, for the sources.
+    """
+    compiler, version = host_compiler()
+    flags = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", *VARIANTS[variant]]
+    objects = []
+    for source in [*EMULATOR, *sources]:
+        own = [f"-D{define}" for define in defines] if source in sources else []
+        key = _digest(version, *flags, *own, str(source), files=[source, *_headers()])
+        command = [compiler, *flags, *own, *INCLUDES, "-c", str(source)]
+        objects.append(_make(CACHE / f"{source.stem}-{variant}-{key}.o", command))
+    name = f"{Path(sources[0]).stem}-{_digest(str(shared), *map(str, objects))}{'.so' if shared else ''}"
+    link = [compiler, *VARIANTS[variant], *(["-shared"] if shared else []), *map(str, objects)]
+    return _make(CACHE / name, link)
+
+
+def nvcc() -> str:
+    """The path of nvcc; without it the test is skipped, or fails if TRMFAST_REQUIRE_NVCC=1."""
+    found = shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
+    if found is None:
+        skip_or_fail("no nvcc on this machine", "TRMFAST_REQUIRE_NVCC")
+    assert found is not None
+    return found
+
+
+def _disassembler() -> str:
+    """cuobjdump: of the CUDA toolkit, or the one that Triton's wheel brings."""
+    beside = Path(nvcc()).resolve().parent / "cuobjdump"
+    wheel = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = shutil.which("cuobjdump") or shutil.which(str(beside)) or shutil.which(str(wheel))
+    if found is None:
+        skip_or_fail("no cuobjdump on this machine", "TRMFAST_REQUIRE_NVCC")
+    assert found is not None
+    return found
+
+
+def build_device(source: Path, architecture: int, defines: Sequence[str] = ()) -> Path:
+    """The cubin of a .cu file for sm_<architecture>; spills and warnings are errors."""
+    compiler = nvcc()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    flags = ["-std=c++17", f"-arch=sm_{architecture}", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-warn-spills", "-cubin"]
+    flags += ["--Werror=all-warnings", *[f"-D{define}" for define in defines], *INCLUDES]
+    key = _digest(version, *flags, str(source), files=[source, *_headers()])
+    return _make(CACHE / f"{source.stem}-sm_{architecture}-{key}.cubin", [compiler, *flags, str(source)])
+
+
+def machine_code(cubin: Path) -> dict[str, Counter[str]]:
+    """Per kernel, how often each machine instruction occurs, by its name without modifiers and by its full name."""
+    done = subprocess.run([_disassembler(), "-sass", str(cubin)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
+    for line in done.stdout.splitlines():
+        function = re.search(r"Function : (\S+)", line)
+        if function:
+            counts = kernels.setdefault(function.group(1), Counter())
+        instruction = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)((?:\.\w+)*)", line)
+        if instruction:
+            name, modifiers = instruction.groups()
+            counts[name] += 1
+            if modifiers:
+                counts[name + modifiers] += 1
+    return kernels
