@@ -287,12 +287,15 @@ class BlockBackward:
         grad_mixed = writer.scratch("grad_mixed", values.mixed.shape)
         add("projection_backward", projection_backward, grad_hidden_sum, self.weights[1], grad_mixed)
         grad_qkv = writer.scratch("grad_qkv", values.qkv.shape)
-        shared = (block, values.qkv, values.mixed, grad_mixed, values.lse, grad_qkv)
-        options = {"cos": writer.cos, "sin": writer.sin}
-        if length > LONGEST:
-            options["delta"] = writer.scratch("delta", (batch, block.num_heads, length), torch.float32)
-            add("attention_backward_queries", attention_backward_queries, *shared, **options)
-        add("attention_backward_keys", attention_backward_keys, *shared, **options)
+        rotation = {"cos": writer.cos, "sin": writer.sin}
+        if length <= LONGEST:
+            add("attention_backward", attention_backward_keys, block, values.qkv, grad_mixed, grad_qkv, **rotation)
+        else:
+            delta = writer.scratch("delta", (batch, block.num_heads, length), torch.float32)
+            sums = {"lse": values.lse, "delta": delta, **rotation}
+            inputs = (block, values.qkv, values.mixed, grad_mixed, grad_qkv)
+            add("attention_backward_queries", attention_backward_queries, *inputs, **sums)
+            add("attention_backward_keys", attention_backward_keys, block, values.qkv, grad_mixed, grad_qkv, **sums)
         self._product(0, grad_qkv, values.input)
         return self._input(grad_qkv, grad_hidden_sum, below, targets) if need_input else None
 

@@ -99,6 +99,7 @@ INTERPRETED: dict[str, tuple[Tile, ...]] = {
     "projection_backward": (Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),),
     "projection_backward_norm": (Tile.of(BLOCK_M=128, BLOCK_N=ROW, BLOCK_K=128),),
     "projection_backward_t": (Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),),
+    "attention_backward": (Tile.of(BLOCK_M=128, BLOCK_N=LENGTH),),
     "attention_backward_keys": (Tile.of(BLOCK_M=128, BLOCK_N=128),),
     "attention_backward_queries": (Tile.of(BLOCK_M=128, BLOCK_N=128),),
     "weight_gradient": (Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),),

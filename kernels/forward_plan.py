@@ -187,7 +187,8 @@ def forward_block(
         heads, head_dim = block.num_heads, block.head_dim
         qkv_out = writer.scratch("qkv", (batch, length, (heads + 2 * block.num_kv_heads) * head_dim))
         mixed = writer.scratch("mixed", (batch, length, heads * head_dim))
-        lse = writer.scratch("lse", (batch, heads, length), torch.float32) if keep else None
+        if keep and length > LONGEST:  # for shorter ones backward makes the sums again
+            lse = writer.scratch("lse", (batch, heads, length), torch.float32)
         product("qkv", qkv, block, terms, weights[0], qkv_out, cos=writer.cos, sin=writer.sin, total=total)
         product("attention", attention, block, qkv_out, mixed, lse=lse)
         product("projection", projection, mixed, weights[1], source, hidden, eps=eps, rstd=hidden_rstd)
