@@ -1,0 +1,263 @@
+// Attention of a CTA's rows over the whole sequence of its group.
+//
+//   project   h -> q into shared memory (rotated, packed order); rotated keys and values into the exchange
+//   --------- group barrier: keys and values of all CTAs are there
+//   attend    a warp takes 16 or 32 rows of a head: online softmax over all keys, its q is replaced by the output
+//   output    [rows, heads * head_width] x W_o, then residual and norm (norm.cuh)
+//
+// Exchange of a group: [2][key, value][kv head][16 tokens][16 channels][lane][8]: squares in the order of fragments b
+// (square_words), so both are read with one 16-byte load a lane, without shared memory.  Keys keep the packed order of
+// channels: a sum over channels doesn't mind as long as queries have the same.  Values come from a transposed product.
+// The first dimension alternates from layer to layer: a CTA that is one layer ahead doesn't overwrite what is still
+// read, and cannot be further ahead.
+#pragma once
+
+#include "norm.cuh"
+#include "rope.cuh"
+
+namespace trmfast {
+namespace gpu {
+
+// Where a group exchanges keys and values in this layer.
+template <class T> struct KeyValues {
+  GlobalPtr<T> base;            // of this lane
+  int kv_heads, tiles, squares; // tiles: of 16 tokens; squares: of 16 channels in a head
+
+  DEVICE KeyValues(const ForwardParams<T>& p, GlobalPtr<T> exchange, int parity, int row_tiles)
+      : kv_heads(p.layout.block.kv_heads), tiles(p.group_blocks * row_tiles), squares(p.layout.head_width / 16) {
+    const int64_t each = 2 * static_cast<int64_t>(kv_heads) * tiles * squares * kSquare;
+    base = exchange + (parity * each + lane_index() * 8);
+  }
+  DEVICE GlobalPtr<U32x4> at(int is_value, int kv_head, int tile, int square) const {
+    const int64_t record = (static_cast<int64_t>(is_value * kv_heads + kv_head) * tiles + tile) * squares + square;
+    return (base + record * kSquare).template as<U32x4>();
+  }
+};
+
+// first_row: of the CTA in its sequence.  h: [rows, stride]; q: [rows, q_stride].
+template <class T, int kStages, int kRowTiles, int kTiles>
+DEVICE void project_qkv(const ForwardParams<T>& p, SharedPtr<const T> h, int stride, SharedPtr<T> q, int q_stride,
+                        int first_row, const KeyValues<T>& kv, WeightStream<T, kStages>& stream) {
+  const LayerLayout& layout = p.layout;
+  const int lane = lane_index(), g = lane / 4, t = lane % 4, first_tile = first_row / 16;
+  const int heads = layout.block.heads, kv_heads = layout.block.kv_heads;
+  float acc[kRowTiles][kTiles][4];
+  NO_UNROLL
+  for (int pass = 0; pass < layout.qk_passes; ++pass) {
+    clear(acc);
+    multiply<Order::kStraight, Storage::kByRow>(acc, h, stride, layout.width_steps, stream);
+    UNROLL
+    for (int s = 0; s < kTiles / 2; ++s) {
+      const int square = (pass * kWarps + warp_index()) * (kTiles / 2) + s;
+      const int head = square / kv.squares, in_head = square % kv.squares;
+      if (head < heads + kv_heads) {
+        UNROLL
+        for (int r = 0; r < kRowTiles; ++r) {
+          rotate(acc[r][2 * s], acc[r][2 * s + 1], p, first_row + r * 16 + g, in_head * 8 + 2 * t);
+          const U32x4 words = square_words<T>(acc[r][2 * s], acc[r][2 * s + 1]);
+          if (head < heads) {
+            const SharedPtr<uint32_t> to =
+                (q + ((r * 16 + g) * q_stride + square * 16 + 2 * t)).template as<uint32_t>();
+            store(to, words.v[0]);
+            store(to + 4, words.v[1]);
+            store(to + 4 * q_stride, words.v[2]);
+            store(to + 4 * q_stride + 4, words.v[3]);
+          } else {
+            store(kv.at(0, head - heads, first_tile + r, in_head), words);
+          }
+        }
+      }
+    }
+  }
+  NO_UNROLL
+  for (int pass = 0; pass < layout.v_passes; ++pass) {
+    clear(acc);
+    multiply<Order::kTransposed, Storage::kByRow>(acc, h, stride, layout.width_steps, stream);
+    UNROLL
+    for (int s = 0; s < kTiles / 2; ++s) {
+      const int square = (pass * kWarps + warp_index()) * (kTiles / 2) + s;
+      const int head = square / kv.squares;
+      if (head < kv_heads) {
+        UNROLL
+        for (int r = 0; r < kRowTiles; ++r)
+          store(kv.at(1, head, first_tile + r, square % kv.squares), square_words<T>(acc[r][2 * s], acc[r][2 * s + 1]));
+      }
+    }
+  }
+}
+
+// Fragments b of kKeyTiles x 16 keys of a head.
+template <class T, int kKeyTiles, int kSquares>
+DEVICE void load_key_values(U32x4 (&to)[kKeyTiles][kSquares], const KeyValues<T>& kv, int is_value, int kv_head,
+                            int first) {
+  UNROLL
+  for (int k = 0; k < kKeyTiles; ++k) UNROLL
+  for (int s = 0; s < kSquares; ++s) // past the end: any finite key, it is masked
+    to[k][s] = load(kv.at(is_value, kv_head, smaller(first + k, kv.tiles - 1), s));
+}
+
+// Running maximum and sum of the softmax of 16 * kRowTiles rows; m is the largest raw score.
+template <int kRowTiles> struct Softmax {
+  float m[kRowTiles][2], l[kRowTiles][2];
+};
+
+// Scores s of keys `key0`.. become probabilities; `out` is scaled down where a row's maximum grew.
+template <int kRowTiles, int kScoreTiles, int kOutTiles>
+DEVICE void softmax_step(float (&s)[kRowTiles][kScoreTiles][4], float (&out)[kRowTiles][kOutTiles][4],
+                         Softmax<kRowTiles>& state, float scale) {
+  float grown[kRowTiles][2];
+  bool any = false;
+  UNROLL
+  for (int r = 0; r < kRowTiles; ++r) UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float m = s[r][0][2 * half];
+    UNROLL
+    for (int n = 0; n < kScoreTiles; ++n) m = fmaxf(m, fmaxf(s[r][n][2 * half], s[r][n][2 * half + 1]));
+    m = fmaxf(state.m[r][half], lanes_max<4>(m));
+    grown[r][half] = fast_exp2((state.m[r][half] - m) * scale);
+    any = any || m > state.m[r][half];
+    state.m[r][half] = m;
+    float sum = 0.0f;
+    UNROLL
+    for (int n = 0; n < kScoreTiles; ++n) UNROLL
+    for (int i = 0; i < 2; ++i) {
+      float& x = s[r][n][2 * half + i];
+      x = fast_exp2((x - m) * scale);
+      sum += x;
+    }
+    state.l[r][half] = state.l[r][half] * grown[r][half] + sum;
+  }
+  if (!warp_any(any)) return;
+  UNROLL
+  for (int r = 0; r < kRowTiles; ++r) UNROLL
+  for (int n = 0; n < kOutTiles; ++n) UNROLL
+  for (int i = 0; i < 4; ++i) out[r][n][i] *= grown[r][i / 2];
+}
+
+// Scores of keys that row `row` (of elements 0 and 1, of the first row tile) must not see become -infinity.
+template <int kRowTiles, int kScoreTiles>
+DEVICE void mask_scores(float (&s)[kRowTiles][kScoreTiles][4], int row, int key, int length, bool causal) {
+  UNROLL
+  for (int r = 0; r < kRowTiles; ++r) UNROLL
+  for (int n = 0; n < kScoreTiles; ++n) UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int at = key + n * 8 + i % 2;
+    if (at >= length || (causal && at > row + r * 16 + i / 2 * 8)) s[r][n][i] = -INFINITY;
+  }
+}
+
+// A warp: 16 * kRowTiles rows of one head, whose q [.., q_stride] is replaced by the output.  first_row: of these rows
+// in the sequence.
+template <int kSquares, int kRowTiles, int kKeyTiles, class T>
+DEVICE void attend(const ForwardParams<T>& p, SharedPtr<T> q_rows, int q_stride, int first_row, int kv_head,
+                   const KeyValues<T>& kv) {
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  const bool causal = p.layout.block.causal;
+  const float scale = 1.44269504f * fast_rsqrt(static_cast<float>(p.layout.block.head_dim));
+  uint32_t q[kRowTiles][kSquares][4];
+  const SharedPtr<const T> from = lane_rows<Storage::kByRow>(SharedPtr<const T>(q_rows), q_stride);
+  UNROLL
+  for (int r = 0; r < kRowTiles; ++r) UNROLL
+  for (int k = 0; k < kSquares; ++k) ldmatrix_x4(q[r][k], from + (r * 16 * q_stride + k * 16));
+  sync_warp(); // before the output takes their place
+
+  float out[kRowTiles][2 * kSquares][4];
+  clear(out);
+  Softmax<kRowTiles> state;
+  UNROLL
+  for (int r = 0; r < kRowTiles; ++r) UNROLL
+  for (int half = 0; half < 2; ++half) {
+    state.m[r][half] = -INFINITY;
+    state.l[r][half] = 0.0f;
+  }
+  const int seen = causal ? smaller(p.length, first_row + 16 * kRowTiles) : p.length;
+  const int steps = ceil_div(seen, 16 * kKeyTiles);
+  U32x4 keys[kKeyTiles][kSquares], values[kKeyTiles][kSquares];
+  load_key_values(keys, kv, 0, kv_head, 0);
+  NO_UNROLL
+  for (int step = 0; step < steps; ++step) {
+    const int key0 = step * 16 * kKeyTiles;
+    float s[kRowTiles][2 * kKeyTiles][4];
+    clear(s);
+    UNROLL
+    for (int k = 0; k < kKeyTiles; ++k) UNROLL
+    for (int c = 0; c < kSquares; ++c) {
+      const uint32_t (&b)[4] = keys[k][c].v;
+      UNROLL
+      for (int r = 0; r < kRowTiles; ++r) {
+        mma_m16n8k16<T>(s[r][2 * k], q[r][c], b[0], b[1]);
+        mma_m16n8k16<T>(s[r][2 * k + 1], q[r][c], b[2], b[3]);
+      }
+    }
+    load_key_values(values, kv, 1, kv_head, step * kKeyTiles); // arrive during the softmax
+    if (key0 + 16 * kKeyTiles > p.length || (causal && key0 + 16 * kKeyTiles > first_row + 1))
+      mask_scores(s, first_row + g, key0 + 2 * t, p.length, causal);
+    softmax_step(s, out, state, scale);
+    load_key_values(keys, kv, 0, kv_head, (step + 1) * kKeyTiles); // arrive during the product
+    UNROLL
+    for (int k = 0; k < kKeyTiles; ++k) UNROLL
+    for (int r = 0; r < kRowTiles; ++r) {
+      const float (&low)[4] = s[r][2 * k];
+      const float (&high)[4] = s[r][2 * k + 1];
+      const uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
+                             pack<T>(high[2], high[3])};
+      UNROLL
+      for (int c = 0; c < kSquares; ++c) {
+        const uint32_t (&b)[4] = values[k][c].v;
+        mma_m16n8k16<T>(out[r][2 * c], a, b[0], b[1]);
+        mma_m16n8k16<T>(out[r][2 * c + 1], a, b[2], b[3]);
+      }
+    }
+  }
+  UNROLL
+  for (int r = 0; r < kRowTiles; ++r) UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const float inverse = fast_rcp(lanes_sum<4>(state.l[r][half]));
+    const SharedPtr<T> to = q_rows + ((r * 16 + half * 8 + g) * q_stride + 2 * t);
+    UNROLL
+    for (int n = 0; n < 2 * kSquares; ++n)
+      store((to + n * 8).template as<uint32_t>(),
+            pack<T>(out[r][n][2 * half] * inverse, out[r][n][2 * half + 1] * inverse));
+  }
+}
+
+// All rows and heads of the CTA, shared out to its warps: warps that run side by side have a head in common.
+template <int kSquares, int kTaskTiles, int kKeyTiles, int kRowTiles, class T>
+DEVICE void attend_heads(const ForwardParams<T>& p, SharedPtr<T> q, int q_stride, int first_row,
+                         const KeyValues<T>& kv) {
+  constexpr int kParts = kRowTiles / kTaskTiles;
+  const int heads = p.layout.block.heads, share = heads / p.layout.block.kv_heads;
+  NO_UNROLL
+  for (int task = warp_index(); task < heads * kParts; task += kWarps) {
+    const int head = task / kParts, row = task % kParts * 16 * kTaskTiles;
+    attend<kSquares, kTaskTiles, kKeyTiles>(p, q + (row * q_stride + head * kSquares * 16), q_stride, first_row + row,
+                                            head / share, kv);
+  }
+}
+
+// h1 = norm(h + attention(h)), in place.  work: the rest of the CTA's shared memory.  False: a barrier timed out.
+template <int kTiles, int kRowTiles, class T, int kStages, class Barrier>
+DEVICE bool attention_mixer(const ForwardParams<T>& p, SharedPtr<T> h, int stride, SharedPtr<T> work, int first_row,
+                            GlobalPtr<T> exchange, int parity, WeightStream<T, kStages>& stream, Barrier&& barrier) {
+  const LayerLayout& layout = p.layout;
+  const int q_stride = layout.block.heads * layout.head_width + kPad;
+  const KeyValues<T> kv(p, exchange, parity, kRowTiles);
+  project_qkv<T, kStages, kRowTiles, kTiles>(p, h, stride, work, q_stride, first_row, kv, stream);
+  if (!barrier()) return false;
+  constexpr int kTwo = smaller(2, kRowTiles);
+  if (layout.head_width == 32)
+    attend_heads<2, kTwo, 2, kRowTiles>(p, work, q_stride, first_row, kv);
+  else if (layout.head_width == 64)
+    attend_heads<4, kTwo, 2, kRowTiles>(p, work, q_stride, first_row, kv);
+  else
+    attend_heads<8, 1, 1, kRowTiles>(p, work, q_stride, first_row, kv);
+  block_sync();
+  float acc[kRowTiles][kTiles][4];
+  clear(acc);
+  multiply<Order::kStraight, Storage::kByRow>(acc, SharedPtr<const T>(work), q_stride, layout.head_steps, stream);
+  norm_rows(acc, h, stride, layout.block.width, layout.block.eps, work.template as<float>());
+  return true;
+}
+
+} // namespace gpu
+} // namespace trmfast

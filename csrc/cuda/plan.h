@@ -1,0 +1,109 @@
+// Launch geometry as data: which instance of the kernel runs a problem on a device, how large its grid, shared memory
+// and exchange are, and in one line why a problem cannot be run.  Host only, no CUDA header.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "layout.h"
+
+namespace trmfast {
+namespace gpu {
+
+// An instance of recursion_forward (Instance in recursion_forward.cuh).  Tiles of rows, width and strips have 16, 8 * 8
+// and 16 elements; token_tiles and strip_tiles are 0 for attention.
+struct Configuration {
+  int row_tiles, stages, width_tiles, token_tiles, strip_tiles;
+};
+
+// What an instance needs in shared memory.
+inline int shared_bytes(const Configuration& c, const BlockShape& block) {
+  const int rows = 16 * c.row_tiles, channels = 16 * c.strip_tiles;
+  const int chunks = 2 * rows * (kPassInner + kPad);
+  const int q = block.attention ? rows * (block.heads * padded_head(block.head_dim) + kPad) : 0;
+  int activations = rows * (block.width + kPad) + larger(chunks, q);
+  if (!block.attention)
+    activations =
+        larger(activations, round_up(block.seq_len, 16) * (channels + kPad) + 2 * kPassInner * (channels + kPad));
+  return 2 * (kWarps * c.stages * kStageElements + activations);
+}
+
+// Elements that a group exchanges through global memory.
+inline int64_t exchange_elements(const Configuration& c, const BlockShape& block, int length) {
+  const int64_t rows = round_up(length, 16 * c.row_tiles);
+  return block.attention ? rows * 4 * block.kv_heads * padded_head(block.head_dim) : int64_t{2} * length * block.width;
+}
+
+struct Device {
+  int shared_bytes;    // most that a block can have: 163 KB on sm_80, 99 KB on sm_86, 89 and 120, 227 KB on 90 and 100
+  int multiprocessors; // each runs one block of this kernel at a time
+};
+
+struct Plan {
+  Configuration configuration;
+  int groups, group_blocks, shared_bytes;
+  int64_t exchange_elements; // of one group
+};
+
+inline std::string number(int64_t x) { return std::to_string(x); }
+
+// Why no instance can run such a block, or an empty string.
+inline std::string refuse_block(const BlockShape& b) {
+  if (b.conv_taps != 0) return "channel_mixer: got conv_swiglu, accepted is swiglu";
+  if (b.width < 16 || b.width > 512 || b.width % 16)
+    return "hidden_size: got " + number(b.width) + ", accepted are multiples of 16 up to 512";
+  if (b.attention && (b.head_dim < 4 || b.head_dim > 128 || b.head_dim % 4))
+    return "head_dim: got " + number(b.head_dim) + ", accepted are multiples of 4 up to 128";
+  if (!b.attention && b.seq_len > 1024)
+    return "seq_len: got " + number(b.seq_len) + ", accepted are lengths up to 1024 for mlp_t";
+  return "";
+}
+
+// Whether an instance is made for the block.
+inline bool matches(const Configuration& c, const BlockShape& block) {
+  const LayerLayout layout(block);
+  return c.width_tiles == layout.width_tiles && c.token_tiles == layout.token_tiles;
+}
+
+// A model of the time of a launch, in rounds of the resident groups times what a round costs: matrix products cost as
+// much as there are rows, but below `kStreamRows` rows the weights come no faster.
+constexpr int kStreamRows = 16;
+
+inline int64_t cost(const Configuration& c, int groups, int batch) {
+  return static_cast<int64_t>(ceil_div(batch, groups)) * larger(kStreamRows, 16 * c.row_tiles);
+}
+
+// The best of the instances for a problem, or why there is none.
+inline std::string make_plan(const std::vector<Configuration>& instances, const BlockShape& block, int batch,
+                             int length, const Device& device, Plan* plan) {
+  std::string reason = refuse_block(block);
+  if (!reason.empty()) return reason;
+  reason = "no instance of the kernel for hidden_size " + number(block.width);
+  int64_t best = -1;
+  for (const Configuration& c : instances) {
+    if (!matches(c, block)) continue;
+    const int bytes = shared_bytes(c, block), group_blocks = ceil_div(length, 16 * c.row_tiles);
+    if (bytes > device.shared_bytes) {
+      if (best < 0)
+        reason =
+            "shared memory: a block needs " + number(bytes) + " bytes, the device has " + number(device.shared_bytes);
+      continue;
+    }
+    if (group_blocks > device.multiprocessors) {
+      if (best < 0)
+        reason = "length: " + number(length) + " tokens need " + number(group_blocks) +
+                 " blocks at the same time, the device runs " + number(device.multiprocessors);
+      continue;
+    }
+    const int groups = smaller(batch, device.multiprocessors / group_blocks);
+    const int64_t now = cost(c, groups, batch);
+    if (best >= 0 && (now > best || (now == best && c.row_tiles < plan->configuration.row_tiles))) continue;
+    best = now;
+    *plan = {c, groups, group_blocks, bytes, exchange_elements(c, block, length)};
+  }
+  return best < 0 ? reason : "";
+}
+
+} // namespace gpu
+} // namespace trmfast

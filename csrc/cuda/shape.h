@@ -1,0 +1,51 @@
+// Sizes of a block and the constants that kernels, packing and launchers share.  Host and device; no CUDA header.
+//
+// Sizes: B sequences of L tokens of D channels.  A group of G blocks of the grid (CTAs) owns a sequence, a CTA owns
+// `rows` consecutive tokens of it.
+#pragma once
+
+#ifdef __CUDACC__
+#define TRMFAST_BOTH __host__ __device__ __forceinline__
+#else
+#define TRMFAST_BOTH inline
+#endif
+
+namespace trmfast {
+namespace gpu {
+
+constexpr int kWarps = 8; // of a CTA; every warp owns the same share of a product's output columns
+constexpr int kThreads = 32 * kWarps;
+constexpr int kStageElements = 512; // of the weights of a warp: two squares of 16 output columns x 16 deep, 1 KB
+constexpr int kSquare = 256;
+constexpr int kPassInner = 16 * kWarps; // inner channels of a SwiGLU that are on chip at a time
+constexpr int kPad = 8;                 // elements after a row in shared memory: rows fall into different banks
+constexpr int kMostStates = 16;
+constexpr int kMostNets = 8;
+
+// One block (trmfast/spec.py).
+struct BlockShape {
+  int width;      // D
+  int inner;      // inner width of the channel SwiGLU
+  bool attention; // else mlp_t: a SwiGLU over the sequence axis
+  int heads, kv_heads, head_dim;
+  bool causal;
+  int seq_len, seq_inner; // mlp_t
+  int conv_taps;          // of a depthwise convolution after the gate; 0: none
+  float eps;
+};
+
+TRMFAST_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+TRMFAST_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+TRMFAST_BOTH constexpr int larger(int a, int b) { return a > b ? a : b; }
+TRMFAST_BOTH constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// Channels of a head with the zeros that fill it up: whole fragments, and few instances of the attention.
+TRMFAST_BOTH constexpr int padded_head(int head_dim) { return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128; }
+
+// Tiles of 8 output columns of a warp that cover `columns` by all warps: 2, 4, 8 or 16.
+TRMFAST_BOTH constexpr int tiles_for(int columns) {
+  return columns <= 16 * kWarps ? 2 : columns <= 32 * kWarps ? 4 : columns <= 64 * kWarps ? 8 : 16;
+}
+
+} // namespace gpu
+} // namespace trmfast

@@ -1,0 +1,180 @@
+"""Runs the CUDA kernel of the forward recursion in the SIMT emulator (tests/simt/recursion_harness.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trmfast.cases import Inputs
+
+ROOT = Path(__file__).resolve().parent.parent
+SIMT = ROOT / "tests" / "simt"
+SOURCES = [SIMT / f"{name}.cpp" for name in ("recursion_harness", "access", "collectives", "fiber", "machine", "memory")]
+INCLUDES = [f"-I{folder}" for folder in (ROOT / "tests", SIMT, ROOT / "csrc" / "cuda")]
+FLAGS = ["-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+
+
+class Instance(NamedTuple):
+    """An instance of the kernel, as in csrc/cuda/instances.h; tiles of rows and strips have 16 elements."""
+
+    row_tiles: int
+    stages: int
+    width_tiles: int
+    token_tiles: int = 0
+    strip_tiles: int = 0
+
+
+class Schedule(NamedTuple):
+    """In which order the emulator runs blocks, warps and lanes."""
+
+    order: str = "forward"
+    seed: int = 0
+
+
+class EmulatorError(Exception):
+    """What the emulator found: the place in the kernel and what is wrong there."""
+
+
+class _Request(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("is_bf16", "width", "inner", "attention", "heads", "kv_heads")),
+        *((name, ctypes.c_int32) for name in ("head_dim", "causal", "seq_len", "seq_inner")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("batch", "length", "num_nets", "num_states", "num_updates")),
+        *((name, ctypes.c_int32) for name in ("num_sources", "num_saved")),
+        *((name, ctypes.c_int32) for name in Instance._fields),
+        *((name, ctypes.c_int32) for name in ("groups", "resident_blocks", "order", "check_races", "truncate_mma")),
+        *((name, ctypes.c_uint64) for name in ("seed", "timeout_ns")),
+        *((name, ctypes.c_void_p) for name in ("layers", "updates", "sources", "weights", "states_in", "states_out")),
+        *((name, ctypes.c_void_p) for name in ("x", "saved", "cos", "sin")),
+    ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a launch gave.
+
+    Attributes:
+        states: the final states.
+        saved: [G, B, L, D], the summed inputs of the updates with gradient.
+        report: counters of the launch; ``failed`` is 1 + the group that waited too long.
+    """
+
+    states: tuple[Tensor, ...]
+    saved: Tensor
+    report: dict[str, Any]
+
+
+def build(folder: Path, flags: Sequence[str] = ("-O2",)) -> ctypes.CDLL:
+    """Compiles the harness; the compiler is ``CXX`` or g++."""
+    library = folder / "simt_recursion.so"
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *INCLUDES, "-o", str(library), *map(str, SOURCES)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+def run_emulated(
+    library: ctypes.CDLL,
+    inputs: Inputs,
+    instance: Instance,
+    schedule: Schedule = Schedule(),
+    *,
+    groups: int = 0,
+    resident_blocks: int = 0,
+    check_races: bool = True,
+    truncate_mma: bool = False,
+    timeout_ns: int = 10**9,
+) -> Run:
+    """One launch of the kernel in the emulator.
+
+    Args:
+        library: of :func:`build`.
+        inputs: states, x and weights of a problem in bfloat16 or float16.
+        instance, schedule: which kernel, in which order.
+        groups: groups of blocks in the grid, by default one for each sequence.
+        resident_blocks: how many blocks run at a time, by default all.
+        check_races, truncate_mma: as in ``simt::Options``.
+        timeout_ns: of the barriers between the blocks of a group.
+
+    Raises:
+        EmulatorError: the kernel broke a rule of the emulator.
+    """
+    problem, program = inputs.problem, inputs.problem.program
+    block, dtype = problem.nets[0].block, inputs.states[0].dtype
+    batch, length, width = inputs.states[0].shape
+    attends = block.token_mixer == "attention"
+
+    def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+        return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+    states_in = [state.contiguous() for state in inputs.states]
+    states_out = [torch.empty_like(state) for state in states_in]
+    weights = [weight.float().contiguous() for weight in inputs.weights]
+    saved = torch.empty((problem.num_grad_updates, batch, length, width), dtype=dtype)
+    rows, sources = [], []
+    for index, update in enumerate(program.updates):
+        place = program.grad_updates.index(index) if update.grad else -1
+        rows += [update.dst, update.net, int(update.inject_x), place & 0xFFFFFFFF, len(update.sources)]
+        sources += list(update.sources)
+    layers = (ctypes.c_int32 * len(problem.nets))(*(net.num_layers for net in problem.nets))
+    updates = (ctypes.c_uint32 * len(rows))(*rows)
+    all_sources = (ctypes.c_uint32 * max(1, len(sources)))(*sources)
+    tables = [None if table is None else table.float()[:length].contiguous() for table in (inputs.cos, inputs.sin)]
+    pointers = {
+        "layers": ctypes.addressof(layers),
+        "updates": ctypes.addressof(updates),
+        "sources": ctypes.addressof(all_sources),
+        "x": None if inputs.x is None else inputs.x.data_ptr(),
+        "saved": saved.data_ptr(),
+        "cos": None if tables[0] is None else tables[0].data_ptr(),
+        "sin": None if tables[1] is None else tables[1].data_ptr(),
+    }
+    arrays = {
+        "weights": addresses(weights),
+        "states_in": addresses(states_in),
+        "states_out": addresses(states_out),
+    }
+    request = _Request(
+        is_bf16=dtype == torch.bfloat16,
+        width=width,
+        inner=block.intermediate_size,
+        attention=attends,
+        heads=block.num_heads,
+        kv_heads=block.num_kv_heads,
+        head_dim=block.head_dim,
+        causal=block.causal,
+        seq_len=block.seq_len,
+        seq_inner=block.seq_intermediate_size,
+        eps=block.rms_norm_eps,
+        batch=batch,
+        length=length,
+        num_nets=len(problem.nets),
+        num_states=len(states_in),
+        num_updates=len(program.updates),
+        num_sources=len(sources),
+        num_saved=problem.num_grad_updates,
+        **instance._asdict(),
+        groups=groups,
+        resident_blocks=resident_blocks,
+        order=("forward", "reverse", "random").index(schedule.order),
+        check_races=check_races,
+        truncate_mma=truncate_mma,
+        seed=schedule.seed,
+        timeout_ns=timeout_ns,
+        **pointers,
+        **{name: ctypes.addressof(array) for name, array in arrays.items()},
+    )
+    text = ctypes.create_string_buffer(1 << 16)
+    if library.trmfast_forward(ctypes.byref(request), text, len(text)):
+        raise EmulatorError(text.value.decode())
+    return Run(tuple(states_out), saved, json.loads(text.value))
