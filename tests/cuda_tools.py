@@ -31,7 +31,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 VARIANTS = {
     "plain": ("-O2",),
     "ucontext": ("-O2", "-DTRMFAST_SIMT_UCONTEXT"),
-    "sanitized": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "sanitized": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
 }
 
 
@@ -49,8 +49,10 @@ def _digest(*parts: str, files: Sequence[Path] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def _headers() -> list[Path]:
-    return sorted(file for folder in (CUDA, SIMT) for pattern in ("*.h", "*.cuh") for file in folder.glob(pattern))
+def _headers(of_emulator: bool = False) -> list[Path]:
+    """What a source may include; the emulator includes nothing of the kernels but the primitives."""
+    kernels = CUDA.glob("primitives*.cuh") if of_emulator else [*CUDA.glob("*.h"), *CUDA.glob("*.cuh")]
+    return sorted([*kernels, *SIMT.glob("*.h"), *SIMT.glob("*.cuh")])
 
 
 def _make(output: Path, command: Sequence[str]) -> Path:
@@ -92,7 +94,7 @@ def build_emulated(
     objects = []
     for source in [*EMULATOR, *sources]:
         own = [f"-D{define}" for define in defines] if source in sources else []
-        key = _digest(version, *flags, *own, str(source), files=[source, *_headers()])
+        key = _digest(version, *flags, *own, str(source), files=[source, *_headers(source in EMULATOR)])
         command = [compiler, *flags, *own, *INCLUDES, "-c", str(source)]
         objects.append(_make(CACHE / f"{source.stem}-{variant}-{key}.o", command))
     name = f"{Path(sources[0]).stem}-{_digest(str(shared), *map(str, objects))}{'.so' if shared else ''}"
@@ -101,8 +103,12 @@ def build_emulated(
 
 
 def nvcc() -> str:
-    """The path of nvcc; without it the test is skipped, or fails if TRMFAST_REQUIRE_NVCC=1."""
-    found = shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
+    """The path of nvcc, or of what the environment variable NVCC names.
+
+    Without it the test is skipped, or fails if TRMFAST_REQUIRE_NVCC=1.
+    """
+    asked = os.environ.get("NVCC")
+    found = shutil.which(asked) if asked else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if found is None:
         skip_or_fail("no nvcc on this machine", "TRMFAST_REQUIRE_NVCC")
     assert found is not None

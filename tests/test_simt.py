@@ -11,12 +11,12 @@ from tensor_layouts import atoms_nv
 
 import cuda_tools
 
-SOURCE = cuda_tools.SIMT / "test_simt.cpp"
-CASES = re.findall(r'^    \{"(\w+)", ', SOURCE.read_text(), re.MULTILINE)
+SOURCES = [cuda_tools.SIMT / "test_simt.cpp", cuda_tools.SIMT / "test_misuse.cpp"]
+CASES = [case for source in SOURCES for case in re.findall(r'^    \{"(\w+)", ', source.read_text(), re.MULTILINE)]
 
 
 def run(variant: str, *arguments: str, data: bytes | None = None) -> bytes:
-    program = cuda_tools.build_emulated([SOURCE], variant=variant)
+    program = cuda_tools.build_emulated(SOURCES, variant=variant)
     done = subprocess.run([str(program), *arguments], input=data, capture_output=True, timeout=300)
     assert done.returncode == 0, f"exit {done.returncode}\n{(done.stdout + done.stderr).decode(errors='replace')}"
     return done.stdout
@@ -117,3 +117,13 @@ def test_device_code(architecture: int) -> None:
     assert named["ring"]["NANOSLEEP"] > 0
     assert named["ring"]["MEMBAR.ALL.GPU"] > 0
     assert named["pipeline"]["BAR.ARV"] > 0
+
+
+def test_missing_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVCC", "/nonexistent/nvcc")
+    monkeypatch.delenv("TRMFAST_REQUIRE_NVCC", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no nvcc"):
+        cuda_tools.nvcc()
+    monkeypatch.setenv("TRMFAST_REQUIRE_NVCC", "1")
+    with pytest.raises(pytest.fail.Exception, match="no nvcc"):
+        cuda_tools.nvcc()

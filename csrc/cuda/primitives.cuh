@@ -23,7 +23,8 @@
 //               lanes_sum<W>(x) lanes_max<W>(x)             over aligned groups of W lanes, the result in each of them
 //               warp_sum(x) warp_max(x)
 //   block       block_sync() block_any(p) block_all(p)
-//               named_barrier_sync(id, threads) named_barrier_arrive(id, threads)    id 1 to 15, whole warps
+//               named_barrier_sync(id, threads) named_barrier_arrive(id, threads)    id 1 to 15, a constant where
+//               possible: otherwise the kernel holds all 16 barriers; whole warps
 //   grid        load_acquire(p) store_release(p, x) atomic_add(p, x) atomic_add_release(p, x)   scope: the device
 //               wait_at_least(p, x, timeout_ns)             false after the time-out
 //               group_barrier(counter, target, timeout_ns)  all threads of every block of the group; false: timed out
