@@ -46,6 +46,7 @@ def conv_swiglu_backward_kernel(
     partials,
     rows,
     length,
+    end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
     DEPTH: tl.constexpr,
     INNER: tl.constexpr,
     TAPS: tl.constexpr,
@@ -68,7 +69,7 @@ def conv_swiglu_backward_kernel(
     offsets = tl.minimum(row, rows - first_row - 1)[:, None] * DEPTH + step[None, :]
     down_offsets = step[:, None] * INNER + near_column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, DEPTH, BLOCK_K):
+    for k in range(0, end, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
             g = tl.load(gradient + (start + k) + offsets)
             w = tl.load(down + k * INNER + down_offsets)
@@ -109,6 +110,7 @@ def gate_up_backward_kernel(
     grad_gate_up,
     rows,
     length,
+    end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
     DEPTH: tl.constexpr,
     INNER: tl.constexpr,
     TAPS: tl.constexpr,
@@ -128,7 +130,7 @@ def gate_up_backward_kernel(
     gate_offsets = tl.minimum(column, INNER - 1)[:, None] * DEPTH + step[None, :]
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, DEPTH, BLOCK_K):
+    for k in range(0, end, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
             h = tl.load(hidden + (start + k) + offsets)
             gate_tile = tl.load(gate_up + k + gate_offsets)
@@ -236,6 +238,7 @@ def conv_swiglu_backward(
             "partials": partials,
             "rows": rows,
             "length": length,
+            "end": depth,
         },
         reads=("gradient", "down", "activation", "conv", "bias"),
         writes=("grad_conv", "mixed", "partials"),
@@ -279,6 +282,7 @@ def gate_up_backward(
             "grad_gate_up": grad_gate_up,
             "rows": rows,
             "length": length,
+            "end": depth,
         },
         reads=("hidden", "gate_up", "grad_conv", "conv"),
         writes=("grad_gate_up",),

@@ -70,6 +70,7 @@ def mlp_t_backward_kernel(
     target5,
     target6,
     target7,
+    end,  # INNER, at run time: a constant number of steps would be unrolled, into more registers
     WIDTH: tl.constexpr,
     LENGTH: tl.constexpr,
     INNER: tl.constexpr,
@@ -99,7 +100,7 @@ def mlp_t_backward_kernel(
         tl.store(grad_sum + at, grad_s, mask)
     h = tl.load(hidden + at, mask, 0.0)
     zero = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
-    for first in range(0, INNER, BLOCK_I):
+    for first in range(0, end, BLOCK_I):
         inner = first + tl.arange(0, BLOCK_I)
         gate_weight, up_weight, down_weight = _load_weights(gate_up, down, inner, INNER, LENGTH, STRIDE, EVEN, BLOCK_L)
         gate = dot(gate_weight, h, zero, PRECISION)
@@ -158,7 +159,7 @@ def mlp_t_weight_gradient_kernel(
         mask = (position < LENGTH)[:, None]
         if WIDTH % BLOCK_N != 0:
             mask = mask & (column < WIDTH)[None, :]
-        at = (i // TILES).to(tl.int64) * LENGTH * WIDTH + position[:, None] * WIDTH + column[None, :]
+        at = tl.cast(i // TILES, tl.int64) * LENGTH * WIDTH + position[:, None] * WIDTH + column[None, :]
         h = tl.load(hidden + at, mask, 0.0)
         grad_s = tl.load(grad_sum + at, mask, 0.0)
         gate = dot(gate_weight, h, zero, PRECISION)
@@ -188,6 +189,7 @@ def mlp_t_norm_backward_kernel(
     norm_output,
     rstd,
     out,
+    end,  # LENGTH, at run time: a constant number of steps would be unrolled, into more registers
     WIDTH: tl.constexpr,
     LENGTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -198,7 +200,7 @@ def mlp_t_norm_backward_kernel(
     column_inside = column < WIDTH
     start = batch * LENGTH * WIDTH
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, LENGTH, BLOCK_M):
+    for first in range(0, end, BLOCK_M):
         position = first + tl.arange(0, BLOCK_M)
         mask = (position < LENGTH)[:, None]
         if WIDTH % BLOCK_N != 0:
@@ -208,7 +210,7 @@ def mlp_t_norm_backward_kernel(
         sums += grad * tl.load(norm_output + at, mask, 0.0).to(tl.float32)
     mean = tl.sum(sums, 0) / LENGTH
     r = tl.load(rstd + batch * WIDTH + column, column_inside, 0.0)
-    for first in range(0, LENGTH, BLOCK_M):
+    for first in range(0, end, BLOCK_M):
         position = first + tl.arange(0, BLOCK_M)
         mask = (position < LENGTH)[:, None]
         if WIDTH % BLOCK_N != 0:
@@ -268,6 +270,7 @@ def mlp_t_backward(
             "grad_sum": grad_sum,
             "out": out,
             **arguments,
+            "end": inner,
         },
         reads=("hidden", "gradient", "norm_output", "rstd", "gate_up", "down", *read),
         writes=("grad_sum", "out", *written),
@@ -360,7 +363,7 @@ def mlp_t_norm_backward(gradient: Buffer, norm_output: Buffer, rstd: Buffer, out
     return Launch.of(
         "mixer_mlp_t_backward.mlp_t_norm_backward_kernel",
         (triton.cdiv(width, tile["BLOCK_N"]), batch),
-        {"gradient": gradient, "norm_output": norm_output, "rstd": rstd, "out": out},
+        {"gradient": gradient, "norm_output": norm_output, "rstd": rstd, "out": out, "end": length},
         reads=("gradient", "norm_output", "rstd"),
         writes=("out",),
         constants={"WIDTH": width, "LENGTH": length},

@@ -25,7 +25,7 @@ from math import prod
 import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
-from trmfast.kernels.gradients import add_to_target, norm_gradient
+from trmfast.kernels.gradients import add_to_target
 from trmfast.kernels.plan import Buffer, Launch, Tile
 
 __all__ = ["MAX_TARGETS", "projection_backward", "target_arguments"]
@@ -50,6 +50,7 @@ def projection_backward_kernel(
     target6,
     target7,
     rows,
+    end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,  # of the rows of weight
@@ -65,9 +66,6 @@ def projection_backward_kernel(
     row = tl.arange(0, BLOCK_M)
     row_inside = row < rows - first_row
     column = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    near_column = column
-    if COLUMN_TILES * BLOCK_N > STRIDE:
-        near_column = tl.minimum(column, WIDTH - 1)
     step = tl.arange(0, BLOCK_K)
     if CHANNELS > 0:
         batch = tl.program_id(1).to(tl.int64)
@@ -85,28 +83,36 @@ def projection_backward_kernel(
         pitch = 1
         result = first_row.to(tl.int64) * WIDTH
         result_offsets = row[:, None] * WIDTH + column[None, :]
-    weight_offsets = step[:, None] * STRIDE + near_column[None, :]
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, DEPTH, BLOCK_K):
-        if DEPTH % BLOCK_K == 0:
-            g = tl.load(gradient + start + k * pitch + offsets)
-            w = tl.load(weight + k * STRIDE + weight_offsets)
-        else:
-            left = step < DEPTH - k
-            g = tl.load(gradient + start + k * pitch + offsets, left[None, :], 0.0)
-            w = tl.load(weight + k * STRIDE + weight_offsets, left[:, None], 0.0)
-        total = dot(g, w, total, PRECISION)
+    weight_offsets = step[:, None] * STRIDE + column[None, :]
 
     mask = row_inside[:, None]
     if WIDTH % BLOCK_N != 0:
         mask = mask & (column < WIDTH)[None, :]
+    # The product starts from the residual: loaded after it, it would need registers beside the accumulators.
     if residual is not None:
-        total += tl.load(residual + result + result_offsets, mask, 0.0).to(tl.float32)
+        total = tl.load(residual + result + result_offsets, mask, 0.0).to(tl.float32)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, end, BLOCK_K):
+        if DEPTH % BLOCK_K == 0:
+            g = tl.load(gradient + start + k * pitch + offsets)
+            if COLUMN_TILES * BLOCK_N <= STRIDE:
+                w = tl.load(weight + k * STRIDE + weight_offsets)
+            else:
+                w = tl.load(weight + k * STRIDE + weight_offsets, (column < STRIDE)[None, :], 0.0)
+        else:
+            left = step < DEPTH - k
+            g = tl.load(gradient + start + k * pitch + offsets, left[None, :], 0.0)
+            w = tl.load(weight + k * STRIDE + weight_offsets, left[:, None] & (column < STRIDE)[None, :], 0.0)
+        total = dot(g, w, total, PRECISION)
+
     if norm_output is not None:
-        y = tl.load(norm_output + result + result_offsets, mask, 0.0).to(tl.float32)
+        y_at = norm_output + result + result_offsets
+        mean = tl.sum(total * tl.load(y_at, mask, 0.0).to(tl.float32), 1) / WIDTH
+        tl.debug_barrier()  # y is loaded twice: kept, it would need registers beside the accumulators
+        y = tl.load(y_at, mask, 0.0).to(tl.float32)
         scale = tl.load(rstd + first_row + row, row_inside, 0.0)
-        total = norm_gradient(total, y, scale[:, None], WIDTH, 1)
+        total = scale[:, None] * (total - y * mean[:, None])
     if out is not None:
         tl.store(out + result + result_offsets, narrow(total, out.dtype.element_ty), mask)
     add_to_target(target0, result + result_offsets, mask, total, ADD & 1)
@@ -194,6 +200,7 @@ def projection_backward(
             "out": out,
             **arguments,
             "rows": rows,
+            "end": depth,
         },
         reads=("gradient", "weight", "residual", "norm_output", "rstd", *read),
         writes=("out", *written),

@@ -35,6 +35,7 @@ def swiglu_backward_kernel(
     grad_gate_up,
     activation,
     rows,
+    end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
     DEPTH: tl.constexpr,
     INNER: tl.constexpr,
     STRIDE: tl.constexpr,  # of the rows of gate_up
@@ -74,7 +75,7 @@ def swiglu_backward_kernel(
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     grad_activation = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, DEPTH, BLOCK_K):
+    for k in range(0, end, BLOCK_K):
         at = start + k * pitch
         if DEPTH % BLOCK_K == 0:
             h = tl.load(hidden + at + offsets)
@@ -155,6 +156,7 @@ def swiglu_backward(
             "grad_gate_up": grad_gate_up,
             "activation": activation,
             "rows": rows,
+            "end": depth,
         },
         reads=("hidden", "gradient", "gate_up", "down"),
         writes=("grad_gate_up", "activation"),

@@ -7,6 +7,7 @@ forward kernels round it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
@@ -453,8 +454,12 @@ def mixer_inputs(t: Tensors, pad: int) -> Tensors:
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length, pad", [(13, 3), (21, 0), (1, 0)])
+# The norm of a sequence of one token is its sign: what its gradient is beside rounding errors, only float32 shows.
+@pytest.mark.parametrize(
+    "length, pad, dtype",
+    [*itertools.product([21], [0], DTYPES), (13, 3, torch.bfloat16), (1, 0, torch.float32)],
+    ids=str,
+)
 def test_mixer_of_short_sequences(length: int, pad: int, dtype: torch.dtype) -> None:
     batch, width, inner, splits = 3, 48, 40, 2
 
