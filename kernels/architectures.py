@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ARCHITECTURES", "Architecture"]
+__all__ = ["ARCHITECTURES", "GPUS", "TYPICAL", "Architecture", "Gpu"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,55 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 """Architectures by name."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A product, by the numbers of its datasheet.
+
+    Attributes:
+        name: what it is called.
+        architecture: name of its architecture.
+        multiprocessors: SMs or compute units.
+        tensor_flops: dense bfloat16 products with float32 sums, FLOP/s.
+        memory_bandwidth: bytes/s.
+        cache_bandwidth: bytes/s that all multiprocessors together read from the cache that they share.
+        port_bandwidth: bytes/s that one multiprocessor reads from it.
+    """
+
+    name: str
+    architecture: str
+    multiprocessors: int
+    tensor_flops: float
+    memory_bandwidth: float
+    cache_bandwidth: float
+    port_bandwidth: float
+
+
+def _gpu(name: str, architecture: str, units: int, tflops: float, memory: float, clock: float, cache: float) -> Gpu:
+    """A GPU from TFLOP/s, GB/s, GHz and the cache's bytes a clock, or its TB/s if that is less than 100."""
+    bandwidth = cache * 1e12 if cache < 100 else cache * clock * 1e9
+    # A multiprocessor has a port of 64 bytes a clock.
+    return Gpu(name, architecture, units, tflops * 1e12, memory * 1e9, bandwidth, 64 * clock * 1e9)
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        # 5,120 bytes a clock: whitepaper of the A100, taken for the H100 too.  Elsewhere every port is busy.
+        _gpu("A100", "sm_80", 108, 312, 2039, 1.41, 5120),
+        _gpu("RTX 3090", "sm_86", 82, 71, 936, 1.70, 82 * 64),
+        _gpu("L40S", "sm_89", 142, 362, 864, 2.52, 142 * 64),
+        _gpu("RTX 4090", "sm_89", 128, 165.2, 1008, 2.52, 128 * 64),
+        _gpu("H100", "sm_90", 132, 989.4, 3352, 1.755, 5120),
+        _gpu("B200", "sm_100", 148, 2250, 8000, 1.85, 148 * 64),
+        _gpu("RTX 5090", "sm_120", 170, 209.5, 1792, 2.41, 170 * 64),
+        # 17.2 TB/s: the peak of its Infinity Cache.
+        _gpu("MI300X", "gfx942", 304, 1307.4, 5300, 2.1, 17.2),
+    )
+}
+"""Products by name."""
+
+TYPICAL = {"sm_80": "A100", "sm_86": "RTX 3090", "sm_89": "L40S", "sm_90": "H100", "sm_100": "B200",
+           "sm_120": "RTX 5090", "gfx942": "MI300X"}  # fmt: skip
+"""The product that stands for an architecture in the choice of tiles."""

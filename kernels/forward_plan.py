@@ -99,16 +99,23 @@ class PlanWriter:
         """The inputs that are the same in forward and backward: weights and tables."""
         return (*self.weights, *(table for table in (self.cos, self.sin) if table is not None))
 
-    def add(self, kernel: str, build: Callable[..., Launch], *arguments: Any, **options: Any) -> None:
-        """Adds the launch that ``build`` makes of the arguments, with the tile of the configuration."""
+    def make(self, kernel: str, build: Callable[..., Launch], *arguments: Any, **options: Any) -> Launch:
+        """The launch that ``build`` makes of the arguments, with the tile of the configuration."""
         setting = self.setting
         sizes = Sizes(setting.problem.hidden_size, setting.length, setting.dtype)
-        launch = setting.configuration.launch(kernel, sizes, lambda tile: build(*arguments, tile=tile, **options))
-        self.launches.append(launch)
+        return setting.configuration.launch(kernel, sizes, lambda tile: build(*arguments, tile=tile, **options))
+
+    def make_product(self, kernel: str, build: Callable[..., Launch], *arguments: Any, **options: Any) -> Launch:
+        """:meth:`make` for a kernel with matrix products, whose precision is the setting's."""
+        return self.make(kernel, build, *arguments, precision=self.setting.precision, **options)
+
+    def add(self, kernel: str, build: Callable[..., Launch], *arguments: Any, **options: Any) -> None:
+        """:meth:`make`, and the launch is added to the plan."""
+        self.launches.append(self.make(kernel, build, *arguments, **options))
 
     def add_product(self, kernel: str, build: Callable[..., Launch], *arguments: Any, **options: Any) -> None:
-        """:meth:`add` for a kernel with matrix products, whose precision is the setting's."""
-        self.add(kernel, build, *arguments, precision=self.setting.precision, **options)
+        """:meth:`make_product`, and the launch is added to the plan."""
+        self.launches.append(self.make_product(kernel, build, *arguments, **options))
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Buffer:
         """A new buffer of the compute dtype or another, under a name that begins as asked."""
@@ -177,7 +184,7 @@ def forward_block(
         raise ValueError(f"total: got None with {len(terms)} terms, accepted with one")
     source = terms[0] if total is None else total
     hidden = writer.state("hidden")
-    hidden_rstd = output_rstd = lse = qkv_out = mixed = activation = None
+    hidden_rstd = output_rstd = lse = qkv_out = mixed = None
     if keep:
         over = (batch, length) if block.token_mixer == "attention" else (batch, width)
         hidden_rstd = writer.scratch("hidden_rstd", over, torch.float32)
@@ -200,17 +207,20 @@ def forward_block(
         product("down_t", down_t, activation_t, weights[1], source, hidden, eps=eps, rstd=hidden_rstd)
 
     inner, (gate_up_weight, *conv, down) = block.intermediate_size, weights[2:]
-    if not conv and setting.configuration.fuses_mlp(setting.tokens, width, inner, setting.dtype):
-        product("swiglu", swiglu, hidden, gate_up_weight, down, out, eps=eps, rstd=output_rstd)
+    activation = writer.scratch("activation", (batch, length, inner))
+    options = {"eps": eps, "rstd": output_rstd}
+    make = writer.make_product
+    two = [make("gate_up", gate_up, hidden, gate_up_weight, activation)]
+    if conv:
+        two.append(make("conv_projection", conv_projection, activation, *conv, down, hidden, out, **options))
+        chosen: Sequence[Launch] = two
     else:
-        activation = writer.scratch("activation", (batch, length, inner))
-        product("gate_up", gate_up, hidden, gate_up_weight, activation)
-        last = (activation, *conv, down, hidden, out)
-        if conv:
-            product("conv_projection", conv_projection, *last, eps=eps, rstd=output_rstd)
-        else:
-            product("projection", projection, *last, eps=eps, rstd=output_rstd)
-    return BlockValues(source, hidden, out, qkv_out, mixed, lse, activation, hidden_rstd, output_rstd)
+        two.append(make("projection", projection, activation, down, hidden, out, **options))
+        one = [make("swiglu", swiglu, hidden, gate_up_weight, down, out, **options)]
+        chosen = setting.configuration.mixer(one, two)
+    writer.launches += chosen
+    kept = activation if chosen is two else None
+    return BlockValues(source, hidden, out, qkv_out, mixed, lse, kept, hidden_rstd, output_rstd)
 
 
 def forward_net(
