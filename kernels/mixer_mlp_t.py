@@ -109,7 +109,7 @@ def mlp_t_kernel(
     normed = narrow(sums * scale[:, None], out.dtype.element_ty)
     tl.store(out + start + offsets, tl.trans(normed), mask=mask)
     if rstd is not None:
-        tl.store(rstd + sequence * D + channels, scale, mask=channels < D)
+        tl.store(rstd + sequence.to(tl.int64) * D + channels, scale, mask=channels < D)
 
 
 @triton.jit
@@ -245,7 +245,7 @@ def down_t_kernel(
             h = tl.load(target, mask=mask, other=0.0).to(tl.float32)
             tl.store(target, narrow(h * scale[None, :], dtype), mask=mask)
     if rstd is not None:
-        tl.store(rstd + sequence * D + channels, scale, mask=channels < D)
+        tl.store(rstd + sequence.to(tl.int64) * D + channels, scale, mask=channels < D)
 
 
 def mlp_t(
@@ -277,6 +277,7 @@ def mlp_t(
     Raises:
         ValueError: a longer sequence, or the number of terms.
     """
+    arguments = term_arguments(terms)
     (batch, length, width), inter = terms[0].shape, down.shape[1]
     if length > LONGEST:
         raise ValueError(f"terms: got length {length}, accepted are lengths up to {LONGEST}")
@@ -284,7 +285,7 @@ def mlp_t(
         "mixer_mlp_t.mlp_t_kernel",
         (batch * triton.cdiv(width, tile["BLOCK_C"]),),
         {
-            **term_arguments(terms),
+            **arguments,
             "gate_up": gate_up,
             "down": down,
             "total": total,
@@ -334,12 +335,13 @@ def gate_up_t(
     Raises:
         ValueError: the number of terms.
     """
+    arguments = term_arguments(terms)
     (batch, length, width), inter = terms[0].shape, activation.shape[-2]
     return Launch.of(
         "mixer_mlp_t.gate_up_t_kernel",
         (batch * triton.cdiv(inter, tile["BLOCK_I"]) * triton.cdiv(width, tile["BLOCK_C"]),),
         {
-            **term_arguments(terms),
+            **arguments,
             "gate_up": gate_up,
             "total": total,
             "activation": activation,

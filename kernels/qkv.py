@@ -157,6 +157,7 @@ def qkv(
     Raises:
         ValueError: the number of terms, or a rotation of an odd head_dim.
     """
+    arguments = term_arguments(terms)
     length, width = terms[0].shape[-2:]
     tokens, columns = prod(terms[0].shape[:-1]), weight.shape[0]
     half = 0
@@ -168,7 +169,7 @@ def qkv(
         "qkv.qkv_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),),
         {
-            **term_arguments(terms),
+            **arguments,
             "weight": weight,
             "cos": cos,
             "sin": sin,

@@ -1,0 +1,547 @@
+"""Every forward Triton kernel against the reference, between guard zones of NaN, and the blocks that they make up."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+from trmfast.kernels.attention import attention
+from trmfast.kernels.conv_swiglu import conv_projection
+from trmfast.kernels.dot import dot, narrow
+from trmfast.kernels.mixer_mlp_t import LONGEST, down_t, gate_up_t, mlp_t, padded_length
+from trmfast.kernels.plan import Buffer, Launch, Tile, run
+from trmfast.kernels.projection import projection
+from trmfast.kernels.qkv import qkv
+from trmfast.kernels.swiglu import gate_up, swiglu
+
+from triton_guard import INTERPRETED, guarded_run
+from trmfast import reference
+from trmfast.cases import rope_tables
+from trmfast.flops import block_flops
+from trmfast.reference import rms_norm, rotate, run_block, wide_dtype
+from trmfast.spec import BlockSpec
+from trmfast.testing import compare, pool, require
+
+EPS = 1e-5
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DRAWS = 3
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Tensors = dict[str, Tensor]
+# From tensors in some dtype to the results that are compared; in that dtype, float32 or float64.
+Formula = Callable[[Tensors], Tensors]
+# From tensors in the compute dtype to what the launches take and the launches.
+Kernel = Callable[[Tensors], tuple[Tensors, Sequence[Launch]]]
+
+
+def draw(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> Tensors:
+    """Tensors of standard deviation 1, or 1 / sqrt(last axis) where the name ends in ``weight``."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = {name: shape[-1] ** -0.5 if name.endswith("weight") else 1.0 for name, shape in shapes.items()}
+    return {name: (torch.randn(shape, generator=generator) * scale[name]).to(dtype) for name, shape in shapes.items()}
+
+
+def check(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    formula: Formula,
+    kernel: Kernel,
+    exact: Sequence[str] = (),
+) -> None:
+    """Requires of several draws that results are as near to the truth as the policy asks; some equal to eager's."""
+    draws = []
+    for seed in range(DRAWS):
+        drawn = draw(shapes, dtype, seed)
+        truth, eager = (formula({k: t.to(d) for k, t in drawn.items()}) for d in (torch.float64, dtype))
+        found = guarded_run(*reversed(kernel(drawn)))
+        for name in exact:
+            assert torch.equal(found[name].cpu(), eager[name]), f"{name} is not rounded as the reference rounds"
+        comparisons = []
+        for name in truth:
+            fused, expected, true = (measured(name, t[name].cpu()) for t in (found, eager, truth))
+            # Norm factors are not of order 1, as states are.
+            comparisons.append(compare(name, fused, expected.to(fused.dtype), true, is_gradient=name == "rstd"))
+        draws.append(comparisons)
+    require(pool(draws))
+
+
+def buffers(tensors: Tensors) -> dict[str, Buffer]:
+    return {name: Buffer(name, tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
+def summed(t: Tensors, terms: int) -> Tensor:
+    h = t[f"x{terms - 1}"]
+    for i in reversed(range(terms - 1)):
+        h = t[f"x{i}"] + h
+    return h
+
+
+def norm_factor(h: Tensor, eps: float = EPS) -> Tensor:
+    """What backward needs of a norm over the last axis, float32 in eager PyTorch."""
+    return torch.rsqrt(h.to(wide_dtype(h.dtype)).square().mean(-1) + eps)
+
+
+def measured(name: str, tensor: Tensor) -> Tensor:
+    """What is compared: norm factors as their reciprocals, whose errors are those of h however small it is."""
+    return tensor.reciprocal() if name == "rstd" else tensor
+
+
+# ---------------------------------------------------------------- the interpreter's traps
+
+
+@triton.jit
+def plain(a, b, product, rounded, SIZE: tl.constexpr, TRAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A product and a conversion as one would write them, or as the kernels do."""
+    index = tl.arange(0, SIZE)
+    at = index[:, None] * SIZE + index[None, :]
+    left, right = tl.load(a + at), tl.load(b + at)
+    zero = tl.zeros((SIZE, SIZE), tl.float32)
+    if TRAP:
+        tl.store(product + at, tl.dot(left, right, zero))
+        tl.store(rounded + at, (left.to(tl.float32) * 1.01).to(tl.bfloat16))
+    else:
+        tl.store(product + at, dot(left, right, zero, "ieee"))
+        tl.store(rounded + at, narrow(left.to(tl.float32) * 1.01, tl.bfloat16))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here, and the traps are the interpreter's")
+def test_the_traps_of_the_interpreter_exist_and_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("trmfast.kernels.here")
+    module.plain = plain  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trmfast.kernels.here", module)
+    tensors = draw({"a": (16, 16), "b": (16, 16)}, torch.bfloat16)
+    shape = (16, 16)
+    product = tensors["a"].float() @ tensors["b"].float()
+    rounded = (tensors["a"].float() * torch.tensor(1.01)).to(torch.bfloat16)
+
+    def results(trap: bool) -> Tensors:
+        out = {"product": Buffer("product", shape, torch.float32), "rounded": Buffer("rounded", shape, torch.bfloat16)}
+        launch = Launch.of(
+            "here.plain",
+            (1,),
+            {**buffers(tensors), **out},
+            reads=("a", "b"),
+            writes=("product", "rounded"),
+            constants={"SIZE": 16, "TRAP": trap},
+            tile=Tile.of(),
+        )
+        return guarded_run([launch], tensors)
+
+    closed, trap = results(False), results(True)
+    torch.testing.assert_close(closed["product"], product)
+    assert torch.equal(closed["rounded"], rounded)
+    assert (trap["product"] - product).abs().min() > 1e6, "tl.dot of bfloat16 is right now: dot can go"
+    assert (trap["rounded"] != rounded).sum() > 64, "conversion to bfloat16 rounds now: narrow can go"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a device rounds in hardware")
+def test_rounding_of_every_kind_of_number() -> None:
+    """Ties, carries into the exponent, infinities and NaN round as PyTorch rounds them."""
+    bits = torch.arange(0x3F7F0000, 0x3F830000, 0x101, dtype=torch.int32)
+    ties = torch.arange(0x3FFE8000, 0x40038000, 0x8000, dtype=torch.int32)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -1.9999, 65504.0])
+    values = torch.cat([bits.view(torch.float32), -ties.view(torch.float32), special])
+    size = triton.next_power_of_2(len(values))
+    values = F.pad(values, (0, size - len(values)))
+    found = torch.empty(size, dtype=torch.bfloat16)
+    convert[(1,)](values, found, size)
+    torch.testing.assert_close(found, values.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def convert(source, target, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    index = tl.arange(0, SIZE)
+    tl.store(target + index, narrow(tl.load(source + index), target.dtype.element_ty))
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, width, length, terms, rope, tile",
+    [
+        (3, 3, 16, 48, 13, 3, True, Tile.of(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32)),
+        (4, 2, 32, 64, 21, 1, True, Tile.of(BLOCK_M=32, BLOCK_N=128, BLOCK_K=64)),
+        (2, 1, 24, 40, 9, 2, True, Tile.of(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16)),
+        (2, 2, 10, 20, 7, 8, True, Tile.of(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16)),
+        (2, 2, 15, 30, 5, 4, False, Tile.of(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32)),
+        (2, 2, 16, 32, 1, 1, True, Tile.of(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32)),
+    ],
+)
+def test_qkv(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    width: int,
+    length: int,
+    terms: int,
+    rope: bool,
+    tile: Tile,
+    dtype: torch.dtype,
+) -> None:
+    batch, columns = 2, (heads + 2 * kv_heads) * head_dim
+    block = BlockSpec(width, 16, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    tables = dict(zip(("cos", "sin"), rope_tables(length, head_dim), strict=True)) if rope else {}
+
+    def formula(t: Tensors) -> Tensors:
+        total = summed(t, terms)
+        out = F.linear(total, t["weight"]).view(batch, length, -1, head_dim)
+        if rope:
+            q_and_k, v = out.split((heads + kv_heads, kv_heads), 2)
+            out = torch.cat([rotate(q_and_k, tables["cos"], tables["sin"]), v], 2)
+        return {"out": out.reshape(batch, length, columns), "total": total}
+
+    def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
+        inputs = {**t, **tables}
+        b = buffers(inputs)
+        total, out = (Buffer(n, (batch, length, w), dtype) for n, w in (("total", width), ("out", columns)))
+        sources = [b[f"x{i}"] for i in range(terms)]
+        return inputs, [
+            qkv(block, sources, b["weight"], out, cos=b.get("cos"), sin=b.get("sin"), total=total, tile=tile)
+        ]
+
+    shapes: dict[str, tuple[int, ...]] = {f"x{i}": (batch, length, width) for i in range(terms)}
+    check({**shapes, "weight": (columns, width)}, dtype, formula, kernel, exact=["total"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, length, queries, keys",
+    [
+        (4, 2, 16, 13, 8, 16),
+        (2, 2, 32, 45, 32, 16),
+        (2, 1, 24, 21, 8, 8),
+        (1, 1, 64, 97, 64, 32),
+        (2, 2, 16, 1, 16, 16),
+    ],
+)
+def test_attention(
+    heads: int, kv_heads: int, head_dim: int, length: int, queries: int, keys: int, causal: bool, dtype: torch.dtype
+) -> None:
+    batch, width = 2, heads * head_dim
+    block = BlockSpec(width, 16, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, causal=causal)
+
+    def formula(t: Tensors) -> Tensors:
+        split = t["qkv"].view(batch, length, -1, head_dim).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
+        q, k, v = (s.repeat_interleave(heads // s.shape[1], 1) for s in split)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        scores = (q @ k.mT).to(wide_dtype(q.dtype)) * head_dim**-0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        return {"out": out.transpose(1, 2).reshape(batch, length, width), "lse": scores.logsumexp(-1)}
+
+    def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
+        out, lse = Buffer("out", (batch, length, width), dtype), Buffer("lse", (batch, heads, length), torch.float32)
+        tile = Tile.of(BLOCK_M=queries, BLOCK_N=keys)
+        return t, [attention(block, buffers(t)["qkv"], out, lse=lse, tile=tile)]
+
+    check({"qkv": (batch, length, (heads + 2 * kv_heads) * head_dim)}, dtype, formula, kernel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, width, depth", [(39, 48, 80), (16, 64, 32), (1, 20, 12)])
+def test_projection(rows: int, width: int, depth: int, dtype: torch.dtype) -> None:
+    def formula(t: Tensors) -> Tensors:
+        h = t["residual"] + F.linear(t["source"], t["weight"])
+        return {"out": rms_norm(h, EPS), "rstd": norm_factor(h)}
+
+    def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
+        b = buffers(t)
+        out, rstd = Buffer("out", (rows, width), dtype), Buffer("rstd", (rows,), torch.float32)
+        tile = Tile.of(BLOCK_M=16, BLOCK_K=32)
+        return t, [projection(b["source"], b["weight"], b["residual"], out, eps=EPS, rstd=rstd, tile=tile)]
+
+    check({"source": (rows, depth), "weight": (width, depth), "residual": (rows, width)}, dtype, formula, kernel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fused", [True, False], ids=["one kernel", "two kernels"])
+@pytest.mark.parametrize("rows, width, inner", [(39, 48, 80), (1, 64, 32), (5, 20, 24)])
+def test_swiglu(rows: int, width: int, inner: int, fused: bool, dtype: torch.dtype) -> None:
+    def formula(t: Tensors) -> Tensors:
+        h = t["hidden"] + reference.swiglu(t["hidden"], t["up_weight"], t["down_weight"])
+        found = {"out": rms_norm(h, EPS), "rstd": norm_factor(h)}
+        return found if fused else {**found, "gates": F.linear(t["hidden"], t["up_weight"])}
+
+    def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
+        b = buffers(t)
+        out, rstd = Buffer("out", (rows, width), dtype), Buffer("rstd", (rows,), torch.float32)
+        if fused:
+            tile = Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=32)
+            return t, [swiglu(b["hidden"], b["up_weight"], b["down_weight"], out, eps=EPS, rstd=rstd, tile=tile)]
+        act, gates = Buffer("act", (rows, inner), dtype), Buffer("gates", (rows, 2 * inner), dtype)
+        return t, [
+            gate_up(b["hidden"], b["up_weight"], act, gates=gates, tile=Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=32)),
+            projection(
+                act, b["down_weight"], b["hidden"], out, eps=EPS, rstd=rstd, tile=Tile.of(BLOCK_M=16, BLOCK_K=32)
+            ),
+        ]
+
+    shapes = {"hidden": (rows, width), "up_weight": (2 * inner, width), "down_weight": (width, inner)}
+    check(shapes, dtype, formula, kernel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch, length, taps", [(3, 7, 2), (2, 21, 3), (5, 1, 2), (2, 3, 4), (1, 5, 1)])
+def test_conv_swiglu(batch: int, length: int, taps: int, dtype: torch.dtype) -> None:
+    """Tiles of 16 rows lie across the ends of sequences."""
+    width, inner = 48, 80
+
+    def formula(t: Tensors) -> Tensors:
+        mixed = reference.conv_swiglu(t["hidden"], t["up_weight"], t["conv"], t["bias"], t["down_weight"])
+        h = t["hidden"] + mixed
+        return {"out": rms_norm(h, EPS), "rstd": norm_factor(h)}
+
+    def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
+        b = buffers(t)
+        act = Buffer("act", (batch, length, inner), dtype)
+        out, rstd = Buffer("out", (batch, length, width), dtype), Buffer("rstd", (batch, length), torch.float32)
+        return t, [
+            gate_up(b["hidden"], b["up_weight"], act, tile=Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=16)),
+            conv_projection(
+                act, b["conv"], b["bias"], b["down_weight"], b["hidden"], out, eps=EPS, rstd=rstd,
+                tile=Tile.of(BLOCK_M=16, BLOCK_K=32),
+            ),
+        ]  # fmt: skip
+
+    shapes = {
+        "hidden": (batch, length, width),
+        "up_weight": (2 * inner, width),
+        "conv": (inner, 1, taps),
+        "bias": (inner,),
+        "down_weight": (width, inner),
+    }
+    check(shapes, dtype, formula, kernel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["as it is", "padded"])
+@pytest.mark.parametrize(
+    "length, inner, terms, rows",  # rows of a tile of down_t, or None for the whole mixer in one kernel
+    [(13, 40, 3, None), (13, 40, 1, 16), (45, 24, 2, None), (45, 24, 3, 16), (1, 16, 2, None), (1, 16, 2, 16)],
+)
+def test_mlp_t(length: int, inner: int, terms: int, rows: int | None, padded: bool, dtype: torch.dtype) -> None:
+    batch, width = 2, 48
+    # With the usual eps the norm of a single element is its sign, and errors are those of elements near zero: luck.
+    eps = 1.0 if length == 1 else EPS
+
+    def formula(t: Tensors) -> Tensors:
+        total = summed(t, terms)
+        h = total.mT + reference.swiglu(total.mT, t["up_weight"], t["down_weight"])
+        found = {"out": rms_norm(h, eps).mT, "rstd": norm_factor(h, eps), "total": total}
+        return found if rows is None else {**found, "gates": F.linear(total.mT, t["up_weight"]).mT}
+
+    def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
+        padding = padded_length(length) - length if padded else 0
+        inputs = {**t, "up_weight": F.pad(t["up_weight"], (0, padding))}
+        b = buffers(inputs)
+        sources = [b[f"x{i}"] for i in range(terms)]
+        total, out = (Buffer(name, (batch, length, width), dtype) for name in ("total", "out"))
+        rstd = Buffer("rstd", (batch, width), torch.float32)
+        up, down = b["up_weight"], b["down_weight"]
+        if rows is None:
+            tile = Tile.of(BLOCK_C=32, BLOCK_I=16)
+            return inputs, [mlp_t(sources, up, down, out, eps=eps, total=total, rstd=rstd, tile=tile)]
+        act, gates = (Buffer(name, (batch, n * inner, width), dtype) for name, n in (("act", 1), ("gates", 2)))
+        wide, deep = Tile.of(BLOCK_I=32, BLOCK_C=32, BLOCK_K=16), Tile.of(BLOCK_L=rows, BLOCK_C=32, BLOCK_K=32)
+        return inputs, [
+            gate_up_t(sources, up, act, total=total, gates=gates, tile=wide),
+            down_t(act, down, total, out, eps=eps, rstd=rstd, tile=deep),
+        ]
+
+    shapes: dict[str, tuple[int, ...]] = {f"x{i}": (batch, length, width) for i in range(terms)}
+    shapes |= {"up_weight": (2 * inner, length), "down_weight": (length, inner)}
+    check(shapes, dtype, formula, kernel, exact=["total"])
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def block_launches(block: BlockSpec, b: dict[str, Buffer], big: bool) -> list[Launch]:
+    """The launches of one block with one input ``h`` and output ``out``; ``big``: tiles as on a device."""
+    shape, dtype = b["h"].shape, b["h"].dtype
+    batch, length, _ = shape
+    inner, eps = block.intermediate_size, block.rms_norm_eps
+    mid, out = Buffer("mid", shape, dtype), Buffer("out", shape, dtype)
+    M, N, K = (128, 128, 64) if big else (16, 32, 32)
+    rows = Tile.of(BLOCK_M=64 if big else 16, BLOCK_K=K)
+    launches = []
+    if block.token_mixer == "attention":
+        queries = block.num_heads * block.head_dim
+        qkv_out = Buffer("qkv", (batch, length, b["w0"].shape[0]), dtype)
+        mixed = Buffer("mixed", (batch, length, queries), dtype)
+        tile = Tile.of(BLOCK_M=M, BLOCK_N=N, BLOCK_K=K)
+        launches += [
+            qkv(block, [b["h"]], b["w0"], qkv_out, cos=b["cos"], sin=b["sin"], tile=tile),
+            attention(block, qkv_out, mixed, tile=Tile.of(BLOCK_M=M, BLOCK_N=N)),
+            projection(mixed, b["w1"], b["h"], mid, eps=eps, tile=rows),
+        ]
+    else:
+        tile = Tile.of(BLOCK_C=64 if big else 16, BLOCK_I=64 if big else 16)
+        launches.append(mlp_t([b["h"]], b["w0"], b["w1"], mid, eps=eps, tile=tile))
+    if block.channel_mixer == "swiglu":
+        tile = Tile.of(BLOCK_M=rows["BLOCK_M"], BLOCK_I=N // 2, BLOCK_K=K)
+        launches.append(swiglu(mid, b["w2"], b["w3"], out, eps=eps, tile=tile))
+    else:
+        act = Buffer("act", (batch, length, inner), dtype)
+        launches.append(gate_up(mid, b["w2"], act, tile=Tile.of(BLOCK_M=M, BLOCK_I=N, BLOCK_K=K)))
+        launches.append(conv_projection(act, b["w3"], b["w4"], b["w5"], mid, out, eps=eps, tile=rows))
+    return launches
+
+
+BLOCKS = {
+    "attention": BlockSpec(48, 80, num_heads=3),
+    "causal-grouped": BlockSpec(64, 80, num_heads=4, num_kv_heads=2, causal=True),
+    "mlp_t": BlockSpec(48, 80, "mlp_t", seq_len=13, seq_intermediate_size=40),
+    "urm": BlockSpec(48, 80, channel_mixer="conv_swiglu", num_heads=3),
+    "attention-512": BlockSpec(512, 1536, num_heads=8),
+    "mlp_t-512": BlockSpec(512, 1536, "mlp_t", seq_len=97, seq_intermediate_size=512),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block(name: str, dtype: torch.dtype) -> None:
+    """Whole blocks, and two of the published size."""
+    block = BLOCKS[name]
+    big = block.hidden_size == 512
+    batch, length = (1, 97) if big else (3, 13)
+    cos, sin = rope_tables(length, block.head_dim or 2)
+
+    def formula(t: Tensors) -> Tensors:
+        weights = [t[f"w{i}"] for i in range(len(block.weight_shapes))]
+        return {"out": run_block(block, t["h"], weights, cos, sin)}
+
+    def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
+        inputs = {**t, "cos": cos, "sin": sin} if block.token_mixer == "attention" else dict(t)
+        launches = block_launches(block, buffers(inputs), big)
+        assert sum(launch.flops for launch in launches) == batch * block_flops(block, length)
+        return inputs, launches
+
+    def scaled(t: Tensors) -> Tensors:
+        return {k: v * (v.shape[-1] ** -0.5 if k[0] == "w" and v.dim() == 2 else 1) for k, v in t.items()}
+
+    shapes: dict[str, tuple[int, ...]] = {"h": (batch, length, block.hidden_size)}
+    shapes |= {f"w{i}": shape for i, shape in enumerate(block.weight_shapes.values())}
+    check(shapes, dtype, lambda t: formula(scaled(t)), lambda t: kernel(scaled(t)))
+
+
+# ---------------------------------------------------------------- more than 2^31 elements
+
+
+LENGTH, WIDTH, INNER = 16, 32, 16
+
+
+def launch_over(name: str, batch: int, small: dict[str, Buffer]) -> Launch:
+    """A launch whose last program makes the whole last sequence of ``out``."""
+
+    def tokens(buffer: str, columns: int) -> Buffer:
+        return Buffer(buffer, (batch, LENGTH, columns), torch.float16)
+
+    block = BlockSpec(WIDTH, INNER, num_heads=1, head_dim=16)
+    h, y, act, out = tokens("h", WIDTH), tokens("y", WIDTH), tokens("act", INNER), tokens("out", WIDTH)
+    act_t = Buffer("act", (batch, INNER, WIDTH), torch.float16)
+    out_t = Buffer("out", (batch, INNER, WIDTH), torch.float16)
+    rows = Tile.of(BLOCK_M=16, BLOCK_K=16)
+    inner = Tile.of(BLOCK_M=16, BLOCK_I=16, BLOCK_K=16)
+    channels = Tile.of(BLOCK_C=32, BLOCK_I=16)
+    up, down = small["up"], small["down"]
+    if name == "qkv":
+        tile = Tile.of(BLOCK_M=16, BLOCK_N=64, BLOCK_K=16)
+        tables = {"cos": small["cos"], "sin": small["sin"]}
+        return qkv(block, [h, y], small["qkv"], tokens("out", 48), total=tokens("total", WIDTH), tile=tile, **tables)
+    if name == "attention":
+        return attention(block, tokens("act", 48), tokens("out", 16), tile=Tile.of(BLOCK_M=16, BLOCK_N=16))
+    if name == "projection":
+        return projection(act, down, h, out, eps=EPS, tile=rows)
+    if name == "swiglu":
+        return swiglu(h, up, down, out, eps=EPS, tile=inner)
+    if name == "gate_up":
+        return gate_up(h, up, tokens("out", INNER), gates=tokens("gates", 2 * INNER), tile=inner)
+    if name == "conv_projection":
+        return conv_projection(act, small["conv"], small["bias"], down, h, out, eps=EPS, tile=rows)
+    if name == "mlp_t":
+        return mlp_t([h, y], small["up_t"], small["down_t"], out, eps=EPS, total=tokens("total", WIDTH), tile=channels)
+    if name == "gate_up_t":
+        gates = Buffer("gates", (batch, 2 * INNER, WIDTH), torch.float16)
+        tile = Tile.of(BLOCK_I=16, BLOCK_C=32, BLOCK_K=16)
+        return gate_up_t([h, y], small["up_t"], out_t, total=tokens("total", WIDTH), gates=gates, tile=tile)
+    return down_t(act_t, small["down_t"], h, out, eps=EPS, tile=Tile.of(BLOCK_L=8, BLOCK_C=32, BLOCK_K=16))
+
+
+def untouched(elements: int) -> Tensor:
+    """float16 in memory that is mapped and not used before it is touched, as is as much as 2^31 elements before it."""
+    size = 2 * (2**31 + elements)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    return torch.frombuffer(memory, dtype=torch.float16)[2**31 :]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs a single program, which only the interpreter can")
+@pytest.mark.parametrize(
+    "name",
+    ["qkv", "attention", "projection", "swiglu", "gate_up", "conv_projection", "mlp_t", "gate_up_t", "down_t"],
+)
+def test_offsets_beyond_32_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last sequence of tensors of more than 2^31 elements comes out as it does alone."""
+    from triton.runtime import interpreter
+
+    shapes: dict[str, tuple[int, ...]]
+    shapes = {"up": (2 * INNER, WIDTH), "down": (WIDTH, INNER), "up_t": (2 * INNER, LENGTH), "down_t": (LENGTH, INNER)}
+    shapes |= {"qkv": (48, WIDTH), "conv": (INNER, 1, 2), "bias": (INNER,)}
+    weights = draw(shapes, torch.float16) | dict(zip(("cos", "sin"), rope_tables(LENGTH, 16), strict=True))
+    alone = launch_over(name, 1, buffers(weights))
+    read = {buffer.name: buffer for buffer in alone.buffers(alone.reads)}
+    states = draw({n: buffer.shape for n, buffer in read.items() if n not in weights}, torch.float16, 1)
+    expected = guarded_run([alone], {n: {**weights, **states}[n] for n in read})
+
+    batch = 2**31 // (LENGTH * 16) + 2  # the narrowest tensor has 16 columns
+    huge = launch_over(name, batch, buffers(weights))
+    tensors = {n: weights[n].contiguous() for n in read if n in weights}
+    for buffer in huge.buffers((*huge.reads, *huge.writes)):
+        if buffer.name not in weights:
+            assert buffer.numel > 2**31
+            tensors[buffer.name] = untouched(buffer.numel)
+            if buffer.name in states:
+                tensors[buffer.name].view(buffer.shape)[-1] = states[buffer.name]
+    last = interpreter.TensorHandle(np.array([huge.grid[0] - 1], dtype=np.int32), tl.int32)
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", lambda _: last)
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # it would copy all
+    run([replace(huge, grid=(1,))], tensors)
+    for buffer in huge.buffers(huge.writes):
+        found = tensors[buffer.name].view(buffer.shape)[-1]
+        assert torch.equal(found, expected[buffer.name].view(found.shape)), buffer.name
+
+
+# ---------------------------------------------------------------- builders
+
+
+def test_builders_refuse_what_kernels_cannot_do() -> None:
+    block = BlockSpec(48, 80, num_heads=3, head_dim=15)
+    h, weight = Buffer("h", (2, 129, 48), torch.float32), Buffer("weight", (135, 48), torch.float32)
+    out, table = Buffer("out", (2, 129, 135), torch.float32), Buffer("table", (129, 15), torch.float32)
+    tile = Tile.of(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16)
+    with pytest.raises(ValueError, match="head_dim: got 15 with cos and sin, accepted are even numbers"):
+        qkv(block, [h], weight, out, cos=table, sin=table, tile=tile)
+    for terms in ([], [h] * 9):
+        with pytest.raises(ValueError, match=f"terms: got {len(terms)}, accepted are 1 to 8"):
+            qkv(block, terms, weight, out, tile=tile)
+    up, down = Buffer("up", (32, 192), torch.float32), Buffer("down", (129, 16), torch.float32)
+    with pytest.raises(ValueError, match=f"terms: got length 129, accepted are lengths up to {LONGEST}"):
+        mlp_t([h], up, down, h, eps=EPS, tile=Tile.of(BLOCK_C=16, BLOCK_I=16))
+
+
+def test_padded_rows_allow_loads_of_16_bytes_without_masks() -> None:
+    assert [padded_length(length) for length in (1, 12, 81, 97, 128, 129, 916)] == [16, 16, 128, 128, 128, 192, 960]
