@@ -13,7 +13,7 @@ from trmfast.dropin.families import FAMILIES, Family
 from trmfast.problem import COMPUTE_DTYPES, Problem
 from trmfast.spec import BlockSpec, NetSpec
 
-__all__ = ["Found", "UnsupportedModelError", "blocks_of", "find", "hooked", "named_modules"]
+__all__ = ["Found", "UnsupportedModelError", "blocks_of", "find", "get", "hooked", "named_modules"]
 
 NET_NAMES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.nets))
 # Modules without weights that do nothing, or what the block does anyway: URM names its SiLU.
@@ -306,14 +306,15 @@ def _read_block(block: nn.Module, path: str, differences: list[str]) -> BlockSpe
     except ValueError as error:
         differences.append(f"{path}: {error}")
         return None
-    for name, shape in spec.weight_shapes.items():
-        got = tuple(cast(Tensor, _get(block, name)).shape)
-        if got != shape:
-            differences.append(f"{path}.{name}: got shape {list(got)}, accepted is {list(shape)}")
+    for weight, shape in spec.weight_shapes.items():
+        got = list(cast(Tensor, get(block, weight)).shape)
+        if got != list(shape):
+            differences.append(f"{path}.{weight}: got shape {got}, accepted is {list(shape)}")
     return spec
 
 
-def _get(module: Any, path: str) -> Any:
+def get(module: Any, path: str) -> Any:
+    """The attribute at a dotted path."""
     for name in path.split("."):
         module = getattr(module, name)
     return module

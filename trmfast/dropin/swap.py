@@ -222,7 +222,8 @@ def plan_of(module: nn.Module) -> Plan:
 def swap(inner: nn.Module, plan: Plan) -> None:
     """Gives an inner module the fused recursion."""
     inner.__dict__[PLAN] = plan
-    inner.__class__ = _swapped_class(type(inner), FAMILIES[plan.family].method)
+    base: Any = type(inner)
+    inner.__class__ = _swapped_class(base, FAMILIES[plan.family].method)
 
 
 def swap_back(inner: nn.Module) -> None:
