@@ -18,10 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trmfast.kernels.architectures import ARCHITECTURES, Architecture
+from trmfast.kernels.architectures import ARCHITECTURES
+from trmfast.kernels.backward_plan import backward_plan
+from trmfast.kernels.configurations import Configuration
+from trmfast.kernels.forward_plan import Setting, forward_plan
 from trmfast.kernels.plan import Buffer, Launch, resolve
 
-__all__ = ["Compiled", "compile_all", "specialise"]
+from trmfast.cases import PUBLISHED, make_case
+
+__all__ = ["Compiled", "Job", "compile_all", "compile_one", "production_jobs", "specialise"]
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -31,6 +36,76 @@ _TYPES = {
     torch.int64: "*i64",
 }
 _INT32 = 2**31
+# The published sizes: both token mixers at both lengths, and the convolution.  What else is published differs in the
+# length alone, which kernels of attention take at run time.
+PRODUCTION = (
+    *(case for case in PUBLISHED if case.name in ("trm-sudoku-att", "trm-sudoku-mlp", "trm-arc-att", "urm-arc")),
+    make_case("trm-arc-mlp", H_cycles=1, L_cycles=2, batch=1, length=916, hidden_size=512, token_mixer="mlp_t"),
+)
+# Tile sizes that are rows of the left operand of a product.
+_ROWS = ("BLOCK_M", "BLOCK_C")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A launch that is to be compiled.
+
+    Attributes:
+        launch: the launch.
+        label: what tells it from others of the same kernel.
+        architecture: for which.
+    """
+
+    launch: Launch
+    label: str
+    architecture: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for launches that are the same program: of other values of run-time integers, for example."""
+        values = tuple(
+            (name, value.dtype, value.offset * value.dtype.itemsize % 16 == 0)
+            if isinstance(value, Buffer)
+            else (name, value if value in (None, 1) else type(value), isinstance(value, int) and value % 16 == 0)
+            for name, value in self.launch.arguments
+        )
+        launch = self.launch
+        return launch.kernel, launch.constants, values, launch.num_warps, launch.num_stages, self.architecture
+
+
+class _Recorder(Configuration):
+    """Notes every launch that it could choose."""
+
+    def __init__(self, architecture: str) -> None:
+        super().__init__(architecture)
+        object.__setattr__(self, "seen", [])
+
+    def fastest(self, choices: Sequence[Sequence[Launch]]) -> Sequence[Launch]:
+        self.seen: list[Launch]
+        self.seen += [launch for launches in choices for launch in launches]
+        return choices[0]
+
+
+def production_jobs(architecture: str, dtype: torch.dtype = torch.bfloat16, batch: int = 8) -> list[Job]:
+    """Every kernel of the published problems with every tile that an architecture could get.
+
+    Args:
+        architecture: its name.
+        dtype: compute dtype; float32 is compiled with TF32 products.
+        batch: B.
+    """
+    jobs: dict[tuple[Any, ...], Job] = {}
+    for case in PRODUCTION:
+        problem, recorder = case.problem, _Recorder(architecture)
+        setting = Setting(problem, batch, case.length, dtype, case.rope, recorder, tf32=True)
+        forward_plan(setting, save=True)
+        backward_plan(setting, [True] * len(problem.program.states), True, [True] * problem.num_weights)
+        for launch in recorder.seen:
+            tile = ", ".join(f"{name[6:]} {size}" for name, size in launch.constants if name.startswith("BLOCK_"))
+            label = f"L={case.length}: {tile}, {launch.num_warps} warps, {launch.num_stages} stages"
+            job = Job(launch, label, architecture)
+            jobs.setdefault(job.key, job)
+    return list(jobs.values())
 
 
 @dataclass(frozen=True)
@@ -41,6 +116,8 @@ class Compiled:
         kernel: ``"stem.function"``.
         architecture: its name.
         label: what tells it from other compilations of the same kernel.
+        products: whether it multiplies matrices, and
+        rows: the most rows of a tile of such a product.
         registers: for each thread; on AMD, vector and accumulation registers together.
         spills: instructions that store registers to or load them from local memory; on AMD, spilled registers.
         shared: bytes of shared memory of one program.
@@ -56,6 +133,8 @@ class Compiled:
     kernel: str
     architecture: str
     label: str
+    products: bool = False
+    rows: int = 0
     registers: int = 0
     spills: int = 0
     shared: int = 0
@@ -66,6 +145,26 @@ class Compiled:
     occupancy: int = 0
     instructions: str = ""
     error: str | None = None
+
+    @property
+    def faults(self) -> list[str]:
+        """What must not be: spills, too much shared memory, products without tensor cores, no wide loads."""
+        if self.error is not None:
+            return [self.error]
+        found = []
+        limit = ARCHITECTURES[self.architecture].block_shared
+        if self.spills:
+            found.append(f"{self.spills} spills")
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, the limit is {limit}")
+        if self.products and not self.tensor:
+            found.append("no tensor-core instructions")
+        # Four warps multiply 64 rows at a time there, smaller tiles are left to mma.
+        if self.products and self.architecture == "sm_90" and self.rows >= 64 and self.instructions != "wgmma":
+            found.append(f"{self.instructions} instead of wgmma")
+        if not self.wide_loads:
+            found.append("no 16-byte loads")
+        return found
 
 
 def specialise(
@@ -109,12 +208,13 @@ def specialise(
     return signature, constants, attributes
 
 
-def compile_one(launch: Launch, label: str, architecture: Architecture) -> Compiled:
+def compile_one(job: Job) -> Compiled:
     """Compiles in this process, in which Triton must not interpret."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    launch, architecture = job.launch, ARCHITECTURES[job.architecture]
     function = resolve(launch.kernel)
     amd = architecture.backend == "hip"
     source = ASTSource(function, *specialise(launch, function.params, amd))
@@ -124,37 +224,46 @@ def compile_one(launch: Launch, label: str, architecture: Architecture) -> Compi
         compiled = triton.compile(source, target=target, options=options)
     except Exception as error:  # whatever the compiler throws is a result to be shown
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return Compiled(launch.kernel, architecture.name, label, error=f"{type(error).__name__}: {lines[-1].strip()}")
+        return Compiled(
+            launch.kernel, architecture.name, job.label, error=f"{type(error).__name__}: {lines[-1].strip()}"
+        )
     read = _read_amd(compiled.asm["amdgcn"]) if amd else _read_nvidia(compiled.asm["cubin"])
     read["shared"] = max(read.get("shared", 0), compiled.metadata.shared)
     # Warp specialisation may add warps.
     num_warps = compiled.metadata.num_warps
     occupancy = architecture.occupancy(read["registers"], num_warps, read["shared"])
-    return Compiled(launch.kernel, architecture.name, label, num_warps=num_warps, occupancy=occupancy, **read)
+    rows = max((size for name, size in launch.constants if name in _ROWS), default=0)
+    return Compiled(
+        *(launch.kernel, architecture.name, job.label),
+        products=launch.flops > 0,
+        rows=rows,
+        num_warps=num_warps,
+        occupancy=occupancy,
+        **read,
+    )
 
 
-def compile_all(jobs: Iterable[tuple[str, Launch, str]], processes: int | None = None) -> list[Compiled]:
+def compile_all(jobs: Iterable[Job], processes: int | None = None) -> list[Compiled]:
     """Compiles many, in order.
 
     Args:
-        jobs: label, launch and name of the architecture of each.
+        jobs: what to compile.
         processes: how many at a time; by default one for each CPU that this process may use.
     """
-    todo = [(launch, label, ARCHITECTURES[name]) for label, launch, name in jobs]
     processes = processes or len(os.sched_getaffinity(0))
     # Fresh processes: they must import Triton with the interpreter off.
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            return list(pool.map(_compile, todo))
+            return list(pool.map(_compile, jobs, chunksize=4))
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
 
 
-def _compile(job: tuple[Launch, str, Architecture]) -> Compiled:
+def _compile(job: Job) -> Compiled:
     torch.set_num_threads(1)
-    return compile_one(*job)
+    return compile_one(job)
 
 
 # ---------------------------------------------------------------- machine code

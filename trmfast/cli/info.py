@@ -13,6 +13,7 @@ from trmfast.build_info import build_info
 from trmfast.cases import PROGRAMS
 from trmfast.cli.console import UsageError, print_json, print_table
 from trmfast.cli.machine import commit, machine, versions
+from trmfast.cli.plan import describe, print_plan
 from trmfast.program import GradientWindow, RecursionProgram
 
 __all__ = ["EXAMPLES", "add_arguments", "parse_program", "run"]
@@ -23,6 +24,7 @@ examples:
   trmfast info --json                           everything as one JSON object
   trmfast info --program trm:3,6                the updates of TRM with 3 H cycles of 6 L cycles
   trmfast info --program hrm:2,2,all            with gradients through every update
+  trmfast info --plan trm-sudoku-att --batch 8  the kernel launches of a problem on a GPU
 """
 
 
@@ -35,10 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"print the updates of a program; models are {', '.join(PROGRAMS)}; windows are one_step, last_cycle, "
         "all, none, or a number of cycles",
     )
+    parser.add_argument(
+        "--plan", metavar="PROBLEM", help="print the launches of a problem on a GPU, which need not exist"
+    )
+    parser.add_argument("--batch", type=int, metavar="B", help="sequences of the plan; by default the problem's")
+    parser.add_argument("--dtype", default="bfloat16", help="compute dtype of the plan (default: bfloat16)")
+    parser.add_argument("--gpu", default="H100", help="GPU of the plan (default: H100)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints; always 0."""
+    if arguments.plan is not None:
+        found = describe(arguments.plan, arguments.batch, arguments.dtype, arguments.gpu)
+        if arguments.json:
+            print_json(found)
+        else:
+            print_plan(found)
+        return 0
     if arguments.program is not None:
         program = parse_program(arguments.program)
         if arguments.json:

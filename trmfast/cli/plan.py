@@ -1,0 +1,130 @@
+"""``trmfast info --plan``: the launches of a problem on a GPU, counted and timed by a model.  Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trmfast.cases import PUBLISHED, SMALL, Case
+from trmfast.cli.console import UsageError, print_table
+
+if TYPE_CHECKING:
+    from trmfast.kernels.architectures import Gpu
+    from trmfast.kernels.plan import Plan
+
+__all__ = ["describe", "plans", "print_plan"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COLUMNS = ("kernel", "launches", "programs", "tile", "warps", "MB", "GFLOP", "model us")
+
+
+def describe(name: str, batch: int | None, dtype: str, gpu: str) -> dict[str, Any]:
+    """The plans of a problem as one record.
+
+    Args:
+        name: of a problem in SMALL or PUBLISHED.
+        batch: B, by default the problem's.
+        dtype: name of the compute dtype.
+        gpu: name of a GPU.
+
+    Raises:
+        UsageError: something unknown, or Triton is missing.
+    """
+    cases = {case.name: case for case in (*PUBLISHED, *SMALL)}
+    for option, value, accepted in (("--plan", name, cases), ("--dtype", dtype, DTYPES)):
+        if value not in accepted:
+            raise UsageError(f"{option}: got {value!r}, accepted are {', '.join(accepted)}")
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("--plan: needs Triton, `pip install trmfast[triton]` brings it on Linux")
+    from trmfast.kernels.architectures import GPUS
+
+    if gpu not in GPUS:
+        raise UsageError(f"--gpu: got {gpu!r}, accepted are {', '.join(GPUS)}")
+    if batch is not None and batch < 1:
+        raise UsageError(f"--batch: got {batch}, accepted are numbers from 1 up")
+    case = cases[name] if batch is None else replace(cases[name], batch=batch)
+    forward, backward = plans(case, DTYPES[dtype], GPUS[gpu])
+    return {
+        "problem": name,
+        "batch": case.batch,
+        "length": case.length,
+        "dtype": dtype,
+        "gpu": gpu,
+        "forward": _summary(forward, GPUS[gpu]),
+        "backward": _summary(backward, GPUS[gpu]),
+    }
+
+
+def plans(case: Case, dtype: torch.dtype, gpu: Gpu, needs_states: bool = False) -> tuple[Plan, Plan]:
+    """The forward plan that saves, and the backward plan of everything that is trained.
+
+    Args:
+        case, dtype, gpu: what for.
+        needs_states: whether the incoming states need gradients; in training they come from a carry and need none.
+    """
+    from trmfast.kernels.backward_plan import backward_plan
+    from trmfast.kernels.configurations import Configuration
+    from trmfast.kernels.forward_plan import Setting, forward_plan
+
+    problem = case.problem
+    configuration = Configuration(gpu.architecture, gpu.multiprocessors)
+    setting = Setting(problem, case.batch, case.length, dtype, case.rope, configuration, tf32=True)
+    needs = [needs_states] * len(problem.program.states)
+    backward = backward_plan(setting, needs, problem.uses_x, [True] * problem.num_weights)
+    return forward_plan(setting, save=True).packed(), backward.plan.packed()
+
+
+def _summary(plan: Plan, gpu: Gpu) -> dict[str, Any]:
+    from trmfast.kernels.roofline import launch_time, plan_time
+
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for launch in plan:
+        tile = ", ".join(f"{name[6:]} {size}" for name, size in launch.constants if name.startswith("BLOCK_"))
+        groups.setdefault((launch.kernel, launch.grid, tile, launch.num_warps), []).append(launch)
+    rows = [
+        {
+            "kernel": kernel.split(".")[1].removesuffix("_kernel"),
+            "launches": len(launches),
+            "grid": list(grid),
+            "tile": tile,
+            "warps": warps,
+            "bytes": sum(launch.nbytes for launch in launches),
+            "flops": sum(launch.flops for launch in launches),
+            "model_seconds": sum(launch_time(gpu, launch) for launch in launches),
+        }
+        for (kernel, grid, tile, warps), launches in groups.items()
+    ]
+    return {
+        "launches": len(plan),
+        "bytes": plan.nbytes,
+        "flops": plan.flops,
+        "scratch_bytes": plan.scratch_bytes,
+        "model_seconds": plan_time(gpu, plan),
+        "kernels": rows,
+    }
+
+
+def print_plan(record: dict[str, Any]) -> None:
+    """Prints what :func:`describe` returns."""
+    print(f"{record['problem']}, B={record['batch']}, L={record['length']}, {record['dtype']}, {record['gpu']}")
+    for direction in ("forward", "backward"):
+        summary = record[direction]
+        print_table(f"{direction.capitalize()} plan", COLUMNS, [*map(_row, summary["kernels"])])
+        print(
+            f"{summary['launches']} launches, {summary['bytes'] / 1e9:.3f} GB, {summary['flops'] / 1e9:.1f} GFLOP, "
+            f"{summary['scratch_bytes'] / 1e6:.1f} MB of scratch, {summary['model_seconds'] * 1e3:.3f} ms by the model"
+        )
+    print("\nBytes: each operand once and each result once.  Times are a model's (kernels/roofline.py), not measured.")
+
+
+def _row(kernel: dict[str, Any]) -> list[str]:
+    grid = " x ".join(str(size) for size in kernel["grid"])
+    return [
+        *(kernel["kernel"], str(kernel["launches"]), grid, kernel["tile"], str(kernel["warps"])),
+        f"{kernel['bytes'] / 1e6:.2f}",
+        f"{kernel['flops'] / 1e9:.2f}",
+        f"{kernel['model_seconds'] * 1e6:.1f}",
+    ]
