@@ -11,7 +11,7 @@
 //   load_nc)
 //   * data races (Options::check_races): two accesses, one a write, that no sync_warp, barrier or release-acquire pair
 //     orders, whatever the schedule was. Shared memory: between any two threads. Global memory: likewise, except that
-//     of several readers since the last write only one is remembered
+//     of several readers since the last write only one is remembered. A release or an acquire counts for its whole warp
 //   * an access to the destination of a cp.async before its wait, a source that changes in between, a copy not waited
 //   for
 //   * warp primitives and barriers that lanes reach at different places, or that some lanes never reach
