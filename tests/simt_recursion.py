@@ -50,7 +50,6 @@ class _Request(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("head_dim", "causal", "seq_len", "seq_inner")),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("batch", "length", "num_nets", "num_states", "num_updates")),
-        *((name, ctypes.c_int32) for name in ("num_sources", "num_saved")),
         *((name, ctypes.c_int32) for name in Instance._fields),
         *((name, ctypes.c_int32) for name in ("groups", "resident_blocks", "order", "check_races", "truncate_mma")),
         *((name, ctypes.c_uint64) for name in ("seed", "timeout_ns")),
@@ -122,9 +121,8 @@ def run_emulated(
     weights = [weight.float().contiguous() for weight in inputs.weights]
     saved = torch.empty((problem.num_grad_updates, batch, length, width), dtype=dtype)
     rows, sources = [], []
-    for index, update in enumerate(program.updates):
-        place = program.grad_updates.index(index) if update.grad else -1
-        rows += [update.dst, update.net, int(update.inject_x), place & 0xFFFFFFFF, len(update.sources)]
+    for update in program.updates:
+        rows += [update.dst, update.net, int(update.inject_x), int(update.grad), len(update.sources)]
         sources += list(update.sources)
     layers = (ctypes.c_int32 * len(problem.nets))(*(net.num_layers for net in problem.nets))
     updates = (ctypes.c_uint32 * len(rows))(*rows)
@@ -161,8 +159,6 @@ def run_emulated(
         num_nets=len(problem.nets),
         num_states=len(states_in),
         num_updates=len(program.updates),
-        num_sources=len(sources),
-        num_saved=problem.num_grad_updates,
         **instance._asdict(),
         groups=groups,
         resident_blocks=resident_blocks,

@@ -12,34 +12,36 @@
 // read, and cannot be further ahead.
 #pragma once
 
+#include "group.cuh"
 #include "norm.cuh"
 #include "rope.cuh"
+#include "rows.cuh"
 
 namespace trmfast {
 namespace gpu {
 
-// Where a group exchanges keys and values in this layer.
+// Where a group exchanges keys and values in one layer.
 template <class T> struct KeyValues {
-  GlobalPtr<T> base;            // of this lane
+  GlobalPtr<U32x4> base;        // of this lane
   int kv_heads, tiles, squares; // tiles: of 16 tokens; squares: of 16 channels in a head
 
-  DEVICE KeyValues(const ForwardParams<T>& p, GlobalPtr<T> exchange, int parity, int row_tiles)
+  DEVICE KeyValues(const ForwardParams<T>& p, int layers_done, int row_tiles)
       : kv_heads(p.layout.block.kv_heads), tiles(p.group_blocks * row_tiles), squares(p.layout.head_width / 16) {
-    const int64_t each = 2 * static_cast<int64_t>(kv_heads) * tiles * squares * kSquare;
-    base = exchange + (parity * each + lane_index() * 8);
+    const int each = 2 * kv_heads * tiles * squares * kSquare;
+    base = (exchange_of_group(p) + (layers_done % 2 * each + lane_index() * 8)).template as<U32x4>();
   }
   DEVICE GlobalPtr<U32x4> at(int is_value, int kv_head, int tile, int square) const {
-    const int64_t record = (static_cast<int64_t>(is_value * kv_heads + kv_head) * tiles + tile) * squares + square;
-    return (base + record * kSquare).template as<U32x4>();
+    return base + (((is_value * kv_heads + kv_head) * tiles + tile) * squares + square) * (kSquare / 8);
   }
 };
 
-// first_row: of the CTA in its sequence.  h: [rows, stride]; q: [rows, q_stride].
+// h: [rows, stride]; q: [rows, q_stride].
 template <class T, int kStages, int kRowTiles, int kTiles>
 DEVICE void project_qkv(const ForwardParams<T>& p, SharedPtr<const T> h, int stride, SharedPtr<T> q, int q_stride,
-                        int first_row, const KeyValues<T>& kv, WeightStream<T, kStages>& stream) {
+                        const KeyValues<T>& kv, WeightStream<T, kStages>& stream) {
   const LayerLayout& layout = p.layout;
-  const int lane = lane_index(), g = lane / 4, t = lane % 4, first_tile = first_row / 16;
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  const int first_row = Place::get().rank * 16 * kRowTiles, first_tile = first_row / 16;
   const int heads = layout.block.heads, kv_heads = layout.block.kv_heads;
   float acc[kRowTiles][kTiles][4];
   NO_UNROLL
@@ -86,14 +88,12 @@ DEVICE void project_qkv(const ForwardParams<T>& p, SharedPtr<const T> h, int str
   }
 }
 
-// Fragments b of kKeyTiles x 16 keys of a head.
-template <class T, int kKeyTiles, int kSquares>
-DEVICE void load_key_values(U32x4 (&to)[kKeyTiles][kSquares], const KeyValues<T>& kv, int is_value, int kv_head,
-                            int first) {
+// Fragments b of 16 keys of a head.
+template <class T, int kSquares>
+DEVICE void load_key_values(U32x4 (&to)[kSquares], const KeyValues<T>& kv, int is_value, int kv_head, int tile) {
   UNROLL
-  for (int k = 0; k < kKeyTiles; ++k) UNROLL
   for (int s = 0; s < kSquares; ++s) // past the end: any finite key, it is masked
-    to[k][s] = load(kv.at(is_value, kv_head, smaller(first + k, kv.tiles - 1), s));
+    to[s] = load(kv.at(is_value, kv_head, smaller(tile, kv.tiles - 1), s));
 }
 
 // Running maximum and sum of the softmax of 16 * kRowTiles rows; m is the largest raw score.
@@ -173,40 +173,45 @@ DEVICE void attend(const ForwardParams<T>& p, SharedPtr<T> q_rows, int q_stride,
   const int seen = causal ? smaller(p.length, first_row + 16 * kRowTiles) : p.length;
   const int steps = ceil_div(seen, 16 * kKeyTiles);
   U32x4 keys[kKeyTiles][kSquares], values[kKeyTiles][kSquares];
-  load_key_values(keys, kv, 0, kv_head, 0);
+  UNROLL
+  for (int k = 0; k < kKeyTiles; ++k) load_key_values(keys[k], kv, 0, kv_head, k);
   NO_UNROLL
   for (int step = 0; step < steps; ++step) {
     const int key0 = step * 16 * kKeyTiles;
     float s[kRowTiles][2 * kKeyTiles][4];
     clear(s);
     UNROLL
-    for (int k = 0; k < kKeyTiles; ++k) UNROLL
-    for (int c = 0; c < kSquares; ++c) {
-      const uint32_t (&b)[4] = keys[k][c].v;
+    for (int k = 0; k < kKeyTiles; ++k) {
       UNROLL
-      for (int r = 0; r < kRowTiles; ++r) {
-        mma_m16n8k16<T>(s[r][2 * k], q[r][c], b[0], b[1]);
-        mma_m16n8k16<T>(s[r][2 * k + 1], q[r][c], b[2], b[3]);
+      for (int c = 0; c < kSquares; ++c) {
+        const uint32_t (&b)[4] = keys[k][c].v;
+        UNROLL
+        for (int r = 0; r < kRowTiles; ++r) {
+          mma_m16n8k16<T>(s[r][2 * k], q[r][c], b[0], b[1]);
+          mma_m16n8k16<T>(s[r][2 * k + 1], q[r][c], b[2], b[3]);
+        }
       }
+      load_key_values(values[k], kv, 1, kv_head, step * kKeyTiles + k); // arrive during the softmax
     }
-    load_key_values(values, kv, 1, kv_head, step * kKeyTiles); // arrive during the softmax
     if (key0 + 16 * kKeyTiles > p.length || (causal && key0 + 16 * kKeyTiles > first_row + 1))
       mask_scores(s, first_row + g, key0 + 2 * t, p.length, causal);
     softmax_step(s, out, state, scale);
-    load_key_values(keys, kv, 0, kv_head, (step + 1) * kKeyTiles); // arrive during the product
     UNROLL
-    for (int k = 0; k < kKeyTiles; ++k) UNROLL
-    for (int r = 0; r < kRowTiles; ++r) {
-      const float (&low)[4] = s[r][2 * k];
-      const float (&high)[4] = s[r][2 * k + 1];
-      const uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
-                             pack<T>(high[2], high[3])};
+    for (int k = 0; k < kKeyTiles; ++k) {
       UNROLL
-      for (int c = 0; c < kSquares; ++c) {
-        const uint32_t (&b)[4] = values[k][c].v;
-        mma_m16n8k16<T>(out[r][2 * c], a, b[0], b[1]);
-        mma_m16n8k16<T>(out[r][2 * c + 1], a, b[2], b[3]);
+      for (int r = 0; r < kRowTiles; ++r) {
+        const float(&low)[4] = s[r][2 * k];
+        const float(&high)[4] = s[r][2 * k + 1];
+        const uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
+                               pack<T>(high[2], high[3])};
+        UNROLL
+        for (int c = 0; c < kSquares; ++c) {
+          const uint32_t(&b)[4] = values[k][c].v;
+          mma_m16n8k16<T>(out[r][2 * c], a, b[0], b[1]);
+          mma_m16n8k16<T>(out[r][2 * c + 1], a, b[2], b[3]);
+        }
       }
+      load_key_values(keys[k], kv, 0, kv_head, (step + 1) * kKeyTiles + k); // arrive during the next tile's product
     }
   }
   UNROLL
@@ -223,9 +228,9 @@ DEVICE void attend(const ForwardParams<T>& p, SharedPtr<T> q_rows, int q_stride,
 
 // All rows and heads of the CTA, shared out to its warps: warps that run side by side have a head in common.
 template <int kSquares, int kTaskTiles, int kKeyTiles, int kRowTiles, class T>
-DEVICE void attend_heads(const ForwardParams<T>& p, SharedPtr<T> q, int q_stride, int first_row,
-                         const KeyValues<T>& kv) {
+DEVICE void attend_heads(const ForwardParams<T>& p, SharedPtr<T> q, int q_stride, const KeyValues<T>& kv) {
   constexpr int kParts = kRowTiles / kTaskTiles;
+  const int first_row = Place::get().rank * 16 * kRowTiles;
   const int heads = p.layout.block.heads, share = heads / p.layout.block.kv_heads;
   NO_UNROLL
   for (int task = warp_index(); task < heads * kParts; task += kWarps) {
@@ -235,27 +240,33 @@ DEVICE void attend_heads(const ForwardParams<T>& p, SharedPtr<T> q, int q_stride
   }
 }
 
-// h1 = norm(h + attention(h)), in place.  work: the rest of the CTA's shared memory.  False: a barrier timed out.
-template <int kTiles, int kRowTiles, class T, int kStages, class Barrier>
-DEVICE bool attention_mixer(const ForwardParams<T>& p, SharedPtr<T> h, int stride, SharedPtr<T> work, int first_row,
-                            GlobalPtr<T> exchange, int parity, WeightStream<T, kStages>& stream, Barrier&& barrier) {
+// h1 = norm(h + attention(h)), in place.  work: shared memory after h; layers_done: by this kernel so far.  False: the
+// group's barrier timed out.
+template <int kTiles, int kRowTiles, class T, int kStages>
+DEVICE bool attention_mixer(const ForwardParams<T>& p, SharedPtr<T> h, SharedPtr<T> work, int layers_done,
+                            WeightStream<T, kStages>& stream) {
   const LayerLayout& layout = p.layout;
-  const int q_stride = layout.block.heads * layout.head_width + kPad;
-  const KeyValues<T> kv(p, exchange, parity, kRowTiles);
-  project_qkv<T, kStages, kRowTiles, kTiles>(p, h, stride, work, q_stride, first_row, kv, stream);
-  if (!barrier()) return false;
-  constexpr int kTwo = smaller(2, kRowTiles);
-  if (layout.head_width == 32)
-    attend_heads<2, kTwo, 2, kRowTiles>(p, work, q_stride, first_row, kv);
-  else if (layout.head_width == 64)
-    attend_heads<4, kTwo, 2, kRowTiles>(p, work, q_stride, first_row, kv);
-  else
-    attend_heads<8, 1, 1, kRowTiles>(p, work, q_stride, first_row, kv);
+  const int width = layout.block.width, q_stride = layout.block.heads * layout.head_width + kPad;
+  {
+    const KeyValues<T> kv(p, layers_done, kRowTiles);
+    project_qkv<T, kStages, kRowTiles, kTiles>(p, h, width + kPad, work, q_stride, kv, stream);
+  }
+  if (!wait_for_group(p, layers_done + 1)) return false;
+  {
+    const KeyValues<T> kv(p, layers_done, kRowTiles);
+    constexpr int kTwo = smaller(2, kRowTiles);
+    if (layout.head_width == 32)
+      attend_heads<2, kTwo, 2, kRowTiles>(p, work, q_stride, kv);
+    else if (layout.head_width == 64)
+      attend_heads<4, kTwo, 2, kRowTiles>(p, work, q_stride, kv);
+    else
+      attend_heads<8, 1, 1, kRowTiles>(p, work, q_stride, kv);
+  }
   block_sync();
   float acc[kRowTiles][kTiles][4];
   clear(acc);
   multiply<Order::kStraight, Storage::kByRow>(acc, SharedPtr<const T>(work), q_stride, layout.head_steps, stream);
-  norm_rows(acc, h, stride, layout.block.width, layout.block.eps, work.template as<float>());
+  norm_rows(acc, h, width + kPad, width, layout.block.eps, work.template as<float>());
   return true;
 }
 

@@ -74,7 +74,23 @@ DEVICE void multiply(float (&acc)[kRowTiles][kTiles][4], SharedPtr<const T> rows
         at = at + next_step;
       }
     }
-  } else { // a stage holds two squares of one step
+  } else if constexpr (kTiles == 4) { // a stage is one step; the rows pass through few registers
+    NO_UNROLL
+    for (int step = 0; step < steps; ++step) {
+      const SharedPtr<const T> weights = stream.next();
+      uint32_t w[2][4];
+      ldmatrix_x4(w[0], weights);
+      ldmatrix_x4(w[1], weights + kSquare);
+      UNROLL
+      for (int r = 0; r < kRowTiles; ++r) {
+        uint32_t a[4];
+        load_rows<kStorage>(a, at + r * next_tile);
+        multiply_square<T, kOrder>(acc[r][0], acc[r][1], a, w[0]);
+        multiply_square<T, kOrder>(acc[r][2], acc[r][3], a, w[1]);
+      }
+      at = at + next_step;
+    }
+  } else { // a step takes kTiles / 4 stages
     NO_UNROLL
     for (int step = 0; step < steps; ++step) {
       uint32_t a[kRowTiles][4];

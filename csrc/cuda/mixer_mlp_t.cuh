@@ -11,6 +11,7 @@
 // The strip is stored by depth [token][channel]; products are transposed, so that a thread holds neighbouring channels.
 #pragma once
 
+#include "group.cuh"
 #include "norm.cuh"
 #include "rows.cuh"
 #include "swiglu.cuh"
@@ -18,38 +19,32 @@
 namespace trmfast {
 namespace gpu {
 
-// Strips of a group are dealt to its CTAs in turn: how many this one has.
-template <int kStripTiles> DEVICE int own_strips(int width, int rank, int group_blocks) {
-  const int strips = ceil_div(width, 16 * kStripTiles);
-  return rank < strips ? ceil_div(strips - rank, group_blocks) : 0;
-}
-
-// h1 = norm(h + mlp_t(h)) over tokens, in place.  shared: the CTA's shared memory from h on, which the strip takes
-// over. False: a barrier timed out.
-template <int kTokenTiles, int kStripTiles, class T, int kStages, class Barrier>
-DEVICE bool sequence_mixer(const ForwardParams<T>& p, SharedPtr<T> shared, const OwnRows& rows, GlobalPtr<T> exchange,
-                           int rank, WeightStream<T, kStages>& stream, Barrier&& barrier) {
-  constexpr int kChannels = 16 * kStripTiles, kStride = kChannels + kPad;
+// h1 = norm(h + mlp_t(h)) over tokens, in place.  shared: the CTA's shared memory from h on, which the strip takes over;
+// layers_done: by this kernel so far.  False: a barrier of the group timed out.
+template <int kRowTiles, int kTokenTiles, int kStripTiles, class T, int kStages>
+DEVICE bool sequence_mixer(const ForwardParams<T>& p, SharedPtr<T> shared, int layers_done,
+                           WeightStream<T, kStages>& stream) {
+  constexpr int kChannels = 16 * kStripTiles, kLanes = kChannels / 8, kStride = kChannels + kPad;
   const LayerLayout& layout = p.layout;
   const int width = layout.block.width, length = p.length, padded = 16 * layout.token_steps;
   const SharedPtr<T> strip = shared, chunks = shared + padded * kStride;
-  const GlobalPtr<T> mixed = exchange + static_cast<int64_t>(length) * width;
+  const GlobalPtr<T> before = exchange_of_group(p), after = before + static_cast<int64_t>(length) * width;
 
-  rows.store_to(exchange, SharedPtr<const T>(shared));
-  if (!barrier()) return false;
+  OwnRows<kRowTiles>(p).store_to(before, SharedPtr<const T>(shared));
+  if (!wait_for_group(p, 2 * layers_done + 1)) return false;
   NO_UNROLL
-  for (int channel0 = rank * kChannels; channel0 < width; channel0 += p.group_blocks * kChannels) {
-    copy_in(strip, kStride, padded, kChannels, GlobalPtr<const T>(exchange + channel0), width, length,
-            smaller(kChannels, width - channel0));
+  for (int channel0 = Place::get().rank * kChannels; channel0 < width; channel0 += p.group_blocks * kChannels) {
+    const int channels = smaller(kChannels, width - channel0);
+    copy_in<kLanes>(strip, kStride, padded, kChannels, GlobalPtr<const T>(before + channel0), width, length, channels);
     block_sync();
     float acc[kStripTiles][kTokenTiles][4];
     swiglu<Order::kTransposed>(acc, SharedPtr<const T>(strip), kStride, layout.token_steps, layout.seq_passes, chunks,
                                stream);
     norm_columns(acc, strip, kStride, length, layout.block.eps, chunks.template as<float>());
-    copy_out(mixed + channel0, width, length, smaller(kChannels, width - channel0), SharedPtr<const T>(strip), kStride);
+    copy_out<kLanes>(after + channel0, width, length, channels, SharedPtr<const T>(strip), kStride);
   }
-  if (!barrier()) return false;
-  rows.load_from(GlobalPtr<const T>(mixed), shared);
+  if (!wait_for_group(p, 2 * layers_done + 2)) return false;
+  OwnRows<kRowTiles>(p).load_from(GlobalPtr<const T>(after), shared);
   block_sync();
   return true;
 }

@@ -26,7 +26,7 @@ inline int shared_bytes(const Configuration& c, const BlockShape& block) {
   if (!block.attention)
     activations =
         larger(activations, round_up(block.seq_len, 16) * (channels + kPad) + 2 * kPassInner * (channels + kPad));
-  return 2 * (kWarps * c.stages * kStageElements + activations);
+  return kPlaceBytes + 2 * (kWarps * c.stages * kStageElements + activations);
 }
 
 // Elements that a group exchanges through global memory.
@@ -104,6 +104,59 @@ inline std::string make_plan(const std::vector<Configuration>& instances, const 
   }
   return best < 0 ? reason : "";
 }
+
+// One update of a program (trmfast/program.py).
+struct Update {
+  int dst, net;
+  std::vector<int> sources;
+  bool inject_x, grad;
+};
+
+// A program as the lists of words that the kernel reads.
+struct Schedule {
+  std::vector<uint32_t> steps; // 4 a step: dst and flags; place in the gradient window + 1, or 0; first source; sources
+  std::vector<uint32_t> sources; // of all updates: states in the order of the sum, x last
+  // Runs of contiguous stages that a CTA streams, 4 words each: net, first stage of its packed weights, stages, and how
+  // many CTAs of a group (those of the lowest ranks) read it.
+  std::vector<uint32_t> runs;
+  uint32_t unwritten = 0; // bit s: no update writes state s
+  int saved = 0;          // updates with gradient
+
+  Schedule(const Configuration& c, const LayerLayout& layout, int group_blocks, int num_states,
+           const std::vector<Update>& updates, const std::vector<int>& layers) {
+    uint32_t written = 0;
+    for (const Update& update : updates) {
+      const size_t first = sources.size();
+      for (const int source : update.sources)
+        sources.push_back(static_cast<uint32_t>(source) | ((written >> source & 1) != 0 ? kSourceIsWritten : 0));
+      if (update.inject_x) sources.push_back(kSourceIsX);
+      const int place = update.grad ? ++saved : 0;
+      for (int layer = 0; layer < layers[update.net]; ++layer) {
+        const uint32_t flags = (layer == 0 ? kFirstLayer : 0) | (layer + 1 == layers[update.net] ? kLastLayer : 0);
+        append(steps, static_cast<uint32_t>(update.dst) | flags, place, first, sources.size() - first);
+      }
+      written |= 1u << update.dst;
+      add_runs(c, layout, group_blocks, update.net, layers[update.net]);
+    }
+    unwritten = ~written & ((1u << num_states) - 1);
+  }
+
+private:
+  template <class... Words> static void append(std::vector<uint32_t>& to, Words... words) {
+    (to.push_back(static_cast<uint32_t>(words)), ...);
+  }
+
+  void add_runs(const Configuration& c, const LayerLayout& layout, int group_blocks, int net, int layers) {
+    if (layout.block.attention) return append(runs, net, 0, layers * layout.stages, group_blocks);
+    const int strips = ceil_div(layout.block.width, 16 * c.strip_tiles);
+    for (int layer = 0; layer < layers; ++layer) {
+      const int first = layer * layout.stages;
+      for (int strip = 0; strip < strips; strip += group_blocks)
+        append(runs, net, first, layout.token_stages, smaller(group_blocks, strips - strip));
+      append(runs, net, first + layout.token_stages, layout.stages - layout.token_stages, group_blocks);
+    }
+  }
+};
 
 } // namespace gpu
 } // namespace trmfast

@@ -6,32 +6,28 @@
 // on the host simt::launch (tests/simt/simt.h) runs them.  Blocks and grids have one dimension.
 //
 //   indices     thread_index() block_index() thread_count() block_count() lane_index() warp_index()
-//   pointers    GlobalPtr<T>, SharedPtr<T>: p + elements, p.as<U>(); no dereference, so that every access is one of
-//   these:
+//   pointers    GlobalPtr<T>, SharedPtr<T>: p + elements, p.as<U>(); they cannot be dereferenced, only passed to these:
 //               shared_memory<T>(byte_offset)               the block's dynamic shared memory, aligned to 1024 bytes
 //               load(p) store(p, value)                     one access of 2, 4, 8 or 16 bytes; naturally aligned
 //               load_nc(p)                                  global, for data that nobody writes during the launch
 //               prefetch_l2(p)
 //   vectors     F32x2 F32x4 U32x2 U32x4: .v[i]
-//   copies      cp_async_16(shared, global[, valid])        16 bytes through L2; zeros if !valid, and the source is not
-//   read
-//               cp_async_commit() cp_async_wait<N>()        at most the N latest groups of this thread are left in
-//               flight
+//   copies      cp_async_16(shared, global[, valid])        16 bytes through L2; if !valid zeros, nothing is read
+//               cp_async_commit() cp_async_wait<N>()        leaves at most this thread's N latest groups in flight
 //   matrices    ldmatrix_x1/_x2/_x4(r, row), ldmatrix_x1/_x2/_x4_trans(r, row)
 //               mma_m16n8k16<T>(d, a, b0, b1)               d += a b, T = bf16 or fp16, fp32 accumulation
 //   warp        sync_warp() shuffle(x, lane) shuffle_xor(x, mask) warp_any(p) warp_all(p)
 //               lanes_sum<W>(x) lanes_max<W>(x)             over aligned groups of W lanes, the result in each of them
 //               warp_sum(x) warp_max(x)
 //   block       block_sync() block_any(p) block_all(p)
-//               named_barrier_sync(id, threads) named_barrier_arrive(id, threads)    id 1 to 15, a constant where
-//               possible: otherwise the kernel holds all 16 barriers; whole warps
+//               named_barrier_sync(id, threads) named_barrier_arrive(id, threads)    whole warps; id 1 to 15,
+//               best a constant: otherwise the kernel holds all 16 barriers
 //   grid        load_acquire(p) store_release(p, x) atomic_add(p, x) atomic_add_release(p, x)   scope: the device
 //               wait_at_least(p, x, timeout_ns)             false after the time-out
 //               group_barrier(counter, target, timeout_ns)  all threads of every block of the group; false: timed out
 //               global_timer() (ns)  nanosleep(ns)
 //   numbers     to_float(x) from_float<T>(x) pack<T>(low, high) unpack<T>(word)
-//               fast_exp2(x) fast_rcp(x) fast_rsqrt(x)      approximate, a few units in the last place, denormals are
-//               zero
+//               fast_exp2(x) fast_rcp(x) fast_rsqrt(x)      approximate to a few units in the last place, no denormals
 //
 // Rules, which the emulator checks:
 // * Warp primitives (shuffles, votes, ldmatrix, mma, sync_warp) and barriers are executed by all 32 lanes together.
@@ -40,8 +36,7 @@
 // * cp_async_wait makes a thread's own copies visible to itself; the other threads need a barrier after it.
 // * Between blocks, memory is ordered by release and acquire: group_barrier, or store_release and load_acquire.
 //
-// Fragments of m16n8k16 (lane = 4 * g + t, g = 0..7, t = 0..3; a register of a and b holds two elements, low half
-// first):
+// Fragments of m16n8k16 (lane = 4 * g + t, g = 0..7, t = 0..3; registers of a and b hold two elements, low half first):
 //   a[0] = A[g][2t, 2t+1]  a[1] = A[g+8][2t, 2t+1]  a[2] = A[g][2t+8, 2t+9]  a[3] = A[g+8][2t+8, 2t+9]
 //   b0   = B[2t, 2t+1][g]  b1   = B[2t+8, 2t+9][g]
 //   d[0] = D[g][2t]  d[1] = D[g][2t+1]  d[2] = D[g+8][2t]  d[3] = D[g+8][2t+1]

@@ -27,22 +27,6 @@ template <class Element, int kRows, int kStages, int kWidth, int kTokens, int kS
                        kStripTiles = kStrips;
 };
 
-// Blocks of a group wait for each other here; everything before is then visible to all of them.
-struct GroupBarrier {
-  GlobalPtr<uint32_t> arrivals;
-  uint32_t target, blocks;
-  uint64_t timeout_ns;
-
-  DEVICE bool operator()() {
-    if (blocks == 1) {
-      block_sync();
-      return true;
-    }
-    target += blocks;
-    return group_barrier(arrivals, target, timeout_ns);
-  }
-};
-
 // a + b, element by element, rounded to T.
 template <class T> DEVICE U32x4 add_parts(const U32x4& a, const U32x4& b) {
   U32x4 sum;
@@ -54,46 +38,60 @@ template <class T> DEVICE U32x4 add_parts(const U32x4& a, const U32x4& b) {
   return sum;
 }
 
-// h <- sum of sources (+ x), added from the right and rounded after each addition (trmfast.reference.summed_input);
-// rows beyond the sequence are zero.  written: bit s is set once state s lies in states_out.
-template <class T>
-DEVICE void sum_sources(const ForwardParams<T>& p, const PackedUpdate& update, uint32_t written, int sequence,
-                        const OwnRows& rows, SharedPtr<T> h) {
+// h <- sum of sources (+ x), added from the right and rounded after each addition (trmfast.reference.summed_input); rows
+// beyond the sequence are zero.
+template <int kRowTiles, class T>
+DEVICE void sum_sources(const ForwardParams<T>& p, const Step& step, int sequence, SharedPtr<T> h) {
+  const OwnRows<kRowTiles> rows(p);
   const int64_t sequence_elements = static_cast<int64_t>(p.length) * rows.width;
   const int64_t offset = sequence * sequence_elements + rows.offset();
-  const int per_row = rows.width / 8, parts = rows.rows * per_row, valid = rows.valid() * per_row;
-  const int terms = update.num_sources() + (update.inject_x() ? 1 : 0);
+  const int valid = rows.valid();
   NO_UNROLL
-  for (int part0 = thread_index(); part0 < parts; part0 += kCopiesInFlight * kThreads) {
-    U32x4 sum[kCopiesInFlight] = {};
+  for (int column = lane_index() * 8; column < rows.width; column += 8 * kWarpSize) {
     NO_UNROLL
-    for (int term = terms - 1; term >= 0; --term) {
-      GlobalPtr<const T> from = p.x;
-      if (term < update.num_sources()) {
-        const uint32_t source = load_nc(p.sources + (update.first_source() + term));
-        from = (written >> source & 1) != 0 ? GlobalPtr<const T>(p.states_out[source]) : p.states_in[source];
+    for (int row = warp_index(); row < rows.kRows; row += kCopiesInFlight * kWarps) {
+      U32x4 sum[kCopiesInFlight] = {};
+      NO_UNROLL
+      for (int term = step.num_sources() - 1; term >= 0; --term) {
+        const uint32_t source = load_nc(p.sources + (step.first_source() + term)), state = source & 0xff;
+        const GlobalPtr<const T> from = (source & kSourceIsX) != 0         ? p.x
+                                        : (source & kSourceIsWritten) != 0 ? GlobalPtr<const T>(p.states_out[state])
+                                                                           : p.states_in[state];
+        UNROLL
+        for (int i = 0; i < kCopiesInFlight; ++i) {
+          if (row + i * kWarps < valid) {
+            const int64_t at = offset + (row + i * kWarps) * rows.width + column;
+            sum[i] = add_parts<T>(load((from + at).template as<const U32x4>()), sum[i]);
+          }
+        }
       }
-      const GlobalPtr<const U32x4> parts_of = (from + offset).template as<const U32x4>();
       UNROLL
       for (int i = 0; i < kCopiesInFlight; ++i) {
-        const int part = part0 + i * kThreads;
-        if (part < valid) {
-          const U32x4 x = load(parts_of + part);
-          sum[i] = term == terms - 1 ? x : add_parts<T>(x, sum[i]);
+        if (row + i * kWarps < rows.kRows) {
+          store((h + ((row + i * kWarps) * rows.stride() + column)).template as<U32x4>(), sum[i]);
+        }
+        if (row + i * kWarps < valid && step.saved() >= 0 && p.saved) {
+          const int64_t at = static_cast<int64_t>(step.saved()) * p.batch * sequence_elements + offset;
+          store((p.saved + (at + (row + i * kWarps) * rows.width + column)).template as<U32x4>(), sum[i]);
         }
       }
     }
-    UNROLL
-    for (int i = 0; i < kCopiesInFlight; ++i) {
-      const int part = part0 + i * kThreads;
-      if (part < parts) {
-        store((h + (part / per_row * rows.stride + part % per_row * 8)).template as<U32x4>(), sum[i]);
-        if (part < valid && update.saved() >= 0 && p.saved) {
-          const int64_t at = static_cast<int64_t>(update.saved()) * p.batch * sequence_elements + offset;
-          store((p.saved + at).template as<U32x4>() + part, sum[i]);
-        }
-      }
-    }
+  }
+}
+
+// The sequence that the group is at after so many layers.
+template <class T> DEVICE int sequence_of(const ForwardParams<T>& p, int layers_done) {
+  return Place::get().group + layers_done / p.num_steps * p.groups;
+}
+
+// States that the program never writes go out as they came in.
+template <int kRowTiles, class T>
+DEVICE void copy_unwritten(const ForwardParams<T>& p, int64_t offset, SharedPtr<T> h) {
+  NO_UNROLL
+  for (int s = 0; s < kMostStates; ++s) {
+    if ((p.unwritten >> s & 1) == 0) continue;
+    OwnRows<kRowTiles>(p).load_from(p.states_in[s] + offset, h);
+    OwnRows<kRowTiles>(p).store_to(p.states_out[s] + offset, SharedPtr<const T>(h));
   }
 }
 
@@ -102,54 +100,39 @@ template <class I> DEVICE void recursion_forward(const ForwardParams<typename I:
   using Stream = WeightStream<T, I::kRingStages>;
   const LayerLayout& layout = p.layout;
   const int width = layout.block.width;
-  const int group = block_index() / p.group_blocks, rank = block_index() % p.group_blocks;
-  const OwnRows rows{16 * I::kRowTiles, rank * 16 * I::kRowTiles, p.length, width, width + kPad};
-  const SharedPtr<T> shared = shared_memory<T>();
-  const SharedPtr<T> h = shared + Stream::kBytes / static_cast<int>(sizeof(T));
-  const SharedPtr<T> work = h + rows.rows * rows.stride;
-  const GlobalPtr<T> exchange = p.exchange + group * p.exchange_elements;
-  GroupBarrier barrier{p.arrivals + group * kArrivalStride, 0, static_cast<uint32_t>(p.group_blocks), p.timeout_ns};
+  const SharedPtr<T> ring = shared_memory<T>(kPlaceBytes);
+  const SharedPtr<T> h = ring + Stream::kElements, work = h + 16 * I::kRowTiles * (width + kPad);
 
-  int strips = 0;
-  if constexpr (I::kTokenTiles > 0) strips = own_strips<I::kStripTiles>(width, rank, p.group_blocks);
-  Stream stream(p, shared, group < p.batch ? ceil_div(p.batch - group, p.groups) : 0, strips);
-
-  int parity = 0;
-  bool in_step = true;
-  for (int sequence = group; in_step && sequence < p.batch; sequence += p.groups) {
-    const int64_t offset = static_cast<int64_t>(sequence) * p.length * width;
-    uint32_t written = 0;
-    for (int u = 0; in_step && u < p.num_updates; ++u) {
-      const PackedUpdate update(load_nc(p.updates + u));
-      sum_sources(p, update, written, sequence, rows, h);
+  Place::set(p);
+  Stream stream(p, ring);
+  // One round: a layer of an update of a sequence.
+  for (int done = 0; done < Place::get().sequences * p.num_steps; ++done) {
+    const int index = done % p.num_steps;
+    if (const Step step(load_nc(p.steps + index)); step.is_first()) {
+      sum_sources<I::kRowTiles>(p, step, sequence_of(p, done), h);
       block_sync();
-      const int layers = p.layers[update.net()];
-      for (int layer = 0; layer < layers; ++layer) {
-        if constexpr (I::kTokenTiles > 0) {
-          in_step = sequence_mixer<I::kTokenTiles, I::kStripTiles>(p, h, rows, exchange, rank, stream, barrier);
-        } else {
-          in_step = attention_mixer<I::kWidthTiles, I::kRowTiles>(p, h, rows.stride, work, rows.first, exchange, parity,
-                                                                  stream, barrier);
-          parity ^= 1;
-        }
-        if (!in_step) break;
-        float acc[I::kRowTiles][I::kWidthTiles][4];
-        swiglu<Order::kStraight>(acc, SharedPtr<const T>(h), rows.stride, layout.width_steps, layout.inner_passes, work,
-                                 stream);
-        norm_rows(acc, h, rows.stride, width, layout.block.eps, work.template as<float>());
-      }
-      if (!in_step) break;
-      rows.store_to(p.states_out[update.dst()] + offset, SharedPtr<const T>(h));
-      written |= 1u << update.dst();
     }
-    for (int s = 0; in_step && s < p.num_states; ++s) { // states that the program never writes
-      if ((written >> s & 1) != 0) continue;
-      rows.load_from(p.states_in[s] + offset, h);
-      rows.store_to(p.states_out[s] + offset, SharedPtr<const T>(h));
+    bool in_step;
+    if constexpr (I::kTokenTiles > 0)
+      in_step = sequence_mixer<I::kRowTiles, I::kTokenTiles, I::kStripTiles>(p, h, done, stream);
+    else
+      in_step = attention_mixer<I::kWidthTiles, I::kRowTiles>(p, h, work, done, stream);
+    if (!in_step) {
+      stream.drain();
+      if (thread_index() == 0) store(p.failed, 1u + static_cast<uint32_t>(Place::get().group));
+      return;
+    }
+    float acc[I::kRowTiles][I::kWidthTiles][4];
+    swiglu<Order::kStraight>(acc, SharedPtr<const T>(h), width + kPad, layout.width_steps, layout.inner_passes, work,
+                             stream);
+    norm_rows(acc, h, width + kPad, width, layout.block.eps, work.template as<float>());
+    if (const Step step(load_nc(p.steps + done % p.num_steps)); step.is_last()) {
+      const int64_t offset = sequence_of(p, done) * (static_cast<int64_t>(p.length) * width);
+      OwnRows<I::kRowTiles>(p).store_to(p.states_out[step.dst()] + offset, SharedPtr<const T>(h));
+      if ((done + 1) % p.num_steps == 0) copy_unwritten<I::kRowTiles>(p, offset, h);
     }
   }
   stream.drain();
-  if (!in_step && thread_index() == 0) store(p.failed, 1u + static_cast<uint32_t>(group));
 }
 
 } // namespace gpu

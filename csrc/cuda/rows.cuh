@@ -1,70 +1,80 @@
 // Copies between global memory and rows in shared memory, 16 bytes a thread.  Which thread copies which 8 elements
-// depends on the sizes alone: what a thread wrote with the same sizes it may read without a barrier.
+// follows from row and column alone: what a thread wrote it may read without a barrier.
 #pragma once
 
-#include "params.cuh"
+#include "group.cuh"
 
 namespace trmfast {
 namespace gpu {
 
 constexpr int kCopiesInFlight = 4;
 
-// f(copy, row, column) for this thread's parts of [rows, columns], kCopiesInFlight at a time: f.load for all of them,
-// then f.store, so that the loads are in flight together.
-template <class Load, class Store> DEVICE void for_parts(int rows, int columns, Load&& load_part, Store&& store_part) {
-  const int per_row = columns / 8, parts = rows * per_row;
+// load_part(row, column) -> U32x4 and store_part(row, column, part) for this thread's parts of [rows, columns]; kLanes
+// threads share a row.  kCopiesInFlight loads come before their stores.
+template <int kLanes, class Load, class Store>
+DEVICE void for_parts(int rows, int columns, Load&& load_part, Store&& store_part) {
+  constexpr int kRows = kThreads / kLanes;
+  const int first = thread_index() / kLanes;
   NO_UNROLL
-  for (int part0 = thread_index(); part0 < parts; part0 += kCopiesInFlight * kThreads) {
-    U32x4 x[kCopiesInFlight];
-    UNROLL
-    for (int i = 0; i < kCopiesInFlight; ++i) {
-      const int part = part0 + i * kThreads;
-      if (part < parts) x[i] = load_part(part / per_row, part % per_row * 8);
-    }
-    UNROLL
-    for (int i = 0; i < kCopiesInFlight; ++i) {
-      const int part = part0 + i * kThreads;
-      if (part < parts) store_part(part / per_row, part % per_row * 8, x[i]);
+  for (int column = thread_index() % kLanes * 8; column < columns; column += 8 * kLanes) {
+    NO_UNROLL
+    for (int row = first; row < rows; row += kCopiesInFlight * kRows) {
+      U32x4 parts[kCopiesInFlight];
+      UNROLL
+      for (int i = 0; i < kCopiesInFlight; ++i) {
+        if (row + i * kRows < rows) parts[i] = load_part(row + i * kRows, column);
+      }
+      UNROLL
+      for (int i = 0; i < kCopiesInFlight; ++i) {
+        if (row + i * kRows < rows) store_part(row + i * kRows, column, parts[i]);
+      }
     }
   }
 }
 
 // to [rows, to_stride] in shared memory <- from [.., from_stride], zero beyond from_rows and from_columns.
-template <class T>
+template <int kLanes, class T>
 DEVICE void copy_in(SharedPtr<T> to, int to_stride, int rows, int columns, GlobalPtr<const T> from, int from_stride,
                     int from_rows, int from_columns) {
-  for_parts(
+  for_parts<kLanes>(
       rows, columns,
       [&](int row, int column) {
         if (row >= from_rows || column >= from_columns) return U32x4{};
         return load((from + (static_cast<int64_t>(row) * from_stride + column)).template as<const U32x4>());
       },
-      [&](int row, int column, const U32x4& x) { store((to + (row * to_stride + column)).template as<U32x4>(), x); });
-}
-
-template <class T>
-DEVICE void copy_out(GlobalPtr<T> to, int to_stride, int rows, int columns, SharedPtr<const T> from, int from_stride) {
-  for_parts(
-      rows, columns,
-      [&](int row, int column) { return load((from + (row * from_stride + column)).template as<const U32x4>()); },
-      [&](int row, int column, const U32x4& x) {
-        store((to + (static_cast<int64_t>(row) * to_stride + column)).template as<U32x4>(), x);
+      [&](int row, int column, const U32x4& part) {
+        store((to + (row * to_stride + column)).template as<U32x4>(), part);
       });
 }
 
-// The rows of one CTA: `rows` tokens from `first` of a sequence of `length`, in shared memory [rows, stride].
-struct OwnRows {
-  int rows, first, length, width, stride;
+template <int kLanes, class T>
+DEVICE void copy_out(GlobalPtr<T> to, int to_stride, int rows, int columns, SharedPtr<const T> from, int from_stride) {
+  for_parts<kLanes>(
+      rows, columns,
+      [&](int row, int column) { return load((from + (row * from_stride + column)).template as<const U32x4>()); },
+      [&](int row, int column, const U32x4& part) {
+        store((to + (static_cast<int64_t>(row) * to_stride + column)).template as<U32x4>(), part);
+      });
+}
 
-  DEVICE int valid() const { return larger(0, smaller(rows, length - first)); }
+// The CTA's tokens of a sequence [length, width], in shared memory [rows, width + kPad].
+template <int kRowTiles> struct OwnRows {
+  static constexpr int kRows = 16 * kRowTiles;
+  int first, length, width;
+
+  template <class T>
+  DEVICE explicit OwnRows(const ForwardParams<T>& p)
+      : first(Place::get().rank * kRows), length(p.length), width(p.layout.block.width) {}
+
+  DEVICE int stride() const { return width + kPad; }
+  DEVICE int valid() const { return larger(0, smaller(kRows, length - first)); }
   DEVICE int64_t offset() const { return static_cast<int64_t>(first) * width; }
 
-  // sequence: [length, width]
   template <class T> DEVICE void load_from(GlobalPtr<const T> sequence, SharedPtr<T> h) const {
-    copy_in(h, stride, rows, width, sequence + offset(), width, valid(), width);
+    copy_in<kWarpSize>(h, stride(), kRows, width, sequence + offset(), width, valid(), width);
   }
   template <class T> DEVICE void store_to(GlobalPtr<T> sequence, SharedPtr<const T> h) const {
-    copy_out(sequence + offset(), width, valid(), width, h, stride);
+    copy_out<kWarpSize>(sequence + offset(), width, valid(), width, h, stride());
   }
 };
 

@@ -4,6 +4,8 @@
 // `rows` consecutive tokens of it.
 #pragma once
 
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define TRMFAST_BOTH __host__ __device__ __forceinline__
 #else
@@ -19,8 +21,15 @@ constexpr int kStageElements = 512; // of the weights of a warp: two squares of 
 constexpr int kSquare = 256;
 constexpr int kPassInner = 16 * kWarps; // inner channels of a SwiGLU that are on chip at a time
 constexpr int kPad = 8;                 // elements after a row in shared memory: rows fall into different banks
+constexpr int kPlaceBytes = 128;        // at the start of shared memory (Place in group.cuh)
 constexpr int kMostStates = 16;
 constexpr int kMostNets = 8;
+
+constexpr int kArrivalStride = 32; // words between the counters of two groups: different lines of the cache
+
+// Bits of the first word of a step, and of a source (Schedule in plan.h).
+constexpr uint32_t kFirstLayer = 1u << 8, kLastLayer = 1u << 9;
+constexpr uint32_t kSourceIsX = 1u << 8, kSourceIsWritten = 1u << 9;
 
 // One block (trmfast/spec.py).
 struct BlockShape {

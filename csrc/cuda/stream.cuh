@@ -5,21 +5,21 @@
 // Hazards, both covered by the one sync_warp of next(): the copies of a stage were issued by all lanes of the warp, and
 // the stage that is overwritten is the one that the previous next() returned.  No other cp.async may be issued by a
 // kernel that has a stream: the groups are counted.
+//
+// What comes after what is a list of runs of contiguous stages, made by the launcher (weight_runs in plan.h).
 #pragma once
 
-#include "params.cuh"
+#include "group.cuh"
 
 namespace trmfast {
 namespace gpu {
 
 template <class T, int kStages> class WeightStream {
 public:
-  static constexpr int kBytes = kWarps * kStages * kStageElements * static_cast<int>(sizeof(T)); // of shared memory
+  static constexpr int kElements = kWarps * kStages * kStageElements; // of shared memory
 
-  // sequences: how many this CTA takes part in; token_repeats: how often it reads the part of a layer over tokens.
-  DEVICE WeightStream(const ForwardParams<T>& params, SharedPtr<T> ring, int sequences, int token_repeats)
-      : params_(params), ring_(ring + (warp_index() * kStages * kStageElements + lane_index() * 8)),
-        sequences_(sequences), token_repeats_(token_repeats) {
+  DEVICE WeightStream(const ForwardParams<T>& params, SharedPtr<T> ring)
+      : params_(params), ring_(ring + (warp_index() * kStages * kStageElements + lane_index() * 8)) {
     UNROLL
     for (int stage = 0; stage < kStages - 1; ++stage) fill(stage);
   }
@@ -50,38 +50,27 @@ private:
     cp_async_commit();
   }
 
-  // Goes to the next run of contiguous stages: the part over tokens as often as asked, then the rest of the layer.
+  // Goes to the next run of this CTA.
   DEVICE void open() {
-    if (sequences_ == 0) {
-      left_ = -1;
-      return;
-    }
-    const LayerLayout& layout = params_.layout;
-    const int net = PackedUpdate(load_nc(params_.updates + update_)).net();
-    const bool over_tokens = part_ < token_repeats_;
-    const int first = over_tokens ? 0 : layout.token_stages;
-    left_ = over_tokens ? layout.token_stages : layout.stages - layout.token_stages;
-    const int64_t at = (static_cast<int64_t>(layer_) * layout.stages + first) * kWarps * kStageElements;
-    from_ = params_.weights[net] + (at + warp_index() * kStageElements + lane_index() * 8);
-    if (over_tokens) {
-      ++part_;
-      return;
-    }
-    part_ = 0;
-    if (++layer_ < params_.layers[net]) return;
-    layer_ = 0;
-    if (++update_ < params_.num_updates) return;
-    update_ = 0;
-    --sequences_;
+    const Place place = Place::get();
+    U32x4 run;
+    do {
+      if (run_ == place.sequences * params_.num_runs) {
+        left_ = -1;
+        return;
+      }
+      run = load_nc(params_.runs + run_ % params_.num_runs);
+      ++run_;
+    } while (place.rank >= static_cast<int>(run.v[3]));
+    const int64_t at = static_cast<int64_t>(run.v[1]) * (kWarps * kStageElements);
+    from_ = params_.weights[run.v[0]] + (at + warp_index() * kStageElements + lane_index() * 8);
+    left_ = static_cast<int>(run.v[2]);
   }
 
   const ForwardParams<T>& params_;
-  SharedPtr<T> ring_;
+  SharedPtr<T> ring_; // of this lane
   GlobalPtr<const T> from_{nullptr};
-  int left_ = 0;
-  int last_ = kStages - 1;
-  int sequences_, token_repeats_;
-  int update_ = 0, layer_ = 0, part_ = 0;
+  int run_ = 0, left_ = 0, last_ = kStages - 1;
 };
 
 } // namespace gpu

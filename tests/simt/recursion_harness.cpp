@@ -18,7 +18,7 @@ struct Request {
   int32_t is_bf16;
   int32_t width, inner, attention, heads, kv_heads, head_dim, causal, seq_len, seq_inner;
   float eps;
-  int32_t batch, length, num_nets, num_states, num_updates, num_sources, num_saved;
+  int32_t batch, length, num_nets, num_states, num_updates;
   int32_t row_tiles, stages, width_tiles, token_tiles, strip_tiles; // the instance
   int32_t groups, resident_blocks;                                  // 0: as many as sequences; as many as the grid has
   int32_t order, check_races, truncate_mma;
@@ -84,30 +84,33 @@ template <class I> std::string run(const Request& r) {
     }
   }
 
-  std::vector<uint32_t> update_words;
-  int first = 0;
+  std::vector<Update> updates;
+  const uint32_t* source = r.sources;
   for (int u = 0; u < r.num_updates; ++u) {
     const uint32_t* row = r.updates + 5 * u;
-    const U32x4 words = PackedUpdate::make(static_cast<int>(row[0]), static_cast<int>(row[1]), row[2] != 0,
-                                           static_cast<int>(row[3]), first, static_cast<int>(row[4]));
-    update_words.insert(update_words.end(), words.v, words.v + 4);
-    first += static_cast<int>(row[4]);
+    updates.push_back({static_cast<int>(row[0]), static_cast<int>(row[1]), {source, source + row[4]}, row[2] != 0,
+                       row[3] != 0});
+    source += row[4];
   }
-  const simt::GlobalArray<uint32_t> updates("updates", update_words), sources("sources", r.sources, r.num_sources);
+  const int group_blocks = ceil_div(r.length, 16 * c.row_tiles);
+  const Schedule schedule(c, layout, group_blocks, r.num_states, updates, {r.layers, r.layers + r.num_nets});
+  const simt::GlobalArray<uint32_t> steps("steps", schedule.steps), sources("sources", schedule.sources),
+      runs("runs", schedule.runs);
 
   ForwardParams<T> p{};
   p.layout = layout;
   p.batch = r.batch;
   p.length = r.length;
-  p.num_states = r.num_states;
-  p.num_updates = r.num_updates;
-  p.group_blocks = ceil_div(r.length, 16 * c.row_tiles);
+  p.num_steps = static_cast<int>(schedule.steps.size() / 4);
+  p.num_runs = static_cast<int>(schedule.runs.size() / 4);
+  p.unwritten = schedule.unwritten;
+  p.group_blocks = group_blocks;
   p.groups = r.groups > 0 ? r.groups : r.batch;
-  p.updates = {reinterpret_cast<const U32x4*>(updates.pointer().pointer)};
+  p.steps = {reinterpret_cast<const U32x4*>(steps.pointer().pointer)};
   p.sources = sources.pointer();
+  p.runs = {reinterpret_cast<const U32x4*>(runs.pointer().pointer)};
   for (int net = 0; net < r.num_nets; ++net) {
     packed[net]->reset_counters();
-    p.layers[net] = r.layers[net];
     p.weights[net] = packed[net]->pointer();
   }
   const auto array = [&](const char* name, const uint16_t* values, size_t count) {
@@ -124,8 +127,8 @@ template <class I> std::string run(const Request& r) {
     x = array("x", r.x, elements);
     p.x = x->pointer();
   }
-  if (r.num_saved > 0) {
-    saved = std::make_unique<simt::GlobalArray<T>>("saved", elements * r.num_saved);
+  if (schedule.saved > 0) {
+    saved = std::make_unique<simt::GlobalArray<T>>("saved", elements * schedule.saved);
     p.saved = saved->pointer();
   }
   std::unique_ptr<simt::GlobalArray<float>> cos, sin;
@@ -150,7 +153,7 @@ template <class I> std::string run(const Request& r) {
   const simt::Counters counters = simt::launch(blocks, kThreads, shared, [&] { recursion_forward<I>(p); }, options);
 
   for (int s = 0; s < r.num_states; ++s) std::memcpy(r.states_out[s], out[s]->data(), elements * 2);
-  if (r.num_saved > 0) std::memcpy(r.saved, saved->data(), elements * 2 * r.num_saved);
+  if (schedule.saved > 0) std::memcpy(r.saved, saved->data(), elements * 2 * schedule.saved);
 
   std::string report =
       "{\"failed\": " + std::to_string(failed.data()[0]) + ", \"group_blocks\": " + std::to_string(p.group_blocks) +

@@ -1,0 +1,46 @@
+// The blocks of a group: where they exchange data, and where they wait for each other.
+#pragma once
+
+#include "params.cuh"
+
+namespace trmfast {
+namespace gpu {
+
+// Which CTA this is.  It lies in shared memory: where it is needed registers are scarce, and a load cannot be hoisted.
+struct Place {
+  int group, rank; // rank: in the group
+  int sequences;   // that the group takes: group, group + groups, ...
+
+  template <class T> static DEVICE void set(const ForwardParams<T>& p) {
+    if (thread_index() == 0) {
+      const int group = block_index() / p.group_blocks;
+      const int sequences = group < p.batch ? ceil_div(p.batch - group, p.groups) : 0;
+      store(shared_memory<U32x4>(),
+            U32x4{{static_cast<uint32_t>(group), static_cast<uint32_t>(block_index() % p.group_blocks),
+                   static_cast<uint32_t>(sequences), 0}});
+    }
+    block_sync();
+  }
+  static DEVICE Place get() {
+    const U32x4 words = load(shared_memory<const U32x4>());
+    return {static_cast<int>(words.v[0]), static_cast<int>(words.v[1]), static_cast<int>(words.v[2])};
+  }
+};
+
+template <class T> DEVICE GlobalPtr<T> exchange_of_group(const ForwardParams<T>& p) {
+  return p.exchange + Place::get().group * p.exchange_elements;
+}
+
+// The blocks of a group wait for each other: the `number`th time, counted from 1.  What they wrote before is then
+// visible to all of them.  False: timed out.
+template <class T> DEVICE bool wait_for_group(const ForwardParams<T>& p, int number) {
+  if (p.group_blocks == 1) {
+    block_sync();
+    return true;
+  }
+  return group_barrier(p.arrivals + Place::get().group * kArrivalStride, static_cast<uint32_t>(number * p.group_blocks),
+                       p.timeout_ns);
+}
+
+} // namespace gpu
+} // namespace trmfast
