@@ -15,7 +15,7 @@ enum class Bug {
   kWaitForTooFew,     // one group less than is read
   kOutOfBounds,       // the last row of the output is one too far
   kOutOfBoundsShared, // the second buffer does not fit
-  kMisaligned,        // rows of 15 elements for ldmatrix
+  kMisaligned,        // rows of 39 elements for ldmatrix
   kWrongLaneMap,      // accumulator rows g and g + 8 swapped
   kWrongFragment,     // A's second and third registers swapped
 };
@@ -110,7 +110,7 @@ template <class Element, Bug kBug = Bug::kNone> struct Gemm {
   }
 };
 
-// y = softmax(x) over rows of `columns` fp32, a row per warp. kShared: the row's exponentials pass through shared
+// y = softmax(x) over rows of `columns` fp32, a row per warp. The row's exponentials pass through shared
 // memory, in another order of lanes.
 template <bool kSyncWarp = true, bool kDivergent = false> struct Softmax {
   struct Params {

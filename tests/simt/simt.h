@@ -1,29 +1,29 @@
 // The SIMT emulator: runs kernels written in csrc/cuda/primitives.cuh on the CPU, a fiber per CUDA thread, and reports
-// what a GPU would only do wrong now and then.  For host code; kernels include primitives.cuh.
+// what a GPU would only do wrong now and then.  For host code; kernels include primitives.cuh.  tests/cuda_tools.py
+// builds programs and libraries with it.
 //
-//   simt::GlobalArray<float> x("x", values), y("y", n);          // read-only input; output, NaN until it is written
-//   simt::Options options;  options.order = simt::Order::kReverse;
-//   simt::Counters counters = simt::launch(blocks, threads, shared_bytes, [&] { kernel_body<Config>(params); },
-//   options); y.values()                                                    // and counters, x.counters()
+//   simt::GlobalArray<float> x("x", values), y("y", n);  // read-only input; output, NaN until it is written
+//   simt::Options options;
+//   options.order = simt::Order::kReverse;
+//   simt::Counters counters = simt::launch(blocks, threads, shared_bytes, [&] { kernel<Config>(params); }, options);
+//   y.values(), x.counters()
 //
 // An Error is thrown, with file and line of the access or the call, for:
-//   * shared or global memory out of bounds, misaligned, never written, or written although read-only (or read by
-//   load_nc)
+//   * shared or global memory out of bounds, misaligned or never written; a store to a read-only buffer; load_nc from a
+//     buffer that the same launch writes
 //   * data races (Options::check_races): two accesses, one a write, that no sync_warp, barrier or release-acquire pair
 //     orders, whatever the schedule was. Shared memory: between any two threads. Global memory: likewise, except that
 //     of several readers since the last write only one is remembered. A release or an acquire counts for its whole warp
-//   * an access to the destination of a cp.async before its wait, a source that changes in between, a copy not waited
-//   for
+//   * an access to the destination of a cp.async before its wait, a source that changes before it, a copy without one
 //   * warp primitives and barriers that lanes reach at different places, or that some lanes never reach
 //   * deadlock: with a list of who waits where. Threads that spin on load_acquire count as waiting when nothing else
-//   can
-//     run; their global_timer then leaps, so that time-outs are reached (first in 1 us steps, at last seconds)
+//     can run; their global_timer then leaps, so that time-outs are reached (first in 1 us steps, at last seconds)
 //
 // Schedules: one warp runs until it blocks, in the order of Options::order over blocks and warps, lanes likewise;
 // kRandom picks lanes at random and may change the warp after any warp primitive. One launch at a time per process.
 //
 // mma adds the sixteen exact products in ascending k to the accumulator, rounding to fp32 each time; with
-// Options::truncate_mma it adds all of them exactly and rounds the sum toward zero once.  Hardware lies in between and
+// Options::truncate_mma it adds all of them exactly and rounds the sum toward zero once.  What hardware does
 // is not specified: compare with a tolerance.
 #pragma once
 
