@@ -242,14 +242,15 @@ DEVICE void attend_heads(const ForwardParams<T>& p, SharedPtr<T> q, int q_stride
 
 // h1 = norm(h + attention(h)), in place.  work: shared memory after h; layers_done: by this kernel so far.  False: the
 // group's barrier timed out.
-template <int kTiles, int kRowTiles, class T, int kStages>
+template <class I, class T, int kStages>
 DEVICE bool attention_mixer(const ForwardParams<T>& p, SharedPtr<T> h, SharedPtr<T> work, int layers_done,
                             WeightStream<T, kStages>& stream) {
+  constexpr int kRowTiles = I::kRowTiles, kTiles = I::kWidthTiles, kStride = OwnRows<I>::kStride;
   const LayerLayout& layout = p.layout;
-  const int width = layout.block.width, q_stride = layout.block.heads * layout.head_width + kPad;
+  const int q_stride = layout.block.heads * layout.head_width + kPad;
   {
     const KeyValues<T> kv(p, layers_done, kRowTiles);
-    project_qkv<T, kStages, kRowTiles, kTiles>(p, h, width + kPad, work, q_stride, kv, stream);
+    project_qkv<T, kStages, kRowTiles, kTiles>(p, h, kStride, work, q_stride, kv, stream);
   }
   if (!wait_for_group(p, layers_done + 1)) return false;
   {
@@ -266,7 +267,7 @@ DEVICE bool attention_mixer(const ForwardParams<T>& p, SharedPtr<T> h, SharedPtr
   float acc[kRowTiles][kTiles][4];
   clear(acc);
   multiply<Order::kStraight, Storage::kByRow>(acc, SharedPtr<const T>(work), q_stride, layout.head_steps, stream);
-  norm_rows(acc, h, width + kPad, width, layout.block.eps, work.template as<float>());
+  norm_rows(acc, h, kStride, layout.block.width, layout.block.eps, work.template as<float>());
   return true;
 }
 

@@ -21,30 +21,31 @@ namespace gpu {
 
 // h1 = norm(h + mlp_t(h)) over tokens, in place.  shared: the CTA's shared memory from h on, which the strip takes over;
 // layers_done: by this kernel so far.  False: a barrier of the group timed out.
-template <int kRowTiles, int kTokenTiles, int kStripTiles, class T, int kStages>
+template <class I, class T, int kStages>
 DEVICE bool sequence_mixer(const ForwardParams<T>& p, SharedPtr<T> shared, int layers_done,
                            WeightStream<T, kStages>& stream) {
-  constexpr int kChannels = 16 * kStripTiles, kLanes = kChannels / 8, kStride = kChannels + kPad;
+  constexpr int kChannels = 16 * I::kStripTiles, kLanes = kChannels / 8, kStride = kChannels + kPad;
+  constexpr int kTokens = 8 * kWarps * I::kTokenTiles;
   const LayerLayout& layout = p.layout;
-  const int width = layout.block.width, length = p.length, padded = 16 * layout.token_steps;
-  const SharedPtr<T> strip = shared, chunks = shared + padded * kStride;
+  const int width = layout.block.width, length = p.length;
+  const SharedPtr<T> strip = shared, chunks = shared + kTokens * kStride;
   const GlobalPtr<T> before = exchange_of_group(p), after = before + static_cast<int64_t>(length) * width;
 
-  OwnRows<kRowTiles>(p).store_to(before, SharedPtr<const T>(shared));
+  OwnRows<I>(p).store_to(before, SharedPtr<const T>(shared));
   if (!wait_for_group(p, 2 * layers_done + 1)) return false;
   NO_UNROLL
   for (int channel0 = Place::get().rank * kChannels; channel0 < width; channel0 += p.group_blocks * kChannels) {
     const int channels = smaller(kChannels, width - channel0);
-    copy_in<kLanes>(strip, kStride, padded, kChannels, GlobalPtr<const T>(before + channel0), width, length, channels);
+    copy_in<kLanes>(strip, kStride, kTokens, kChannels, GlobalPtr<const T>(before + channel0), width, length, channels);
     block_sync();
-    float acc[kStripTiles][kTokenTiles][4];
+    float acc[I::kStripTiles][I::kTokenTiles][4];
     swiglu<Order::kTransposed>(acc, SharedPtr<const T>(strip), kStride, layout.token_steps, layout.seq_passes, chunks,
                                stream);
     norm_columns(acc, strip, kStride, length, layout.block.eps, chunks.template as<float>());
     copy_out<kLanes>(after + channel0, width, length, channels, SharedPtr<const T>(strip), kStride);
   }
   if (!wait_for_group(p, 2 * layers_done + 2)) return false;
-  OwnRows<kRowTiles>(p).load_from(GlobalPtr<const T>(after), shared);
+  OwnRows<I>(p).load_from(GlobalPtr<const T>(after), shared);
   block_sync();
   return true;
 }

@@ -24,97 +24,98 @@ DEVICE float norm_scale(SharedPtr<const float> sums, int vector, int count, floa
   return fast_rsqrt(sum / static_cast<float>(count) + eps);
 }
 
-// Straight squares; h: [16 * kRowTiles, stride], of which `width` columns count.  sums: f32 [16 * kRowTiles, kWarps],
-// in memory that other warps may read until they come here.
+// Straight squares; h: [16 * kRowTiles, stride], with all columns of the squares, zero from `width` on, and so is y.
+// sums: f32 [16 * kRowTiles, kWarps], in memory that other warps may read until they come here.
 template <class T, int kRowTiles, int kTiles>
 DEVICE void norm_rows(float (&acc)[kRowTiles][kTiles][4], SharedPtr<T> h, int stride, int width, float eps,
                       SharedPtr<float> sums) {
   const int lane = lane_index(), g = lane / 4, t = lane % 4, warp = warp_index();
-  const int column0 = warp * kTiles * 8;
-  const SharedPtr<T> own = h + (g * stride + column0 + 2 * t);
+  const SharedPtr<T> own = h + (g * stride + warp * kTiles * 8 + 2 * t);
   float square[kRowTiles][2];
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int half = 0; half < 2; ++half) {
-    float sum = 0.0f;
+  for (int r = 0; r < kRowTiles; ++r) {
     UNROLL
-    for (int n = 0; n < kTiles; ++n) {
-      if (column0 + n * 8 >= width) break;
-      float& a = acc[r][n][2 * half];
-      float& b = acc[r][n][2 * half + 1];
-      add_words<T>(a, b, own + ((r * 16 + half * 8) * stride + n * 8));
-      sum += a * a + b * b;
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0.0f;
+      UNROLL
+      for (int n = 0; n < kTiles; ++n) {
+        float& a = acc[r][n][2 * half];
+        float& b = acc[r][n][2 * half + 1];
+        add_words<T>(a, b, own + ((r * 16 + half * 8) * stride + n * 8));
+        sum += a * a + b * b;
+      }
+      square[r][half] = lanes_sum<4>(sum);
     }
-    square[r][half] = lanes_sum<4>(sum);
   }
   block_sync(); // the memory of `sums` is free
-  if (t == 0) {
+  UNROLL
+  for (int r = 0; r < kRowTiles; ++r) {
     UNROLL
-    for (int r = 0; r < kRowTiles; ++r) UNROLL
-    for (int half = 0; half < 2; ++half) store(sums + ((r * 16 + half * 8 + g) * kWarps + warp), square[r][half]);
+    for (int half = 0; half < 2; ++half) {
+      if (t == 0) store(sums + ((r * 16 + half * 8 + g) * kWarps + warp), square[r][half]);
+    }
   }
   block_sync();
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const float scale = norm_scale(sums, r * 16 + half * 8 + g, width, eps);
+  for (int r = 0; r < kRowTiles; ++r) {
     UNROLL
-    for (int n = 0; n < kTiles; ++n) {
-      if (column0 + n * 8 >= width) break;
-      const uint32_t y = pack<T>(acc[r][n][2 * half] * scale, acc[r][n][2 * half + 1] * scale);
-      store((own + ((r * 16 + half * 8) * stride + n * 8)).template as<uint32_t>(), y);
+    for (int half = 0; half < 2; ++half) {
+      const float scale = norm_scale(sums, r * 16 + half * 8 + g, width, eps);
+      UNROLL
+      for (int n = 0; n < kTiles; ++n) {
+        const uint32_t y = pack<T>(acc[r][n][2 * half] * scale, acc[r][n][2 * half + 1] * scale);
+        store((own + ((r * 16 + half * 8) * stride + n * 8)).template as<uint32_t>(), y);
+      }
     }
   }
   block_sync();
 }
 
-// Transposed squares: output columns are tokens, of which `length` count; the rows are channels.  strip: [tokens,
-// stride].  sums: f32 [16 * kRowTiles, kWarps], as above.
+// Transposed squares: output columns are tokens, the rows are channels.  strip: [tokens, stride], with all tokens of the
+// squares, zero from `length` on.  sums: f32 [16 * kRowTiles, kWarps], as above.
 template <class T, int kRowTiles, int kTiles>
 DEVICE void norm_columns(float (&acc)[kRowTiles][kTiles][4], SharedPtr<T> strip, int stride, int length, float eps,
                          SharedPtr<float> sums) {
   const int lane = lane_index(), g = lane / 4, t = lane % 4, warp = warp_index();
-  const int token0 = warp * kTiles * 8 + g;
-  const SharedPtr<T> own = strip + (token0 * stride + 2 * t);
+  const SharedPtr<T> own = strip + ((warp * kTiles * 8 + g) * stride + 2 * t);
   float square[kRowTiles][2][2]; // [row tile][rows 0-7 or 8-15][2t, 2t + 1]
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int half = 0; half < 2; ++half) {
-    float sum0 = 0.0f, sum1 = 0.0f;
+  for (int r = 0; r < kRowTiles; ++r) {
     UNROLL
-    for (int s = 0; s < kTiles; ++s) { // 8 tokens: s / 2 is the square, s % 2 the half of its columns
-      if (token0 + s * 8 < length) {
-        float& a = acc[r][s / 2 * 2 + half][s % 2 * 2];
-        float& b = acc[r][s / 2 * 2 + half][s % 2 * 2 + 1];
-        add_words<T>(a, b, own + (s * 8 * stride + r * 16 + half * 8));
-        sum0 += a * a;
-        sum1 += b * b;
+    for (int half = 0; half < 2; ++half) {
+      float sum[2] = {0.0f, 0.0f};
+      UNROLL
+      for (int s = 0; s < kTiles; ++s) { // 8 tokens: s / 2 is the square, s % 2 the half of its columns
+        float* u = acc[r][s / 2 * 2 + half] + s % 2 * 2;
+        add_words<T>(u[0], u[1], own + (s * 8 * stride + r * 16 + half * 8));
+        sum[0] += u[0] * u[0];
+        sum[1] += u[1] * u[1];
+      }
+      UNROLL
+      for (int i = 0; i < 2; ++i) {
+        UNROLL
+        for (int mask = 4; mask < kWarpSize; mask *= 2) sum[i] += shuffle_xor(sum[i], mask);
+        square[r][half][i] = sum[i];
       }
     }
-    UNROLL
-    for (int mask = 4; mask < kWarpSize; mask *= 2) {
-      sum0 += shuffle_xor(sum0, mask);
-      sum1 += shuffle_xor(sum1, mask);
-    }
-    square[r][half][0] = sum0;
-    square[r][half][1] = sum1;
-  }
-  block_sync();
-  if (g == 0) {
-    UNROLL
-    for (int r = 0; r < kRowTiles; ++r) UNROLL
-    for (int half = 0; half < 2; ++half) UNROLL
-    for (int i = 0; i < 2; ++i) store(sums + ((r * 16 + half * 8 + 2 * t + i) * kWarps + warp), square[r][half][i]);
   }
   block_sync();
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int channel = r * 16 + half * 8 + 2 * t;
-    const float scale0 = norm_scale(sums, channel, length, eps), scale1 = norm_scale(sums, channel + 1, length, eps);
+  for (int r = 0; r < kRowTiles; ++r) {
     UNROLL
-    for (int s = 0; s < kTiles; ++s) {
-      if (token0 + s * 8 < length) {
+    for (int i = 0; i < 4; ++i) {
+      if (g == 0) store(sums + ((r * 16 + i / 2 * 8 + 2 * t + i % 2) * kWarps + warp), square[r][i / 2][i % 2]);
+    }
+  }
+  block_sync();
+  UNROLL
+  for (int r = 0; r < kRowTiles; ++r) {
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int channel = r * 16 + half * 8 + 2 * t;
+      const float scale0 = norm_scale(sums, channel, length, eps), scale1 = norm_scale(sums, channel + 1, length, eps);
+      UNROLL
+      for (int s = 0; s < kTiles; ++s) {
         const float* u = acc[r][s / 2 * 2 + half] + s % 2 * 2;
         store((own + (s * 8 * stride + r * 16 + half * 8)).template as<uint32_t>(),
               pack<T>(u[0] * scale0, u[1] * scale1));

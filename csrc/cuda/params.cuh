@@ -44,5 +44,12 @@ template <class T> struct ForwardParams {
   uint64_t timeout_ns;
 };
 
+// An instance of the kernel (Configuration in plan.h); kTokens and kStrips are 0 for attention.
+template <class Element, int kRows, int kStages, int kWidth, int kTokens, int kStrips> struct Instance {
+  using T = Element;
+  static constexpr int kRowTiles = kRows, kRingStages = kStages, kWidthTiles = kWidth, kTokenTiles = kTokens,
+                       kStripTiles = kStrips;
+};
+
 } // namespace gpu
 } // namespace trmfast

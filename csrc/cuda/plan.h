@@ -22,11 +22,9 @@ inline int shared_bytes(const Configuration& c, const BlockShape& block) {
   const int rows = 16 * c.row_tiles, channels = 16 * c.strip_tiles;
   const int chunks = 2 * rows * (kPassInner + kPad);
   const int q = block.attention ? rows * (block.heads * padded_head(block.head_dim) + kPad) : 0;
-  int activations = rows * (block.width + kPad) + larger(chunks, q);
-  if (!block.attention)
-    activations =
-        larger(activations, round_up(block.seq_len, 16) * (channels + kPad) + 2 * kPassInner * (channels + kPad));
-  return kPlaceBytes + 2 * (kWarps * c.stages * kStageElements + activations);
+  const int own = rows * (8 * kWarps * c.width_tiles + kPad) + larger(chunks, q);
+  const int strip = (8 * kWarps * c.token_tiles + 2 * kPassInner) * (channels + kPad);
+  return kPlaceBytes + 2 * (kWarps * c.stages * kStageElements + larger(own, block.attention ? 0 : strip));
 }
 
 // Elements that a group exchanges through global memory.

@@ -4,7 +4,7 @@
 // the other, and must be resident as a whole.  A CTA owns 16 * kRowTiles tokens of the sequence.  Shared memory:
 //
 //   ring [warp][stage][512]    weights (stream.cuh)
-//   h [rows, D + 8]            the running input of a block
+//   h [rows, 256 or 512 + 8]   the running input of a block, zero beyond D
 //   work                       attention: q, then its output [rows, heads * head_width + 8]; SwiGLU: two chunks.
 //                              Over tokens, a strip and its chunks take the place of h and work (mixer_mlp_t.cuh)
 //
@@ -19,14 +19,6 @@
 namespace trmfast {
 namespace gpu {
 
-// An instance of the kernel.  Tiles of width and tokens are those of LayerLayout; kTokens and kStrips are 0 for
-// attention.
-template <class Element, int kRows, int kStages, int kWidth, int kTokens, int kStrips> struct Instance {
-  using T = Element;
-  static constexpr int kRowTiles = kRows, kRingStages = kStages, kWidthTiles = kWidth, kTokenTiles = kTokens,
-                       kStripTiles = kStrips;
-};
-
 // a + b, element by element, rounded to T.
 template <class T> DEVICE U32x4 add_parts(const U32x4& a, const U32x4& b) {
   U32x4 sum;
@@ -40,17 +32,23 @@ template <class T> DEVICE U32x4 add_parts(const U32x4& a, const U32x4& b) {
 
 // h <- sum of sources (+ x), added from the right and rounded after each addition (trmfast.reference.summed_input); rows
 // beyond the sequence are zero.
-template <int kRowTiles, class T>
-DEVICE void sum_sources(const ForwardParams<T>& p, const Step& step, int sequence, SharedPtr<T> h) {
-  const OwnRows<kRowTiles> rows(p);
+template <class I>
+DEVICE void sum_sources(const ForwardParams<typename I::T>& p, const Step& step, int sequence,
+                        SharedPtr<typename I::T> h) {
+  using T = typename I::T;
+  using Rows = OwnRows<I>;
+  const Rows rows(p);
   const int64_t sequence_elements = static_cast<int64_t>(p.length) * rows.width;
   const int64_t offset = sequence * sequence_elements + rows.offset();
   const int valid = rows.valid();
   NO_UNROLL
-  for (int column = lane_index() * 8; column < rows.width; column += 8 * kWarpSize) {
+  for (int column = lane_index() * 8; column < Rows::kColumns; column += 8 * kWarpSize) {
     NO_UNROLL
-    for (int row = warp_index(); row < rows.kRows; row += kCopiesInFlight * kWarps) {
+    for (int row = warp_index(); row < Rows::kRows; row += kCopiesInFlight * kWarps) {
       U32x4 sum[kCopiesInFlight] = {};
+      bool mine[kCopiesInFlight];
+      UNROLL
+      for (int i = 0; i < kCopiesInFlight; ++i) mine[i] = row + i * kWarps < valid && column < rows.width;
       NO_UNROLL
       for (int term = step.num_sources() - 1; term >= 0; --term) {
         const uint32_t source = load_nc(p.sources + (step.first_source() + term)), state = source & 0xff;
@@ -59,18 +57,15 @@ DEVICE void sum_sources(const ForwardParams<T>& p, const Step& step, int sequenc
                                                                            : p.states_in[state];
         UNROLL
         for (int i = 0; i < kCopiesInFlight; ++i) {
-          if (row + i * kWarps < valid) {
-            const int64_t at = offset + (row + i * kWarps) * rows.width + column;
-            sum[i] = add_parts<T>(load((from + at).template as<const U32x4>()), sum[i]);
-          }
+          const int64_t at = offset + (row + i * kWarps) * rows.width + column;
+          if (mine[i]) sum[i] = add_parts<T>(load((from + at).template as<const U32x4>()), sum[i]);
         }
       }
       UNROLL
       for (int i = 0; i < kCopiesInFlight; ++i) {
-        if (row + i * kWarps < rows.kRows) {
-          store((h + ((row + i * kWarps) * rows.stride() + column)).template as<U32x4>(), sum[i]);
-        }
-        if (row + i * kWarps < valid && step.saved() >= 0 && p.saved) {
+        if (row + i * kWarps < Rows::kRows)
+          store((h + ((row + i * kWarps) * Rows::kStride + column)).template as<U32x4>(), sum[i]);
+        if (mine[i] && step.saved() >= 0 && p.saved) {
           const int64_t at = static_cast<int64_t>(step.saved()) * p.batch * sequence_elements + offset;
           store((p.saved + (at + (row + i * kWarps) * rows.width + column)).template as<U32x4>(), sum[i]);
         }
@@ -85,13 +80,13 @@ template <class T> DEVICE int sequence_of(const ForwardParams<T>& p, int layers_
 }
 
 // States that the program never writes go out as they came in.
-template <int kRowTiles, class T>
-DEVICE void copy_unwritten(const ForwardParams<T>& p, int64_t offset, SharedPtr<T> h) {
+template <class I>
+DEVICE void copy_unwritten(const ForwardParams<typename I::T>& p, int64_t offset, SharedPtr<typename I::T> h) {
   NO_UNROLL
   for (int s = 0; s < kMostStates; ++s) {
     if ((p.unwritten >> s & 1) == 0) continue;
-    OwnRows<kRowTiles>(p).load_from(p.states_in[s] + offset, h);
-    OwnRows<kRowTiles>(p).store_to(p.states_out[s] + offset, SharedPtr<const T>(h));
+    OwnRows<I>(p).load_from(p.states_in[s] + offset, h);
+    OwnRows<I>(p).store_to(p.states_out[s] + offset, SharedPtr<const typename I::T>(h));
   }
 }
 
@@ -100,8 +95,9 @@ template <class I> DEVICE void recursion_forward(const ForwardParams<typename I:
   using Stream = WeightStream<T, I::kRingStages>;
   const LayerLayout& layout = p.layout;
   const int width = layout.block.width;
+  constexpr int kStride = OwnRows<I>::kStride;
   const SharedPtr<T> ring = shared_memory<T>(kPlaceBytes);
-  const SharedPtr<T> h = ring + Stream::kElements, work = h + 16 * I::kRowTiles * (width + kPad);
+  const SharedPtr<T> h = ring + Stream::kElements, work = h + OwnRows<I>::kElements;
 
   Place::set(p);
   Stream stream(p, ring);
@@ -109,27 +105,27 @@ template <class I> DEVICE void recursion_forward(const ForwardParams<typename I:
   for (int done = 0; done < Place::get().sequences * p.num_steps; ++done) {
     const int index = done % p.num_steps;
     if (const Step step(load_nc(p.steps + index)); step.is_first()) {
-      sum_sources<I::kRowTiles>(p, step, sequence_of(p, done), h);
+      sum_sources<I>(p, step, sequence_of(p, done), h);
       block_sync();
     }
     bool in_step;
     if constexpr (I::kTokenTiles > 0)
-      in_step = sequence_mixer<I::kRowTiles, I::kTokenTiles, I::kStripTiles>(p, h, done, stream);
+      in_step = sequence_mixer<I>(p, h, done, stream);
     else
-      in_step = attention_mixer<I::kWidthTiles, I::kRowTiles>(p, h, work, done, stream);
+      in_step = attention_mixer<I>(p, h, work, done, stream);
     if (!in_step) {
       stream.drain();
       if (thread_index() == 0) store(p.failed, 1u + static_cast<uint32_t>(Place::get().group));
       return;
     }
     float acc[I::kRowTiles][I::kWidthTiles][4];
-    swiglu<Order::kStraight>(acc, SharedPtr<const T>(h), width + kPad, layout.width_steps, layout.inner_passes, work,
+    swiglu<Order::kStraight>(acc, SharedPtr<const T>(h), kStride, layout.width_steps, layout.inner_passes, work,
                              stream);
-    norm_rows(acc, h, width + kPad, width, layout.block.eps, work.template as<float>());
+    norm_rows(acc, h, kStride, width, layout.block.eps, work.template as<float>());
     if (const Step step(load_nc(p.steps + done % p.num_steps)); step.is_last()) {
       const int64_t offset = sequence_of(p, done) * (static_cast<int64_t>(p.length) * width);
-      OwnRows<I::kRowTiles>(p).store_to(p.states_out[step.dst()] + offset, SharedPtr<const T>(h));
-      if ((done + 1) % p.num_steps == 0) copy_unwritten<I::kRowTiles>(p, offset, h);
+      OwnRows<I>(p).store_to(p.states_out[step.dst()] + offset, SharedPtr<const T>(h));
+      if ((done + 1) % p.num_steps == 0) copy_unwritten<I>(p, offset, h);
     }
   }
   stream.drain();

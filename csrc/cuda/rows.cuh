@@ -57,24 +57,23 @@ DEVICE void copy_out(GlobalPtr<T> to, int to_stride, int rows, int columns, Shar
       });
 }
 
-// The CTA's tokens of a sequence [length, width], in shared memory [rows, width + kPad].
-template <int kRowTiles> struct OwnRows {
-  static constexpr int kRows = 16 * kRowTiles;
+// The CTA's tokens of a sequence [length, width], in shared memory [kRows, kStride] with zeros from `width` to kColumns.
+template <class I> struct OwnRows {
+  static constexpr int kRows = 16 * I::kRowTiles, kColumns = 8 * kWarps * I::kWidthTiles, kStride = kColumns + kPad;
+  static constexpr int kElements = kRows * kStride;
   int first, length, width;
 
-  template <class T>
-  DEVICE explicit OwnRows(const ForwardParams<T>& p)
+  DEVICE explicit OwnRows(const ForwardParams<typename I::T>& p)
       : first(Place::get().rank * kRows), length(p.length), width(p.layout.block.width) {}
 
-  DEVICE int stride() const { return width + kPad; }
   DEVICE int valid() const { return larger(0, smaller(kRows, length - first)); }
   DEVICE int64_t offset() const { return static_cast<int64_t>(first) * width; }
 
   template <class T> DEVICE void load_from(GlobalPtr<const T> sequence, SharedPtr<T> h) const {
-    copy_in<kWarpSize>(h, stride(), kRows, width, sequence + offset(), width, valid(), width);
+    copy_in<kWarpSize>(h, kStride, kRows, kColumns, sequence + offset(), width, valid(), width);
   }
   template <class T> DEVICE void store_to(GlobalPtr<T> sequence, SharedPtr<const T> h) const {
-    copy_out<kWarpSize>(sequence + offset(), width, valid(), width, h, stride());
+    copy_out<kWarpSize>(sequence + offset(), width, valid(), width, h, kStride);
   }
 };
 
