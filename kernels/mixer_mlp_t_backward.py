@@ -2,13 +2,14 @@
 
 The norm ``h1 = r * s`` runs over the L rows of one column, s = h + mixer(h).  Sequences up to 128 fit a tile whole:
 
-* mlp_t_backward: a program owns BLOCK_N columns of one sequence, all L rows.  It differentiates the norm in
+* mlp_t_backward: a program owns BLOCK_N columns of one sequence, all L rows; the columns are the rows of its products,
+  as queries are in attention.  It differentiates the norm in
   registers, walks the inner width It in steps of BLOCK_I, makes gate and up again, and adds both products of their
   gradients into the gradient of h.  The intermediates, It / L = 5 times as large as the state, never leave the chip.
   Reads 3 D (grad h1, h1, h), writes 2 D (ds1 and grad h) elements a token; 10 It D FLOP a token, and the weights of
   some 300 KB come from L2 or L1.
-* mlp_t_weight_gradient: a program owns BLOCK_I inner rows of both weights' gradients, [2 BLOCK_I, L] and [L, BLOCK_I]
-  float32 in registers, holds the weights' rows, and walks its share of all (sequence, BLOCK_N columns).  It makes
+* mlp_t_weight_gradient: a program owns BLOCK_I inner rows of both weights' gradients, three [L, BLOCK_I] in float32
+  registers, holds the weights' rows, and walks its share of all (sequence, BLOCK_N columns).  It makes
   gate, up and the activation's gradient again from h and ds1: 2 D elements a token read, nothing written but the
   weights' gradients, 12 It D FLOP a token instead of 6, where storing the intermediates would move 6 It / L = 32 D
   elements a token.  Splits as in weight_gradient: split s owns total[s].
@@ -94,22 +95,24 @@ def mlp_t_backward_kernel(
 
     grad = tl.load(gradient + at, mask, 0.0).to(tl.float32)
     y = tl.load(norm_output + at, mask, 0.0).to(tl.float32)
-    total = norm_gradient(grad, y, tl.load(rstd + batch * WIDTH + column, column_inside, 0.0)[None, :], LENGTH, 0)
-    grad_s = narrow(total, dtype)
+    grad_s = norm_gradient(grad, y, tl.load(rstd + batch * WIDTH + column, column_inside, 0.0)[None, :], LENGTH, 0)
+    total = tl.trans(grad_s)  # the residual's share; [BLOCK_N, BLOCK_L] from here on
     if grad_sum is not None:
-        tl.store(grad_sum + at, grad_s, mask)
-    h = tl.load(hidden + at, mask, 0.0)
-    zero = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
+        tl.store(grad_sum + at, narrow(grad_s, dtype), mask)
+    grad_s = narrow(total, dtype)
+    h = tl.trans(tl.load(hidden + at, mask, 0.0))
+    zero = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
     for first in range(0, end, BLOCK_I):
         inner = first + tl.arange(0, BLOCK_I)
         gate_weight, up_weight, down_weight = _load_weights(gate_up, down, inner, INNER, LENGTH, STRIDE, EVEN, BLOCK_L)
-        gate = dot(gate_weight, h, zero, PRECISION)
-        up = dot(up_weight, h, zero, PRECISION)
-        grad_activation = dot(tl.trans(down_weight), grad_s, zero, PRECISION)
+        gate = dot(h, tl.trans(gate_weight), zero, PRECISION)
+        up = dot(h, tl.trans(up_weight), zero, PRECISION)
+        grad_activation = dot(grad_s, down_weight, zero, PRECISION)
         grad_gate, grad_up, _ = swiglu_gradient(gate, up, grad_activation)
-        total = dot(tl.trans(gate_weight), narrow(grad_gate, dtype), total, PRECISION)
-        total = dot(tl.trans(up_weight), narrow(grad_up, dtype), total, PRECISION)
+        total = dot(narrow(grad_gate, dtype), gate_weight, total, PRECISION)
+        total = dot(narrow(grad_up, dtype), up_weight, total, PRECISION)
 
+    total = tl.trans(total)
     if out is not None:
         tl.store(out + at, narrow(total, out.dtype.element_ty), mask)
     add_to_target(target0, at, mask, total, ADD & 1)
@@ -148,10 +151,10 @@ def mlp_t_weight_gradient_kernel(
     split = tl.program_id(1)
     dtype: tl.constexpr = hidden.dtype.element_ty
     gate_weight, up_weight, down_weight = _load_weights(gate_up, down, inner, INNER, LENGTH, STRIDE, EVEN, BLOCK_L)
-    zero = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
-    sum_gate = tl.zeros((BLOCK_I, BLOCK_L), tl.float32)
-    sum_up = tl.zeros((BLOCK_I, BLOCK_L), tl.float32)
-    sum_down = tl.zeros((BLOCK_I, BLOCK_L), tl.float32)
+    zero = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
+    sum_gate = tl.zeros((BLOCK_L, BLOCK_I), tl.float32)
+    sum_up = tl.zeros((BLOCK_L, BLOCK_I), tl.float32)
+    sum_down = tl.zeros((BLOCK_L, BLOCK_I), tl.float32)
     steps = batches * TILES
     share = tl.cdiv(steps, SPLITS)
     for i in range(split * share, tl.minimum((split + 1) * share, steps)):
@@ -162,24 +165,24 @@ def mlp_t_weight_gradient_kernel(
         at = tl.cast(i // TILES, tl.int64) * LENGTH * WIDTH + position[:, None] * WIDTH + column[None, :]
         h = tl.load(hidden + at, mask, 0.0)
         grad_s = tl.load(grad_sum + at, mask, 0.0)
-        gate = dot(gate_weight, h, zero, PRECISION)
-        up = dot(up_weight, h, zero, PRECISION)
-        grad_activation = dot(tl.trans(down_weight), grad_s, zero, PRECISION)
+        gate = dot(tl.trans(h), tl.trans(gate_weight), zero, PRECISION)
+        up = dot(tl.trans(h), tl.trans(up_weight), zero, PRECISION)
+        grad_activation = dot(tl.trans(grad_s), down_weight, zero, PRECISION)
         grad_gate, grad_up, act = swiglu_gradient(gate, up, grad_activation)
         if total_gate_up is not None:
-            sum_gate = dot(narrow(grad_gate, dtype), tl.trans(h), sum_gate, PRECISION)
-            sum_up = dot(narrow(grad_up, dtype), tl.trans(h), sum_up, PRECISION)
+            sum_gate = dot(h, narrow(grad_gate, dtype), sum_gate, PRECISION)
+            sum_up = dot(h, narrow(grad_up, dtype), sum_up, PRECISION)
         if total_down is not None:
-            sum_down = dot(narrow(act, dtype), tl.trans(grad_s), sum_down, PRECISION)
+            sum_down = dot(grad_s, narrow(act, dtype), sum_down, PRECISION)
 
-    inside = (inner < INNER)[:, None] & (position < LENGTH)[None, :]
+    inside = (position < LENGTH)[:, None] & (inner < INNER)[None, :]
     if total_gate_up is not None:
-        at = total_gate_up + split.to(tl.int64) * 2 * INNER * LENGTH + inner[:, None] * LENGTH + position[None, :]
+        at = total_gate_up + split.to(tl.int64) * 2 * INNER * LENGTH + inner[None, :] * LENGTH + position[:, None]
         tl.store(at, tl.load(at, inside, 0.0) + sum_gate, inside)
         at += INNER * LENGTH
         tl.store(at, tl.load(at, inside, 0.0) + sum_up, inside)
     if total_down is not None:
-        at = total_down + split.to(tl.int64) * LENGTH * INNER + position[None, :] * INNER + inner[:, None]
+        at = total_down + split.to(tl.int64) * LENGTH * INNER + position[:, None] * INNER + inner[None, :]
         tl.store(at, tl.load(at, inside, 0.0) + sum_down, inside)
 
 
