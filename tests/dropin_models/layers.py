@@ -101,9 +101,10 @@ class RotaryEmbedding2D(nn.Module):
 
 def turn(q: Tensor, tables: Tables) -> Tensor:
     cos, sin = tables
-    low, high = q.to(cos.dtype).chunk(2, -1)
+    wide = q.to(torch.promote_types(q.dtype, cos.dtype))  # upstream writes cos.dtype, as in rms_norm
+    low, high = wide.chunk(2, -1)
     turned = torch.cat((-high, low), -1)
-    return (q.to(cos.dtype) * cos[:, None] + turned * sin[:, None]).to(q.dtype)
+    return (wide * cos[:, None] + turned * sin[:, None]).to(q.dtype)
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trmfast.dropin.families import FAMILIES, Family
+from trmfast.nn import Net
 from trmfast.problem import COMPUTE_DTYPES, Problem
 from trmfast.spec import BlockSpec, NetSpec
 
@@ -69,6 +70,8 @@ def find(model: nn.Module) -> Found:
         paths = ", ".join(path or "the model itself" for path, _ in candidates)
         raise UnsupportedModelError([f"several modules hold a recursion: {paths}; accelerate them one at a time"])
     path, inner = candidates[0]
+    if any(isinstance(module, Net) for module in inner.children()):
+        raise UnsupportedModelError([f"{path or 'the model itself'}: runs trmfast's recursion already"])
     name = _family(inner)
     family = FAMILIES[name]
     differences = _inner_differences(inner, family)
@@ -82,7 +85,8 @@ def find(model: nn.Module) -> Found:
     specs = tuple(net for net in nets if net is not None)
     if not differences:
         try:
-            Problem(family.program(*(1 for _ in family.cycles)), specs)
+            settings = getattr(inner, family.settings)
+            Problem(family.program(*(getattr(settings, cycles) for cycles in family.cycles)), specs)
         except ValueError as error:
             differences.append(str(error))
     if differences:
@@ -307,9 +311,9 @@ def _read_block(block: nn.Module, path: str, differences: list[str]) -> BlockSpe
         differences.append(f"{path}: {error}")
         return None
     for weight, shape in spec.weight_shapes.items():
-        got = list(cast(Tensor, get(block, weight)).shape)
-        if got != list(shape):
-            differences.append(f"{path}.{weight}: got shape {got}, accepted is {list(shape)}")
+        actual = list(cast(Tensor, get(block, weight)).shape)
+        if actual != list(shape):
+            differences.append(f"{path}.{weight}: got shape {actual}, accepted is {list(shape)}")
     return spec
 
 
