@@ -1,0 +1,231 @@
+"""Plans: launch counts, buffers that are written before they are read, memory that is shared in time only, flags."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from trmfast.kernels.architectures import ARCHITECTURES, GPUS, TYPICAL
+from trmfast.kernels.backward_plan import BackwardPlan, backward_plan
+from trmfast.kernels.configurations import INTERPRETER, Configuration
+from trmfast.kernels.forward_plan import Setting, forward_plan
+from trmfast.kernels.plan import Buffer, Launch, Plan, Tile
+from trmfast.kernels.roofline import launch_time, plan_time
+
+from trmfast.cases import PUBLISHED, SMALL, Case, make_case
+from trmfast.cli import main
+from trmfast.flops import forward_flops, window_flops
+
+H100 = Configuration("sm_90")
+CASES = (*SMALL, *PUBLISHED)
+
+
+def setting_of(case: Case, configuration: Configuration = H100, dtype: torch.dtype = torch.bfloat16) -> Setting:
+    return Setting(case.problem, case.batch, case.length, dtype, case.rope, configuration)
+
+
+def everything(setting: Setting) -> BackwardPlan:
+    problem = setting.problem
+    return backward_plan(setting, [True] * len(problem.program.states), problem.uses_x, [True] * problem.num_weights)
+
+
+def check_written_before_read(plan: Plan) -> None:
+    ready = {buffer.name: buffer.nbytes for buffer in (*plan.inputs, *plan.zeros)}
+    pieces: dict[str, set[tuple[int, int]]] = {}
+    for launch in plan:
+        for buffer in launch.buffers(launch.reads):
+            key = (buffer.offset, buffer.numel)
+            assert buffer.name in ready or key in pieces.get(buffer.name, ()), f"{launch.kernel} reads {buffer.name}"
+        for buffer in launch.buffers(launch.writes):
+            pieces.setdefault(buffer.name, set()).add((buffer.offset, buffer.numel))
+    for buffer in plan.outputs:
+        assert buffer.name in ready or buffer.name in pieces, f"nobody writes {buffer.name}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_buffer_is_written_before_it_is_read(case: Case) -> None:
+    setting = setting_of(case)
+    for plan in (forward_plan(setting, True), forward_plan(setting, False), everything(setting).plan):
+        check_written_before_read(plan)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packed_buffers_that_live_together_do_not_overlap(case: Case) -> None:
+    setting = setting_of(case)
+    for plan in (forward_plan(setting, True), everything(setting).plan):
+        packed = plan.packed()
+        assert packed.scratch_bytes <= plan.scratch_bytes
+        lives: dict[tuple[str, str, int, int], list[int]] = {}
+        for before, after in zip(plan, packed, strict=True):
+            index = plan.launches.index(before)
+            names = [name for name, value in before.arguments if isinstance(value, Buffer)]
+            for old, new in zip(before.buffers(names), after.buffers(names), strict=True):
+                assert (old.shape, old.dtype) == (new.shape, new.dtype)
+                if new.name.startswith("scratch"):
+                    assert new.offset * new.dtype.itemsize % 256 == 0
+                    key = (old.name, new.name, new.offset, new.offset + new.numel)
+                    lives.setdefault(key, []).append(index)
+        items = list(lives.items())
+        for i, ((name, arena, first, end), uses) in enumerate(items):
+            for (other, other_arena, other_first, other_end), other_uses in items[:i]:
+                together = max(uses[0], other_uses[0]) <= min(uses[-1], other_uses[-1])
+                overlap = arena == other_arena and max(first, other_first) < min(end, other_end)
+                assert name == other or not (together and overlap), f"{name} and {other}"
+
+
+def test_launches_of_an_attention_block() -> None:
+    case = replace(next(case for case in PUBLISHED if case.name == "trm-sudoku-att"), batch=768)
+    plan = forward_plan(setting_of(case), save=False)
+    blocks = len(case.problem.program.updates) * case.problem.nets[0].num_layers
+    kinds = Counter(launch.kernel.split(".")[1] for launch in plan)
+    assert kinds == dict.fromkeys(("qkv_kernel", "attention_kernel", "projection_kernel", "swiglu_kernel"), blocks)
+    assert len(plan) == 4 * blocks
+
+
+def test_launches_of_an_mlp_t_block() -> None:
+    case = replace(next(case for case in PUBLISHED if case.name == "trm-sudoku-mlp"), batch=768)
+    plan = forward_plan(setting_of(case), save=False)
+    assert len(plan) == 2 * len(case.problem.program.updates) * case.problem.nets[0].num_layers
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_flops_are_those_of_the_recursion(case: Case) -> None:
+    setting = setting_of(case)
+    problem, batch, length = case.problem, case.batch, case.length
+    assert forward_plan(setting, True).flops == forward_flops(problem, batch, length)
+    backward = everything(setting).plan.flops
+    # Twice the window for the gradients, once more for what is computed again, and gate, up and scores once more still.
+    window = window_flops(problem, batch, length)
+    assert 2.9 * window < backward < 4.6 * window
+
+
+def test_saving_costs_a_store_and_no_launch() -> None:
+    setting = setting_of(PUBLISHED[1])
+    plain, saving = forward_plan(setting, False), forward_plan(setting, True)
+    assert [launch.kernel for launch in plain] == [launch.kernel for launch in saving]
+    assert "saved" not in plain.sizes()
+    size, _ = saving.sizes()["saved"]
+    assert size == 7 * 97 * 512
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case.name in ("trm", "trm-mlp_t", "hrm", "urm")], ids=str)
+def test_what_is_not_asked_for_is_not_computed(case: Case) -> None:
+    setting, problem = setting_of(case), case.problem
+    states = len(problem.program.states)
+    full = everything(setting)
+    assert all(gradient is not None for gradient in full.grad_weights)
+
+    frozen = backward_plan(setting, [True] * states, True, [False] * problem.num_weights)
+    assert not any("weight_gradient" in launch.kernel or "conv_gradient" in launch.kernel for launch in frozen.plan)
+    assert frozen.grad_x is not None
+    assert not any(frozen.grad_weights)
+
+    nothing = backward_plan(setting, [False] * states, False, [False] * problem.num_weights)
+    assert len(nothing.plan) == 0
+
+    one = [i == problem.num_weights - 1 for i in range(problem.num_weights)]
+    last = backward_plan(setting, [False] * states, False, one)
+    assert [gradient is not None for gradient in last.grad_weights] == one
+    assert len(last.plan) < len(full.plan)
+    for found in (frozen, last):
+        check_written_before_read(found.plan)
+
+
+def test_gradients_stop_at_updates_without_them() -> None:
+    problem = make_case("trm", H_cycles=2, L_cycles=2, window="last_cycle").problem
+    case = Case("trm", problem, 2, 12)
+    found = everything(setting_of(case))
+    # The first cycle writes both states, without gradients.
+    assert found.grad_states == (None, None)
+    assert found.grad_x is not None
+    whole = everything(setting_of(Case("all", make_case("all", window="all").problem, 2, 12)))
+    assert all(gradient is not None for gradient in whole.grad_states)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", PUBLISHED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_architecture_has_tiles_for_everything(case: Case, architecture: str, dtype: torch.dtype) -> None:
+    setting = setting_of(case, Configuration(architecture), dtype)
+    assert plan_time(GPUS[TYPICAL[architecture]], forward_plan(setting, True)) > 0
+    assert plan_time(GPUS[TYPICAL[architecture]], everything(setting).plan) > 0
+
+
+def test_more_than_2_31_elements() -> None:
+    """Row numbers are 64-bit in the kernels; in the plan sizes are Python's."""
+    case = replace(next(case for case in PUBLISHED if case.name == "trm-arc-att"), batch=4096)
+    plan = forward_plan(setting_of(case), save=True)
+    size, _ = plan.sizes()["saved"]
+    assert size == 5 * 4096 * 916 * 512 > 2**31
+
+
+def test_occupancy() -> None:
+    a100 = ARCHITECTURES["sm_80"]
+    assert a100.occupancy(registers=32, num_warps=4, shared=0) == 64
+    assert a100.occupancy(registers=255, num_warps=8, shared=0) == 8
+    assert a100.occupancy(registers=128, num_warps=4, shared=80 * 1024) == 8
+    mi300x = ARCHITECTURES["gfx942"]
+    assert mi300x.occupancy(registers=128, num_warps=4, shared=0) == 16
+    assert mi300x.occupancy(registers=512, num_warps=4, shared=33 * 1024) == 4
+
+
+def test_the_model_of_time_is_the_slowest_roof() -> None:
+    a, b, c = (Buffer(name, (4096, 4096), torch.bfloat16) for name in "abc")
+
+    def launch(flops: int, programs: int) -> Launch:
+        arguments = {"a": a, "b": b, "c": c}
+        return Launch.of(
+            "none.none",
+            (programs,),
+            arguments,
+            reads=("a", "b"),
+            writes=("c",),
+            constants={},
+            tile=Tile.of(),
+            flops=flops,
+        )
+
+    gpu = GPUS["H100"]
+    memory = launch_time(gpu, launch(0, 10_000))
+    assert memory == pytest.approx(3 * 4096 * 4096 * 2 / (3352e9 * 0.85))
+    assert launch_time(gpu, launch(10**13, 132 * 100)) == pytest.approx(10**13 / (989.4e12 * 0.75), rel=1e-6)
+    # One program has one multiprocessor.
+    assert launch_time(gpu, launch(10**13, 1)) == pytest.approx(132 * 10**13 / (989.4e12 * 0.75), rel=1e-6)
+
+
+def test_info_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--plan", "trm-sudoku-att", "--batch", "768", "--gpu", "A100"]) == 0
+    printed = capsys.readouterr().out
+    assert "swiglu" in printed
+    assert "MB of scratch" in printed
+    assert main(["info", "--plan", "trm-sudoku-att", "--batch", "768", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["forward"]["launches"] == 168
+    assert record["backward"]["scratch_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--plan", "chess"], "--plan: got 'chess', accepted are"),
+        (["--plan", "trm", "--gpu", "abacus"], "--gpu: got 'abacus', accepted are A100"),
+        (["--plan", "trm", "--dtype", "int8"], "--dtype: got 'int8', accepted are bfloat16"),
+        (["--plan", "trm", "--batch", "0"], "--batch: got 0, accepted are numbers from 1 up"),
+    ],
+)
+def test_info_refuses(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["info", *options])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tiles_of_the_interpreter_are_not_of_a_gpu() -> None:
+    with pytest.raises(KeyError):
+        _ = Configuration(INTERPRETER).gpu
