@@ -24,6 +24,8 @@ from trmfast.kernels.projection import projection
 from trmfast.kernels.qkv import qkv
 from trmfast.kernels.swiglu import gate_up, swiglu
 
+import triton_guard
+from triton_bounds import checked_run
 from triton_guard import INTERPRETED, guarded_run
 from trmfast import reference
 from trmfast.cases import rope_tables
@@ -37,6 +39,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DRAWS = 3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN shows what is read outside of a buffer only where it reaches a result; this shows the rest."""
+    monkeypatch.setattr(triton_guard, "run", checked_run)
+
 
 Tensors = dict[str, Tensor]
 # From tensors in some dtype to the results that are compared; in that dtype, float32 or float64.
