@@ -1,11 +1,16 @@
-"""Builds the package and its one C++ extension, ``trmfast._cpu``.
+"""Builds the package and its two extensions, ``trmfast._cpu`` (C++) and ``trmfast._cuda`` (CUDA C++).
 
-Metadata is in pyproject.toml.  This file holds what that format cannot say: the packages in two folders, and the build
-of the CPU engine, in which one source file is compiled once per instruction set with that set's flags.  The extension
-is optional: when it cannot be built, the installation goes on and ``trmfast/_build_info.json`` says why.
+Metadata is in pyproject.toml.  This file holds what that format cannot say: the packages in two folders, the build of
+the CPU engine, in which one source file is compiled once per instruction set with that set's flags, and the build of
+the CUDA engine by nvcc.  Both are optional: when one cannot be built, the installation goes on and
+``trmfast/_build_info_*.json`` say why.
 
 Environment:
     CXX, CXXFLAGS, LDFLAGS       the compiler (g++, clang++ and c++ are tried otherwise) and flags appended to ours
+    TRMFAST_CUDA                 1: build the CUDA engine or fail; 0: don't.  Otherwise it is built where there are nvcc
+                                 and an NVIDIA driver: it takes minutes, which a machine without a GPU need not spend
+    NVCC                         nvcc, otherwise looked for on the path and in /usr/local/cuda
+    TRMFAST_CUDA_ARCHITECTURES   for example "89 90"; all of them otherwise
     TRMFAST_REQUIRE_CPU=1        a failure to build the extension fails the installation
     TRMFAST_SANITIZE=address,undefined | thread | ...     an instrumented build
     TRMFAST_EMULATE_AMX=1        also the target amx_emulated: the AMX kernel's schedule on plain vector instructions
@@ -34,6 +39,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCE = ROOT / "csrc" / "cpu"
+CUDA_SOURCE = ROOT / "csrc" / "cuda"
 PER_TARGET_SOURCE = "engine_target.cpp"
 
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -60,6 +66,10 @@ X86_TARGETS = (
 )
 EMULATED_AMX = Target("amx_emulated", (*AVX2, "-DTRMFAST_EMULATE_AMX"), ("bf16",))
 PORTABLE = Target("portable", (), ("f32", "bf16"))
+
+
+CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+CUDA_ELEMENTS = ("bf16", "fp16")
 
 
 class CannotBuildError(Exception):
@@ -179,15 +189,18 @@ def make_plan() -> Plan:
     return plan
 
 
+def quote(words: list[str]) -> str:
+    """Words of a command in build.ninja."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def ninja_path(file: Path) -> str:
+    """A file in a build line of build.ninja."""
+    return str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def ninja_text(plan: Plan, output_name: str) -> str:
     """build.ninja: one object per file, one per (target, element) for the per-target file, and the link."""
-
-    def quote(words: list[str]) -> str:
-        return shlex.join(words).replace("$", "$$")
-
-    def path(file: Path) -> str:
-        return str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
     lines = [
         "ninja_required_version = 1.8",
         f"cxx = {quote(plan.compiler)}",
@@ -205,7 +218,7 @@ def ninja_text(plan: Plan, output_name: str) -> str:
 
     def compile_one(source: Path, name: str, flags: list[str]) -> None:
         objects.append(name)
-        lines.extend([f"build {name}: compile {path(source)}", f"  flags = {quote(flags)}"])
+        lines.extend([f"build {name}: compile {ninja_path(source)}", f"  flags = {quote(flags)}"])
 
     for source in sorted(SOURCE.glob("*.cpp")):
         if source.name != PER_TARGET_SOURCE:
@@ -213,6 +226,105 @@ def ninja_text(plan: Plan, output_name: str) -> str:
     for target, element in plan.pairs():
         flags = [*target.flags, f"-DTRMFAST_TARGET={target.name}", f"-DTRMFAST_ELEMENT={element}"]
         compile_one(SOURCE / PER_TARGET_SOURCE, f"engine_{target.name}_{element}.o", flags)
+    lines += [f"build {output_name}: link {' '.join(objects)}", f"default {output_name}"]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass
+class CudaPlan:
+    """Everything that decides the bytes of the CUDA extension."""
+
+    nvcc: Path
+    compiler: list[str]
+    compiler_version: str
+    ninja: str
+    toolkit: Path
+    architectures: list[str]
+    headers: list[str]
+
+
+def has_driver() -> bool:
+    """Whether this machine has an NVIDIA driver."""
+    if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
+        return True
+    return shutil.which("nvidia-smi") is not None
+
+
+def make_cuda_plan() -> CudaPlan:
+    asked = os.environ.get("TRMFAST_CUDA", "").strip()
+    if asked == "0":
+        raise CannotBuildError("TRMFAST_CUDA=0 when it was installed")
+    named = os.environ.get("NVCC", "").strip()
+    found = shutil.which(named or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if found is None:
+        raise CannotBuildError(f"no nvcc: {named or 'nvcc'} is not on the path; install the CUDA toolkit, or set NVCC")
+    if asked != "1" and not has_driver():
+        raise CannotBuildError(f"{found} is there, but no NVIDIA driver; TRMFAST_CUDA=1 builds it all the same")
+    compiler, host_version = find_compiler()
+    version = subprocess.run([found, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1]
+    listed = subprocess.run([found, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    wanted = os.environ.get("TRMFAST_CUDA_ARCHITECTURES", "").replace(",", " ").split() or list(CUDA_ARCHITECTURES)
+    architectures = [number for number in wanted if f"sm_{number}" in listed]
+    unknown = [number for number in wanted if number not in CUDA_ARCHITECTURES]
+    if unknown or not architectures:
+        accepted = ", ".join(CUDA_ARCHITECTURES)
+        got = " ".join(unknown or wanted)
+        raise CannotBuildError(
+            f"TRMFAST_CUDA_ARCHITECTURES: got {got}, accepted are {accepted}, as far as nvcc has them"
+        )
+    # nvcc itself says where its toolkit is: the file on the path may be a link or a script.
+    dry = subprocess.run([found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = next((line.split("TOP=", 1)[1] for line in dry.splitlines() if "TOP=" in line), None)
+    toolkit = Path(top).resolve() if top else Path(found).resolve().parent.parent
+    if not (toolkit / "include" / "cuda_runtime_api.h").exists():
+        raise CannotBuildError(f"no cuda_runtime_api.h in {toolkit}/include: install the CUDA runtime's headers")
+    headers = [*find_headers(), "-isystem", str(toolkit / "include")]
+    version = f"nvcc {version}, {host_version}"
+    return CudaPlan(Path(found), compiler, version, find_ninja(), toolkit, architectures, headers)
+
+
+def cuda_ninja_text(plan: CudaPlan, output_name: str) -> str:
+    """build.ninja: launch.cu once per element, by nvcc; module.cpp, by the host compiler; and the link."""
+    common = ["-std=c++17", "-O3", "-DNDEBUG"]
+    host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
+    code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in plan.architectures]
+    newest = plan.architectures[-1]
+    code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # PTX for GPUs to come
+    device = [*common, f"-Xcompiler={','.join(host)}", "-Xptxas=-warn-spills", f"-ccbin={plan.compiler[0]}", *code]
+    names = ", ".join(f"sm_{number}" for number in plan.architectures)
+    module = [*common, *host, *plan.headers, f'-DTRMFAST_ARCHITECTURES="{names}"']
+    libraries = [
+        f"-L{plan.toolkit / 'lib64'}",
+        f"-L{plan.toolkit / 'lib'}",
+        "-lcudart_static",
+        "-ldl",
+        "-lrt",
+        "-pthread",
+    ]
+    lines = [
+        "ninja_required_version = 1.8",
+        "rule device",
+        f"  command = {quote([str(plan.nvcc), *device])} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule host",
+        f"  command = {quote([*plan.compiler, *module])} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = {quote([*plan.compiler, '-shared'])} $in -o $out {quote(libraries)}",
+        "  description = link $out",
+        f"build module.o: host {ninja_path(CUDA_SOURCE / 'module.cpp')}",
+    ]
+    objects = ["module.o"]
+    for element in CUDA_ELEMENTS:
+        objects.append(f"launch_{element}.o")
+        lines += [
+            f"build launch_{element}.o: device {ninja_path(CUDA_SOURCE / 'launch.cu')}",
+            f"  flags = -DTRMFAST_ELEMENT={element}",
+        ]
     lines += [f"build {output_name}: link {' '.join(objects)}", f"default {output_name}"]
     return "\n".join(lines) + "\n"
 
@@ -229,24 +341,22 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def compile_extension(plan: Plan, output: Path) -> None:
-    """Bring the objects up to date and put the extension at `output`."""
-    text = ninja_text(plan, output.name)
-    tag = hashlib.sha256(f"{plan.compiler_version}\n{text}".encode()).hexdigest()[:10]
-    kind = plan.sanitize.replace(",", "-") or "release"
-    folder = ROOT / "build" / f"cpu-{kind}-{sysconfig.get_config_var('SOABI')}-{tag}"
+def compile_extension(kind: str, ninja: str, compiler_version: str, text: str, output: Path) -> None:
+    """Bring the objects of a build.ninja up to date and put the extension at `output`."""
+    tag = hashlib.sha256(f"{compiler_version}\n{text}".encode()).hexdigest()[:10]
+    folder = ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}-{tag}"
     with locked(folder):
         build_file = folder / "build.ninja"
         if not build_file.exists() or build_file.read_text() != text:
             build_file.write_text(text)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        done = subprocess.run([plan.ninja, *jobs, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run([ninja, *jobs, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         log = done.stdout.decode(errors="replace")
         print(log, flush=True)
         if done.returncode != 0:
             lines = log.replace(f"{ROOT}/", "").splitlines()
             start = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
-            message = f"{plan.compiler_version} failed: {lines[start].strip() if lines else 'ninja says nothing'}"
+            message = f"{compiler_version} failed: {lines[start].strip() if lines else 'ninja says nothing'}"
             raise CannotBuildError(message, "\n".join(lines[start : start + 40]))
         output.parent.mkdir(parents=True, exist_ok=True)
         # Written beside and moved: a process that has the old file mapped keeps it.
@@ -255,27 +365,45 @@ def compile_extension(plan: Plan, output: Path) -> None:
         os.replace(beside, output)
 
 
-class BuildEngine(build_ext):
-    """Builds trmfast._cpu with ninja and writes _build_info.json beside it."""
+class BuildEngines(build_ext):
+    """Builds the extensions with ninja and writes _build_info_cpu.json and _build_info_cuda.json beside them."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        info: dict[str, object] = {"error": None, "targets": []}
+        build, name, required = (
+            (self.build_cpu, "CPU", os.environ.get("TRMFAST_REQUIRE_CPU", "") == "1")
+            if ext.name == "trmfast._cpu"
+            else (self.build_cuda, "CUDA", os.environ.get("TRMFAST_CUDA", "") == "1")
+        )
+        info: dict[str, object] = {"error": None}
         try:
-            plan = make_plan()
-            info.update(compiler=plan.compiler_version, left_out=plan.left_out, sanitize=plan.sanitize)
-            compile_extension(plan, output)
-            info["targets"] = [f"{target.name}/{element}" for target, element in plan.pairs()]
+            build(output, info)
         except CannotBuildError as error:
-            if os.environ.get("TRMFAST_REQUIRE_CPU", "") == "1":
+            if required:
                 raise
             info.update(error=str(error), log=error.log)
             self.remove_stale(output)
-            print(f"\ntrmfast: the CPU engine was not built: {error}", file=sys.stderr)
+            print(f"\ntrmfast: the {name} engine was not built: {error}", file=sys.stderr)
             print("trmfast: installing without it; `trmfast info` repeats the reason\n", file=sys.stderr)
         for folder in self.package_folders(output):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+            (folder / f"_build_info_{name.lower()}.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    @staticmethod
+    def build_cpu(output: Path, info: dict[str, object]) -> None:
+        info["targets"] = []
+        plan = make_plan()
+        info.update(compiler=plan.compiler_version, left_out=plan.left_out, sanitize=plan.sanitize)
+        kind = f"cpu-{plan.sanitize.replace(',', '-') or 'release'}"
+        compile_extension(kind, plan.ninja, plan.compiler_version, ninja_text(plan, output.name), output)
+        info["targets"] = [f"{target.name}/{element}" for target, element in plan.pairs()]
+
+    @staticmethod
+    def build_cuda(output: Path, info: dict[str, object]) -> None:
+        plan = make_cuda_plan()
+        info["compiler"] = plan.compiler_version
+        compile_extension("cuda", plan.ninja, plan.compiler_version, cuda_ninja_text(plan, output.name), output)
+        info["targets"] = [f"sm_{architecture}" for architecture in plan.architectures]
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -287,7 +415,7 @@ class BuildEngine(build_ext):
         return {output.parent, ROOT / "trmfast"} if in_source else {output.parent}
 
     def remove_stale(self, output: Path) -> None:
-        """An extension of an earlier build would contradict what _build_info.json says."""
+        """An extension of an earlier build would contradict what _build_info_*.json says."""
         for folder in self.package_folders(output):
             (folder / output.name).unlink(missing_ok=True)
 
@@ -297,7 +425,7 @@ kernels = ["trmfast.kernels"] + [f"trmfast.kernels.{name}" for name in find_pack
 setup(
     packages=find_packages(str(ROOT), include=["trmfast", "trmfast.*"]) + kernels,
     package_dir={"trmfast": "trmfast", "trmfast.kernels": "kernels"},
-    package_data={"trmfast": ["py.typed", "_build_info.json"]},
-    ext_modules=[Extension("trmfast._cpu", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildEngine},
+    package_data={"trmfast": ["py.typed", "_build_info_*.json"]},
+    ext_modules=[Extension(f"trmfast.{name}", sources=[], optional=True) for name in ("_cpu", "_cuda")],
+    cmdclass={"build_ext": BuildEngines},
 )

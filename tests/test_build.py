@@ -87,7 +87,7 @@ def build(tree: Path, **environment: str) -> tuple[subprocess.CompletedProcess[s
         text=True,
         timeout=300,
     )
-    record = tree / "trmfast" / "_build_info.json"
+    record = tree / "trmfast" / "_build_info_cpu.json"
     return done, json.loads(record.read_text()) if record.exists() else {}
 
 

@@ -1,4 +1,4 @@
-"""What the installation built: setup.py writes ``_build_info.json``, ``trmfast info`` and the cpu backend read it."""
+"""What the installation built: setup.py writes ``_build_info_*.json``, ``trmfast info`` and the backends read them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ __all__ = ["BuildInfo", "build_info"]
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """The record of one build of the C++ extension ``trmfast._cpu``.
+    """The record of one build of an extension, ``trmfast._cpu`` or ``trmfast._cuda``.
 
     Attributes:
         error: None if the extension was built, otherwise the reason in one line.
         log: the compiler's first error and what follows it.
         compiler: the first line of the compiler's --version.
-        targets: the compiled pairs as "target/element", best first, for example "avx512_bf16/bf16".
+        targets: what it is compiled for: for the CPU pairs as "target/element", best first, for example
+            "avx512_bf16/bf16"; for CUDA architectures, for example "sm_90".
         left_out: targets that this compiler cannot build, with the reason.
         sanitize: the sanitizers of an instrumented build, "" for a plain one.
     """
@@ -31,11 +32,12 @@ class BuildInfo:
     sanitize: str = ""
 
 
-@lru_cache(maxsize=1)
-def build_info() -> BuildInfo:
-    """The record of this installation; a source tree that was never installed says so in `error`."""
-    path = Path(__file__).with_name("_build_info.json")
+@lru_cache(maxsize=2)
+def build_info(engine: str = "cpu") -> BuildInfo:
+    """The record of this installation for the engine ``"cpu"`` or ``"cuda"``; a source tree that was never installed
+    says so in `error`."""
+    path = Path(__file__).with_name(f"_build_info_{engine}.json")
     if not path.exists():
-        return BuildInfo(error="the C++ extension was never built here: run `pip install -e .` in the source tree")
+        return BuildInfo(error="the extension was never built here: run `pip install -e .` in the source tree")
     record = json.loads(path.read_text())
-    return BuildInfo(**{**record, "targets": tuple(record["targets"])})
+    return BuildInfo(**{**record, "targets": tuple(record.get("targets", ()))})

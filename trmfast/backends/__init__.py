@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trmfast.backends.cpu import CpuBackend
+from trmfast.backends.cuda import CudaBackend
 from trmfast.backends.reference import ReferenceBackend
 from trmfast.backends.triton import TritonBackend
 from trmfast.problem import Problem
@@ -46,6 +47,9 @@ class Backend(Protocol):
         self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int
     ) -> str | None:
         """None if the backend can run this problem on [batch, length, D] states, else the reason in one line."""
+
+    def declines(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> bool:
+        """Whether ``"auto"`` should rather take the next backend, for a problem that this one supports."""
 
     def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
         """Bytes of activations that forward keeps where it need not recompute; 0 if this backend always recomputes."""
@@ -93,7 +97,7 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (CpuBackend(), TritonBackend(), ReferenceBackend())
+    backend.name: backend for backend in (CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
 }
 """Backends by name, in order of preference."""
 
@@ -123,6 +127,8 @@ def select(name: str, problem: Problem, device: torch.device, dtype: torch.dtype
     for backend in BACKENDS.values():
         reason = _refusal(backend, (), problem, device, dtype, batch, length)
         if reason is None:
+            if backend.declines(problem, device, dtype, batch, length):
+                continue
             return backend
         if device.type in backend.device_types and reason not in _told:
             _told.add(reason)

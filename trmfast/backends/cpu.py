@@ -245,6 +245,10 @@ class CpuBackend:
             return f"it takes up to {MOST_STATES} states and {MOST_NETS} networks"
         return None
 
+    def declines(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> bool:
+        """False: it is the best choice for whatever it supports."""
+        return False
+
     def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
         """Bytes of the activations of the gradient window."""
         assert _cpu is not None

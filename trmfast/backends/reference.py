@@ -28,6 +28,9 @@ class ReferenceBackend:
     def supports(self, *_: Any) -> str | None:
         return None
 
+    def declines(self, *_: Any) -> bool:
+        return False
+
     def kept_bytes(self, *_: Any) -> int:
         return 0
 

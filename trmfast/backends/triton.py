@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trmfast.kernels.forward_plan import Setting
     from trmfast.kernels.plan import Buffer, Plan
 
-__all__ = ["TritonBackend", "interprets", "release_memory"]
+__all__ = ["TritonBackend", "forward_setting", "interprets", "release_memory"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TRITON = (3, 4)
@@ -122,6 +122,10 @@ class TritonBackend:
             return f"it takes up to {MOST_SEQUENCES} sequences and 2^31 tokens, not {batch} of {length}"
         return None
 
+    def declines(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> bool:
+        """False: it is the best choice for whatever it supports."""
+        return False
+
     def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
         """0: it always recomputes."""
         return 0
@@ -207,6 +211,13 @@ def _setting(problem: Problem, like: Tensor, rope: bool, dtype: torch.dtype | No
     batch, length, _ = like.shape
     tf32 = like.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return Setting(problem, batch, length, dtype or like.dtype, rope, _configuration(like.device), tf32)
+
+
+def forward_setting(problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> Setting:
+    """What the plan of a forward pass is made for, before there are tensors."""
+    from trmfast.kernels.forward_plan import Setting
+
+    return Setting(problem, batch, length, dtype, problem.rope_dim is not None, _configuration(device))
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,50 @@
+// The border between the kernels, which nvcc compiles once per element type (launch.cu), and the binding, which the
+// host compiler compiles (module.cpp).  Functions enqueue on a stream and never wait; they return an error, or an empty
+// text.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+namespace trmfast {
+namespace gpu {
+
+// Device addresses, as Python has them.
+using Address = uint64_t;
+
+struct PackRequest {
+  BlockShape block;
+  std::vector<Address> weights; // f32, in the order of trmfast/spec.py
+  Address packed;               // LayerLayout(block).elements()
+  Address stream;
+};
+
+// See ForwardParams; `plan` is of the same block, batch and length.
+struct ForwardRequest {
+  Plan plan;
+  BlockShape block;
+  int batch, length;
+  int num_steps, num_runs;
+  uint32_t unwritten;
+  Address steps, sources, runs;
+  std::vector<Address> weights, states_in, states_out;
+  Address x, saved, cos, sin, exchange, arrivals, failed;
+  uint64_t timeout_ns;
+  Address stream;
+};
+
+// The code of one element type, for the current device.
+struct Element {
+  const char* name;
+  std::string (*pack)(const PackRequest& request);
+  std::string (*forward)(const ForwardRequest& request);
+  // Blocks of an instance that a multiprocessor runs at the same time.
+  std::string (*occupancy)(const Configuration& configuration, int shared_bytes, int* blocks);
+};
+
+std::vector<Configuration> instances();
+
+} // namespace gpu
+} // namespace trmfast

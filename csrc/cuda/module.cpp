@@ -1,0 +1,174 @@
+// trmfast._cuda: the CUDA engine for Python.  Tensors come as device addresses and sizes, so this file knows no torch
+// header and the binary fits every torch.  Nothing here waits for the device.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cuda_runtime_api.h>
+#include <stdexcept>
+#include <tuple>
+
+#include "instances.h"
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace trmfast {
+namespace gpu {
+
+extern const Element element_bf16, element_fp16;
+
+std::vector<Configuration> instances() {
+  return {
+#define CONFIGURATION(...) Configuration{__VA_ARGS__},
+      TRMFAST_INSTANCES(CONFIGURATION)
+#undef CONFIGURATION
+  };
+}
+
+namespace {
+
+const Element& find_element(const std::string& name) {
+  for (const Element* element : {&element_bf16, &element_fp16})
+    if (name == element->name) return *element;
+  throw std::invalid_argument("element: got " + name + ", accepted are bf16 and fp16");
+}
+
+void check(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error("trmfast CUDA: " + error);
+}
+
+void check(cudaError_t error, const char* doing) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  check(std::string(doing) + ": " + cudaGetErrorString(error));
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "device attributes");
+  return value;
+}
+
+// What a launch needs besides tensors: the plan and the program as lists of words.
+struct Prepared {
+  BlockShape block;
+  Plan plan;
+  int batch, length;
+  Schedule schedule;
+};
+
+// A reason in one line, or what to launch.
+py::object prepare(const BlockShape& block, const std::vector<int>& layers, int num_states,
+                   const std::vector<std::tuple<int, std::vector<int>, bool, int, bool>>& program, int batch,
+                   int length, const Device& device) {
+  if (num_states > kMostStates || static_cast<int>(layers.size()) > kMostNets)
+    return py::str("it takes up to " + number(kMostStates) + " states and " + number(kMostNets) + " networks");
+  Plan plan{};
+  const std::string reason = make_plan(instances(), block, batch, length, device, &plan);
+  if (!reason.empty()) return py::str(reason);
+  std::vector<Update> updates;
+  for (const auto& [dst, sources, inject_x, net, grad] : program)
+    updates.push_back({dst, net, sources, inject_x, grad});
+  const LayerLayout layout(block);
+  return py::cast(Prepared{block, plan, batch, length,
+                           Schedule(plan.configuration, layout, plan.group_blocks, num_states, updates, layers)});
+}
+
+} // namespace
+} // namespace gpu
+} // namespace trmfast
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace trmfast::gpu;
+  m.doc() = "The CUDA engine of trmfast.  Private: use trmfast.recursion.";
+  m.attr("architectures") = TRMFAST_ARCHITECTURES;
+  m.attr("arrival_stride") = kArrivalStride;
+
+  py::class_<BlockShape>(m, "BlockShape")
+      .def(py::init([](int width, int inner, bool attention, int heads, int kv_heads, int head_dim, bool causal,
+                       int seq_len, int seq_inner, int conv_taps, float eps) {
+             return BlockShape{width,  inner,   attention, heads,     kv_heads, head_dim,
+                               causal, seq_len, seq_inner, conv_taps, eps};
+           }),
+           py::kw_only(), py::arg("width"), py::arg("inner"), py::arg("attention"), py::arg("heads"),
+           py::arg("kv_heads"), py::arg("head_dim"), py::arg("causal"), py::arg("seq_len"), py::arg("seq_inner"),
+           py::arg("conv_taps"), py::arg("eps"))
+      .def_property_readonly("packed_elements", [](const BlockShape& block) { return LayerLayout(block).elements(); });
+
+  py::class_<Device>(m, "Device")
+      .def(py::init([](int shared_bytes, int multiprocessors) { return Device{shared_bytes, multiprocessors}; }),
+           py::kw_only(), py::arg("shared_bytes"), py::arg("multiprocessors"))
+      .def_readonly("shared_bytes", &Device::shared_bytes)
+      .def_readonly("multiprocessors", &Device::multiprocessors);
+  m.def(
+      "device",
+      [](int index) {
+        return Device{attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+                      attribute(cudaDevAttrMultiProcessorCount, index)};
+      },
+      py::arg("index"));
+  m.def("missing_driver", []() -> py::object {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaSuccess) return py::none();
+    cudaGetLastError();
+    return py::str(cudaGetErrorString(error));
+  });
+
+  py::class_<Prepared>(m, "Prepared")
+      .def_property_readonly("steps", [](const Prepared& p) { return p.schedule.steps; })
+      .def_property_readonly("sources", [](const Prepared& p) { return p.schedule.sources; })
+      .def_property_readonly("runs", [](const Prepared& p) { return p.schedule.runs; })
+      .def_property_readonly("groups", [](const Prepared& p) { return p.plan.groups; })
+      .def_property_readonly("group_blocks", [](const Prepared& p) { return p.plan.group_blocks; })
+      .def_property_readonly("shared_bytes", [](const Prepared& p) { return p.plan.shared_bytes; })
+      .def_property_readonly("row_tiles", [](const Prepared& p) { return p.plan.configuration.row_tiles; })
+      .def_property_readonly("exchange_elements",
+                             [](const Prepared& p) { return p.plan.groups * p.plan.exchange_elements; })
+      .def("resident_blocks", [](const Prepared& p, const std::string& element) {
+        int blocks = 0;
+        check(find_element(element).occupancy(p.plan.configuration, p.plan.shared_bytes, &blocks));
+        return blocks;
+      });
+  m.def("prepare", &prepare, py::arg("block"), py::arg("layers"), py::arg("num_states"), py::arg("program"),
+        py::arg("batch"), py::arg("length"), py::arg("device"));
+
+  m.def("pack", [](const std::string& element, const BlockShape& block, const std::vector<Address>& weights,
+                   Address packed, Address stream) {
+    if (weights.size() != 4) throw std::invalid_argument("weights: got " + number(weights.size()) + ", accepted are 4");
+    check(find_element(element).pack({block, weights, packed, stream}));
+  });
+  m.def(
+      "forward",
+      [](const std::string& element, const Prepared& p, Address steps, Address sources, Address runs,
+         const std::vector<Address>& weights, const std::vector<Address>& states_in,
+         const std::vector<Address>& states_out, Address x, Address saved, Address cos, Address sin, Address exchange,
+         Address arrivals, Address failed, uint64_t timeout_ns, Address stream) {
+        check(find_element(element).forward({p.plan,
+                                             p.block,
+                                             p.batch,
+                                             p.length,
+                                             static_cast<int>(p.schedule.steps.size() / 4),
+                                             static_cast<int>(p.schedule.runs.size() / 4),
+                                             p.schedule.unwritten,
+                                             steps,
+                                             sources,
+                                             runs,
+                                             weights,
+                                             states_in,
+                                             states_out,
+                                             x,
+                                             saved,
+                                             cos,
+                                             sin,
+                                             exchange,
+                                             arrivals,
+                                             failed,
+                                             timeout_ns,
+                                             stream}));
+      },
+      py::kw_only(), py::arg("element"), py::arg("prepared"), py::arg("steps"), py::arg("sources"), py::arg("runs"),
+      py::arg("weights"), py::arg("states_in"), py::arg("states_out"), py::arg("x"), py::arg("saved"), py::arg("cos"),
+      py::arg("sin"), py::arg("exchange"), py::arg("arrivals"), py::arg("failed"), py::arg("timeout_ns"),
+      py::arg("stream"));
+}

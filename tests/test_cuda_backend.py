@@ -1,0 +1,231 @@
+"""The CUDA engine behind the backend protocol: what it refuses, when it is chosen, errors, and the hand-over to Triton.
+
+The kernel itself is tested in the emulator (test_cuda_emulated.py) and, with ``-m gpu``, here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from trmfast.kernels.architectures import ARCHITECTURES, GPUS
+from trmfast.kernels.configurations import Configuration
+from trmfast.kernels.forward_plan import Setting
+
+import trmfast
+from simt_recursion import Instance, build, run_emulated
+from trmfast.backends import BACKENDS, cuda
+from trmfast.backends.triton import interprets
+from trmfast.cases import Case, Inputs, make_case, make_inputs
+from trmfast.testing import SMALL, Result, check_case, compare_results, require, run_eager, run_truth
+
+HAS_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture
+def extension() -> Any:
+    """``trmfast._cuda``; with TRMFAST_REQUIRE_CUDA=1 its absence is a failure."""
+    if cuda._cuda is None:
+        reason = BACKENDS["cuda"].available()
+        assert os.environ.get("TRMFAST_REQUIRE_CUDA") != "1", reason
+        pytest.skip(f"backend cuda: {reason}")
+    return cuda._cuda
+
+
+def prepare(case: Case, gpu: str = "L40S", **limits: int) -> Any:
+    device = {
+        "shared_bytes": ARCHITECTURES[GPUS[gpu].architecture].block_shared,
+        "multiprocessors": GPUS[gpu].multiprocessors,
+        **limits,
+    }
+    return cuda._prepare(case.problem, case.batch, case.length, device["shared_bytes"], device["multiprocessors"])
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_cuda", None)
+    monkeypatch.setattr(cuda, "_import_error", "nothing there")
+    reason = BACKENDS["cuda"].available()
+    assert reason is not None
+    assert reason.startswith("the engine was not built: ")
+    assert "\n" not in reason
+
+
+@pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
+def test_without_a_driver_the_reason_is_cudas_own(extension: Any) -> None:
+    reason = BACKENDS["cuda"].available()
+    assert reason is not None
+    inputs = make_inputs(make_case("small"), torch.bfloat16)
+    problem = inputs.problem
+    with pytest.raises(ValueError, match="backend: got 'cuda'"):
+        trmfast.recursion(
+            problem.program, problem.nets, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin, "cuda"
+        )
+    if torch.version.cuda is None:
+        assert reason == "this PyTorch is built without CUDA"
+    with pytest.raises(RuntimeError, match="trmfast CUDA: packing weights: "):
+        extension.pack("bf16", cuda._block(problem), [0, 0, 0, 0], 0, 0)
+    # The process goes on.
+    assert extension.missing_driver()
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize(
+    "case, limits, expected",
+    [
+        (make_case("wide", hidden_size=528, num_heads=8, num_layers=1), {}, "hidden_size: got 528, accepted are"),
+        (make_case("odd", hidden_size=72, num_heads=2, num_layers=1), {}, "hidden_size: got 72, accepted are"),
+        (make_case("head", hidden_size=160, num_heads=1, num_layers=1), {}, "head_dim: got 160, accepted are"),
+        (make_case("conv", "urm", channel_mixer="conv_swiglu"), {}, "channel_mixer: got conv_swiglu, accepted is"),
+        (make_case("small"), {"shared_bytes": 8192}, "shared memory: a block needs"),
+        (
+            make_case("long", length=916),
+            {"multiprocessors": 4, "shared_bytes": 227 << 10},
+            "blocks at the same time, the device runs 4",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Case) else "",
+)
+def test_refusals_are_one_line(case: Case, limits: dict[str, Any], expected: str) -> None:
+    reason = prepare(case, **limits)
+    assert isinstance(reason, str)
+    assert expected in reason
+    assert "\n" not in reason
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("gpu", ["A100", "L40S", "RTX 4090", "H100"])
+@pytest.mark.parametrize("length", [81, 97, 916])
+def test_published_sizes_fit_every_gpu(gpu: str, length: int) -> None:
+    case = make_case("trm", H_cycles=3, L_cycles=6, batch=8, hidden_size=512, num_heads=8, length=length)
+    prepared = prepare(case, gpu)
+    assert not isinstance(prepared, str), prepared
+    assert prepared.groups * prepared.group_blocks <= GPUS[gpu].multiprocessors
+    assert prepared.group_blocks * 16 * prepared.row_tiles >= length
+    assert prepared.shared_bytes <= ARCHITECTURES[GPUS[gpu].architecture].block_shared
+
+
+# ---------------------------------------------------------------- choice
+
+
+def slower(batch: int, width: int, gpu: str) -> bool:
+    case = make_case("trm", H_cycles=3, L_cycles=6, batch=batch, hidden_size=width, num_heads=width // 64, length=97)
+    one = GPUS[gpu]
+    setting = Setting(
+        case.problem, batch, 97, torch.bfloat16, True, Configuration(one.architecture, one.multiprocessors)
+    )
+    limits = (ARCHITECTURES[one.architecture].block_shared, one.multiprocessors)
+    return cuda.is_slower(case.problem, batch, 97, setting, *limits)
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+def test_one_launch_is_chosen_for_few_narrow_sequences_and_not_for_many(gpu: str) -> None:
+    assert not slower(1, 128, gpu)
+    assert slower(1024, 512, gpu)
+
+
+# ---------------------------------------------------------------- hand-over
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return build(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.mark.skipif(not interprets(), reason="Triton does not interpret in this process")
+@pytest.mark.parametrize("token_mixer", ["attention", "mlp_t"])
+def test_triton_goes_backward_from_what_cuda_saved(token_mixer: str, emulator: Any) -> None:
+    """Forward in the emulator, backward in Triton's interpreter, against the reference."""
+    case = make_case("trm", batch=1, length=12, num_layers=1, intermediate_size=64, token_mixer=token_mixer)
+    inputs = make_inputs(case, torch.bfloat16, weight_scale=0.5)
+    instance = Instance(1, 8, 4) if token_mixer == "attention" else Instance(1, 8, 4, 2, 4)
+    run = run_emulated(emulator, inputs, instance)
+    assert run.report["failed"] == 0
+    require(compare_results(_hand_over(inputs, run.states, run.saved), run_eager(inputs), run_truth(inputs)))
+
+
+def _hand_over(inputs: Inputs, states: Any, saved: torch.Tensor) -> Result:
+    problem = inputs.problem
+    count, weights = len(problem.program.states), len(inputs.weights)
+    tables = [None if table is None else table[: saved.shape[2]].contiguous() for table in (inputs.cos, inputs.sin)]
+    gs, gx, gw = cuda.CudaBackend().backward(
+        problem,
+        [g.contiguous() for g in inputs.grad_states],
+        saved,
+        saved.new_empty(0, dtype=torch.uint8),
+        inputs.weights,
+        tables[0],
+        tables[1],
+        [True] * count,
+        True,
+        [True] * weights,
+    )
+    names = problem.program.states
+
+    def filled(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(like) if gradient is None else gradient.to(like.dtype)
+
+    gradients = {f"grad {name}": filled(g, s) for name, g, s in zip(names, gs, inputs.states, strict=True)}
+    assert inputs.x is not None
+    gradients["grad x"] = filled(gx, inputs.x)
+    gradients |= {
+        f"grad {name}": filled(g, w) for name, g, w in zip(problem.weight_names, gw, inputs.weights, strict=True)
+    }
+    return Result(dict(zip(names, states, strict=True)), gradients)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+ON_GPU = [case for case in SMALL if not any(net.block.channel_mixer == "conv_swiglu" for net in case.problem.nets)]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ON_GPU, ids=str)
+def test_parity_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    reason = BACKENDS["cuda"].supports(case.problem, torch.device("cuda"), dtype, case.batch, case.length)
+    if reason is not None:
+        pytest.skip(reason)
+    require(check_case(case, dtype, "cuda", device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("batch", [1, 7, 400])
+def test_published_width_on_a_gpu(batch: int) -> None:
+    case = make_case("trm", H_cycles=1, L_cycles=2, batch=batch, hidden_size=512, num_heads=8, length=97)
+    require(check_case(case, torch.bfloat16, "cuda", device="cuda", seeds=range(2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("extension")
+def test_graph_capture_and_streams_on_a_gpu() -> None:
+    case = make_case("trm", batch=3, length=40, hidden_size=128)
+    inputs = make_inputs(case, torch.bfloat16, device="cuda")
+    problem = inputs.problem
+
+    def call() -> tuple[torch.Tensor, ...]:
+        return trmfast.recursion(
+            problem.program, problem.nets, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin, "cuda"
+        )
+
+    with torch.no_grad():
+        expected = call()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            other = call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        graph.replay()
+    for a, b, c in zip(expected, other, captured, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)

@@ -1,0 +1,310 @@
+"""The CUDA engine behind the backend protocol: csrc/cuda, a whole program forward in one launch.
+
+Backward is the Triton backend's.  The hand-over is `saved`, the summed input of every update with gradient: all that
+:meth:`TritonBackend.backward` asks for besides weights and tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trmfast.backends.triton import TritonBackend
+from trmfast.build_info import build_info
+from trmfast.problem import Problem
+
+if TYPE_CHECKING:
+    from trmfast.kernels.forward_plan import Setting
+
+try:
+    from trmfast import _cuda as _extension  # type: ignore[attr-defined, unused-ignore]
+except ImportError as error:
+    _cuda: ModuleType | None = None
+    _import_error = str(error)
+else:
+    _cuda = _extension
+    _import_error = ""
+
+__all__ = ["CudaBackend", "is_slower"]
+
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+OLDEST = (8, 0)
+# A group of blocks that waits longer for one of its own gives up: on a healthy device a wait takes microseconds.
+TIMEOUT_NS = 10_000_000_000
+
+
+class CudaBackend:
+    """One launch a program; groups of thread blocks keep sequences on chip and stream the weights from L2."""
+
+    name = "cuda"
+    device_types: tuple[str, ...] = ("cuda",)
+    slow_device_types: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self._triton = TritonBackend()
+
+    def available(self) -> str | None:
+        """None, or why the engine does not run here."""
+        if _cuda is None:
+            return f"the engine was not built: {build_info('cuda').error or _import_error}"
+        if torch.version.cuda is None:
+            return "this PyTorch is built without CUDA"
+        missing: str | None = _cuda.missing_driver()
+        return missing
+
+    def supports(
+        self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int
+    ) -> str | None:
+        """None, or why the engine does not run this problem."""
+        if dtype not in ELEMENTS:
+            accepted = ", ".join(str(d).removeprefix("torch.") for d in ELEMENTS)
+            return f"it computes in {accepted}, not in {str(dtype).removeprefix('torch.')}"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            return f"it needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
+        index = _index(device)
+        prepared = _prepare(problem, batch, length, *_limits(index))
+        if isinstance(prepared, str):
+            return prepared
+        resident = _resident_blocks(problem, dtype, batch, length, index)
+        needed = prepared.groups * prepared.group_blocks
+        if needed > resident:
+            return f"it needs {needed} blocks at the same time, the device runs {resident}"
+        reason = self._triton.available() or self._triton.supports(problem, device, dtype, batch, length)
+        return None if reason is None else f"its backward pass needs the triton backend: {reason}"
+
+    def declines(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> bool:
+        """Whether the model of kernels/persistent.py finds the launches of the triton backend faster; docs/gpu.md."""
+        from trmfast.backends.triton import forward_setting
+
+        setting = forward_setting(problem, device, dtype, batch, length)
+        return is_slower(problem, batch, length, setting, *_limits(_index(device)))
+
+    def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
+        """0: it always recomputes."""
+        return 0
+
+    def forward(
+        self,
+        problem: Problem,
+        states: Sequence[Tensor],
+        x: Tensor | None,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        save: bool,
+        recompute: bool,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """See :class:`trmfast.backends.Backend`."""
+        assert _cuda is not None
+        first = states[0]
+        device, index, element = first.device, _index(first.device), ELEMENTS[first.dtype]
+        batch, length, _ = first.shape
+        with torch.cuda.device(device):
+            _raise_if_failed(index)
+            prepared = _prepare(problem, batch, length, *_limits(index))
+            words = _words(problem, batch, length, index)
+            stream = torch.cuda.current_stream(device).cuda_stream
+            packed = _pack(problem, weights, first.dtype, stream)
+            out = [torch.empty_like(state) for state in states]
+            saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
+            exchange = first.new_empty(prepared.exchange_elements)
+            arrivals = torch.zeros(prepared.groups * _cuda.arrival_stride, dtype=torch.int32, device=device)
+            _cuda.forward(
+                element=element,
+                prepared=prepared,
+                steps=words.steps.data_ptr(),
+                sources=words.sources.data_ptr(),
+                runs=words.runs.data_ptr(),
+                weights=[tensor.data_ptr() for tensor in packed],
+                states_in=[state.data_ptr() for state in states],
+                states_out=[state.data_ptr() for state in out],
+                x=_address(x),
+                saved=saved.data_ptr() if saved.numel() else 0,
+                cos=_address(cos),
+                sin=_address(sin),
+                exchange=exchange.data_ptr(),
+                arrivals=arrivals.data_ptr(),
+                failed=_failed(index).data_ptr(),
+                timeout_ns=TIMEOUT_NS,
+                stream=stream,
+            )
+        return out, saved, first.new_empty(0, dtype=torch.uint8)
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_states: Sequence[Tensor],
+        saved: Tensor,
+        kept: Tensor,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        needs_states: Sequence[bool],
+        needs_x: bool,
+        needs_weights: Sequence[bool],
+    ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+        """See :class:`trmfast.backends.Backend`."""
+        if saved.is_cuda:
+            _raise_if_failed(_index(saved.device))
+        return self._triton.backward(
+            problem, grad_states, saved, kept, weights, cos, sin, needs_states, needs_x, needs_weights
+        )
+
+
+# ---------------------------------------------------------------- preparation
+
+
+@lru_cache(maxsize=256)
+def is_slower(
+    problem: Problem, batch: int, length: int, setting: Setting, shared_bytes: int, multiprocessors: int
+) -> bool:
+    """Whether one launch takes longer than the plan of a setting, by the models of both; True where there is none."""
+    from trmfast.kernels.forward_plan import forward_plan
+    from trmfast.kernels.persistent import persistent_time
+    from trmfast.kernels.roofline import plan_time
+
+    prepared = _prepare(problem, batch, length, shared_bytes, multiprocessors)
+    if isinstance(prepared, str):
+        return True
+    gpu = setting.configuration.gpu
+    one = persistent_time(
+        gpu,
+        problem,
+        batch,
+        length,
+        groups=prepared.groups,
+        group_blocks=prepared.group_blocks,
+        rows=16 * prepared.row_tiles,
+        packed=_block(problem).packed_elements,
+    )
+    return one > plan_time(gpu, forward_plan(setting, save=False))
+
+
+@dataclass(frozen=True)
+class _Words:
+    """A program on the device."""
+
+    steps: Tensor
+    sources: Tensor
+    runs: Tensor
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=64)
+def _limits(index: int) -> tuple[int, int]:
+    """Shared memory of a block in bytes, and multiprocessors."""
+    assert _cuda is not None
+    device = _cuda.device(index)
+    return device.shared_bytes, device.multiprocessors
+
+
+@lru_cache(maxsize=256)
+def _block(problem: Problem) -> Any:
+    assert _cuda is not None
+    b = problem.nets[0].block
+    return _cuda.BlockShape(
+        width=b.hidden_size,
+        inner=b.intermediate_size,
+        attention=b.token_mixer == "attention",
+        heads=b.num_heads,
+        kv_heads=b.num_kv_heads,
+        head_dim=b.head_dim,
+        causal=b.causal,
+        seq_len=b.seq_len,
+        seq_inner=b.seq_intermediate_size,
+        conv_taps=b.conv_kernel if b.channel_mixer == "conv_swiglu" else 0,
+        eps=b.rms_norm_eps,
+    )
+
+
+@lru_cache(maxsize=256)
+def _prepare(problem: Problem, batch: int, length: int, shared_bytes: int, multiprocessors: int) -> Any:
+    """What to launch on a device of these limits, or the reason in one line why nothing."""
+    assert _cuda is not None
+    if len({net.block for net in problem.nets}) > 1:
+        return "it takes networks whose blocks are equal, these differ"
+    return _cuda.prepare(
+        block=_block(problem),
+        layers=[net.num_layers for net in problem.nets],
+        num_states=len(problem.program.states),
+        program=[(u.dst, list(u.sources), u.inject_x, u.net, u.grad) for u in problem.program.updates],
+        batch=batch,
+        length=length,
+        device=_cuda.Device(shared_bytes=shared_bytes, multiprocessors=multiprocessors),
+    )
+
+
+@lru_cache(maxsize=256)
+def _resident_blocks(problem: Problem, dtype: torch.dtype, batch: int, length: int, index: int) -> int:
+    """Blocks of the kernel that the device runs at the same time."""
+    limits = _limits(index)
+    with torch.cuda.device(index):
+        blocks: int = _prepare(problem, batch, length, *limits).resident_blocks(ELEMENTS[dtype])
+    return blocks * limits[1]
+
+
+@lru_cache(maxsize=256)
+def _words(problem: Problem, batch: int, length: int, index: int) -> _Words:
+    prepared = _prepare(problem, batch, length, *_limits(index))
+
+    def on_device(words: list[int]) -> Tensor:
+        return torch.tensor(words, dtype=torch.int64).to(torch.int32).to(torch.device("cuda", index))
+
+    return _Words(*(on_device(words) for words in (prepared.steps, prepared.sources, prepared.runs)))
+
+
+def _pack(problem: Problem, weights: Sequence[Tensor], dtype: torch.dtype, stream: int) -> list[Tensor]:
+    """The weights of every net in the order of csrc/cuda/layout.h.
+
+    They are packed anew for every call, some tens of microseconds: nothing on the host can tell whether a write through
+    ``p.data`` has changed them.
+    """
+    assert _cuda is not None
+    block, element = _block(problem), ELEMENTS[dtype]
+    packed = []
+    for n, net in enumerate(problem.nets):
+        own = [weight.detach().to(torch.float32).contiguous() for weight in problem.net_weights(weights, n)]
+        target = own[0].new_empty(net.num_layers * block.packed_elements, dtype=dtype)
+        count = len(own) // net.num_layers
+        for layer in range(net.num_layers):
+            addresses = [weight.data_ptr() for weight in own[layer * count : (layer + 1) * count]]
+            at = target.data_ptr() + layer * block.packed_elements * target.element_size()
+            _cuda.pack(element, block, addresses, at, stream)
+        packed.append(target)
+    return packed
+
+
+# ---------------------------------------------------------------- failures
+
+
+@lru_cache(maxsize=64)
+def _failed(index: int) -> Tensor:
+    """A word of host memory that kernels write when a group of blocks has waited too long."""
+    with torch.cuda.device(index):
+        return torch.zeros(1, dtype=torch.int32, pin_memory=True)
+
+
+def _raise_if_failed(index: int) -> None:
+    """Raises if a launch of an earlier call gave up.  It reads memory of the host and waits for nothing."""
+    failed = _failed(index)
+    group = int(failed[0])
+    if group:
+        failed.zero_()
+        raise RuntimeError(
+            f"trmfast CUDA: blocks of group {group - 1} waited for each other for more than "
+            f"{TIMEOUT_NS / 1e9:g} s; the results of an earlier call are incomplete"
+        )
