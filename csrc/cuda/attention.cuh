@@ -88,12 +88,11 @@ DEVICE void project_qkv(const ForwardParams<T>& p, SharedPtr<const T> h, int str
   }
 }
 
-// Fragments b of 16 keys of a head.
-template <class T, int kSquares>
-DEVICE void load_key_values(U32x4 (&to)[kSquares], const KeyValues<T>& kv, int is_value, int kv_head, int tile) {
+// Fragments b of 16 keys or values; from: of the head.
+template <int kSquares>
+DEVICE void load_fragments(U32x4 (&to)[kSquares], GlobalPtr<const U32x4> from, int tile) {
   UNROLL
-  for (int s = 0; s < kSquares; ++s) // past the end: any finite key, it is masked
-    to[s] = load(kv.at(is_value, kv_head, smaller(tile, kv.tiles - 1), s));
+  for (int s = 0; s < kSquares; ++s) to[s] = load(from + (tile * kSquares + s) * (kSquare / 8));
 }
 
 // Running maximum and sum of the softmax of 16 * kRowTiles rows; m is the largest raw score.
@@ -148,7 +147,7 @@ DEVICE void mask_scores(float (&s)[kRowTiles][kScoreTiles][4], int row, int key,
 
 // A warp: 16 * kRowTiles rows of one head, whose q [.., q_stride] is replaced by the output.  first_row: of these rows
 // in the sequence.
-template <int kSquares, int kRowTiles, int kKeyTiles, class T>
+template <int kSquares, int kRowTiles, class T>
 DEVICE void attend(const ForwardParams<T>& p, SharedPtr<T> q_rows, int q_stride, int first_row, int kv_head,
                    const KeyValues<T>& kv) {
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
@@ -171,47 +170,36 @@ DEVICE void attend(const ForwardParams<T>& p, SharedPtr<T> q_rows, int q_stride,
     state.l[r][half] = 0.0f;
   }
   const int seen = causal ? smaller(p.length, first_row + 16 * kRowTiles) : p.length;
-  const int steps = ceil_div(seen, 16 * kKeyTiles);
-  U32x4 keys[kKeyTiles][kSquares], values[kKeyTiles][kSquares];
-  UNROLL
-  for (int k = 0; k < kKeyTiles; ++k) load_key_values(keys[k], kv, 0, kv_head, k);
+  const int steps = ceil_div(seen, 16), last_tile = steps - 1;
+  const GlobalPtr<const U32x4> all_keys = kv.at(0, kv_head, 0, 0), all_values = kv.at(1, kv_head, 0, 0);
+  U32x4 keys[kSquares], values[kSquares];
+  load_fragments(keys, all_keys, 0);
   NO_UNROLL
-  for (int step = 0; step < steps; ++step) {
-    const int key0 = step * 16 * kKeyTiles;
-    float s[kRowTiles][2 * kKeyTiles][4];
+  for (int step = 0; step < steps; ++step) {  // 16 keys
+    load_fragments(values, all_values, step); // arrive during scores and softmax
+    float s[kRowTiles][2][4];
     clear(s);
     UNROLL
-    for (int k = 0; k < kKeyTiles; ++k) {
-      UNROLL
-      for (int c = 0; c < kSquares; ++c) {
-        const uint32_t (&b)[4] = keys[k][c].v;
-        UNROLL
-        for (int r = 0; r < kRowTiles; ++r) {
-          mma_m16n8k16<T>(s[r][2 * k], q[r][c], b[0], b[1]);
-          mma_m16n8k16<T>(s[r][2 * k + 1], q[r][c], b[2], b[3]);
-        }
-      }
-      load_key_values(values[k], kv, 1, kv_head, step * kKeyTiles + k); // arrive during the softmax
-    }
-    if (key0 + 16 * kKeyTiles > p.length || (causal && key0 + 16 * kKeyTiles > first_row + 1))
-      mask_scores(s, first_row + g, key0 + 2 * t, p.length, causal);
-    softmax_step(s, out, state, scale);
-    UNROLL
-    for (int k = 0; k < kKeyTiles; ++k) {
+    for (int c = 0; c < kSquares; ++c) {
       UNROLL
       for (int r = 0; r < kRowTiles; ++r) {
-        const float(&low)[4] = s[r][2 * k];
-        const float(&high)[4] = s[r][2 * k + 1];
-        const uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
-                               pack<T>(high[2], high[3])};
-        UNROLL
-        for (int c = 0; c < kSquares; ++c) {
-          const uint32_t(&b)[4] = values[k][c].v;
-          mma_m16n8k16<T>(out[r][2 * c], a, b[0], b[1]);
-          mma_m16n8k16<T>(out[r][2 * c + 1], a, b[2], b[3]);
-        }
+        mma_m16n8k16<T>(s[r][0], q[r][c], keys[c].v[0], keys[c].v[1]);
+        mma_m16n8k16<T>(s[r][1], q[r][c], keys[c].v[2], keys[c].v[3]);
       }
-      load_key_values(keys[k], kv, 0, kv_head, (step + 1) * kKeyTiles + k); // arrive during the next tile's product
+    }
+    load_fragments(keys, all_keys, smaller(step + 1, last_tile)); // arrive during softmax and output
+    if (step * 16 + 16 > p.length || (causal && step * 16 + 15 > first_row))
+      mask_scores(s, first_row + g, step * 16 + 2 * t, p.length, causal);
+    softmax_step(s, out, state, scale);
+    UNROLL
+    for (int r = 0; r < kRowTiles; ++r) {
+      const uint32_t a[4] = {pack<T>(s[r][0][0], s[r][0][1]), pack<T>(s[r][0][2], s[r][0][3]),
+                             pack<T>(s[r][1][0], s[r][1][1]), pack<T>(s[r][1][2], s[r][1][3])};
+      UNROLL
+      for (int c = 0; c < kSquares; ++c) {
+        mma_m16n8k16<T>(out[r][2 * c], a, values[c].v[0], values[c].v[1]);
+        mma_m16n8k16<T>(out[r][2 * c + 1], a, values[c].v[2], values[c].v[3]);
+      }
     }
   }
   UNROLL
@@ -227,7 +215,7 @@ DEVICE void attend(const ForwardParams<T>& p, SharedPtr<T> q_rows, int q_stride,
 }
 
 // All rows and heads of the CTA, shared out to its warps: warps that run side by side have a head in common.
-template <int kSquares, int kTaskTiles, int kKeyTiles, int kRowTiles, class T>
+template <int kSquares, int kTaskTiles, int kRowTiles, class T>
 DEVICE void attend_heads(const ForwardParams<T>& p, SharedPtr<T> q, int q_stride, const KeyValues<T>& kv) {
   constexpr int kParts = kRowTiles / kTaskTiles;
   const int first_row = Place::get().rank * 16 * kRowTiles;
@@ -235,8 +223,8 @@ DEVICE void attend_heads(const ForwardParams<T>& p, SharedPtr<T> q, int q_stride
   NO_UNROLL
   for (int task = warp_index(); task < heads * kParts; task += kWarps) {
     const int head = task / kParts, row = task % kParts * 16 * kTaskTiles;
-    attend<kSquares, kTaskTiles, kKeyTiles>(p, q + (row * q_stride + head * kSquares * 16), q_stride, first_row + row,
-                                            head / share, kv);
+    attend<kSquares, kTaskTiles>(p, q + (row * q_stride + head * kSquares * 16), q_stride, first_row + row,
+                                 head / share, kv);
   }
 }
 
@@ -257,11 +245,11 @@ DEVICE bool attention_mixer(const ForwardParams<T>& p, SharedPtr<T> h, SharedPtr
     const KeyValues<T> kv(p, layers_done, kRowTiles);
     constexpr int kTwo = smaller(2, kRowTiles);
     if (layout.head_width == 32)
-      attend_heads<2, kTwo, 2, kRowTiles>(p, work, q_stride, kv);
+      attend_heads<2, kTwo, kRowTiles>(p, work, q_stride, kv);
     else if (layout.head_width == 64)
-      attend_heads<4, kTwo, 2, kRowTiles>(p, work, q_stride, kv);
+      attend_heads<4, kTwo, kRowTiles>(p, work, q_stride, kv);
     else
-      attend_heads<8, 1, 1, kRowTiles>(p, work, q_stride, kv);
+      attend_heads<8, 1, kRowTiles>(p, work, q_stride, kv);
   }
   block_sync();
   float acc[kRowTiles][kTiles][4];

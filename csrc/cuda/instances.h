@@ -1,11 +1,10 @@
 // The instances of recursion_forward that are compiled: row tiles, stages, width tiles, token tiles, strip tiles
-// (Configuration in plan.h).  A device runs those whose shared memory it has: with 99 KB (sm_86, 89, 120) up to 32
-// rows, with 163 KB (sm_80) 64 rows and a short ring, with 227 KB (sm_90, 100) 64 rows and a long one.
+// (Configuration in plan.h).  A device runs those that fit its shared memory: with 99 KB (sm_86, 89, 120) up to 32 rows
+// of width 512, with 163 KB (sm_80) 64 rows and a short ring, with 227 KB (sm_90, 100) 64 rows and a long one.
 #pragma once
 
 #define TRMFAST_INSTANCES(X)                                                                                           \
   X(1, 8, 4, 0, 0)                                                                                                     \
-  X(2, 4, 4, 0, 0)                                                                                                     \
   X(4, 4, 4, 0, 0)                                                                                                     \
   X(1, 8, 8, 0, 0)                                                                                                     \
   X(2, 4, 8, 0, 0)                                                                                                     \
@@ -14,4 +13,6 @@
   X(1, 8, 4, 2, 4)                                                                                                     \
   X(2, 4, 8, 2, 4)                                                                                                     \
   X(4, 4, 8, 2, 4)                                                                                                     \
-  X(4, 8, 8, 2, 4)
+  X(4, 8, 8, 2, 4)                                                                                                     \
+  X(2, 4, 8, 16, 1)                                                                                                    \
+  X(4, 4, 8, 16, 2)

@@ -44,9 +44,8 @@ struct LayerLayout {
   int stages;                               // of the layer
 
   LayerLayout() = default;
-  TRMFAST_BOTH explicit LayerLayout(const BlockShape& shape) : block(shape) {
-    width_tiles = larger(4, tiles_for(shape.width));
-    token_tiles = shape.attention ? 0 : tiles_for(shape.seq_len);
+  TRMFAST_BOTH LayerLayout(const BlockShape& shape, const Configuration& configuration)
+      : block(shape), width_tiles(configuration.width_tiles), token_tiles(configuration.token_tiles) {
     head_width = padded_head(shape.head_dim);
     const int columns = 8 * kWarps * width_tiles;
     qk_passes = shape.attention ? ceil_div((shape.heads + shape.kv_heads) * head_width, columns) : 0;

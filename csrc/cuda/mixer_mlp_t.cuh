@@ -19,8 +19,8 @@
 namespace trmfast {
 namespace gpu {
 
-// h1 = norm(h + mlp_t(h)) over tokens, in place.  shared: the CTA's shared memory from h on, which the strip takes over;
-// layers_done: by this kernel so far.  False: a barrier of the group timed out.
+// h1 = norm(h + mlp_t(h)) over tokens, in place.  shared: the CTA's shared memory from h on, which the strip takes
+// over; layers_done: by this kernel so far.  False: a barrier of the group timed out.
 template <class I, class T, int kStages>
 DEVICE bool sequence_mixer(const ForwardParams<T>& p, SharedPtr<T> shared, int layers_done,
                            WeightStream<T, kStages>& stream) {

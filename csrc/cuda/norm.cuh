@@ -1,12 +1,14 @@
 // Residual and RMSNorm on accumulators that are spread over the warps by output column: u = acc + residual,
 // y = u / sqrt(mean(u^2) + eps), which replaces the residual in shared memory.  Sums of squares cross the warps through
-// shared memory, [vector][warp].
+// shared memory, [vector][kSumStride], a stride that spreads vectors over the banks.
 #pragma once
 
 #include "gemm.cuh"
 
 namespace trmfast {
 namespace gpu {
+
+constexpr int kSumStride = kWarps + 4;
 
 template <class T> DEVICE void add_words(float& a, float& b, SharedPtr<const T> residual) {
   const F32x2 x = unpack<T>(load(residual.template as<const uint32_t>()));
@@ -18,14 +20,14 @@ DEVICE float norm_scale(SharedPtr<const float> sums, int vector, int count, floa
   float sum = 0.0f;
   UNROLL
   for (int i = 0; i < kWarps / 4; ++i) {
-    const F32x4 part = load((sums + (vector * kWarps + 4 * i)).as<const F32x4>());
+    const F32x4 part = load((sums + (vector * kSumStride + 4 * i)).as<const F32x4>());
     sum += part.v[0] + part.v[1] + part.v[2] + part.v[3];
   }
   return fast_rsqrt(sum / static_cast<float>(count) + eps);
 }
 
 // Straight squares; h: [16 * kRowTiles, stride], with all columns of the squares, zero from `width` on, and so is y.
-// sums: f32 [16 * kRowTiles, kWarps], in memory that other warps may read until they come here.
+// sums: f32 [16 * kRowTiles, kSumStride], in memory that other warps may read until they come here.
 template <class T, int kRowTiles, int kTiles>
 DEVICE void norm_rows(float (&acc)[kRowTiles][kTiles][4], SharedPtr<T> h, int stride, int width, float eps,
                       SharedPtr<float> sums) {
@@ -52,7 +54,7 @@ DEVICE void norm_rows(float (&acc)[kRowTiles][kTiles][4], SharedPtr<T> h, int st
   for (int r = 0; r < kRowTiles; ++r) {
     UNROLL
     for (int half = 0; half < 2; ++half) {
-      if (t == 0) store(sums + ((r * 16 + half * 8 + g) * kWarps + warp), square[r][half]);
+      if (t == 0) store(sums + ((r * 16 + half * 8 + g) * kSumStride + warp), square[r][half]);
     }
   }
   block_sync();
@@ -71,8 +73,8 @@ DEVICE void norm_rows(float (&acc)[kRowTiles][kTiles][4], SharedPtr<T> h, int st
   block_sync();
 }
 
-// Transposed squares: output columns are tokens, the rows are channels.  strip: [tokens, stride], with all tokens of the
-// squares, zero from `length` on.  sums: f32 [16 * kRowTiles, kWarps], as above.
+// Transposed squares: output columns are tokens, the rows are channels.  strip: [tokens, stride], with all tokens of
+// the squares, zero from `length` on.  sums: f32 [16 * kRowTiles, kSumStride], as above.
 template <class T, int kRowTiles, int kTiles>
 DEVICE void norm_columns(float (&acc)[kRowTiles][kTiles][4], SharedPtr<T> strip, int stride, int length, float eps,
                          SharedPtr<float> sums) {
@@ -104,7 +106,7 @@ DEVICE void norm_columns(float (&acc)[kRowTiles][kTiles][4], SharedPtr<T> strip,
   for (int r = 0; r < kRowTiles; ++r) {
     UNROLL
     for (int i = 0; i < 4; ++i) {
-      if (g == 0) store(sums + ((r * 16 + i / 2 * 8 + 2 * t + i % 2) * kWarps + warp), square[r][i / 2][i % 2]);
+      if (g == 0) store(sums + ((r * 16 + i / 2 * 8 + 2 * t + i % 2) * kSumStride + warp), square[r][i / 2][i % 2]);
     }
   }
   block_sync();

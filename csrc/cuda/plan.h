@@ -11,12 +11,6 @@
 namespace trmfast {
 namespace gpu {
 
-// An instance of recursion_forward (Instance in recursion_forward.cuh).  Tiles of rows, width and strips have 16, 8 * 8
-// and 16 elements; token_tiles and strip_tiles are 0 for attention.
-struct Configuration {
-  int row_tiles, stages, width_tiles, token_tiles, strip_tiles;
-};
-
 // What an instance needs in shared memory.
 inline int shared_bytes(const Configuration& c, const BlockShape& block) {
   const int rows = 16 * c.row_tiles, channels = 16 * c.strip_tiles;
@@ -36,6 +30,9 @@ inline int64_t exchange_elements(const Configuration& c, const BlockShape& block
 struct Device {
   int shared_bytes;    // most that a block can have: 163 KB on sm_80, 99 KB on sm_86, 89 and 120, 227 KB on 90 and 100
   int multiprocessors; // each runs one block of this kernel at a time
+  // Row tiles below which a block waits for weights and not for products: what a multiprocessor gets from L2 in a clock
+  // against what it multiplies.  2 on sm_80, 90 and 100; 1 on sm_86, 89 and 120.
+  int stream_tiles = 1;
 };
 
 struct Plan {
@@ -58,18 +55,17 @@ inline std::string refuse_block(const BlockShape& b) {
   return "";
 }
 
-// Whether an instance is made for the block.
+// Whether an instance computes such a block.
 inline bool matches(const Configuration& c, const BlockShape& block) {
-  const LayerLayout layout(block);
-  return c.width_tiles == layout.width_tiles && c.token_tiles == layout.token_tiles;
+  const int tokens = 8 * kWarps * c.token_tiles;
+  return block.width <= 8 * kWarps * c.width_tiles && (block.attention ? tokens == 0 : block.seq_len <= tokens);
 }
 
-// A model of the time of a launch, in rounds of the resident groups times what a round costs: matrix products cost as
-// much as there are rows, but below `kStreamRows` rows the weights come no faster.
-constexpr int kStreamRows = 16;
-
-inline int64_t cost(const Configuration& c, int groups, int batch) {
-  return static_cast<int64_t>(ceil_div(batch, groups)) * larger(kStreamRows, 16 * c.row_tiles);
+// A model of the time of a launch, to choose among instances: rounds of the resident groups, times the work of a block
+// of the grid in a round, which grows with its rows and padded columns.
+inline int64_t cost(const Configuration& c, int groups, int batch, const Device& device) {
+  return static_cast<int64_t>(ceil_div(batch, groups)) * larger(c.row_tiles, device.stream_tiles) * c.width_tiles *
+         larger(1, c.token_tiles);
 }
 
 // The best of the instances for a problem, or why there is none.
@@ -95,8 +91,12 @@ inline std::string make_plan(const std::vector<Configuration>& instances, const 
       continue;
     }
     const int groups = smaller(batch, device.multiprocessors / group_blocks);
-    const int64_t now = cost(c, groups, batch);
-    if (best >= 0 && (now > best || (now == best && c.row_tiles < plan->configuration.row_tiles))) continue;
+    const int64_t now = cost(c, groups, batch, device);
+    // Of equals the one with more rows (less traffic), then with the longer ring.
+    const Configuration& chosen = plan->configuration;
+    if (best >= 0 && (now > best || (now == best && (c.row_tiles < chosen.row_tiles ||
+                                                     (c.row_tiles == chosen.row_tiles && c.stages < chosen.stages)))))
+      continue;
     best = now;
     *plan = {c, groups, group_blocks, bytes, exchange_elements(c, block, length)};
   }

@@ -30,8 +30,8 @@ template <class T> DEVICE U32x4 add_parts(const U32x4& a, const U32x4& b) {
   return sum;
 }
 
-// h <- sum of sources (+ x), added from the right and rounded after each addition (trmfast.reference.summed_input); rows
-// beyond the sequence are zero.
+// h <- sum of sources (+ x), added from the right and rounded after each addition (trmfast.reference.summed_input);
+// rows beyond the sequence are zero.
 template <class I>
 DEVICE void sum_sources(const ForwardParams<typename I::T>& p, const Step& step, int sequence,
                         SharedPtr<typename I::T> h) {

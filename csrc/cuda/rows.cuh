@@ -19,7 +19,7 @@ DEVICE void for_parts(int rows, int columns, Load&& load_part, Store&& store_par
   for (int column = thread_index() % kLanes * 8; column < columns; column += 8 * kLanes) {
     NO_UNROLL
     for (int row = first; row < rows; row += kCopiesInFlight * kRows) {
-      U32x4 parts[kCopiesInFlight];
+      U32x4 parts[kCopiesInFlight] = {}; // zeros: what a load may leave alone would be live through the whole kernel
       UNROLL
       for (int i = 0; i < kCopiesInFlight; ++i) {
         if (row + i * kRows < rows) parts[i] = load_part(row + i * kRows, column);
@@ -57,7 +57,8 @@ DEVICE void copy_out(GlobalPtr<T> to, int to_stride, int rows, int columns, Shar
       });
 }
 
-// The CTA's tokens of a sequence [length, width], in shared memory [kRows, kStride] with zeros from `width` to kColumns.
+// The CTA's tokens of a sequence [length, width], in shared memory [kRows, kStride] with zeros from `width` to
+// kColumns.
 template <class I> struct OwnRows {
   static constexpr int kRows = 16 * I::kRowTiles, kColumns = 8 * kWarps * I::kWidthTiles, kStride = kColumns + kPad;
   static constexpr int kElements = kRows * kStride;

@@ -51,10 +51,11 @@ TRMFAST_BOTH constexpr int smaller(int a, int b) { return a < b ? a : b; }
 // Channels of a head with the zeros that fill it up: whole fragments, and few instances of the attention.
 TRMFAST_BOTH constexpr int padded_head(int head_dim) { return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128; }
 
-// Tiles of 8 output columns of a warp that cover `columns` by all warps: 2, 4, 8 or 16.
-TRMFAST_BOTH constexpr int tiles_for(int columns) {
-  return columns <= 16 * kWarps ? 2 : columns <= 32 * kWarps ? 4 : columns <= 64 * kWarps ? 8 : 16;
-}
+// An instance of the kernel.  Row and strip tiles have 16 elements; width and token tiles have 8 for each warp.
+// token_tiles and strip_tiles are 0 for attention.
+struct Configuration {
+  int row_tiles, stages, width_tiles, token_tiles, strip_tiles;
+};
 
 } // namespace gpu
 } // namespace trmfast

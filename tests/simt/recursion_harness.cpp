@@ -52,8 +52,8 @@ std::string text(const char* name, const simt::Accesses& a) {
 template <class I> std::string run(const Request& r) {
   using T = typename I::T;
   const BlockShape block = block_of(r);
-  const LayerLayout layout(block);
   const Configuration c = configuration<I>();
+  const LayerLayout layout(block, c);
   const size_t elements = static_cast<size_t>(r.batch) * r.length * r.width;
 
   simt::Options options;
@@ -72,7 +72,7 @@ template <class I> std::string run(const Request& r) {
                            block.attention ? block.width : block.seq_len, 2 * block.inner, block.width};
       const int columns[4] = {block.attention ? block.width : block.seq_len, block.attention ? query : block.seq_inner,
                               block.width, block.inner};
-      PackParams<T> p{block, {}, {}, packed[net]->pointer() + layer * layout.elements()};
+      PackParams<T> p{layout, {}, {}, packed[net]->pointer() + layer * layout.elements()};
       std::vector<std::unique_ptr<simt::GlobalArray<float>>> sources;
       for (int i = 0; i < 4; ++i) {
         const size_t count = static_cast<size_t>(rows[i]) * columns[i];
@@ -88,8 +88,8 @@ template <class I> std::string run(const Request& r) {
   const uint32_t* source = r.sources;
   for (int u = 0; u < r.num_updates; ++u) {
     const uint32_t* row = r.updates + 5 * u;
-    updates.push_back({static_cast<int>(row[0]), static_cast<int>(row[1]), {source, source + row[4]}, row[2] != 0,
-                       row[3] != 0});
+    updates.push_back(
+        {static_cast<int>(row[0]), static_cast<int>(row[1]), {source, source + row[4]}, row[2] != 0, row[3] != 0});
     source += row[4];
   }
   const int group_blocks = ceil_div(r.length, 16 * c.row_tiles);
