@@ -9,7 +9,10 @@ import torch
 
 from trmfast.benchmark.accuracy import measure_accuracy
 from trmfast.benchmark.configs import CONFIGS
+from trmfast.cases import SMALL, Case, make_inputs
+from trmfast.eager import EagerRecursion
 from trmfast.models import ACTLossHead, ACTModel
+from trmfast.testing import run_truth
 
 TINY: dict[str, Any] = {"hidden_size": 64, "num_heads": 2, "puzzle_emb_ndim": 64, "H_cycles": 2, "L_cycles": 2}
 
@@ -44,10 +47,31 @@ def test_same_step_and_gradients(name: str) -> None:
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=key)
 
 
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_recursion_is_the_reference(case: Case) -> None:
+    inputs = make_inputs(case, torch.float64, weight_scale=0.5)
+    truth = run_truth(inputs)
+    tables = None if inputs.cos is None or inputs.sin is None else (inputs.cos, inputs.sin)
+    model = EagerRecursion(case.problem, inputs.weights, tables)
+    assert [name for name, _ in model.named_parameters()] == list(case.problem.weight_names)
+    model.double()
+    out = model(inputs.states, inputs.x)
+    pairs = [(z, g) for z, g in zip(out, inputs.grad_states, strict=True) if z.requires_grad]
+    torch.autograd.backward([z for z, _ in pairs], [g for _, g in pairs])
+    for z, t in zip(out, truth.outputs.values(), strict=True):
+        torch.testing.assert_close(z, t, rtol=1e-9, atol=1e-9)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, truth.gradients[f"grad {name}"], rtol=1e-6, atol=1e-8)
+
+
 def test_unknown_compilation() -> None:
     _, eager = models("sudoku", "float32")
     with pytest.raises(ValueError, match=r"^scope: got 'all', accepted are"):
         eager.inner.compile("all")
+    inputs = make_inputs(SMALL[0])
+    with pytest.raises(ValueError, match=r"^scope: got 'all', accepted are"):
+        EagerRecursion(SMALL[0].problem, inputs.weights, None).compile_recursion("all")
 
 
 def test_compiled_by_a_debug_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from trmfast.problem import Problem
 from trmfast.program import GradientWindow, RecursionProgram
 from trmfast.spec import BlockSpec, NetSpec, swiglu_width
 
-__all__ = ["PUBLISHED", "SMALL", "Case", "Inputs", "make_case", "make_inputs", "rope_tables"]
+__all__ = ["MEASURED", "PUBLISHED", "SMALL", "Case", "Inputs", "find_case", "make_case", "make_inputs", "rope_tables"]
 
 PROGRAMS: dict[str, Callable[..., RecursionProgram]] = {
     "trm": RecursionProgram.trm,
@@ -133,6 +133,47 @@ PUBLISHED: tuple[Case, ...] = tuple(
         ("urm-arc", "urm", {"L_cycles": 6, "length": 901, "num_layers": 4, "channel_mixer": "conv_swiglu"}),
     )
 )
+
+# What benchmarks run besides the published configurations: small models, blocks alone, deep recursion at test time.
+MEASURED: tuple[Case, ...] = (
+    *(
+        make_case(
+            name, H_cycles=3, L_cycles=6, batch=1, length=97, hidden_size=128, num_heads=4, token_mixer=token_mixer
+        )
+        for name, token_mixer in (("trm-small-att", "attention"), ("trm-small-mlp", "mlp_t"))
+    ),
+    *(
+        make_case(
+            name,
+            "urm",
+            H_cycles=1,
+            L_cycles=1,
+            batch=1,
+            length=length,
+            hidden_size=512,
+            num_heads=8,
+            num_layers=1,
+            token_mixer=token_mixer,
+            channel_mixer=channel_mixer,
+        )
+        for name, length, token_mixer, channel_mixer in (
+            ("block-att-97", 97, "attention", "swiglu"),
+            ("block-att-916", 916, "attention", "swiglu"),
+            ("block-mlp-97", 97, "mlp_t", "swiglu"),
+            ("block-conv-97", 97, "attention", "conv_swiglu"),
+        )
+    ),
+    make_case("trm-deep-256", H_cycles=32, L_cycles=7, batch=1, length=97, hidden_size=512, num_heads=8),
+)
+
+
+def find_case(name: str) -> Case:
+    """The case of that name, of all lists.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {case.name: case for case in (*SMALL, *PUBLISHED, *MEASURED)}[name]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The rival: TRM and HRM in eager PyTorch, operation for operation as the published code runs them.
+"""The rival: TRM, HRM and URM in eager PyTorch, operation for operation as the published code runs them.
 
 Weights are float32 and cast to the compute dtype at every call, attention is PyTorch's fused one, norms and rotation
 are float32, autograd keeps every activation of the gradient window.  Embeddings, heads, halting and losses are those of
 :mod:`trmfast.models`, so that a comparison measures the recursion alone; parameters carry the published names, so that
-a state_dict loads in both directions.
+a state_dict loads in both directions.  :class:`EagerRecursion` is a recursion without the model around it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from trmfast.models import HRM, TRM, ACTModel, ModelConfig
 from trmfast.models.inner import Family, Inner
 from trmfast.nn import CastedLinear
+from trmfast.problem import Problem
+from trmfast.program import RecursionProgram
 from trmfast.reference import summed_input, wide_dtype
-from trmfast.spec import swiglu_width
+from trmfast.spec import BlockSpec, NetSpec
 
-__all__ = ["EagerHRM", "EagerInner", "EagerTRM"]
+__all__ = ["EagerHRM", "EagerInner", "EagerRecursion", "EagerTRM", "Stack", "apply_updates"]
 
 CosSin = tuple[Tensor, Tensor]
+Apply = Callable[[int, Tensor, "CosSin | None"], Tensor]
+"""(index of the network, h [B, L, D], RoPE tables) -> [B, L, D]"""
 
 
 def _rms_norm(h: Tensor, eps: float) -> Tensor:
@@ -40,25 +44,31 @@ def _rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, width // heads
-        self.qkv_proj = CastedLinear(width, 3 * heads * self.head_dim)
-        self.o_proj = CastedLinear(heads * self.head_dim, width)
+        self.heads, self.kv_heads, self.head_dim, self.causal = (
+            *(spec.num_heads, spec.num_kv_heads),
+            *(spec.head_dim, spec.causal),
+        )
+        query = self.heads * self.head_dim
+        self.qkv_proj = CastedLinear(spec.hidden_size, query + 2 * self.kv_heads * self.head_dim)
+        self.o_proj = CastedLinear(query, spec.hidden_size)
 
     def forward(self, h: Tensor, cos_sin: CosSin | None) -> Tensor:
         batch, length, _ = h.shape
-        q, k, v = self.qkv_proj(h).view(batch, length, 3, self.heads, self.head_dim).unbind(2)
+        qkv = self.qkv_proj(h).view(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if cos_sin is not None:
             q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        grouped = self.heads != self.kv_heads
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, width: int, expansion: float) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        inner = swiglu_width(width, expansion)
         self.gate_up_proj = CastedLinear(width, 2 * inner)
         self.down_proj = CastedLinear(inner, width)
 
@@ -67,16 +77,36 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+class ConvSwiGLU(nn.Module):
+    """URM's: a depthwise convolution over the sequence and a SiLU between the gate and ``down_proj``."""
+
+    def __init__(self, width: int, inner: int, taps: int) -> None:
         super().__init__()
-        self.eps = config.rms_norm_eps
-        self.mixes_tokens_by_mlp = config.mlp_t
-        if config.mlp_t:
-            self.mlp_t = SwiGLU(config.total_len, config.expansion)
+        self.gate_up_proj = CastedLinear(width, 2 * inner)
+        self.dwconv = nn.Conv1d(inner, inner, taps, padding=taps // 2, groups=inner)
+        self.down_proj = CastedLinear(inner, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(h).chunk(2, dim=-1)
+        gated, conv = (F.silu(gate) * up).transpose(1, 2), self.dwconv
+        bias = None if conv.bias is None else conv.bias.to(h.dtype)
+        mixed = F.conv1d(gated, conv.weight.to(h.dtype), bias, padding=conv.padding, groups=conv.groups)
+        return self.down_proj(F.silu(mixed[..., : h.shape[1]]).transpose(1, 2))
+
+
+class Block(nn.Module):
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.eps = spec.rms_norm_eps
+        self.mixes_tokens_by_mlp = spec.token_mixer == "mlp_t"
+        if self.mixes_tokens_by_mlp:
+            self.mlp_t = SwiGLU(spec.seq_len, spec.seq_intermediate_size)
         else:
-            self.self_attn = Attention(config.hidden_size, config.num_heads)
-        self.mlp = SwiGLU(config.hidden_size, config.expansion)
+            self.self_attn = Attention(spec)
+        if spec.channel_mixer == "conv_swiglu":
+            self.mlp: nn.Module = ConvSwiGLU(spec.hidden_size, spec.intermediate_size, spec.conv_kernel)
+        else:
+            self.mlp = SwiGLU(spec.hidden_size, spec.intermediate_size)
 
     def forward(self, h: Tensor, cos_sin: CosSin | None) -> Tensor:
         if self.mixes_tokens_by_mlp:
@@ -88,11 +118,11 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """A network: blocks one after the other."""
+    """A network: blocks one after the other.  h: [B, L, D] in the compute dtype."""
 
-    def __init__(self, config: ModelConfig, depth: int) -> None:
+    def __init__(self, spec: NetSpec) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(depth))
+        self.layers = nn.ModuleList(Block(spec.block) for _ in range(spec.num_layers))
 
     def forward(self, h: Tensor, cos_sin: CosSin | None) -> Tensor:
         for layer in self.layers:
@@ -100,13 +130,111 @@ class Stack(nn.Module):
         return h
 
 
+def apply_updates(
+    program: RecursionProgram, net: Apply, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None
+) -> list[Tensor]:
+    """The program, one update at a time; states and x: [B, L, D] in the compute dtype."""
+    current, grad = list(states), torch.is_grad_enabled()
+    for update in program.updates:
+        with torch.set_grad_enabled(update.grad and grad):
+            current[update.dst] = net(update.net, summed_input(update, current, x), cos_sin)
+    return current
+
+
+class _CompiledNets:
+    """Networks as compiled functions of their weights, which are cast once a step; equal specs share one.
+
+    A cast at every application would be what eager PyTorch does; a compiler that sees the whole recursion hoists it.
+    """
+
+    def __init__(self, specs: Sequence[NetSpec], nets: Sequence[Stack]) -> None:
+        self.nets = nets
+        functions = {spec: torch.compile(self._function(spec), dynamic=False) for spec in dict.fromkeys(specs)}
+        self.functions = [functions[spec] for spec in specs]
+
+    @staticmethod
+    def _function(spec: NetSpec) -> Callable[[dict[str, Tensor], Tensor, CosSin | None], Tensor]:
+        with torch.device("meta"):
+            skeleton = Stack(spec)
+
+        def apply(weights: dict[str, Tensor], h: Tensor, cos_sin: CosSin | None) -> Tensor:
+            return cast(Tensor, torch.func.functional_call(skeleton, weights, (h, cos_sin)))
+
+        return apply
+
+    def recur(
+        self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None
+    ) -> list[Tensor]:
+        dtype = states[0].dtype
+        weights = [{name: p.to(dtype) for name, p in net.named_parameters()} for net in self.nets]
+        # Without a gradient the compiled code must not see that the weights have one: it would be compiled again.
+        constants = [{name: w.detach() for name, w in net.items()} for net in weights]
+
+        def net(index: int, h: Tensor, tables: CosSin | None) -> Tensor:
+            return self.functions[index]((weights if torch.is_grad_enabled() else constants)[index], h, tables)
+
+        return apply_updates(program, net, states, x, cos_sin)
+
+
+def _check_scope(scope: str) -> None:
+    if scope not in ("network", "recursion"):
+        raise ValueError(f"scope: got {scope!r}, accepted are 'network' and 'recursion'")
+
+
+class EagerRecursion(nn.Module):
+    """A recursion over eager networks; parameters are named and ordered as ``problem.weight_names``.
+
+    Args:
+        problem: program and networks.
+        weights: values of the parameters, float32, in that order.
+        cos_sin: RoPE tables, or None for no rotation.
+    """
+
+    def __init__(self, problem: Problem, weights: Sequence[Tensor], cos_sin: CosSin | None) -> None:
+        super().__init__()
+        self.problem = problem
+        self.cos_sin = cos_sin
+        for name, spec in zip(problem.program.nets, problem.nets, strict=True):
+            self.add_module(name, Stack(spec))
+        with torch.no_grad():
+            for (_, parameter), weight in zip(self.named_parameters(), weights, strict=True):
+                parameter.copy_(weight)
+        self._recur: Callable[..., list[Tensor]] = self._recur_eagerly
+
+    @property
+    def nets(self) -> list[Stack]:
+        """The networks, in the order of the program's."""
+        return [cast(Stack, getattr(self, name)) for name in self.problem.program.nets]
+
+    def compile_recursion(self, scope: str) -> None:
+        """As :meth:`EagerInner.compile`."""
+        _check_scope(scope)
+        if scope == "recursion":
+            self._recur = torch.compile(self._recur_eagerly, dynamic=False)
+        else:
+            self._recur = _CompiledNets(self.problem.nets, self.nets).recur
+
+    def _recur_eagerly(
+        self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None
+    ) -> list[Tensor]:
+        nets = self.nets
+        return apply_updates(program, lambda index, h, tables: nets[index](h, tables), states, x, cos_sin)
+
+    def forward(
+        self, states: Sequence[Tensor], x: Tensor | None, program: RecursionProgram | None = None
+    ) -> list[Tensor]:
+        """The final states; states and x: [B, L, D].  ``program``: another one over the same networks."""
+        return self._recur(program or self.problem.program, states, x, self.cos_sin)
+
+
 class EagerInner(Inner):
     """:class:`Inner` with its networks applied one update at a time."""
 
     def __init__(self, config: ModelConfig, family: Family) -> None:
         super().__init__(config, family)
-        for name, depth in family.nets:
-            setattr(self, name, Stack(config, getattr(config, depth)))
+        self._specs = [config.net_spec(getattr(config, depth)) for _, depth in family.nets]
+        for (name, _), spec in zip(family.nets, self._specs, strict=True):
+            setattr(self, name, Stack(spec))
         self._recur: Callable[..., list[Tensor]] = self._recur_eagerly
 
     def compile(self, scope: str) -> None:
@@ -120,51 +248,24 @@ class EagerInner(Inner):
         Raises:
             ValueError: another scope.
         """
-        if scope not in ("network", "recursion"):
-            raise ValueError(f"scope: got {scope!r}, accepted are 'network' and 'recursion'")
+        _check_scope(scope)
         if scope == "recursion":
             self._recur = torch.compile(self._recur_eagerly, dynamic=False)
-            return
-        with torch.device("meta"):
-            skeleton = Stack(self.config, self.config.L_layers)
-
-        def apply(weights: dict[str, Tensor], h: Tensor, cos_sin: CosSin | None) -> Tensor:
-            return cast(Tensor, torch.func.functional_call(skeleton, weights, (h, cos_sin)))
-
-        compiled = torch.compile(apply, dynamic=False)
-
-        def recur(states: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-            weights = [{name: p.to(x.dtype) for name, p in net.named_parameters()} for net in self._nets()]
-            # Without a gradient the compiled code must not see that the weights have one: it would be compiled again.
-            constants = [{name: w.detach() for name, w in net.items()} for net in weights]
-
-            def net(index: int, h: Tensor, cos_sin: CosSin | None) -> Tensor:
-                return compiled((weights if torch.is_grad_enabled() else constants)[index], h, cos_sin)
-
-            return self._updates(net, states, x)
-
-        self._recur = recur
+        else:
+            self._recur = _CompiledNets(self._specs, self._nets()).recur
 
     def recur(self, states: Sequence[Tensor], x: Tensor) -> list[Tensor]:
         """The recursion, compiled if asked for; states and x: [B, L, D] in the forward dtype."""
-        return self._recur(states, x)
+        return self._recur(self.program, states, x, self.rotary_emb() if self.config.uses_rope else None)
 
     def _nets(self) -> list[Stack]:
         return [cast(Stack, getattr(self, name)) for name, _ in self.family.nets]
 
-    def _recur_eagerly(self, states: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-        nets = self._nets()
-        return self._updates(lambda index, h, cos_sin: nets[index](h, cos_sin), states, x)
-
-    def _updates(
-        self, net: Callable[[int, Tensor, CosSin | None], Tensor], states: Sequence[Tensor], x: Tensor
+    def _recur_eagerly(
+        self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None
     ) -> list[Tensor]:
-        cos_sin = self.rotary_emb() if self.config.uses_rope else None
-        current, grad = list(states), torch.is_grad_enabled()
-        for update in self.program.updates:
-            with torch.set_grad_enabled(update.grad and grad):
-                current[update.dst] = net(update.net, summed_input(update, current, x), cos_sin)
-        return current
+        nets = self._nets()
+        return apply_updates(program, lambda index, h, tables: nets[index](h, tables), states, x, cos_sin)
 
     def forward(self, carry: Any, batch: dict[str, Tensor]) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
         """As :meth:`Inner.forward`."""

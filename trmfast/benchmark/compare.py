@@ -1,0 +1,135 @@
+"""Two runs of a suite against each other: has trmfast become slower?
+
+Times of two runs differ with clock speed and neighbours, so ratios are compared: of each rival's time to trmfast's, and
+of trmfast's rate to the machine's matrix peak, all measured in the same rounds.  A row's change is the median over
+these references of new ratio / old ratio, so that a rival who had bad luck in one run does not decide.  Its interval
+comes from drawing the rounds of both runs again (bootstrap).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trmfast.benchmark.recursions import Row
+
+__all__ = ["LIMIT", "Change", "compare_rows"]
+
+# A row counts as slower if its change is below 1 - LIMIT, and surely below half of that.
+LIMIT = 0.10
+DRAWS = 1000
+CONFIDENCE = 0.95
+# Bytes that autograd keeps do not vary from run to run.
+MEMORY_LIMIT = 0.01
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """trmfast against one reference: medians over the rounds of the old and the new run, each with its quartiles."""
+
+    reference: str
+    old: tuple[float, float, float]
+    new: tuple[float, float, float]
+
+    @property
+    def change(self) -> float:
+        """New median over old median."""
+        return self.new[1] / self.old[1]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One problem and step in two runs.
+
+    Attributes:
+        key: case, dtype, step, batch, length.
+        ratios: against every reference that both runs have.
+        change: median of the ratios' changes; below 1 trmfast has become slower.
+        low, high: interval of the change.
+        saved: new over old bytes that autograd keeps; 1 for forward.
+    """
+
+    key: tuple[str, str, str, int, int]
+    ratios: tuple[Ratio, ...]
+    change: float
+    low: float
+    high: float
+    saved: float
+
+    @property
+    def slower(self) -> bool:
+        """Whether this is a regression of speed."""
+        return self.change < 1 - LIMIT and self.high < 1 - LIMIT / 2
+
+    @property
+    def faster(self) -> bool:
+        """Whether this is an improvement, by the same rule."""
+        return self.change > 1 / (1 - LIMIT) and self.low > 1 / (1 - LIMIT / 2)
+
+    @property
+    def regressed(self) -> bool:
+        """Whether speed or memory is worse."""
+        return self.slower or self.saved > 1 + MEMORY_LIMIT
+
+    @property
+    def verdict(self) -> str:
+        """One word for tables."""
+        if self.saved > 1 + MEMORY_LIMIT:
+            return "keeps more"
+        return "slower" if self.slower else "faster" if self.faster else "same"
+
+
+def compare_rows(old: Sequence[Row], new: Sequence[Row], seed: int = 0) -> list[Change]:
+    """The change of every problem and step that both runs have, in the order of the new one."""
+    generator = np.random.default_rng(seed)
+    before, after = _references(old), _references(new)
+    saved = {row.key: row.saved for row in old if row.implementation == "trmfast"}
+    changes = []
+    for row in new:
+        if row.implementation != "trmfast" or row.key not in before:
+            continue
+        names = [name for name in after[row.key] if name in before[row.key]]
+        a = np.stack([before[row.key][name] for name in names])
+        b = np.stack([after[row.key][name] for name in names])
+        ratios = tuple(Ratio(name, _quartiles(x), _quartiles(y)) for name, x, y in zip(names, a, b, strict=True))
+        # References share rounds, so the same rounds are drawn for all.
+        x, y = (np.median(v[:, generator.integers(v.shape[1], size=(DRAWS, v.shape[1]))], axis=2) for v in (a, b))
+        draws = np.median(y / x, axis=0)
+        tail = (1 - CONFIDENCE) / 2
+        low, high = np.quantile(draws, (tail, 1 - tail))
+        kept = saved[row.key]
+        changes.append(
+            Change(
+                row.key,
+                ratios,
+                float(np.median([ratio.change for ratio in ratios])),
+                float(low),
+                float(high),
+                row.saved / kept if row.saved is not None and kept else 1.0,
+            )
+        )
+    return changes
+
+
+def _references(rows: Sequence[Row]) -> dict[tuple[str, str, str, int, int], dict[str, np.ndarray]]:
+    """For each problem and step, trmfast's ratio to every reference in every round."""
+    groups: dict[tuple[str, str, str, int, int], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(row.key, {})[row.implementation] = row
+    found = {}
+    for key, group in groups.items():
+        if "trmfast" not in group:
+            continue
+        fused = group["trmfast"]
+        times = np.asarray(fused.times)
+        ratios = {name: np.asarray(row.times) / times for name, row in group.items() if name != "trmfast"}
+        ratios["peak"] = fused.gflop / times / np.asarray(fused.peaks)
+        found[key] = ratios
+    return found
+
+
+def _quartiles(values: np.ndarray) -> tuple[float, float, float]:
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return float(low), float(median), float(high)

@@ -1,0 +1,339 @@
+"""Pictures of a suite: speed, roofline, scaling, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trmfast.benchmark.recursions import Row
+from trmfast.benchmark.rivals import RIVALS
+from trmfast.benchmark.scaling import Sweep
+from trmfast.benchmark.suite_report import SuiteReport
+from trmfast.benchmark.suites import title
+from trmfast.cases import find_case
+from trmfast.problem import Problem
+
+__all__ = ["minimal_bytes", "write_charts"]
+
+COLOURS = {
+    "eager": "#b8bcc2",
+    "compile": "#8fa3b8",
+    "max-autotune": "#5f7c99",
+    "openvino": "#e0a458",
+    "onnxruntime": "#a3b18a",
+    "trmfast": "#1f4e79",
+}
+STEP_TITLES = {"forward": "forward", "training": "training step"}
+
+
+def write_charts(folder: Path, report: SuiteReport) -> list[str]:
+    """Draws what the report has numbers for; returns the names of the files.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    caption = f"{report.machine}; {report.facts['settings']['threads']} threads"
+    written = []
+    for name, draw, present in (
+        ("speed", _speed, bool(report.rows)),
+        ("roofline", _roofline, bool(report.rows)),
+        ("memory", _memory, any(row.step == "training" for row in report.rows)),
+        ("scaling", _scaling, bool(report.sweeps)),
+    ):
+        if present:
+            figure = draw(pyplot, report)
+            margin = 0.22 / figure.get_figheight()
+            figure.get_layout_engine().set(rect=(0, margin, 1, 1 - margin))
+            figure.text(0.995, 0.2 * margin, caption, ha="right", va="bottom", fontsize=7.5, color="#60656c")
+            figure.savefig(folder / f"suite-{name}.png", dpi=150)
+            pyplot.close(figure)
+            written.append(f"suite-{name}.png")
+    return written
+
+
+def _label(row: Row) -> str:
+    return f"{title(row.case)}\nB={row.batch}, L={row.length}, {row.dtype}"
+
+
+def _clean(axis: Any, grid: str) -> None:
+    axis.grid(axis=grid, color="#e3e5e8", linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _speed(pyplot: Any, report: SuiteReport) -> Any:
+    """One bar for each implementation, its speed relative to eager PyTorch."""
+    groups = {step: [g for g in report.groups() if g[0].step == step] for step in STEP_TITLES}
+    groups = {step: found for step, found in groups.items() if found}
+    bars = {step: sum(len(g) + 1.0 for g in found) for step, found in groups.items()}
+    height = max(3.0, 0.17 * max(bars.values()) + 1.4)
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(6.6 * len(groups), height), squeeze=False, layout="constrained"
+    )
+    handles: dict[str, Any] = {}
+    for axis, (step, found) in zip(axes[0], groups.items(), strict=True):
+        position, ticks, labels = 0.0, [], []
+        longest = 0.0
+        for group in found:
+            rows = {row.implementation: row for row in group}
+            if "eager" not in rows:
+                continue
+            begin = position
+            for name in (name for name in RIVALS if name in rows):
+                speed = rows["eager"].seconds / rows[name].seconds
+                longest = max(longest, speed)
+                bar = axis.barh(position, speed, 0.9, color=COLOURS[name])
+                handles.setdefault(name, bar)
+                weight = "bold" if name == "trmfast" else "normal"
+                axis.annotate(
+                    f"{speed:.2f}",
+                    (speed, position),
+                    xytext=(3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7.5,
+                    fontweight=weight,
+                )
+                position += 1
+            ticks.append((begin + position - 1) / 2)
+            labels.append(_label(group[0]))
+            position += 1
+        axis.set_yticks(ticks, labels, fontsize=8)
+        axis.set_ylim(position - 0.4, -0.9)
+        axis.set_xlim(0, longest * 1.12)
+        axis.axvline(1, color="#60656c", linewidth=0.8, linestyle=":")
+        axis.set_xlabel("speed relative to eager PyTorch (1 = as fast)")
+        axis.set_title(STEP_TITLES[step], fontsize=11)
+        _clean(axis, "x")
+    figure.legend(
+        [handles[name] for name in RIVALS if name in handles],
+        [RIVALS[name].title for name in RIVALS if name in handles],
+        loc="outside upper center",
+        ncols=min(len(handles), 6),
+        frameon=False,
+        fontsize=9,
+    )
+    return figure
+
+
+def minimal_bytes(problem: Problem, batch: int, length: int, element: int) -> int:
+    """Bytes that a forward pass moves if only sums and states pass through memory.
+
+    Every update reads the weights of its network, its sources and x, and writes its state, once each.
+
+    Args:
+        problem: program and networks.
+        batch, length: B and L.
+        element: bytes of an element of the compute dtype.
+    """
+    state = batch * length * problem.hidden_size
+    count = 0
+    for update in problem.program.updates:
+        weights = sum(_product(shape) for shape in problem.weight_shapes[problem.weight_slices[update.net]])
+        count += weights + state * (len(update.sources) + update.inject_x + 1)
+    return count * element
+
+
+def _product(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _roofline(pyplot: Any, report: SuiteReport) -> Any:
+    """Forward passes under the machine's matrix peaks and bandwidths."""
+    import statistics
+
+    figure, axis = pyplot.subplots(figsize=(9.5, 6.2), layout="constrained")
+    rows = [row for row in report.rows if row.step == "forward" and row.implementation in ("eager", "trmfast")]
+    points = []
+    for row in rows:
+        case = find_case(row.case)
+        element = 2 if row.dtype == "bf16" else 4
+        if report.facts["settings"]["tiny"]:
+            continue
+        points.append((row, row.gflop * 1e9 / minimal_bytes(case.problem, row.batch, row.length, element)))
+    left, right = 1.0, 3 * max([100.0, *(x for _, x in points)])
+    peaks = {
+        dtype: statistics.median(p for row in rows if row.dtype == dtype for p in row.peaks)
+        for dtype in dict.fromkeys(row.dtype for row in rows)
+    }
+    top = max(peaks.values())
+    bottom = min([top / 20, *(0.7 * row.gflops for row in rows)])
+    for name, bandwidth, style in (
+        ("memory", report.bandwidth["memory"], "-"),
+        ("last-level cache", report.bandwidth["cache"], "--"),
+    ):
+        ridge = top * 1e9 / bandwidth
+        axis.plot([bottom * 1e9 / bandwidth, ridge], [bottom, top], style, color="#60656c", linewidth=1.2)
+        axis.annotate(
+            f"{name}, {bandwidth * 1e-9:.0f} GB/s ",
+            (ridge / 2, top / 2),
+            xytext=(6, -14) if style == "-" else (2, 16),
+            textcoords="offset points",
+            fontsize=8,
+            color="#60656c",
+        )
+    for dtype, peak in peaks.items():
+        axis.plot([left, right], [peak, peak], color="#60656c", linewidth=1.2)
+        axis.annotate(
+            f"{dtype} matrix peak, {peak:.0f} GFLOP/s",
+            (right, peak),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="#60656c",
+        )
+    markers = {"bf16": "o", "fp32": "s"}
+    numbers: dict[str, int] = {}
+    for row, x in points:
+        fused = row.implementation == "trmfast"
+        axis.plot(
+            x,
+            row.gflops,
+            markers[row.dtype],
+            markersize=9 if fused else 6,
+            color=COLOURS[row.implementation],
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            linestyle="none",
+        )
+        if fused:
+            label = f"{title(row.case)}, B={row.batch}, L={row.length}, {row.dtype}"
+            number = numbers.setdefault(label, len(numbers) + 1)
+            axis.annotate(
+                str(number), (x, row.gflops), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center"
+            )
+    for name, dtype in (("trmfast", "bf16"), ("trmfast", "fp32"), ("eager", "bf16"), ("eager", "fp32")):
+        if dtype in peaks:
+            axis.plot(
+                [], [], markers[dtype], color=COLOURS[name], label=f"{RIVALS[name].title}, {dtype}", linestyle="none"
+            )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlim(left, right)
+    axis.set_ylim(bottom, top * 1.4)
+    for which, ticks in ((axis.xaxis, (1, 10, 100, 1000)), (axis.yaxis, (20, 50, 100, 200, 500, 1000, 2000, 5000))):
+        low, high = (left, right) if which is axis.xaxis else (bottom, top * 1.4)
+        shown = [tick for tick in ticks if low <= tick <= high]
+        which.set_ticks(shown, [f"{tick:,}" for tick in shown])
+    axis.minorticks_off()
+    axis.set_xlabel("FLOP for each byte that must move (weights, sums and states once an update)")
+    axis.set_ylabel("GFLOP/s")
+    axis.set_title("Forward passes under this machine's roofs", fontsize=11)
+    axis.grid(which="major", color="#e3e5e8", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.legend(loc="lower right", fontsize=8, frameon=False)
+    figure.legend(
+        [pyplot.Line2D([], [], linestyle="none") for _ in numbers],
+        [f"{number}  {label}" for label, number in numbers.items()],
+        loc="outside right upper",
+        fontsize=7.5,
+        frameon=False,
+        handlelength=0,
+        handletextpad=0,
+    )
+    return figure
+
+
+def _memory(pyplot: Any, report: SuiteReport) -> Any:
+    """What a training step keeps, and how far resident memory rises, for eager PyTorch and trmfast."""
+    groups = [{row.implementation: row for row in group} for group in report.groups() if group[0].step == "training"]
+    groups = [rows for rows in groups if {"eager", "trmfast"} <= rows.keys()]
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(12, 0.42 * len(groups) + 1.9), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (field, text) in zip(
+        axes[0],
+        (("saved", "kept for backward, MB"), ("peak", "resident memory rises by, MB")),
+        strict=True,
+    ):
+        for position, rows in enumerate(groups):
+            values = {name: getattr(rows[name], field) for name in ("eager", "trmfast")}
+            for offset, name in ((-0.2, "eager"), (0.2, "trmfast")):
+                if values[name]:
+                    axis.barh(
+                        position + offset,
+                        values[name] / 1e6,
+                        0.38,
+                        color=COLOURS[name],
+                        label=RIVALS[name].title if position == 0 else None,
+                    )
+                    axis.annotate(
+                        f"{values[name] / 1e6:,.3g}" if values[name] < 1e9 else f"{values[name] / 1e6:,.0f}",
+                        (values[name] / 1e6, position + offset),
+                        xytext=(3, 0),
+                        textcoords="offset points",
+                        va="center",
+                        fontsize=7.5,
+                    )
+        axis.margins(x=0.1)
+        axis.set_xlabel(text)
+        _clean(axis, "x")
+    axes[0][0].set_yticks(range(len(groups)), [_label(rows["trmfast"]) for rows in groups], fontsize=8)
+    axes[0][0].set_ylim(len(groups) - 0.4, -0.6)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _scaling(pyplot: Any, report: SuiteReport) -> Any:
+    """Time of one update against batch, length and depth, with the fits."""
+    panels: list[tuple[str, list[Sweep]]] = []
+    for name, step, text in (
+        ("batch", "forward", "batch, forward: sequences"),
+        ("batch", "training", "batch, training step: sequences"),
+        ("length", "forward", "length, forward: tokens"),
+        ("depth", "forward", "depth, forward: updates in a run"),
+    ):
+        found = [s for s in report.sweeps if s.name == name and s.step == step]
+        if found:
+            panels.append((text, found))
+    rows = (len(panels) + 1) // 2
+    figure, axes = pyplot.subplots(rows, 2, figsize=(11, 4.0 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    import numpy as np
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for axis, (text, sweeps) in zip(axes.flat, panels, strict=False):
+        for sweep in sweeps:
+            times = [1e3 * t for t in sweep.seconds_per_update]
+            dashed = "--" if sweep.hidden_size != sweeps[0].hidden_size else "-"
+            name = f"{RIVALS[sweep.implementation].title}, D={sweep.hidden_size}"
+            counts = sweep.x if sweep.name == "depth" else [sweep.updates] * len(sweep.x)
+            low = [t - 1e3 * s / c for t, s, c in zip(times, sweep.low, counts, strict=True)]
+            high = [1e3 * s / c - t for t, s, c in zip(times, sweep.high, counts, strict=True)]
+            colour = COLOURS[sweep.implementation]
+            axis.errorbar(sweep.x, times, [low, high], fmt="o", markersize=4.5, color=colour, capsize=2, linewidth=0.9)
+            x = np.geomspace(sweep.x[0], sweep.x[-1], 200)
+            y = sum(c * x**p for c, p in zip(sweep.fit.coefficients, sweep.fit.powers, strict=True))
+            if sweep.per == "a run":
+                y = y / x
+            axis.plot(x, 1e3 * y, dashed, color=colour, linewidth=1.2, label=name)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        sizes = max((sweep.x for sweep in sweeps), key=len)
+        axis.set_xticks(sizes, [f"{x:,}" for x in sizes])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_xlabel(text.split(": ")[1])
+        axis.set_ylabel("ms an update (log scale)")
+        axis.set_title(f"cost against {text.split(':')[0]}", fontsize=10.5)
+        axis.legend(fontsize=8, frameon=False)
+        axis.grid(which="major", color="#e3e5e8", linewidth=0.8)
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    return figure

@@ -1,0 +1,164 @@
+"""What ``trmfast bench --suite`` runs: cases of the one problem list, with batch, dtype, steps and rivals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from trmfast.cases import Case, find_case, make_case
+
+__all__ = ["SUITES", "Suite", "Work", "title"]
+
+BF16, F32 = torch.bfloat16, torch.float32
+FORWARD, BOTH = ("forward",), ("forward", "training")
+TORCH = ("eager", "compile")
+ENGINES = (*TORCH, "openvino", "onnxruntime")
+ALL = (*TORCH, "max-autotune", "openvino", "onnxruntime")
+
+TITLES = {
+    "trm-sudoku-att": "TRM Sudoku, attention",
+    "trm-sudoku-mlp": "TRM Sudoku, MLP",
+    "trm-arc-att": "TRM ARC and Maze",
+    "hrm-sudoku": "HRM Sudoku",
+    "hrm-arc": "HRM ARC",
+    "urm-arc": "URM ARC",
+    "trm-small-att": "small TRM (D=128), attention",
+    "trm-small-mlp": "small TRM (D=128), MLP",
+    "block-att-97": "one block, attention",
+    "block-att-916": "one block, attention",
+    "block-mlp-97": "one block, MLP",
+    "block-conv-97": "one block, ConvSwiGLU",
+    "trm-deep-256": "TRM Sudoku, 256 updates",
+}
+
+
+def title(case: str) -> str:
+    """What tables and charts call a case."""
+    return TITLES.get(case, case)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One line of a suite.
+
+    Attributes:
+        case: problem, batch and length.
+        dtype: compute dtype.
+        steps: ``"forward"``, the recursion without gradients, and ``"training"``, forward and backward.
+        rivals: names in :data:`trmfast.benchmark.rivals.RIVALS`.
+    """
+
+    case: Case
+    dtype: torch.dtype
+    steps: tuple[str, ...]
+    rivals: tuple[str, ...]
+
+    @property
+    def dtype_name(self) -> str:
+        return {BF16: "bf16", F32: "fp32"}[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{title(self.case.name)}, B={self.case.batch}, L={self.case.length}, {self.dtype_name}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attributes:
+    works: what is run, in order.
+    seconds: time to aim at on two cores.
+    scaling: whether cost against batch, length and depth is measured too.
+    """
+
+    works: tuple[Work, ...]
+    seconds: float
+    scaling: bool = False
+
+    def tiny(self) -> Suite:
+        """The same at width 64 and one sequence a case, for tests."""
+        return replace(self, works=tuple(replace(work, case=_tiny(work.case)) for work in self.works))
+
+
+def _work(
+    name: str, batch: int, dtype: torch.dtype = BF16, steps: tuple[str, ...] = BOTH, rivals: tuple[str, ...] = TORCH
+) -> Work:
+    return Work(replace(find_case(name), batch=batch), dtype, steps, rivals)
+
+
+def _tiny(case: Case) -> Case:
+    block = case.problem.nets[0].block
+    sizes: dict[str, Any] = {"length": min(case.length, 20), "token_mixer": block.token_mixer}
+    model = case.name.split("-")[0]
+    return make_case(
+        case.name,
+        model if model in ("trm", "hrm", "urm") else "urm",
+        H_cycles=1,
+        channel_mixer=block.channel_mixer,
+        num_layers=1,
+        batch=min(case.batch, 2),
+        **sizes,
+    )
+
+
+QUICK = (
+    _work("trm-sudoku-att", 8, rivals=(*TORCH, "openvino")),
+    _work("trm-sudoku-mlp", 8),
+    _work("trm-arc-att", 1, rivals=("eager",)),
+    _work("hrm-sudoku", 8, rivals=("eager",)),
+    _work("trm-small-att", 8, rivals=("eager",)),
+    _work("block-att-97", 8, steps=FORWARD, rivals=("eager",)),
+    _work("trm-sudoku-att", 8, F32, FORWARD, rivals=("eager", "onnxruntime")),
+)
+
+STANDARD = (
+    _work("trm-sudoku-att", 8, rivals=(*TORCH, "openvino")),
+    _work("trm-sudoku-att", 1),
+    _work("trm-sudoku-mlp", 8),
+    _work("trm-arc-att", 1),
+    _work("hrm-sudoku", 8),
+    _work("hrm-arc", 1, rivals=("eager",)),
+    _work("urm-arc", 1, rivals=("eager",)),
+    _work("trm-small-att", 8),
+    _work("block-att-97", 8, rivals=("eager",)),
+    _work("block-mlp-97", 8, rivals=("eager",)),
+    _work("trm-deep-256", 1, steps=FORWARD, rivals=("eager",)),
+    _work("trm-sudoku-att", 8, F32, rivals=("eager", "onnxruntime")),
+)
+
+FULL = (
+    _work("trm-sudoku-att", 8, rivals=ALL),
+    _work("trm-sudoku-mlp", 8, rivals=ALL),
+    _work("trm-arc-att", 1, rivals=ALL),
+    _work("hrm-sudoku", 8, rivals=ALL),
+    _work("hrm-arc", 1, rivals=(*TORCH, "openvino")),
+    _work("urm-arc", 1, rivals=(*TORCH, "openvino")),
+    _work("trm-sudoku-att", 1, rivals=(*TORCH, "openvino")),
+    _work("trm-sudoku-att", 64, steps=FORWARD),
+    _work("trm-sudoku-att", 8, F32, rivals=ENGINES),
+    _work("trm-sudoku-mlp", 8, F32, FORWARD, rivals=("eager", "onnxruntime")),
+    _work("trm-arc-att", 1, F32, FORWARD, rivals=("eager", "onnxruntime")),
+    _work("hrm-sudoku", 8, F32, FORWARD, rivals=("eager", "onnxruntime")),
+    _work("trm-small-att", 1, rivals=(*TORCH, "openvino")),
+    _work("trm-small-att", 8, rivals=(*TORCH, "openvino")),
+    _work("trm-small-att", 64),
+    _work("trm-small-mlp", 8),
+    _work("block-att-97", 8, rivals=TORCH),
+    _work("block-att-916", 1, rivals=TORCH),
+    _work("block-mlp-97", 8, rivals=TORCH),
+    _work("block-conv-97", 8, rivals=TORCH),
+    _work("trm-deep-256", 1, steps=FORWARD, rivals=(*TORCH, "openvino")),
+)
+
+BLOCKS = tuple(
+    _work(name, batch, rivals=("eager",))
+    for name, batch in (("block-att-97", 8), ("block-att-916", 1), ("block-mlp-97", 8), ("block-conv-97", 8))
+)
+
+SUITES: dict[str, Suite] = {
+    "quick": Suite(QUICK, 150),
+    "standard": Suite(STANDARD, 400),
+    "full": Suite(FULL, 780, scaling=True),
+    "blocks": Suite(BLOCKS, 30),
+    "scaling": Suite((), 120, scaling=True),
+}
