@@ -44,8 +44,11 @@ struct LayerLayout {
   int stages;                               // of the layer
 
   LayerLayout() = default;
-  TRMFAST_BOTH LayerLayout(const BlockShape& shape, const Configuration& configuration)
-      : block(shape), width_tiles(configuration.width_tiles), token_tiles(configuration.token_tiles) {
+  // The order depends on the block alone, not on the instance that reads it.
+  TRMFAST_BOTH explicit LayerLayout(const BlockShape& shape) : block(shape) {
+    const bool long_tokens = !shape.attention && shape.seq_len > 16 * kWarps;
+    width_tiles = shape.width <= 32 * kWarps && !long_tokens ? 4 : 8;
+    token_tiles = shape.attention ? 0 : long_tokens ? 16 : 2;
     head_width = padded_head(shape.head_dim);
     const int columns = 8 * kWarps * width_tiles;
     qk_passes = shape.attention ? ceil_div((shape.heads + shape.kv_heads) * head_width, columns) : 0;

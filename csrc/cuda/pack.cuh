@@ -10,18 +10,19 @@ namespace trmfast {
 namespace gpu {
 
 template <class T> struct PackParams {
-  LayerLayout layout;
+  BlockShape block;
   GlobalPtr<const float> weights[4]; // in the order of BlockSpec.weight_shapes
   int columns[4];                    // of each
   GlobalPtr<T> packed;               // LayerLayout::elements()
 };
 
 template <class T> DEVICE void pack_layer(const PackParams<T>& p) {
-  const long vectors = p.layout.elements() / 8, step = static_cast<long>(block_count()) * thread_count();
+  const LayerLayout layout(p.block);
+  const long vectors = layout.elements() / 8, step = static_cast<long>(block_count()) * thread_count();
   for (long v = static_cast<long>(block_index()) * thread_count() + thread_index(); v < vectors; v += step) {
     const int in_stage = static_cast<int>(v % (kStageElements / 8)), warp = static_cast<int>(v / 64 % kWarps);
     const PackedColumn from =
-        p.layout.source(static_cast<int>(v / 64 / kWarps), warp, in_stage / 32, in_stage / 8 % 4, in_stage % 8);
+        layout.source(static_cast<int>(v / 64 / kWarps), warp, in_stage / 32, in_stage / 8 % 4, in_stage % 8);
     float x[8];
     for (int i = 0; i < 8; ++i) {
       const bool found = from.row >= 0 && from.depth[i] >= 0;

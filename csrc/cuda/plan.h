@@ -57,8 +57,8 @@ inline std::string refuse_block(const BlockShape& b) {
 
 // Whether an instance computes such a block.
 inline bool matches(const Configuration& c, const BlockShape& block) {
-  const int tokens = 8 * kWarps * c.token_tiles;
-  return block.width <= 8 * kWarps * c.width_tiles && (block.attention ? tokens == 0 : block.seq_len <= tokens);
+  const LayerLayout layout(block);
+  return c.width_tiles == layout.width_tiles && c.token_tiles == layout.token_tiles;
 }
 
 // A model of the time of a launch, to choose among instances: rounds of the resident groups, times the work of a block

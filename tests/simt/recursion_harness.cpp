@@ -53,7 +53,7 @@ template <class I> std::string run(const Request& r) {
   using T = typename I::T;
   const BlockShape block = block_of(r);
   const Configuration c = configuration<I>();
-  const LayerLayout layout(block, c);
+  const LayerLayout layout(block);
   const size_t elements = static_cast<size_t>(r.batch) * r.length * r.width;
 
   simt::Options options;
@@ -72,7 +72,7 @@ template <class I> std::string run(const Request& r) {
                            block.attention ? block.width : block.seq_len, 2 * block.inner, block.width};
       const int columns[4] = {block.attention ? block.width : block.seq_len, block.attention ? query : block.seq_inner,
                               block.width, block.inner};
-      PackParams<T> p{layout, {}, {}, packed[net]->pointer() + layer * layout.elements()};
+      PackParams<T> p{block, {}, {}, packed[net]->pointer() + layer * layout.elements()};
       std::vector<std::unique_ptr<simt::GlobalArray<float>>> sources;
       for (int i = 0; i < 4; ++i) {
         const size_t count = static_cast<size_t>(rows[i]) * columns[i];
