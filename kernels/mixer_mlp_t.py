@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.input_sum import TERM_NAMES, load_sum, term_arguments
-from trmfast.kernels.pairs import GROUP, pair_of, part_columns, part_rows
+from trmfast.kernels.pairs import CHAINED, GROUP, pair_of, part_columns, part_rows
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.swiglu import silu
 
@@ -81,7 +81,7 @@ def mlp_t_kernel(
         tl.store(total + start + offsets, h, mask=mask)
     h = tl.trans(h)  # [BLOCK_C, BLOCK_L]
 
-    pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), GROUP)
+    pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), CHAINED)
     inner = tl.arange(0, BLOCK_I)
     down_offsets = tl.minimum(rows, LENGTH - 1)[:, None] * INTER + inner[None, :]
     sums = h.to(tl.float32)
@@ -95,7 +95,7 @@ def mlp_t_kernel(
         else:
             b = tl.load(gate_up + b_offsets, mask=(rows < WIDTH)[None, :], other=0.0)
         both = dot(h, tl.trans(b), tl.zeros((BLOCK_C, 2 * BLOCK_I), tl.float32), PRECISION)
-        gate, up = part_columns(both, GROUP)
+        gate, up = part_columns(both, CHAINED)
         activation = narrow(silu(gate) * up, h.dtype)
         if INTER % BLOCK_I == 0:
             c = tl.load(down + i + down_offsets)

@@ -4,14 +4,19 @@ Both columns of a pair come out of one product, and the weight rows are taken in
 thread: a group of rows of the first half, then the same group of the second half.  With groups of 8, bit 3 of a column
 (or row) number tells the halves apart.  In the accumulator of mma and wgmma instructions that bit numbers registers,
 not lanes, along columns and rows alike, so parting the halves moves no data, and each half is an accumulator again.
+
+A product that another product follows takes single columns in turn (``CHAINED``).  Triton arranges the warps of such a
+chain so that none computes what another one does, but it does not see the chain through a transposition, which larger
+groups need; compiled for sm_80, every exponential was then computed four times.  A few shuffles are the price.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["GROUP", "group_of", "pair_of", "part_columns", "part_rows"]
+__all__ = ["CHAINED", "GROUP", "group_of", "pair_of", "part_columns", "part_rows"]
 
 GROUP = tl.constexpr(8)
+CHAINED = tl.constexpr(1)
 
 
 def group_of(half: int) -> int:
@@ -30,6 +35,8 @@ def part_columns(product, GROUP: tl.constexpr):
     """The two halves [M, P] of a product [M, 2P]."""
     M: tl.constexpr = product.shape[0]
     N: tl.constexpr = product.shape[1]
+    if GROUP == 1:
+        return tl.split(tl.reshape(product, (M, N // 2, 2)))
     groups = tl.reshape(product, (M, N // (2 * GROUP), 2, GROUP))
     first, second = tl.split(tl.permute(groups, (0, 1, 3, 2)))
     return tl.reshape(first, (M, N // 2)), tl.reshape(second, (M, N // 2))

@@ -19,7 +19,7 @@ from math import prod
 import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
-from trmfast.kernels.pairs import GROUP, pair_of, part_columns
+from trmfast.kernels.pairs import CHAINED, GROUP, pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection import block_width, load_residual, store_normed
 
@@ -57,7 +57,7 @@ def swiglu_kernel(
     depth = tl.arange(0, BLOCK_K)
     a_base = hidden + first_row.to(tl.int64) * D
     a_offsets = rows[:, None] * D + depth[None, :]
-    pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), GROUP)
+    pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), CHAINED)
     inner = tl.arange(0, BLOCK_I)
     down_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + inner[None, :]
     h = load_residual(hidden, first_row, tokens, D, BLOCK_M, BLOCK_D)
@@ -81,7 +81,7 @@ def swiglu_kernel(
                 a = tl.load(a_base + k + a_offsets, mask=inside, other=0.0)
                 b = tl.load(gate_up + k + b_offsets, mask=inside, other=0.0)
             both = dot(a, tl.trans(b), both, PRECISION)
-        gate, up = part_columns(both, GROUP)
+        gate, up = part_columns(both, CHAINED)
         activation = narrow(silu(gate) * up, hidden.dtype.element_ty)
         h = dot(activation, tl.trans(c), h, PRECISION)
     store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
