@@ -27,6 +27,7 @@ __all__ = [
 _LAZY = {
     "HRM": "trmfast.models",
     "TRM": "trmfast.models",
+    "URM": "trmfast.models",
     "UnsupportedModelError": "trmfast.dropin",
     "accelerate": "trmfast.dropin",
     "load": "trmfast.checkpoint",

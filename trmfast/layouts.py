@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trmfast.models import HRM, TRM, ACTModel, TRMHier6, TRMSingleZ
+from trmfast.models import HRM, TRM, URM, ACTModel, TRMHier6, TRMSingleZ
 from trmfast.spec import swiglu_width
 
 __all__ = ["LAYOUTS", "Layout", "find_layout", "inferred", "inner_names"]
@@ -103,11 +103,19 @@ def _nano_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+URM_KEYS = {"num_layers": "L_layers", "loops": "halt_max_steps"}
+
+
+def _urm_config(values: dict[str, Any]) -> dict[str, Any]:
+    return {URM_KEYS.get(name, name): value for name, value in values.items()}
+
+
 LAYOUTS = (
     Layout("TRM", TRM, ("embed_tokens", "L_level", "H_init", "L_init"), ("H_level",)),
     Layout("TRMSingleZ", TRMSingleZ, ("embed_tokens", "L_level", "L_init"), ("H_level", "H_init")),
     Layout("TRMHier6", TRMHier6, ("embed_tokens", "L_level", "H_init", "L1_init", "L6_init")),
     Layout("HRM", HRM, ("embed_tokens", "H_level", "L_level", "H_init", "L_init")),
+    Layout("URM", URM, ("embed_tokens", "layers", "init_hidden"), (), _urm_config),
     Layout("TRM", TRM, ("input_embedding", "lenet", "z_H_init"), (), _nano_config, _nano_tensors),
 )
 
@@ -168,9 +176,11 @@ def inferred(layout: Layout, tensors: Mapping[str, Tensor], given: Mapping[str, 
     }
     if "puzzle_emb.weights" in tensors:
         found["num_puzzle_identifiers"], found["puzzle_emb_ndim"] = _matrix(tensors, "puzzle_emb.weights")
+    first = ""
     for net, key in layout.model.family.nets:
-        found[key] = len({name.split(".")[2] for name in tensors if name.startswith(f"{net}.layers.")})
-    first = f"{layout.model.family.nets[-1][0]}.layers.0"
+        layers = net if net == "layers" else f"{net}.layers"
+        found[key] = len({n.removeprefix(f"{layers}.").split(".")[0] for n in tensors if n.startswith(f"{layers}.")})
+        first = f"{layers}.0"
     found["mlp_t"] = f"{first}.mlp_t.down_proj.weight" in tensors
     widths = {D: _matrix(tensors, f"{first}.mlp.down_proj.weight")[1]}
     length = None

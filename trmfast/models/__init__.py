@@ -7,11 +7,13 @@ from trmfast.models.hrm import HRM
 from trmfast.models.losses import IGNORE_LABEL_ID, ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
 from trmfast.models.sparse_embedding import CastedSparseEmbedding, CastedSparseEmbeddingSignSGD_Distributed
 from trmfast.models.trm import TRM, TRMHier6, TRMSingleZ
+from trmfast.models.urm import URM, URMCarry, URMConfig
 
 __all__ = [
     "HRM",
     "IGNORE_LABEL_ID",
     "TRM",
+    "URM",
     "ACTLossHead",
     "ACTModel",
     "Carry",
@@ -25,6 +27,8 @@ __all__ = [
     "TRMConfig",
     "TRMHier6",
     "TRMSingleZ",
+    "URMCarry",
+    "URMConfig",
     "softmax_cross_entropy",
     "stablemax_cross_entropy",
 ]

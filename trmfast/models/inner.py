@@ -18,8 +18,13 @@ from trmfast.models.embedding import CastedEmbedding
 from trmfast.models.sparse_embedding import CastedSparseEmbedding
 from trmfast.nn import CastedLinear, Net, RotaryEmbedding, trunc_normal_init_
 from trmfast.program import GradientWindow, RecursionProgram
+from trmfast.spec import NetSpec
 
 __all__ = ["Family", "Inner"]
+
+
+def _net(spec: NetSpec, _dtype: torch.dtype) -> nn.Module:
+    return Net(spec)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Family:
         inits: names of the buffers that hold the initial states, in the order of the program's states.
         carry: dataclass of the states, its fields in the order of the program's states.
         head: index of the state that the heads read.
+        net: makes a network from its spec and the compute dtype.
     """
 
     program: Callable[[int, int, GradientWindow], RecursionProgram]
@@ -41,6 +47,7 @@ class Family:
     inits: tuple[str, ...]
     carry: type
     head: int = 0
+    net: Callable[[NetSpec, torch.dtype], nn.Module] = _net
 
 
 class Inner(nn.Module):
@@ -80,7 +87,7 @@ class Inner(nn.Module):
         elif config.pos_encodings == "learned":
             self.embed_pos = CastedEmbedding(config.total_len, D, init_std=std, cast_to=dtype)
         for name, depth in family.nets:
-            self.add_module(name, Net(config.net_spec(getattr(config, depth))))
+            self.add_module(name, family.net(config.net_spec(getattr(config, depth)), dtype))
         for name in family.inits:
             self.register_buffer(name, trunc_normal_init_(torch.empty(D, dtype=dtype), std=1.0))
 

@@ -1,0 +1,127 @@
+"""Universal Reasoning Model (arXiv 2512.14693)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.export
+from torch import Tensor, nn
+
+from trmfast.models.act import ACTModel
+from trmfast.models.carry import Carry
+from trmfast.models.config import ModelConfig
+from trmfast.models.inner import Family
+from trmfast.nn import Block, ConvSwiGLU
+from trmfast.program import RecursionProgram
+from trmfast.spec import NetSpec
+
+__all__ = ["URM", "URMCarry", "URMConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class URMConfig(ModelConfig):
+    """Configuration of URM.
+
+    Takes upstream's names ``num_layers`` for L_layers and ``loops`` for halt_max_steps.  Positions are always rotated;
+    the dropout keys of upstream's configuration are not read there either.
+    """
+
+    H_layers: int = 0
+    pos_encodings: str = "rope"
+    halt_exploration_prob: float = 0.1
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> URMConfig:
+        """The configuration that a dict describes, in upstream's names or trmfast's."""
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config_dict: got {type(config).__name__}, accepted is a dict")
+        names = {"num_layers": "L_layers", "loops": "halt_max_steps"}
+        return super().from_dict({names.get(key, key): value for key, value in config.items()})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._accept("pos_encodings", self.pos_encodings == "rope", "rope")
+        self._accept("mlp_t", not self.mlp_t, "False")
+
+    @property
+    def no_ACT_continue(self) -> bool:
+        """A row halts when ``q_halt > 0``; nothing is bootstrapped."""
+        return True
+
+    def net_spec(self, num_layers: int) -> NetSpec:
+        """The network of ``num_layers`` blocks, with a convolution of two taps in their SwiGLUs."""
+        spec = super().net_spec(num_layers)
+        return replace(spec, block=replace(spec.block, channel_mixer="conv_swiglu", conv_kernel=2))
+
+
+@dataclass
+class HiddenCarry:
+    """The state of URM, [B, L, D] in the forward dtype, without gradient."""
+
+    current_hidden: Tensor
+
+
+@dataclass
+class URMCarry:
+    """Everything that passes from one supervision step to the next; the fields of ``Carry`` with the state in one."""
+
+    current_hidden: Tensor
+    steps: Tensor
+    halted: Tensor
+    current_data: dict[str, Tensor]
+
+
+torch.export.register_dataclass(HiddenCarry)
+torch.export.register_dataclass(URMCarry)
+
+
+class Blocks(nn.ModuleList):
+    """A network that is a bare list of blocks; their convolutions have parameters in the compute dtype, as upstream's.
+
+    Args:
+        spec: the network.
+        dtype: the compute dtype.
+    """
+
+    def __init__(self, spec: NetSpec, dtype: torch.dtype) -> None:
+        super().__init__(Block(spec.block) for _ in range(spec.num_layers))
+        self.spec = spec
+        for block in self:
+            assert isinstance(block, Block)
+            assert isinstance(block.mlp, ConvSwiGLU)
+            block.mlp.dwconv.to(dtype)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The parameters in the order of ``spec.weight_shapes``."""
+        return tuple(weight for block in self if isinstance(block, Block) for weight in block.weights())
+
+
+class URM(ACTModel):
+    """URM: one network updates one state, always with the input; gradients through the last cycle.
+
+    Drop-in for ``URM``: same constructor, initialisation, state_dict, carry and outputs.  In another forward dtype than
+    bfloat16 the convolution computes in that dtype, where upstream stays in bfloat16.
+    """
+
+    config_type = URMConfig
+    family = Family(
+        RecursionProgram.urm, "last_cycle", (("layers", "L_layers"),), ("init_hidden",), HiddenCarry, net=Blocks
+    )
+
+    def initial_carry(self, batch: Mapping[str, Tensor]) -> URMCarry:  # type: ignore[override]
+        """As :meth:`ACTModel.initial_carry`."""
+        return _flat(super().initial_carry(batch))
+
+    def forward(  # type: ignore[override]
+        self, carry: URMCarry, batch: Mapping[str, Tensor], compute_target_q: bool = False
+    ) -> tuple[URMCarry, dict[str, Tensor]]:
+        """As :meth:`ACTModel.forward`; ``compute_target_q`` is not read, as upstream."""
+        nested = Carry(HiddenCarry(carry.current_hidden), carry.steps, carry.halted, carry.current_data)
+        new, outputs = super().forward(nested, batch)
+        return _flat(new), outputs
+
+
+def _flat(carry: Carry) -> URMCarry:
+    return URMCarry(carry.inner_carry.current_hidden, carry.steps, carry.halted, carry.current_data)
