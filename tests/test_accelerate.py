@@ -14,7 +14,8 @@ from torch import Tensor
 
 import trmfast
 from dropin_cases import CASES, assert_close, inner_of, make, make_batch, same, states_of, step
-from dropin_models import TRM, ACTLossHead, recursive
+from dropin_models import TRM, ACTLossHead
+from dropin_models.layers import SwiGLU
 from trmfast.dropin import UnsupportedModelError
 from trmfast.testing import Comparison, compare, default_weight_scale, pool, require
 
@@ -151,7 +152,7 @@ def test_backends_and_arguments() -> None:
     with pytest.raises(ValueError, match="backend: got 'quick', accepted are auto, cpu"):
         trmfast.accelerate(make("trm"), backend="quick")
     with pytest.raises(TypeError, match=r"model: got dict, accepted are torch\.nn\.Module"):
-        trmfast.accelerate({})  # type: ignore[call-overload]
+        trmfast.accelerate({})
 
 
 # ---------------------------------------------------------------- wrappers
@@ -386,7 +387,7 @@ def test_weights_of_zero_and_of_nan_hide_nothing() -> None:
                 parameter.fill_(value)
         trmfast.accelerate(model)
 
-        class Wrong(recursive.SwiGLU):
+        class Wrong(SwiGLU):
             def forward(self, x: Tensor) -> Tensor:
                 gate, up = self.gate_up_proj(x).chunk(2, -1)
                 return self.down_proj(torch.relu(gate) * up)

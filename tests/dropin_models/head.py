@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 def stablemax_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
     logits = logits.to(torch.float64)
-    scores = torch.where(logits < 0, 1 / (1 - logits), logits + 1)
+    scores = torch.where(logits < 0, 1 / (1 - logits + 1e-30), logits + 1)
     log_p = torch.log(scores / scores.sum(-1, keepdim=True))
     chosen = log_p.gather(-1, torch.where(valid, labels, 0).long().unsqueeze(-1)).squeeze(-1)
     return -torch.where(valid, chosen, 0)

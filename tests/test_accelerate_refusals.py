@@ -1,0 +1,519 @@
+"""Near misses: what accelerate() leaves alone, and what it says about them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import trmfast
+from dropin_cases import make, make_batch, same, step
+from dropin_models import HRM, recursive
+from dropin_models.layers import Attention, CastedLinear, SwiGLU, Tables, rms_norm
+from trmfast.dropin import UnsupportedModelError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Change = Callable[[Any], None]
+
+
+def refused(model: nn.Module) -> tuple[str, ...]:
+    """The differences; the model computes afterwards what it did before."""
+    types = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError) as caught:
+        trmfast.accelerate(model)
+    assert isinstance(caught.value, ValueError)
+    differences = caught.value.differences
+    assert all(f"\n  - {line}" in str(caught.value) for line in differences)
+    assert all("\n" not in line for line in differences)
+    assert [type(module) for module in model.modules()] == types
+    assert pickle.loads(pickle.dumps(caught.value)).differences == differences
+    return differences
+
+
+def blocks(model: Any) -> Any:
+    return model.inner.L_level.layers
+
+
+def becomes(module: nn.Module, **methods: Any) -> None:
+    """Gives a module a class of its own with other methods, as a fork's class would have."""
+    module.__class__ = type(type(module).__name__, (type(module),), methods)
+
+
+# ---------------------------------------------------------------- what the structure shows
+
+
+def affine_norm(model: Any) -> None:
+    for block in blocks(model):
+        block.norm1 = nn.RMSNorm(32, eps=1e-5)
+
+
+def bias(model: Any) -> None:
+    blocks(model)[1].mlp.down_proj = CastedLinear(256, 32, bias=True)
+
+
+def dropout(model: Any) -> None:
+    blocks(model)[0].mlp.dropout = nn.Dropout(0.1)
+
+
+def normalised_query_with_weight(model: Any) -> None:
+    blocks(model)[0].self_attn.q_norm = nn.RMSNorm(16)
+
+
+def adapter(model: Any) -> None:
+    blocks(model)[0].mlp.down_proj.lora_A = nn.Linear(256, 4)
+
+
+def hook(model: Any) -> None:
+    blocks(model)[1].self_attn.o_proj.register_forward_hook(lambda *_: None)
+
+
+def hook_on_the_network(model: Any) -> None:
+    model.inner.L_level.register_forward_pre_hook(lambda *_: None)
+
+
+def backward_hook(model: Any) -> None:
+    blocks(model)[0].register_full_backward_hook(lambda *_: None)
+
+
+def mixed_dtypes(model: Any) -> None:
+    blocks(model)[1].mlp.to(torch.bfloat16)
+
+
+def other_eps(model: Any) -> None:
+    blocks(model)[1].norm_eps = 1e-6
+
+
+def other_width(model: Any) -> None:
+    blocks(model)[1].mlp = SwiGLU(32, 20)
+
+
+def no_eps(model: Any) -> None:
+    for block in blocks(model):
+        del block.norm_eps
+
+
+def tied_blocks(model: Any) -> None:
+    blocks(model)[1] = blocks(model)[0]
+
+
+def tied_weights(model: Any) -> None:
+    blocks(model)[1].mlp.down_proj.weight = blocks(model)[0].mlp.down_proj.weight
+
+
+def replaced_forward(model: Any) -> None:
+    model.inner.forward = lambda carry, batch: type(model.inner).forward(model.inner, carry, batch)
+
+
+def no_cycles(model: Any) -> None:
+    model.config.L_cycles = 0
+
+
+def other_buffers(model: Any) -> None:
+    model.inner.register_buffer("M_init", torch.zeros(32))
+
+
+def lost_network(model: Any) -> None:
+    del model.inner.L_level
+
+
+def experts(model: Any) -> None:
+    blocks(model)[0].mlp = nn.ModuleList([SwiGLU(32, 1), SwiGLU(32, 1)])
+
+
+STRUCTURE: list[tuple[Change, str]] = [
+    (affine_norm, "L_level.layers.0.norm1: got an extra RMSNorm with weight, accepted are mlp, self_attn"),
+    (bias, "L_level.layers.1.mlp.down_proj.bias: got a bias [32], accepted is none"),
+    (dropout, "L_level.layers.0.mlp.dropout: got dropout 0.1, accepted is 0"),
+    (normalised_query_with_weight, "L_level.layers.0.self_attn.q_norm: got an extra RMSNorm with weight"),
+    (adapter, "L_level.layers.0.mlp.down_proj.lora_A: got an extra part"),
+    (hook, "L_level.layers.1.self_attn.o_proj: has forward hooks, which a fused recursion would not call"),
+    (hook_on_the_network, "L_level: has forward pre hooks"),
+    (backward_hook, "L_level.layers.0: has backward hooks"),
+    (mixed_dtypes, "mixed dtypes: got float32 (L_level.layers.0.self_attn.qkv_proj.weight), bfloat16 (L_level"),
+    (other_eps, "L_level.layers.1: got rms_norm_eps 1e-06, accepted is 1e-05, that of the first block"),
+    (other_width, "L_level.layers.1: got intermediate_size 512, accepted is 256"),
+    (no_eps, "L_level.layers.0.norm_eps: got None"),
+    (tied_blocks, "L_level.layers.1: the same module as L_level.layers.0"),
+    (
+        tied_weights,
+        "L_level.layers.1.mlp.down_proj.weight: the same parameter as L_level.layers.0.mlp.down_proj.weight",
+    ),
+    (replaced_forward, "forward: replaced on the instance"),
+    (no_cycles, "config.L_cycles: got 0, accepted are integers from 1 up"),
+    (other_buffers, "got networks L_level and buffers H_init, L_init, M_init, accepted are TRM: L_level and H_init"),
+    (lost_network, "no module has lm_head, q_head and networks under one of the names L_level"),
+    (experts, "L_level.layers.0.mlp.down_proj: got nothing, accepted is a projection"),
+]
+
+
+@pytest.mark.parametrize("change, line", STRUCTURE, ids=[change.__name__ for change, _ in STRUCTURE])
+def test_structure(change: Change, line: str) -> None:
+    model = make("trm")
+    change(model)
+    assert any(difference.startswith(line) for difference in refused(model)), refused(model)
+
+
+def test_every_difference_is_listed() -> None:
+    model = make("trm")
+    for change in (bias, dropout, hook, mixed_dtypes):
+        change(model)
+    found = refused(model)
+    assert [line.split(":")[0] for line in found] == [
+        "L_level.layers.0.mlp.dropout",
+        "L_level.layers.1.mlp.down_proj.bias",
+        "L_level.layers.1.self_attn.o_proj",
+        "mixed dtypes",
+    ]
+
+
+@pytest.mark.parametrize("name", ["hrm", "hrm-mlp_t"])
+def test_tied_nets(name: str) -> None:
+    model = make(name, L_layers=2, H_layers=2)
+    model.inner.H_level = model.inner.L_level
+    assert refused(model)[0] == "L_level: the same module as H_level, accepted are modules of their own"
+
+
+def test_urm_with_a_convolution_in_another_dtype() -> None:
+    model = make("urm", forward_dtype="float32")
+    model.inner.layers[0].mlp.dwconv.to(torch.bfloat16)
+    differences = refused(model)
+    assert differences[0].startswith("layers.0.mlp.dwconv.weight: got bfloat16, accepted is float32, the forward dtype")
+    model = make("urm")
+    model.inner.layers[1].mlp.dwconv.padding = (0,)
+    assert refused(model) == ("layers.1.mlp.dwconv.padding: got (0,), accepted is (1,)",)
+
+
+def test_convolution_before_the_gate() -> None:
+    """nano-trm's ConvSwiGLU."""
+    model = make("nano")
+    for block in model.lenet.layers:
+        block.mlp.dwconv = nn.Conv1d(512, 512, 3, padding=1, groups=512)
+    assert refused(model)[0] == ("lenet.layers.0.mlp.dwconv.weight: got shape [512, 1, 3], accepted is [256, 1, 3]")
+
+
+def test_a_compiled_method_of_nano() -> None:
+    model = make("nano")
+    model.inner_forward = torch.compile(model.inner_forward, backend="eager")
+    assert refused(model) == ("inner_forward: replaced on the instance, accepted is the method of its class",)
+
+
+def test_models_that_hold_none_or_several() -> None:
+    assert refused(nn.Linear(2, 2))[0].startswith("no module has lm_head, q_head and networks under one of the names")
+    pair = nn.ModuleList([make("trm"), make("hrm")])
+    assert refused(pair) == ("several modules hold a recursion: 0.inner, 1.inner; accelerate them one at a time",)
+    assert refused(trmfast.TRM(vars(make("trm").config))) == ("inner: runs trmfast's recursion already",)
+    model = make("trm")
+    model.inner.L_level.layers = nn.ModuleList()
+    assert refused(model) == ("L_level: got Level without layers, accepted is a list of blocks",)
+    model = make("trm_hier6")
+    model.config.L_cycles = 7
+    assert refused(model) == ("L_cycles: got 7, accepted are 1 to 6 for the six states of hier6",)
+
+
+# ---------------------------------------------------------------- what only the numbers show
+
+
+def activation(model: Any) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+
+    becomes(blocks(model)[1].mlp, forward=forward)
+
+
+def gate_last(model: Any) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        up, gate = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+    becomes(blocks(model)[0].mlp, forward=forward)
+
+
+def functional_dropout(model: Any) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return F.dropout(SwiGLU.forward(self, x), 0.1, self.training)
+
+    becomes(blocks(model)[0].mlp, forward=forward)
+    model.eval()
+
+
+def normalised_query(model: Any) -> None:
+    def forward(self: Any, cos_sin: Tables, hidden_states: Tensor) -> Tensor:
+        return attend(self, hidden_states, cos_sin, norm=True)
+
+    becomes(blocks(model)[0].self_attn, forward=forward)
+
+
+def other_scale(model: Any) -> None:
+    def forward(self: Any, cos_sin: Tables, hidden_states: Tensor) -> Tensor:
+        return attend(self, hidden_states, cos_sin, scale=1 / self.head_dim)
+
+    becomes(blocks(model)[0].self_attn, forward=forward)
+
+
+def window(model: Any) -> None:
+    def forward(self: Any, cos_sin: Tables, hidden_states: Tensor) -> Tensor:
+        return attend(self, hidden_states, cos_sin, window=10)
+
+    becomes(blocks(model)[0].self_attn, forward=forward)
+
+
+def interleaved_rope(model: Any) -> None:
+    def forward(self: Any, cos_sin: Tables, hidden_states: Tensor) -> Tensor:
+        return attend(self, hidden_states, cos_sin, interleaved=True)
+
+    for block in blocks(model):
+        becomes(block.self_attn, forward=forward)
+
+
+def attend(
+    self: Any,
+    h: Tensor,
+    cos_sin: Tables,
+    norm: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Attention with one thing changed."""
+    rows, length, _ = h.shape
+    q, k, v = self.qkv_proj(h).view(rows, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+    if norm:
+        q, k = rms_norm(q, 1e-5), rms_norm(k, 1e-5)
+    cos, sin = cos_sin
+
+    def turn(t: Tensor) -> Tensor:
+        if interleaved:
+            turned = torch.stack((-t[..., 1::2], t[..., ::2]), -1).flatten(-2)
+        else:
+            turned = torch.cat((-t[..., self.head_dim // 2 :], t[..., : self.head_dim // 2]), -1)
+        return t * cos + turned * sin
+
+    mask = None
+    if window is not None:
+        positions = torch.arange(length)
+        mask = (positions[:, None] - positions).abs() < window
+    mixed = F.scaled_dot_product_attention(turn(q), turn(k), v, attn_mask=mask, scale=scale)
+    return self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
+
+
+def pre_norm(model: Any) -> None:
+    def forward(self: Any, cos_sin: Tables, hidden_states: Tensor) -> Tensor:
+        h = hidden_states + self.self_attn(cos_sin=cos_sin, hidden_states=rms_norm(hidden_states, self.norm_eps))
+        return h + self.mlp(rms_norm(h, self.norm_eps))
+
+    for block in blocks(model):
+        becomes(block, forward=forward)
+
+
+def fixed_eps(model: Any) -> None:
+    """The second norm does not follow norm_eps."""
+
+    def forward(self: Any, cos_sin: Tables, hidden_states: Tensor) -> Tensor:
+        mixed = self.self_attn(cos_sin=cos_sin, hidden_states=hidden_states)
+        h = rms_norm(hidden_states + mixed, self.norm_eps)
+        return rms_norm(h + self.mlp(h), 1e-6)
+
+    becomes(blocks(model)[1], forward=forward)
+
+
+def layer_norm(model: Any) -> None:
+    def forward(self: Any, cos_sin: Tables, hidden_states: Tensor) -> Tensor:
+        mixed = self.self_attn(cos_sin=cos_sin, hidden_states=hidden_states)
+        h = F.layer_norm(hidden_states + mixed, (32,), eps=self.norm_eps)
+        return F.layer_norm(h + self.mlp(h), (32,), eps=self.norm_eps)
+
+    becomes(blocks(model)[0], forward=forward)
+
+
+def other_arguments(model: Any) -> None:
+    def attention(self: Any, h: Tensor, rope: Tables) -> Tensor:
+        return Attention.forward(self, rope, h)
+
+    def forward(self: Any, cos_sin: Tables, hidden_states: Tensor) -> Tensor:
+        h = rms_norm(hidden_states + self.self_attn(hidden_states, cos_sin), self.norm_eps)
+        return rms_norm(h + self.mlp(h), self.norm_eps)
+
+    becomes(blocks(model)[0].self_attn, forward=attention)
+    becomes(blocks(model)[0], forward=forward)
+
+
+def skip_around_the_network(model: Any) -> None:
+    def forward(self: Any, hidden_states: Tensor, input_injection: Tensor, **info: Any) -> Tensor:
+        return hidden_states + recursive.Level.forward(self, hidden_states, input_injection, **info)
+
+    becomes(model.inner.L_level, forward=forward)
+
+
+def loop(
+    inner: Any, carry: Any, batch: dict[str, Tensor], order: str = "LH", grads: bool = False, scale: float = 1.0
+) -> Any:
+    """TRM's step with something changed: the order of updates, the gradient window, the input's scale."""
+    x, info = inner._start(batch)
+    z_H, z_L = carry.z_H, carry.z_L
+    for cycle in range(inner.config.H_cycles):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (grads or cycle == inner.config.H_cycles - 1)):
+            for letter in order:
+                if letter == "L":
+                    for _ in range(inner.config.L_cycles):
+                        z_L = inner.L_level(z_L, z_H + x * scale, **info)
+                else:
+                    z_H = inner.L_level(z_H, z_L, **info)
+    return z_H, z_L
+
+
+def other_order(model: Any) -> None:
+    def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
+        z_H, z_L = loop(self, carry, batch, order="HL")
+        return recursive.InnerCarry(z_H.detach(), z_L.detach()), *self._finish(z_H)
+
+    becomes(model.inner, forward=forward)
+
+
+def extra_update(model: Any) -> None:
+    def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
+        z_H, z_L = loop(self, carry, batch, order="LHH")
+        return recursive.InnerCarry(z_H.detach(), z_L.detach()), *self._finish(z_H)
+
+    becomes(model.inner, forward=forward)
+
+
+def gradients_everywhere(model: Any) -> None:
+    def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
+        z_H, z_L = loop(self, carry, batch, grads=True)
+        return recursive.InnerCarry(z_H.detach(), z_L.detach()), *self._finish(z_H)
+
+    becomes(model.inner, forward=forward)
+
+
+def scaled_input(model: Any) -> None:
+    def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
+        z_H, z_L = loop(self, carry, batch, scale=0.9)
+        return recursive.InnerCarry(z_H.detach(), z_L.detach()), *self._finish(z_H)
+
+    becomes(model.inner, forward=forward)
+
+
+def attached_carry(model: Any) -> None:
+    def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
+        z_H, z_L = loop(self, carry, batch)
+        return recursive.InnerCarry(z_H, z_L), *self._finish(z_H)
+
+    becomes(model.inner, forward=forward)
+
+
+def other_head(model: Any) -> None:
+    def _finish(self: Any, z: Tensor) -> Any:
+        q = self.q_head(z.mean(1)).to(torch.float32)
+        return self.lm_head(z)[:, self.puzzle_emb_len :], (q[..., 0], q[..., 1])
+
+    becomes(model.inner, _finish=_finish)
+
+
+def wider_head(model: Any) -> None:
+    """A head that reads more than the state."""
+
+    def _finish(self: Any, z: Tensor) -> Any:
+        q = self.q_head(torch.cat((z[:, 0], z[:, :1, 0]), -1)).to(torch.float32)
+        return self.lm_head(z)[:, self.puzzle_emb_len :], (q[..., 0], q[..., 1])
+
+    model.inner.q_head = CastedLinear(33, 2, bias=True)
+    becomes(model.inner, _finish=_finish)
+
+
+def failing_code(model: Any) -> None:
+    def forward(*_: Any) -> Tensor:
+        raise RuntimeError("no kernel for this machine\nand so on")
+
+    becomes(blocks(model)[0].mlp, forward=forward)
+
+
+ATTENTION = "accepted is softmax attention over sqrt(head_dim) with rotate-half RoPE and nothing normalised"
+MLP = r"accepted is down(silu(gate) * up)"
+BLOCK = "accepted is h = norm(h + mixer(h)) twice, with RMSNorm without weight and norm_eps"
+LOOP = "accepted is the TRM loop, here 2 cycles of 2 updates"
+
+NUMBERS: list[tuple[Change, str, str]] = [
+    (activation, "L_level.layers.1.mlp: off by", MLP),
+    (gate_last, "L_level.layers.0.mlp: off by", MLP),
+    (functional_dropout, "L_level.layers.0.mlp: off by", MLP),
+    (normalised_query, "L_level.layers.0.self_attn: off by", ATTENTION),
+    (other_scale, "L_level.layers.0.self_attn: off by", ATTENTION),
+    (window, "L_level.layers.0.self_attn: off by", ATTENTION),
+    (interleaved_rope, "L_level.layers.0.self_attn: off by", ATTENTION),
+    (pre_norm, "L_level.layers.0: off by", BLOCK),
+    (fixed_eps, "L_level.layers.1: off by", BLOCK),
+    (layer_norm, "L_level.layers.0: off by", BLOCK),
+    (other_arguments, "L_level.layers.0.self_attn: raised TypeError", ""),
+    (skip_around_the_network, "forward: new z_H: off by", LOOP),
+    (other_order, "forward: new z_H: off by", LOOP),
+    (extra_update, "forward: new z_H: off by", LOOP),
+    (gradients_everywhere, "forward: gradient of", LOOP),
+    (scaled_input, "forward: new z_H: off by", LOOP),
+    (attached_carry, "forward: gradient through the carry: off by 1", LOOP),
+    (other_head, "forward: q: off by", LOOP),
+    (wider_head, "forward: RuntimeError in the TRM loop", ""),
+    (failing_code, "L_level.layers.0.mlp: raised RuntimeError: no kernel for this machine", ""),
+]
+
+
+@pytest.mark.parametrize("change, start, end", NUMBERS, ids=[change.__name__ for change, *_ in NUMBERS])
+def test_numbers(change: Change, start: str, end: str) -> None:
+    model, batch = make("trm", pos_encodings="rope"), make_batch("trm")
+    change(model)
+    before = None if change is failing_code or change is wider_head else step(model, batch)
+    state = torch.get_rng_state()
+    differences = refused(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert differences[0].startswith(start), differences
+    assert differences[0].endswith(end), differences
+    if before is not None:
+        assert same(step(model, batch), before)
+
+
+def test_bfloat16_kernels_are_compared_in_bfloat16() -> None:
+    """flash-attn takes no float64."""
+
+    def forward(self: Any, cos_sin: Tables, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != torch.bfloat16:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        return attend(self, hidden_states, cos_sin, norm=self.normed)
+
+    for normed in (False, True):
+        model = make("trm", forward_dtype="bfloat16")
+        for block in blocks(model):
+            block.self_attn.normed = normed
+            becomes(block.self_attn, forward=forward)
+        if normed:
+            assert refused(model)[0].startswith("L_level.layers.0.self_attn: off by")
+        else:
+            trmfast.accelerate(model)
+
+
+def test_harmless_differences_are_taken() -> None:
+    """What does nothing does not matter: idle modules, causal attention, which the recursion has too."""
+    model = make("trm")
+    for block in blocks(model):
+        block.mlp.dropout = nn.Dropout(0.0)
+        block.attention_dropout = nn.Identity()
+        block.self_attn.causal = True
+    batch = make_batch("trm")
+    expected = step(model, batch)
+    trmfast.accelerate(model)
+    torch.testing.assert_close(step(model, batch)["heads"], expected["heads"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_refused_model_can_be_repaired() -> None:
+    model = HRM({**vars(make("hrm").config)})
+    shared = model.inner.H_level
+    model.inner.H_level = model.inner.L_level
+    refused(model)
+    model.inner.H_level = copy.deepcopy(shared)
+    trmfast.accelerate(model)
