@@ -280,8 +280,39 @@ def test_recognised_inside_wrappers() -> None:
         assert foreign.recognise(other) is None
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_accelerate_and_restore(name: str) -> None:
+    """The one call, and back."""
+    plain, model = make(name), make(name)
+    assert trmfast.accelerate(model) is model
+    assert trmfast.accelerate(model) is model
+    assert same(gradients(model), gradients(plain))
+    assert saved_bytes(model, lambda: step(model)) < saved_bytes(plain, lambda: step(plain)) / 4
+    copied = trmfast.restore(copy.deepcopy(model))
+    assert not any("forward" in module.__dict__ for module in copied.modules())
+    assert saved_bytes(model, lambda: step(model)) < saved_bytes(copied, lambda: step(copied)) / 4
+    assert trmfast.restore(model) is model
+    assert torch.equal(step(model), step(plain))
+
+
+def test_accelerate_refuses() -> None:
+    model = make("trm-mixer")
+    with pytest.raises(ValueError, match=r"^backend: got 'cpu', accepted is 'auto', the networks are TinyRecursive"):
+        trmfast.accelerate(model, backend="cpu")
+    both = nn.ModuleDict({"model": model, "ema": copy.deepcopy(model)})
+    with pytest.raises(trmfast.UnsupportedModelError, match="several modules hold a recursion: model, ema; accelerate"):
+        trmfast.accelerate(both)
+    model.network = nn.Sequential(network(), nn.BatchNorm1d(LENGTH))
+    with pytest.raises(trmfast.UnsupportedModelError, match="network: BatchNorm1d at 1 keeps running statistics"):
+        trmfast.accelerate(model)
+    assert foreign.undo(both) == 0
+
+
 def test_compiled() -> None:
-    plain, model = make("trm-mixer"), torch.compile(swap(make("trm-mixer")), backend="aot_eager")
+    torch.manual_seed(0)
+    sizes = {"num_refinement_blocks": 2, "num_latent_refinements": 1}
+    plain = TinyRecursiveModel(dim=DIM, num_tokens=TOKENS, network=network(), **sizes)
+    model = torch.compile(swap(copy.deepcopy(plain)), backend="aot_eager")
     assert isinstance(model, nn.Module)
     torch.testing.assert_close(step(model), step(plain))
     found, wanted = gradients(model), gradients(plain)

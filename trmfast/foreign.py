@@ -101,15 +101,23 @@ class Foreign:
 
 
 def recognise(model: nn.Module) -> Foreign | None:
-    """The recursion over foreign networks inside a model (compiled or wrapped as it may be), or None."""
+    """The recursion over foreign networks inside a model (compiled or wrapped as it may be), or None.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = []
     for name, module in model.named_modules():
         if "_orig_mod" in module._modules:
             continue  # torch.compile's wrapper shows the attributes of what it wraps
         for kind, find in (("TinyRecursiveModel", _tiny_recursive_model), ("HRM", _hrm)):
             parts = find(module)
             if parts is not None:
-                return Foreign(kind, name, module, parts)
-    return None
+                found.append(Foreign(kind, name, module, parts))
+    if len(found) > 1:
+        names = ", ".join(one.name or "the model itself" for one in found)
+        raise ValueError(f"several modules hold a recursion: {names}; accelerate them one at a time")
+    return found[0] if found else None
 
 
 def _tiny_recursive_model(module: nn.Module) -> dict[str, nn.Module] | None:

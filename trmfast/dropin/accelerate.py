@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from trmfast import foreign
 from trmfast.backends import BACKENDS
 from trmfast.dropin import probe
 from trmfast.dropin.structure import UnsupportedModelError, find
@@ -25,6 +26,9 @@ def accelerate(model: M, backend: str = "auto") -> M:
     double that shares no tensor with it.  Parameters, buffers, state_dict, hooks outside of the networks and random
     generators stay as they are.  An accelerated model takes the new backend and is otherwise left alone.
 
+    A model of tiny-recursive-model or hrm-pytorch, whose networks are of any kind, goes on with its own code and
+    computes its gradient window again in backward, see :mod:`trmfast.foreign`.
+
     Args:
         model: the model.
         backend: the name of a backend, or ``"auto"`` for the best that supports the problem.
@@ -43,6 +47,12 @@ def accelerate(model: M, backend: str = "auto") -> M:
         for module in swapped:
             plan_of(module).backend = backend
         return model
+    other = _foreign(model)
+    if other is not None:
+        if backend != "auto":
+            raise ValueError(f"backend: got {backend!r}, accepted is 'auto', the networks are {other.kind}'s own")
+        other.swap()
+        return model
     found = find(model)
     differences = probe.differences(found)
     if differences:
@@ -59,4 +69,17 @@ def restore(model: M) -> M:
     for module in list(model.modules()):
         if is_swapped(module):
             swap_back(module)
+    foreign.undo(model)
     return model
+
+
+def _foreign(model: nn.Module) -> foreign.Foreign | None:
+    """The recursion over networks of any kind in a model, if it has one that may be computed again."""
+    try:
+        found = foreign.recognise(model)
+    except ValueError as error:
+        raise UnsupportedModelError([str(error)]) from error
+    reasons = found.refusals() if found is not None else []
+    if reasons:
+        raise UnsupportedModelError(reasons)
+    return found
