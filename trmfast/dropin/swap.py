@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trmfast import ops
 from trmfast.dropin.families import FAMILIES, Family, program_of
-from trmfast.dropin.structure import blocks_of, hooked, named_modules
+from trmfast.dropin.structure import blocks_of, hooked
 from trmfast.spec import BlockSpec, NetSpec
 
 __all__ = ["Plan", "fused_step", "is_swapped", "plan_of", "swap", "swap_back"]
@@ -136,18 +136,24 @@ def _gathering(inner: Any, family: Family) -> list[nn.Module]:
     Raises:
         RuntimeError: a module has another hook, which would not be called.
     """
-    gathering = []
-    for net in family.nets:
-        for module in cast(nn.Module, getattr(inner, net)).modules():
-            if hooked(module):
-                if not _is_sharded(module):
-                    path = next(path for path, other in named_modules(inner, net) if other is module)
-                    raise RuntimeError(
-                        f"{path}: got a hook after accelerate(), which a fused recursion would not call; "
-                        "remove it or call trmfast.restore(model)"
-                    )
-                gathering.append(module)
-    return gathering
+    found: list[nn.Module] = []
+    waiting = [inner._modules[net] for net in reversed(family.nets)]
+    while waiting:  # as Module.modules(), at a third of its cost
+        module = waiting.pop()
+        if hooked(module):
+            if not _is_sharded(module):
+                raise RuntimeError(
+                    f"{_path(inner, module)}: got a hook after accelerate(), which a fused recursion would not call; "
+                    "remove it or call trmfast.restore(model)"
+                )
+            found.append(module)
+        if module._modules:
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return found
+
+
+def _path(inner: nn.Module, module: nn.Module) -> str:
+    return next(path for path, other in inner.named_modules() if other is module)
 
 
 def _is_sharded(module: nn.Module) -> bool:
