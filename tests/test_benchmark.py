@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from trmfast.backends.cpu import CpuBackend
 from trmfast.benchmark import rivals
 from trmfast.benchmark.memory import peak_bytes, saved_bytes
 from trmfast.benchmark.recursions import measure_work, take_turns
@@ -24,6 +27,8 @@ from trmfast.benchmark.suites import SUITES, TITLES, Work
 from trmfast.cases import MEASURED, PUBLISHED, find_case, make_case, make_inputs
 from trmfast.cli import main
 from trmfast.testing import check_case, compare, pool, require, run_eager, run_truth
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -266,6 +271,19 @@ def test_a_broken_rival_is_named_and_a_wrong_one_is_seen(monkeypatch: pytest.Mon
     assert [row.implementation for row in rows] == ["eager", "trmfast"]
     assert rows[0].verdict == "pass"
     assert rows[1].verdict.startswith("fail: z_H: error")
+
+
+def test_micro_benchmarks_run() -> None:
+    reason = CpuBackend().available()
+    if reason is not None:
+        pytest.skip(f"backend cpu: {reason}")
+    options = ["--benchmark-only", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    chosen = ["-k", "bf16 and 97 and (norm or pack or (threads1 and conv))"]
+    command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), *options, *chosen]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 passed" in done.stdout
+    assert "share of the matrix peak" in done.stdout
 
 
 @pytest.mark.parametrize(
