@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from trmfast.cases import Inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMT = ROOT / "tests" / "simt"
-SOURCES = [SIMT / f"{name}.cpp" for name in ("recursion_harness", "access", "collectives", "fiber", "machine", "memory")]
+SOURCES = [
+    SIMT / f"{name}.cpp" for name in ("recursion_harness", "access", "collectives", "fiber", "machine", "memory")
+]
 INCLUDES = [f"-I{folder}" for folder in (ROOT / "tests", SIMT, ROOT / "csrc" / "cuda")]
 FLAGS = ["-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+OPTIMIZE = os.environ.get("TRMFAST_SIMT_FLAGS", "-O1")
 
 
 class Instance(NamedTuple):
@@ -38,6 +42,9 @@ class Schedule(NamedTuple):
 
     order: str = "forward"
     seed: int = 0
+
+
+FORWARD = Schedule()
 
 
 class EmulatorError(Exception):
@@ -65,7 +72,7 @@ class Run:
     Attributes:
         states: the final states.
         saved: [G, B, L, D], the summed inputs of the updates with gradient.
-        report: counters of the launch; ``failed`` is 1 + the group that waited too long.
+        report: counters of the launch; ``failed`` is the number of blocks that waited too long.
     """
 
     states: tuple[Tensor, ...]
@@ -73,20 +80,74 @@ class Run:
     report: dict[str, Any]
 
 
-def build(folder: Path, flags: Sequence[str] = ("-O2",)) -> ctypes.CDLL:
-    """Compiles the harness; the compiler is ``CXX`` or g++."""
+class Plan(NamedTuple):
+    """How a device runs a problem, as made by csrc/cuda/plan.h."""
+
+    instance: Instance
+    groups: int
+    group_blocks: int
+    shared_bytes: int
+
+
+def listed_instances() -> list[Instance]:
+    """The instances of csrc/cuda/instances.h."""
+    rows = re.findall(r"^ +X\(([\d, ]+)\)", (ROOT / "csrc" / "cuda" / "instances.h").read_text(), re.MULTILINE)
+    return [Instance(*map(int, row.split(","))) for row in rows]
+
+
+def build(folder: Path, instances: Sequence[Instance] = ()) -> ctypes.CDLL:
+    """Compiles the harness with some instances, by default all that are listed.
+
+    The compiler is ``CXX`` or g++; ``TRMFAST_SIMT_FLAGS`` replaces its optimisation level.
+    """
     library = folder / "simt_recursion.so"
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *INCLUDES, "-o", str(library), *map(str, SOURCES)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    chosen = ["-DTRMFAST_INSTANCES(X)=" + " ".join(f"X({', '.join(map(str, i))})" for i in instances)]
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *OPTIMIZE.split(), *INCLUDES, *(chosen if instances else [])]
+    done = subprocess.run([*command, "-o", str(library), *map(str, SOURCES)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(library))
+
+
+def _request(inputs: Inputs, **fields: Any) -> _Request:
+    """The sizes of a problem, and what else is given."""
+    block = inputs.problem.nets[0].block
+    batch, length, width = inputs.states[0].shape
+    return _Request(
+        is_bf16=inputs.states[0].dtype == torch.bfloat16,
+        width=width,
+        inner=block.intermediate_size,
+        attention=block.token_mixer == "attention",
+        heads=block.num_heads,
+        kv_heads=block.num_kv_heads,
+        head_dim=block.head_dim,
+        causal=block.causal,
+        seq_len=block.seq_len,
+        seq_inner=block.seq_intermediate_size,
+        eps=block.rms_norm_eps,
+        batch=batch,
+        length=length,
+        **fields,
+    )
+
+
+def plan(
+    library: ctypes.CDLL, inputs: Inputs, shared_bytes: int, multiprocessors: int = 108, stream_tiles: int = 1
+) -> Plan | str:
+    """The plan for a problem on a device, or why there is none."""
+    block = inputs.problem.nets[0].block
+    taps = block.conv_kernel if block.channel_mixer == "conv_swiglu" else 0
+    words, reason = (ctypes.c_int32 * 8)(), ctypes.create_string_buffer(256)
+    device = (shared_bytes, multiprocessors, stream_tiles)
+    if library.trmfast_plan(ctypes.byref(_request(inputs)), taps, *device, words, reason, len(reason)):
+        return reason.value.decode()
+    return Plan(Instance(*words[:5]), *words[5:])
 
 
 def run_emulated(
     library: ctypes.CDLL,
     inputs: Inputs,
     instance: Instance,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = FORWARD,
     *,
     groups: int = 0,
     resident_blocks: int = 0,
@@ -109,9 +170,7 @@ def run_emulated(
         EmulatorError: the kernel broke a rule of the emulator.
     """
     problem, program = inputs.problem, inputs.problem.program
-    block, dtype = problem.nets[0].block, inputs.states[0].dtype
-    batch, length, width = inputs.states[0].shape
-    attends = block.token_mixer == "attention"
+    length = inputs.states[0].shape[1]
 
     def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
         return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
@@ -119,7 +178,7 @@ def run_emulated(
     states_in = [state.contiguous() for state in inputs.states]
     states_out = [torch.empty_like(state) for state in states_in]
     weights = [weight.float().contiguous() for weight in inputs.weights]
-    saved = torch.empty((problem.num_grad_updates, batch, length, width), dtype=dtype)
+    saved = torch.empty((problem.num_grad_updates, *states_in[0].shape), dtype=states_in[0].dtype)
     rows, sources = [], []
     for update in program.updates:
         rows += [update.dst, update.net, int(update.inject_x), int(update.grad), len(update.sources)]
@@ -142,20 +201,8 @@ def run_emulated(
         "states_in": addresses(states_in),
         "states_out": addresses(states_out),
     }
-    request = _Request(
-        is_bf16=dtype == torch.bfloat16,
-        width=width,
-        inner=block.intermediate_size,
-        attention=attends,
-        heads=block.num_heads,
-        kv_heads=block.num_kv_heads,
-        head_dim=block.head_dim,
-        causal=block.causal,
-        seq_len=block.seq_len,
-        seq_inner=block.seq_intermediate_size,
-        eps=block.rms_norm_eps,
-        batch=batch,
-        length=length,
+    request = _request(
+        inputs,
         num_nets=len(problem.nets),
         num_states=len(states_in),
         num_updates=len(program.updates),

@@ -40,7 +40,7 @@ template <class T> struct ForwardParams {
   GlobalPtr<T> exchange;                // groups * exchange_elements, between the blocks of a group
   int64_t exchange_elements;
   GlobalPtr<uint32_t> arrivals; // groups * kArrivalStride, zero at launch
-  GlobalPtr<uint32_t> failed;   // zero at launch; not zero afterwards: a group waited longer than timeout_ns
+  GlobalPtr<uint32_t> failed;   // zero at launch; afterwards how many blocks waited longer than timeout_ns for others
   uint64_t timeout_ns;
 };
 

@@ -115,7 +115,7 @@ template <class I> DEVICE void recursion_forward(const ForwardParams<typename I:
       in_step = attention_mixer<I>(p, h, work, done, stream);
     if (!in_step) {
       stream.drain();
-      if (thread_index() == 0) store(p.failed, 1u + static_cast<uint32_t>(Place::get().group));
+      if (thread_index() == 0) atomic_add(p.failed, 1u);
       return;
     }
     float acc[I::kRowTiles][I::kWidthTiles][4];

@@ -220,3 +220,23 @@ extern "C" int trmfast_forward(const Request* request, char* report, int capacit
   std::snprintf(report, static_cast<size_t>(capacity), "%s", message.c_str());
   return status;
 }
+
+// The plan for a problem on a device as {row tiles, stages, width tiles, token tiles, strip tiles, groups, blocks of a
+// group, bytes of shared memory}.  1: there is none, for the reason given.
+extern "C" int trmfast_plan(const Request* request, int conv_taps, int shared, int multiprocessors, int stream_tiles,
+                            int32_t* plan, char* reason, int capacity) {
+#define LISTED(...) Configuration{__VA_ARGS__},
+  const std::vector<Configuration> instances{TRMFAST_INSTANCES(LISTED)};
+#undef LISTED
+  BlockShape block = block_of(*request);
+  block.conv_taps = conv_taps;
+  Plan made{};
+  const std::string refused =
+      make_plan(instances, block, request->batch, request->length, {shared, multiprocessors, stream_tiles}, &made);
+  const Configuration& c = made.configuration;
+  const int32_t words[8] = {c.row_tiles,   c.stages,    c.width_tiles,     c.token_tiles,
+                            c.strip_tiles, made.groups, made.group_blocks, made.shared_bytes};
+  std::memcpy(plan, words, sizeof words);
+  std::snprintf(reason, static_cast<size_t>(capacity), "%s", refused.c_str());
+  return refused.empty() ? 0 : 1;
+}

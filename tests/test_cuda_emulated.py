@@ -1,0 +1,311 @@
+"""The CUDA kernel of the forward recursion, run in the SIMT emulator and compared with the reference.
+
+The emulator reports races, missing waits, accesses outside of buffers and reads of memory that nobody wrote.  Bank
+conflicts and bytes are counted by it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from simt_recursion import Instance, Plan, Run, Schedule, build, listed_instances, plan, run_emulated
+from trmfast.cases import PUBLISHED, Case, Inputs, make_case, make_inputs
+from trmfast.problem import Problem
+from trmfast.program import RecursionProgram, Update
+from trmfast.reference import summed_input
+from trmfast.testing import (
+    Comparison,
+    Result,
+    compare_results,
+    pool,
+    require,
+    run_eager,
+    run_truth,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"),
+]
+
+HALVES = (torch.bfloat16, torch.float16)
+SCALE = 0.4  # of weights: eager PyTorch keeps to the policy in every program
+ATTENTION, MIXER, LONG_MIXER = Instance(1, 8, 4), Instance(1, 8, 4, 2, 4), Instance(2, 4, 8, 16, 1)
+WIDE = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles <= 2]
+SCHEDULES = [Schedule("forward"), Schedule("reverse"), *(Schedule("random", seed) for seed in (1, 2, 3))]
+# Shared memory that a block can have, in KB, and row tiles below which it waits for weights (Device in plan.h).
+DEVICES = {
+    "sm_80": (163, 2),
+    "sm_86": (99, 1),
+    "sm_89": (99, 1),
+    "sm_90": (227, 2),
+    "sm_100": (227, 2),
+    "sm_120": (99, 1),
+}
+
+# Two blocks of the grid share a sequence at 16 rows each.
+PROGRAMS = [
+    make_case("trm", length=20, num_layers=1),
+    make_case("trm-mlp_t", length=20, token_mixer="mlp_t", intermediate_size=64),
+    make_case("hrm", "hrm", length=18, window="one_step", num_layers=1),
+    make_case("single_z", "single_z", length=17, num_layers=1),
+    make_case("hier6", "hier6", H_cycles=1, L_cycles=6, num_layers=1, length=20),
+    make_case("urm", "urm", length=20, num_layers=1),
+]
+OPTIONS = [
+    make_case("grouped-heads", num_heads=4, num_kv_heads=2, length=20, num_layers=1),
+    make_case("causal", causal=True, length=45, num_layers=1),
+    make_case("no-rope", rope=False, num_layers=1),
+    make_case("odd-sizes", batch=3, length=13, hidden_size=48, num_heads=3, intermediate_size=80),
+    make_case("one-token", length=1),
+    make_case("head-64", H_cycles=1, hidden_size=128, num_heads=2, length=40, num_layers=1, batch=1),
+    make_case("head-128", H_cycles=1, hidden_size=128, num_heads=1, length=40, num_layers=1, batch=1),
+    make_case("heads-wider-than-D", H_cycles=1, hidden_size=64, num_heads=16, num_kv_heads=8, num_layers=1, batch=1),
+    make_case("mixer-odd", batch=3, length=33, hidden_size=48, token_mixer="mlp_t", intermediate_size=80),
+    make_case("mixer-few-tokens", H_cycles=1, L_cycles=1, length=5, token_mixer="mlp_t", intermediate_size=64),
+    make_case("mixer-two-strips", H_cycles=1, length=35, hidden_size=96, token_mixer="mlp_t", intermediate_size=64),
+    make_case("mixer-long", "urm", H_cycles=1, L_cycles=1, batch=1, length=150, token_mixer="mlp_t", num_layers=1),
+]
+
+
+def instance_for(case: Case) -> Instance:
+    """The instance with the fewest rows that runs a small case."""
+    if case.problem.seq_len is None:
+        return ATTENTION
+    return MIXER if case.problem.seq_len <= 128 else LONG_MIXER
+
+
+def compare(inputs: Inputs, run: Run) -> list[Comparison]:
+    """The final states against the truth, by the policy."""
+    assert run.report["failed"] == 0
+    names = inputs.problem.program.states
+    fused = Result(dict(zip(names, run.states, strict=True)), {})
+    return compare_results(fused, run_eager(inputs, backward=False), run_truth(inputs, backward=False))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The harness with instances for small cases, and two others to compare them with."""
+    chosen = [ATTENTION, MIXER, LONG_MIXER, Instance(4, 3, 4), Instance(4, 3, 4, 2, 4)]
+    return build(tmp_path_factory.mktemp("simt_small"), chosen)
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The harness with all instances."""
+    return build(tmp_path_factory.mktemp("simt_wide"))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=("bf16", "fp16"))
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_programs(small: ctypes.CDLL, case: Case, dtype: torch.dtype) -> None:
+    """Every program, several draws, each under another schedule."""
+    draws = []
+    for seed, schedule in enumerate(SCHEDULES):
+        inputs = make_inputs(case, dtype, seed, weight_scale=SCALE)
+        draws.append(compare(inputs, run_emulated(small, inputs, instance_for(case), schedule)))
+    require(pool(draws))
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_options(small: ctypes.CDLL, case: Case) -> None:
+    draws = []
+    for dtype, schedule in zip(HALVES, (Schedule("random", 7), Schedule("reverse")), strict=True):
+        inputs = make_inputs(case, dtype, weight_scale=SCALE)
+        draws.append(compare(inputs, run_emulated(small, inputs, instance_for(case), schedule)))
+        require(draws[-1])
+
+
+@pytest.mark.parametrize("mixer", ("attention", "mlp_t"))
+def test_same_bits(small: ctypes.CDLL, mixer: str) -> None:
+    """States and saved inputs don't depend on the schedule, the size of the grid or the rows of a block."""
+    case = make_case(
+        "three", "hrm", H_cycles=1, batch=3, length=35, token_mixer=mixer, num_layers=2, intermediate_size=64
+    )
+    inputs = make_inputs(case, torch.bfloat16, weight_scale=SCALE)
+    few, many = (ATTENTION, Instance(4, 3, 4)) if mixer == "attention" else (MIXER, Instance(4, 3, 4, 2, 4))
+    expected = run_emulated(small, inputs, few)
+    require(compare(inputs, expected))
+    runs = {
+        "reverse": run_emulated(small, inputs, few, Schedule("reverse")),
+        "random": run_emulated(small, inputs, few, Schedule("random", 5)),
+        "one group": run_emulated(small, inputs, few, groups=1),
+        "two groups": run_emulated(small, inputs, few, groups=2),
+        "more rows": run_emulated(small, inputs, many),
+        "other mma": run_emulated(small, inputs, few, truncate_mma=True),
+    }
+    require(compare(inputs, runs.pop("other mma")))
+    for name, run in runs.items():
+        for got, want in zip((*run.states, run.saved), (*expected.states, expected.saved), strict=True):
+            assert torch.equal(got, want), name
+
+
+@pytest.mark.parametrize("case", (PROGRAMS[0], PROGRAMS[1], PROGRAMS[4]), ids=str)
+def test_saved_inputs(small: ctypes.CDLL, case: Case) -> None:
+    """What is saved for backward is, bit by bit, the reference's sum of the states before each update with gradient."""
+    program = case.problem.program.with_window("all")
+    inputs = replace(make_inputs(case, torch.bfloat16, weight_scale=SCALE), problem=Problem(program, case.problem.nets))
+    saved = run_emulated(small, inputs, instance_for(case)).saved
+    states = inputs.states
+    for index, update in enumerate(program.updates):
+        assert torch.equal(saved[index], summed_input(update, states, inputs.x)), index
+        prefix = RecursionProgram(program.states, program.nets, program.updates[: index + 1], index + 1)
+        part = replace(inputs, problem=Problem(prefix, case.problem.nets))
+        states = run_emulated(small, part, instance_for(case)).states
+
+
+def test_only_the_window_is_saved(small: ctypes.CDLL) -> None:
+    case = make_case("window", H_cycles=2, L_cycles=1, num_layers=1)
+    inputs = make_inputs(case, torch.bfloat16, weight_scale=SCALE)
+    everything = replace(inputs, problem=Problem(case.problem.program.with_window("all"), case.problem.nets))
+    last = run_emulated(small, inputs, ATTENTION).saved
+    assert len(last) == 2
+    assert torch.equal(last, run_emulated(small, everything, ATTENTION).saved[2:])
+
+
+def test_unwritten_states_pass_through(small: ctypes.CDLL) -> None:
+    case = make_case("pass", num_layers=1)
+    updates = (Update(dst=1, sources=(1, 0), inject_x=True, net=0, grad=True),)
+    program = RecursionProgram(("z_H", "z_L"), ("f",), updates, 1)
+    inputs = replace(make_inputs(case, torch.float16), problem=Problem(program, case.problem.nets))
+    run = run_emulated(small, inputs, ATTENTION)
+    assert torch.equal(run.states[0], inputs.states[0])
+    require(compare(inputs, run))
+
+
+@pytest.mark.parametrize("case", (PROGRAMS[0], PROGRAMS[1]), ids=str)
+def test_blocks_that_are_not_resident_together(small: ctypes.CDLL, case: Case) -> None:
+    """Blocks that can never meet give up after the time-out, the launch ends and says how many they were."""
+    inputs = make_inputs(case, torch.bfloat16)
+    run = run_emulated(small, inputs, instance_for(case), resident_blocks=1, timeout_ns=10**6)
+    assert run.report["group_blocks"] == 2
+    assert run.report["failed"] >= 2
+
+
+def test_traffic(small: ctypes.CDLL) -> None:
+    """Weights are read once per block and application; an update reads its sources and writes its state once."""
+    case = make_case("traffic", H_cycles=2, L_cycles=3, length=33, batch=2, num_layers=2)
+    inputs = make_inputs(case, torch.bfloat16, weight_scale=SCALE)
+    run = run_emulated(small, inputs, ATTENTION)
+    traffic, blocks = run.report["traffic"], run.report["group_blocks"]
+    assert blocks == 3
+    tensor = inputs.states[0].nbytes
+    updates = case.problem.program.updates
+    once = run_emulated(small, make_inputs(make_case("once", "urm", H_cycles=1, L_cycles=1, batch=1)), ATTENTION)
+    packed = once.report["traffic"]["weights"][0]  # both layers, padded to whole stages
+    assert traffic["weights"] == [packed * blocks * case.batch * len(updates), 0]
+    assert traffic["x"] == [tensor * sum(update.inject_x for update in updates), 0]
+    assert traffic["saved"] == [0, tensor * len(case.problem.program.grad_updates)]
+    assert traffic["states_in"][0] + traffic["states_out"][0] == tensor * sum(len(u.sources) for u in updates)
+    assert traffic["states_out"][1] == tensor * len(updates)
+    # Keys and values of 48 rows and 2 padded heads, once per layer.
+    assert traffic["exchange"][1] == 2 * 48 * 64 * 2 * case.batch * len(updates) * 2
+
+
+def full_width(mixer: str) -> Case:
+    return make_case(
+        f"full-{mixer}", "urm", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=512, num_heads=8,
+        num_layers=1, token_mixer=mixer,
+    )  # fmt: skip
+
+
+def check_full_width(library: ctypes.CDLL, instance: Instance, dtype: torch.dtype) -> None:
+    mixer = "mlp_t" if instance.token_tiles else "attention"
+    inputs = make_inputs(full_width(mixer), dtype)
+    run = run_emulated(library, inputs, instance, Schedule("random", 3))
+    require(compare(inputs, run))
+    assert inputs.x is not None
+    assert torch.equal(run.saved[0], inputs.states[0] + inputs.x)
+    count, wavefronts, ideal = run.report["ldmatrix"]
+    assert count > 0
+    assert wavefronts == ideal, "bank conflicts of ldmatrix"
+    assert run.report["conflicts"] == {}
+
+
+@pytest.mark.parametrize("instance", [Instance(4, 4, 8), Instance(4, 4, 8, 2, 4)], ids=str)
+def test_full_width(wide: ctypes.CDLL, instance: Instance) -> None:
+    """A block of the published width at L = 97: inner width 1536, 8 heads or a SwiGLU of 512 over the tokens."""
+    check_full_width(wide, instance, torch.bfloat16)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("dtype", HALVES, ids=("bf16", "fp16"))
+@pytest.mark.parametrize("instance", WIDE, ids=str)
+def test_full_width_of_every_instance(wide: ctypes.CDLL, instance: Instance, dtype: torch.dtype) -> None:
+    check_full_width(wide, instance, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_plans(wide: ctypes.CDLL, device: str) -> None:
+    """The published problems on every architecture: which instance, and that its shared memory fits."""
+    shared, stream_tiles = DEVICES[device]
+    rows = set()
+    for case in PUBLISHED:
+        if case.name == "urm-arc":
+            continue
+        made = plan(wide, make_inputs(case, torch.bfloat16), shared << 10, 108, stream_tiles)
+        assert isinstance(made, Plan), f"{case}: {made}"
+        assert made.shared_bytes <= shared << 10
+        assert made.group_blocks * made.instance.row_tiles * 16 >= case.length
+        assert made.instance in listed_instances()
+        rows.add(made.instance.row_tiles)
+    assert rows <= ({1, 2} if shared == 99 else {1, 2, 4})
+
+
+def test_plan_takes_more_rows_for_more_sequences(wide: ctypes.CDLL) -> None:
+    """Few sequences spread over the device; many share weights between as many rows as fit."""
+    few = make_case("few", batch=1, length=97, hidden_size=512, num_heads=8)
+    many = make_case("many", batch=54, length=97, hidden_size=512, num_heads=8)
+    plans = [plan(wide, make_inputs(case, torch.bfloat16), 163 << 10, 108, 2) for case in (few, many)]
+    assert all(isinstance(made, Plan) for made in plans)
+    assert [made.instance.row_tiles for made in plans if isinstance(made, Plan)] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (make_case("conv", "urm", channel_mixer="conv_swiglu"), "channel_mixer: got conv_swiglu"),
+        (make_case("wide", hidden_size=528, num_heads=11), "hidden_size: got 528"),
+        (make_case("ragged", hidden_size=72, num_heads=2), "hidden_size: got 72"),
+        (make_case("head", hidden_size=48, num_heads=8), "head_dim: got 6"),
+        (make_case("heads", hidden_size=512, num_heads=64, length=9), "shared memory: a block needs"),
+        (make_case("tokens", token_mixer="mlp_t", length=1025, intermediate_size=16), "seq_len: got 1025"),
+        (make_case("long", length=1800), "length: 1800 tokens need"),
+    ],
+    ids=str,
+)
+def test_refusals(wide: ctypes.CDLL, case: Case, reason: str) -> None:
+    made = plan(wide, make_inputs(case, torch.bfloat16), 99 << 10, 20)
+    assert isinstance(made, str)
+    assert made.startswith(reason), made
+
+
+@pytest.mark.sanitizer
+def test_sanitizers() -> None:
+    """Tests of small cases, with kernels and emulator under the address and undefined-behaviour sanitizers."""
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "CXX": "g++",
+        "TRMFAST_SIMT_FLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
+        "OMP_NUM_THREADS": "1",
+    }
+    tests = "test_options or test_saved_inputs or test_blocks_that or test_unwritten"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-20000:]
