@@ -478,11 +478,12 @@ def test_numbers(change: Change, start: str, end: str) -> None:
         assert same(step(model, batch), before)
 
 
-def test_bfloat16_kernels_are_compared_in_bfloat16() -> None:
-    """flash-attn takes no float64."""
+@pytest.mark.parametrize("accepted", [(torch.float32,), (torch.bfloat16, torch.float16)])
+def test_kernels_that_do_not_take_float64_are_compared_in_what_they_take(accepted: tuple[torch.dtype, ...]) -> None:
+    """flash-attn takes neither float64 nor float32."""
 
     def forward(self: Any, cos_sin: Tables, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype != torch.bfloat16:
+        if hidden_states.dtype not in accepted:
             raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
         return attend(self, hidden_states, cos_sin, norm=self.normed)
 
