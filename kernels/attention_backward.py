@@ -7,8 +7,7 @@ sums lse.  With delta = sum(grad mixed * mixed) over a head:
     grad k = grad s^T q                 grad q = grad s k
 
 The rotation is undone on the accumulators.  It pairs column c of a head with column c + head_dim / 2; the columns of q
-and k are taken in an order that keeps both in one thread (pairs.py).  Rows beyond L repeat the last one, and their
-probabilities are set to zero.
+and k are taken in an order that keeps both in one thread (pairs.py).  Rows beyond L repeat the last one.
 
 attention_backward_keys: a program owns BLOCK_N keys of one key/value head and walks the queries of its query heads in
 steps of BLOCK_M; grad k and grad v stay in registers.  If BLOCK_N covers the sequence, the program makes the row sums
@@ -89,41 +88,6 @@ def _store_unrotated(
 
 
 @triton.jit
-def _visible(query, key, length, CAUSAL: tl.constexpr):
-    visible = (key < length)[None, :]
-    if CAUSAL:
-        visible = visible & (key[None, :] <= query[:, None])
-    return visible
-
-
-@triton.jit
-def _score_gradient(
-    q, k, v, grad, lse, delta, query, key, length, SCALE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Probabilities and the gradient of ``q k^T``, [queries, keys] in float32, from row sums over all keys."""
-    zero = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
-    scores = dot(q, tl.trans(k), zero, PRECISION)
-    visible = _visible(query, key, length, CAUSAL) & (query < length)[:, None]
-    p = tl.where(visible, tl.exp2(scores * (SCALE * LOG2E) - (lse * LOG2E)[:, None]), 0.0)
-    grad_p = dot(grad, tl.trans(v), zero, PRECISION)
-    return p, p * (grad_p - delta[:, None]) * SCALE
-
-
-@triton.jit
-def _whole_score_gradient(
-    q, k, v, grad, query, key, length, SCALE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The same where the tile holds all keys, and so all that the row sums are made of."""
-    zero = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
-    scores = dot(q, tl.trans(k), zero, PRECISION)
-    scores = tl.where(_visible(query, key, length, CAUSAL), scores, float("-inf"))
-    p = tl.exp2((scores - tl.max(scores, 1)[:, None]) * (SCALE * LOG2E))
-    p *= tl.where(query < length, 1.0 / tl.sum(p, 1), 0.0)[:, None]
-    grad_p = dot(grad, tl.trans(v), zero, PRECISION)
-    return p, p * (grad_p - tl.sum(p * grad_p, 1)[:, None]) * SCALE
-
-
-@triton.jit
 def attention_backward_keys_kernel(
     qkv,
     grad_mixed,
@@ -165,6 +129,7 @@ def attention_backward_keys_kernel(
     v = _load_rows(qkv + value_at, key, plain, length, STRIDE, HEAD_DIM, BLOCK_D)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
     first_tile = first_key // BLOCK_M if CAUSAL else 0
     tiles = tl.cdiv(length, BLOCK_M) - first_tile
@@ -175,19 +140,27 @@ def attention_backward_keys_kernel(
         mixed_at = mixed_start + head * HEAD_DIM
         q = _load_rows(qkv + query_at, query, column, length, STRIDE, HEAD_DIM, BLOCK_D)
         grad = _load_rows(grad_mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
+        # [keys, queries], so that p and grad_s are left operands of the next products as they lie in registers.
+        scores = dot(k, tl.trans(q), zero, PRECISION)
+        grad_p = dot(v, tl.trans(grad), zero, PRECISION)
+        if CAUSAL:
+            scores = tl.where(key[:, None] <= query[None, :], scores, float("-inf"))
         if WHOLE:
-            p, grad_s = _whole_score_gradient(q, k, v, grad, query, key, length, SCALE, CAUSAL, PRECISION)
+            scores += tl.where(key < length, 0.0, float("-inf"))[:, None]
+            p = tl.exp2((scores - tl.max(scores, 0)[None, :]) * (SCALE * LOG2E))
+            p *= tl.where(query < length, 1.0 / tl.sum(p, 0), 0.0)[None, :]
+            row_delta = tl.sum(p * grad_p, 0)
         else:
-            of_rows = (batch * HEADS + head) * length + tl.minimum(query, length - 1)
-            p, grad_s = _score_gradient(
-                q, k, v, grad, tl.load(lse + of_rows), tl.load(delta + of_rows), query, key, length,
-                SCALE, CAUSAL, PRECISION,
-            )  # fmt: skip
-        grad_v = dot(tl.trans(narrow(p, dtype)), grad, grad_v, PRECISION)
-        grad_s = narrow(grad_s, dtype)
-        grad_k = dot(tl.trans(grad_s), q, grad_k, PRECISION)
+            # Keys beyond the sequence only touch their own gradients; queries beyond it have no weight.
+            of_rows = (batch * HEADS + head) * length + query
+            row_lse = tl.load(lse + of_rows, query < length, float("inf"))
+            row_delta = tl.load(delta + of_rows, query < length, 0.0)
+            p = tl.exp2(scores * (SCALE * LOG2E) - (row_lse * LOG2E)[None, :])
+        grad_v = dot(narrow(p, dtype), grad, grad_v, PRECISION)
+        grad_s = narrow(p * (grad_p - row_delta[None, :]) * SCALE, dtype)
+        grad_k = dot(grad_s, q, grad_k, PRECISION)
         if WHOLE:
-            grad_q = dot(grad_s, k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+            grad_q = dot(tl.trans(grad_s), k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
             _store_unrotated(
                 grad_qkv + query_at, grad_q, cos, sin, query, length, STRIDE, HEAD_DIM, HALF, GROUP, BLOCK_D
             )
@@ -243,13 +216,19 @@ def attention_backward_queries_kernel(
     tl.store(delta + of_rows, dots, query < length)
     row_lse = tl.load(lse + of_rows)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     keys = tl.minimum(first_query + BLOCK_M, length) if CAUSAL else length
     for first_key in range(0, keys, BLOCK_N):
         key = first_key + tl.arange(0, BLOCK_N)
         k = _load_rows(qkv + key_at, key, column, length, STRIDE, HEAD_DIM, BLOCK_D)
         v = _load_rows(qkv + value_at, key, plain, length, STRIDE, HEAD_DIM, BLOCK_D)
-        _, grad_s = _score_gradient(q, k, v, grad, row_lse, dots, query, key, length, SCALE, CAUSAL, PRECISION)
-        grad_q = dot(narrow(grad_s, dtype), k, grad_q, PRECISION)
+        scores = dot(q, tl.trans(k), zero, PRECISION)
+        grad_p = dot(grad, tl.trans(v), zero, PRECISION)
+        scores += tl.where(key < length, 0.0, float("-inf"))[None, :]
+        if CAUSAL:
+            scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
+        p = tl.exp2(scores * (SCALE * LOG2E) - (row_lse * LOG2E)[:, None])
+        grad_q = dot(narrow(p * (grad_p - dots[:, None]) * SCALE, dtype), k, grad_q, PRECISION)
     _store_unrotated(grad_qkv + query_at, grad_q, cos, sin, query, length, STRIDE, HEAD_DIM, HALF, GROUP, BLOCK_D)
 
 
