@@ -29,15 +29,22 @@ def test_swap_in() -> None:
     assert all(g is not None and g.dtype == torch.float32 and g.abs().max() > 0 for g in gradients)
 
 
-def test_program(capsys: pytest.CaptureFixture[str]) -> None:
+def test_accelerate() -> None:
     found = execute(EXAMPLES[1])
+    assert torch.isfinite(found["loss"])
+    found["loss"].backward()
+    assert all(p.grad is not None for p in found["model"].network.parameters())
+
+
+def test_program(capsys: pytest.CaptureFixture[str]) -> None:
+    found = execute(EXAMPLES[2])
     assert found["z_H"].shape == (2, 81, 128)
     assert found["z_H"].isfinite().all()
     assert "z_H <- f(z_H + z_L)" in capsys.readouterr().out
 
 
 def test_every_example_is_tested() -> None:
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
 
 
 def test_links_exist() -> None:
