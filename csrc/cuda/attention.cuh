@@ -107,41 +107,55 @@ DEVICE void softmax_step(float (&s)[kRowTiles][kScoreTiles][4], float (&out)[kRo
   float grown[kRowTiles][2];
   bool any = false;
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int half = 0; half < 2; ++half) {
-    float m = s[r][0][2 * half];
+  for (int r = 0; r < kRowTiles; ++r) {
     UNROLL
-    for (int n = 0; n < kScoreTiles; ++n) m = fmaxf(m, fmaxf(s[r][n][2 * half], s[r][n][2 * half + 1]));
-    m = fmaxf(state.m[r][half], lanes_max<4>(m));
-    grown[r][half] = fast_exp2((state.m[r][half] - m) * scale);
-    any = any || m > state.m[r][half];
-    state.m[r][half] = m;
-    float sum = 0.0f;
-    UNROLL
-    for (int n = 0; n < kScoreTiles; ++n) UNROLL
-    for (int i = 0; i < 2; ++i) {
-      float& x = s[r][n][2 * half + i];
-      x = fast_exp2((x - m) * scale);
-      sum += x;
+    for (int half = 0; half < 2; ++half) {
+      float m = s[r][0][2 * half];
+      UNROLL
+      for (int n = 0; n < kScoreTiles; ++n) m = fmaxf(m, fmaxf(s[r][n][2 * half], s[r][n][2 * half + 1]));
+      m = fmaxf(state.m[r][half], lanes_max<4>(m));
+      grown[r][half] = fast_exp2((state.m[r][half] - m) * scale);
+      any = any || m > state.m[r][half];
+      state.m[r][half] = m;
+      float sum = 0.0f;
+      UNROLL
+      for (int n = 0; n < kScoreTiles; ++n) {
+        UNROLL
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[r][n][2 * half + i];
+          x = fast_exp2((x - m) * scale);
+          sum += x;
+        }
+      }
+      state.l[r][half] = state.l[r][half] * grown[r][half] + sum;
     }
-    state.l[r][half] = state.l[r][half] * grown[r][half] + sum;
   }
   if (!warp_any(any)) return;
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int n = 0; n < kOutTiles; ++n) UNROLL
-  for (int i = 0; i < 4; ++i) out[r][n][i] *= grown[r][i / 2];
+  for (int r = 0; r < kRowTiles; ++r) {
+    UNROLL
+    for (int n = 0; n < kOutTiles; ++n) {
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        out[r][n][i] *= grown[r][i / 2];
+      }
+    }
+  }
 }
 
 // Scores of keys that row `row` (of elements 0 and 1, of the first row tile) must not see become -infinity.
 template <int kRowTiles, int kScoreTiles>
 DEVICE void mask_scores(float (&s)[kRowTiles][kScoreTiles][4], int row, int key, int length, bool causal) {
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int n = 0; n < kScoreTiles; ++n) UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const int at = key + n * 8 + i % 2;
-    if (at >= length || (causal && at > row + r * 16 + i / 2 * 8)) s[r][n][i] = -INFINITY;
+  for (int r = 0; r < kRowTiles; ++r) {
+    UNROLL
+    for (int n = 0; n < kScoreTiles; ++n) {
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int at = key + n * 8 + i % 2;
+        if (at >= length || (causal && at > row + r * 16 + i / 2 * 8)) s[r][n][i] = -INFINITY;
+      }
+    }
   }
 }
 
@@ -156,18 +170,24 @@ DEVICE void attend(const ForwardParams<T>& p, SharedPtr<T> q_rows, int q_stride,
   uint32_t q[kRowTiles][kSquares][4];
   const SharedPtr<const T> from = lane_rows<Storage::kByRow>(SharedPtr<const T>(q_rows), q_stride);
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int k = 0; k < kSquares; ++k) ldmatrix_x4(q[r][k], from + (r * 16 * q_stride + k * 16));
+  for (int r = 0; r < kRowTiles; ++r) {
+    UNROLL
+    for (int k = 0; k < kSquares; ++k) {
+      ldmatrix_x4(q[r][k], from + (r * 16 * q_stride + k * 16));
+    }
+  }
   sync_warp(); // before the output takes their place
 
   float out[kRowTiles][2 * kSquares][4];
   clear(out);
   Softmax<kRowTiles> state;
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int half = 0; half < 2; ++half) {
-    state.m[r][half] = -INFINITY;
-    state.l[r][half] = 0.0f;
+  for (int r = 0; r < kRowTiles; ++r) {
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      state.m[r][half] = -INFINITY;
+      state.l[r][half] = 0.0f;
+    }
   }
   const int seen = causal ? smaller(p.length, first_row + 16 * kRowTiles) : p.length;
   const int steps = ceil_div(seen, 16), last_tile = steps - 1;
@@ -203,14 +223,16 @@ DEVICE void attend(const ForwardParams<T>& p, SharedPtr<T> q_rows, int q_stride,
     }
   }
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const float inverse = fast_rcp(lanes_sum<4>(state.l[r][half]));
-    const SharedPtr<T> to = q_rows + ((r * 16 + half * 8 + g) * q_stride + 2 * t);
+  for (int r = 0; r < kRowTiles; ++r) {
     UNROLL
-    for (int n = 0; n < 2 * kSquares; ++n)
-      store((to + n * 8).template as<uint32_t>(),
-            pack<T>(out[r][n][2 * half] * inverse, out[r][n][2 * half + 1] * inverse));
+    for (int half = 0; half < 2; ++half) {
+      const float inverse = fast_rcp(lanes_sum<4>(state.l[r][half]));
+      const SharedPtr<T> to = q_rows + ((r * 16 + half * 8 + g) * q_stride + 2 * t);
+      UNROLL
+      for (int n = 0; n < 2 * kSquares; ++n)
+        store((to + n * 8).template as<uint32_t>(),
+              pack<T>(out[r][n][2 * half] * inverse, out[r][n][2 * half + 1] * inverse));
+    }
   }
 }
 

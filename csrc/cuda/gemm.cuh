@@ -1,10 +1,12 @@
 // The product of a CTA's rows with streamed weights, out of shared memory into registers.  Every warp computes all rows
 // for its own share of the output columns, so a weight is read once per CTA and belongs to one warp.
 //
-// Accumulators are squares of 16 rows x 16 output columns: acc[row tile][2 * square + half].
-//   straight    acc = rows x weights:    half = columns 0-7 or 8-15 of the square; fragment d = (row g [+8], columns
-//   2t) transposed  acc = weights x rows^T:  half = rows 0-7 or 8-15 of the row tile; d = (column g [+8] of the square,
-//               rows 2t): for results that somebody reads by column
+// Accumulators are squares of 16 rows x 16 output columns, acc[row tile][2 * square + half].
+//
+//   straight     rows x weights: half = columns 0-7 or 8-15 of the square, fragment d = (row g [+ 8], columns 2t)
+//   transposed   weights x rows^T: half = rows 0-7 or 8-15 of the row tile, d = (column g [+ 8], rows 2t); for results
+//                that somebody reads by column
+//
 // Rows in shared memory are stored by row [row][depth], or by depth [depth][row] with ldmatrix transposing.
 #pragma once
 
@@ -18,9 +20,15 @@ enum class Storage { kByRow, kByDepth };
 
 template <int kRowTiles, int kTiles> DEVICE void clear(float (&acc)[kRowTiles][kTiles][4]) {
   UNROLL
-  for (int r = 0; r < kRowTiles; ++r) UNROLL
-  for (int n = 0; n < kTiles; ++n) UNROLL
-  for (int i = 0; i < 4; ++i) acc[r][n][i] = 0.0f;
+  for (int r = 0; r < kRowTiles; ++r) {
+    UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        acc[r][n][i] = 0.0f;
+      }
+    }
+  }
 }
 
 // Where this lane reads 16 rows x 16 deep with ldmatrix_x4 as fragment a.

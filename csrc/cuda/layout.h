@@ -11,6 +11,7 @@
 // each 16 deep, tiles / 4 stages; with 2 tiles a stage holds two steps of the depth.  Packed column c of pass p, warp w
 // and tile t is ((p * kWarps + w) * tiles + t) * 8 + (0..7).  Columns are ordered so that one thread holds what an
 // epilogue combines: in 16 columns
+//
 //   query, key   8 channels of the first half of a head | their rotation partners in the second half
 //   gate/up      8 gate columns | the 8 up columns that they multiply
 //

@@ -35,17 +35,21 @@ DEVICE void swiglu(float (&acc)[kRowTiles][kTiles][4], SharedPtr<const T> rows, 
     clear(gate_up);
     multiply<kOrder, kStorage>(gate_up, rows, stride, steps, stream);
     UNROLL
-    for (int r = 0; r < kRowTiles; ++r) UNROLL
-    for (int s = 0; s < 2; ++s) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (kOrder == Order::kStraight) { // tile 2s: gate, 2s + 1: up; halves of a fragment: rows g, g + 8
-        const uint32_t y = silu_times_words<T>(gate_up[r][2 * s] + 2 * half, gate_up[r][2 * s + 1] + 2 * half);
-        const SharedPtr<T> to = chunk + ((r * 16 + half * 8 + g) * kStride + inner0 + s * 8 + 2 * t);
-        store(to.template as<uint32_t>(), y);
-      } else { // halves of a fragment: gate, up
-        const uint32_t y = silu_times_words<T>(gate_up[r][2 * s + half], gate_up[r][2 * s + half] + 2);
-        const SharedPtr<T> to = chunk + ((inner0 + s * 8 + g) * kStride + r * 16 + half * 8 + 2 * t);
-        store(to.template as<uint32_t>(), y);
+    for (int r = 0; r < kRowTiles; ++r) {
+      UNROLL
+      for (int s = 0; s < 2; ++s) {
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
+          if constexpr (kOrder == Order::kStraight) { // tile 2s: gate, 2s + 1: up; halves of a fragment: rows g, g + 8
+            const uint32_t y = silu_times_words<T>(gate_up[r][2 * s] + 2 * half, gate_up[r][2 * s + 1] + 2 * half);
+            const SharedPtr<T> to = chunk + ((r * 16 + half * 8 + g) * kStride + inner0 + s * 8 + 2 * t);
+            store(to.template as<uint32_t>(), y);
+          } else { // halves of a fragment: gate, up
+            const uint32_t y = silu_times_words<T>(gate_up[r][2 * s + half], gate_up[r][2 * s + half] + 2);
+            const SharedPtr<T> to = chunk + ((inner0 + s * 8 + g) * kStride + r * 16 + half * 8 + 2 * t);
+            store(to.template as<uint32_t>(), y);
+          }
+        }
       }
     }
     block_sync();
