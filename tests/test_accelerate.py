@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import trmfast
 from dropin_cases import CASES, assert_close, inner_of, make, make_batch, same, states_of, step
@@ -33,14 +34,24 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+class Recursions(TorchDispatchMode):
+    """Counts the recursions that run as an operator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.trmfast.recursion.default
+        return func(*args, **(kwargs or {}))
+
+
 def fused_calls(model: Any, batch: dict[str, Tensor]) -> int:
     """How many recursions one evaluation step runs as an operator."""
     carry = model.initial_carry(batch)
     training = model.training
-    with torch.no_grad(), torch.profiler.profile() as profile:
+    with torch.no_grad(), Recursions() as recursions:
         model.eval()(carry, batch)
     model.train(training)
-    return sum(event.count for event in profile.key_averages() if event.key == "trmfast::recursion")
+    return recursions.count
 
 
 # ---------------------------------------------------------------- the same numbers
@@ -176,7 +187,8 @@ def test_inside_a_loss_head_and_a_compiled_model() -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("name, when", [("trm", "before"), *((name, "after") for name in FAMILIES)])
 def test_compiles_whole_with_its_loss(name: str, when: str) -> None:
-    head, batch = ACTLossHead(make(name)), make_batch(name)
+    few = {"H_cycles": 1, "L_cycles": 1} if when == "before" else {}  # the plain loop is compiled update by update
+    head, batch = ACTLossHead(make(name, **few)), make_batch(name)
     compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
     carry = head.initial_carry(batch)
     if when == "before":
@@ -401,9 +413,24 @@ def test_weights_of_zero_and_of_nan_hide_nothing() -> None:
             trmfast.accelerate(other)
 
 
+class Allocations(TorchDispatchMode):
+    """The largest storage, in bytes, that an operator returned, other than one that existed."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.largest = 0
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
 def test_a_large_puzzle_table_is_not_copied() -> None:
-    model = TRM({**vars(make("trm").config), "num_puzzle_identifiers": 500_000})
-    with torch.profiler.profile(profile_memory=True) as profile:
+    model = TRM({**vars(make("trm").config), "num_puzzle_identifiers": 100_000})
+    with Allocations(model.puzzle_emb.weights) as allocations:
         trmfast.accelerate(model)
-    largest = max(event.cpu_memory_usage for event in profile.events())
-    assert largest < model.puzzle_emb.weights.nbytes / 4
+    assert 1e5 < allocations.largest < model.puzzle_emb.weights.nbytes / 4
