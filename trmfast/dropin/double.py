@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from trmfast.dropin.families import FAMILIES
 from trmfast.dropin.structure import Found, blocks_of
 
-__all__ = ["BLOCKS", "CYCLES", "ROWS", "Double", "device_of"]
+__all__ = ["BLOCKS", "CYCLES", "SHORT", "Double", "device_of"]
 
-ROWS, CYCLES, BLOCKS = 2, 2, 2  # sequences, H and L cycles, blocks of a network in a step
+CYCLES, BLOCKS = 2, 2  # H and L cycles, and blocks of a network, in a step
 SHORT = 12  # positions after the puzzle tokens, where no weight fixes the length
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -39,12 +39,14 @@ class Double:
 
     Attributes:
         inner: the copy.
+        rows: sequences of a batch; one where weights fix a long sequence, which takes seconds each.
     """
 
     def __init__(self, found: Found, dtype: torch.dtype) -> None:
         self.found, self.dtype, self.device = found, dtype, device_of(found.inner)
         self.family = FAMILIES[found.family]
         self.generator = torch.Generator().manual_seed(0)
+        self.rows = 2 if max(spec.block.seq_len for spec in found.nets) <= 256 else 1
         self.inner = self._copy()
 
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -79,16 +81,16 @@ class Double:
         """A carry of random states, and a batch."""
         carry = self._empty_carry()
         for name in self.family.states:
-            setattr(carry, name, self.random(ROWS, self.length, self.found.nets[0].block.hidden_size))
+            setattr(carry, name, self.random(self.rows, self.length, self.found.nets[0].block.hidden_size))
         vocabulary = self.inner.lm_head.weight.shape[0]
-        shape = (ROWS, self.length - self.inner.puzzle_emb_len)
+        shape = (self.rows, self.length - self.inner.puzzle_emb_len)
         tokens = torch.randint(vocabulary, shape, generator=self.generator, dtype=torch.int32, device="cpu")
-        ids = torch.zeros(ROWS, dtype=torch.int32, device=self.device)
+        ids = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
         return carry, {self.family.inputs: tokens.to(self.device), "puzzle_identifiers": ids}
 
     def _empty_carry(self) -> Any:
         # nano-trm's takes the device, the others take PyTorch's default.
-        arguments = (ROWS, self.device) if self.found.family == "nano-trm" else (ROWS,)
+        arguments = (self.rows, self.device) if self.found.family == "nano-trm" else (self.rows,)
         return self.inner.empty_carry(*arguments)
 
     @property
@@ -138,7 +140,7 @@ class Double:
         if name == "weights" and buffer.dim() == 2:
             return self.random(1, buffer.shape[1]).expand(buffer.shape)
         if name in ("local_weights", "local_ids") and buffer.dim():
-            made = torch.zeros(ROWS, *buffer.shape[1:], dtype=buffer.dtype, device=self.device)
+            made = torch.zeros(self.rows, *buffer.shape[1:], dtype=buffer.dtype, device=self.device)
             return made.to(self.dtype).requires_grad_() if buffer.requires_grad else made
         if buffer.is_meta:
             return self.random(*buffer.shape) if buffer.is_floating_point() else torch.zeros_like(buffer, device="cpu")

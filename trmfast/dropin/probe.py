@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trmfast import reference
-from trmfast.dropin.double import BLOCKS, CYCLES, ROWS, SHORT, Double, device_of
+from trmfast.dropin.double import BLOCKS, CYCLES, SHORT, Double, device_of
 from trmfast.dropin.structure import Found, blocks_of, get
 from trmfast.dropin.swap import PLAN, Plan, fused_step
 from trmfast.spec import BlockSpec
@@ -121,10 +121,10 @@ def _mixers(double: Double, block: Any, spec: BlockSpec, path: str) -> list[str]
         wanted = reference.attention(spec, h, weights[0], weights[1], cos, sin)
         lines += _compare(double, f"{path}.self_attn", got, wanted, ATTENTION)
     else:
-        t = double.random(ROWS, spec.hidden_size, spec.seq_len)
+        t = double.random(double.rows, spec.hidden_size, spec.seq_len)
         got = _own(f"{path}.mlp_t", lambda: block.mlp_t(t))
         lines += _compare(double, f"{path}.mlp_t", got, reference.swiglu(t, weights[0], weights[1]), SWIGLU)
-    h = double.random(ROWS, SHORT, spec.hidden_size)
+    h = double.random(double.rows, SHORT, spec.hidden_size)
     got = _own(f"{path}.mlp", lambda: block.mlp(h))
     mix, what = (reference.swiglu, SWIGLU) if spec.channel_mixer == "swiglu" else (reference.conv_swiglu, CONV_SWIGLU)
     return lines + _compare(double, f"{path}.mlp", got, mix(h, *weights[2:]), what)
@@ -138,7 +138,7 @@ def _whole_block(double: Double, block: Any, spec: BlockSpec, path: str) -> list
     weights = [cast(Tensor, get(block, name)) for name in spec.weight_shapes]
     lines: list[str] = []
     for eps, scale in ((0.25, 1.0), (spec.rms_norm_eps, 1.0), (spec.rms_norm_eps, math.sqrt(spec.rms_norm_eps))):
-        h = double.random(ROWS, length, spec.hidden_size, scale=scale)
+        h = double.random(double.rows, length, spec.hidden_size, scale=scale)
         block.norm_eps = eps
         got = _own(path, lambda h=h: block(cos_sin=cos_sin, hidden_states=h))  # type: ignore[misc]
         block.norm_eps = spec.rms_norm_eps
