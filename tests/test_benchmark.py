@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from trmfast.backends.cpu import CpuBackend
-from trmfast.benchmark import rivals
+from trmfast.benchmark import recursions, rivals
 from trmfast.benchmark.memory import peak_bytes, saved_bytes
 from trmfast.benchmark.recursions import measure_work, take_turns
 from trmfast.benchmark.rivals import RIVALS, Eager, Fused, missing
@@ -303,3 +303,13 @@ def test_bad_options(words: list[str], expected: str, capsys: pytest.CaptureFixt
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert expected in lines[0]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_less_is_judged_where_eager_is_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large weights let rounding errors grow: over the whole program there is no verdict, over its end there is."""
+    monkeypatch.setattr(recursions, "WEIGHT_SCALE", 1.0)
+    work = Work(make_case("far", H_cycles=4, L_cycles=6, length=64), torch.bfloat16, ("forward",), ("eager",))
+    rows, _ = measure_work(work, 0.0, lambda _: None)
+    assert {row.checked_updates for row in rows} <= {1, 2}
+    assert {row.verdict for row in rows} == {"pass"}

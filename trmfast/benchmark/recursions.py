@@ -29,7 +29,7 @@ clock = time.perf_counter
 SAMPLE_SECONDS = 0.02
 # Idle OpenMP threads of the implementation before spin for some milliseconds on cores that the next one needs.
 SETTLE_SECONDS = 0.01
-FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 31
 
 
 @dataclass(frozen=True)
@@ -326,20 +326,32 @@ class _Check:
 
 def _check_forward(built: dict[str, _Built], inputs: Inputs) -> dict[str, _Check]:
     """The final states of the first sequence against float64; sequences do not see each other."""
-    first = _first_sequence(inputs)
-    problem = inputs.problem
-    program = problem.program
-    whole = all(b.runner.runs(_end(program, 1)) for b in built.values())
-    flops = forward_flops(problem, 1, inputs.states[0].shape[1])
+    program = inputs.problem.program
+    flops = forward_flops(inputs.problem, 1, inputs.states[0].shape[1])
     count = len(program.updates)
-    if whole and flops > TRUTH_FLOPS:
+    if flops > TRUTH_FLOPS and all(b.runner.runs(_end(program, 1)) for b in built.values()):
         count = max(1, min(2, count), int(count * TRUTH_FLOPS / flops))
-    checked = _end(program, count)
-    truth = run_truth(_with_program(first, checked), backward=False)
-    outputs = {name: [z[:1] for z in b.runner.forward(checked)] for name, b in built.items()}
-    true = dict(truth.outputs)
+    checks = _check_end(built, inputs, count)
+    # Where rounding has carried eager PyTorch itself too far off for a verdict, less of the program can be judged.
+    for fewer in (2, 1):
+        unjudged = {
+            name: b
+            for name, b in built.items()
+            if checks[name].verdict.startswith("no verdict") and b.runner.runs(_end(program, 1))
+        }
+        if "eager" not in unjudged or fewer >= count:
+            break
+        checks |= _check_end(unjudged, inputs, fewer)
+    return checks
+
+
+def _check_end(built: dict[str, _Built], inputs: Inputs, count: int) -> dict[str, _Check]:
+    checked = _end(inputs.problem.program, count)
+    true = run_truth(_with_program(_first_sequence(inputs), checked), backward=False).outputs
+    dtype = inputs.states[0].dtype
     found = {
-        name: dict(zip(true, (z.to(inputs.states[0].dtype) for z in out), strict=True)) for name, out in outputs.items()
+        name: {key: z[:1].to(dtype) for key, z in zip(true, b.runner.forward(checked), strict=True)}
+        for name, b in built.items()
     }
     return _judge(found, true, count, gradients=False)
 
