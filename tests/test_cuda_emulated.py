@@ -305,7 +305,7 @@ def test_sanitizers() -> None:
         "TRMFAST_SIMT_FLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
         "OMP_NUM_THREADS": "1",
     }
-    tests = "test_options or test_saved_inputs or test_blocks_that or test_unwritten"
+    tests = "test_options or test_blocks_that or test_unwritten"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-20000:]
