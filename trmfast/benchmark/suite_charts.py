@@ -50,7 +50,7 @@ def write_charts(folder: Path, report: SuiteReport) -> list[str]:
             figure = draw(pyplot, report)
             margin = 0.22 / figure.get_figheight()
             figure.get_layout_engine().set(rect=(0, margin, 1, 1 - margin))
-            figure.text(0.995, 0.2 * margin, caption, ha="right", va="bottom", fontsize=7.5, color="#60656c")
+            figure.text(0.005, 0.2 * margin, caption, ha="left", va="bottom", fontsize=7.5, color="#60656c")
             figure.savefig(folder / f"suite-{name}.png", dpi=150)
             pyplot.close(figure)
             written.append(f"suite-{name}.png")
@@ -161,35 +161,33 @@ def _roofline(pyplot: Any, report: SuiteReport) -> Any:
         if report.facts["settings"]["tiny"]:
             continue
         points.append((row, row.gflop * 1e9 / minimal_bytes(case.problem, row.batch, row.length, element)))
-    left, right = 1.0, 3 * max([100.0, *(x for _, x in points)])
+    left, right = 2.0, 2 * max([100.0, *(x for _, x in points)])
     peaks = {
         dtype: statistics.median(p for row in rows if row.dtype == dtype for p in row.peaks)
         for dtype in dict.fromkeys(row.dtype for row in rows)
     }
     top = max(peaks.values())
-    bottom = min([top / 20, *(0.7 * row.gflops for row in rows)])
+    bottom = min([top / 10, *(0.7 * row.gflops for row in rows)])
     for name, bandwidth, style in (
         ("memory", report.bandwidth["memory"], "-"),
         ("last-level cache", report.bandwidth["cache"], "--"),
     ):
         ridge = top * 1e9 / bandwidth
-        axis.plot([bottom * 1e9 / bandwidth, ridge], [bottom, top], style, color="#60656c", linewidth=1.2)
-        axis.annotate(
-            f"{name}, {bandwidth * 1e-9:.0f} GB/s ",
-            (ridge / 2, top / 2),
-            xytext=(6, -14) if style == "-" else (2, 16),
-            textcoords="offset points",
-            fontsize=8,
+        axis.plot(
+            [bottom * 1e9 / bandwidth, ridge],
+            [bottom, top],
+            style,
             color="#60656c",
+            linewidth=1.2,
+            label=f"{name}, {bandwidth * 1e-9:.0f} GB/s",
         )
     for dtype, peak in peaks.items():
         axis.plot([left, right], [peak, peak], color="#60656c", linewidth=1.2)
         axis.annotate(
             f"{dtype} matrix peak, {peak:.0f} GFLOP/s",
-            (right, peak),
-            xytext=(-4, 4),
+            (16, peak),
+            xytext=(0, 4),
             textcoords="offset points",
-            ha="right",
             fontsize=8,
             color="#60656c",
         )
@@ -201,7 +199,7 @@ def _roofline(pyplot: Any, report: SuiteReport) -> Any:
             x,
             row.gflops,
             markers[row.dtype],
-            markersize=9 if fused else 6,
+            markersize=12 if fused else 6,
             color=COLOURS[row.implementation],
             markeredgecolor="white",
             markeredgewidth=0.6,
@@ -210,9 +208,7 @@ def _roofline(pyplot: Any, report: SuiteReport) -> Any:
         if fused:
             label = f"{title(row.case)}, B={row.batch}, L={row.length}, {row.dtype}"
             number = numbers.setdefault(label, len(numbers) + 1)
-            axis.annotate(
-                str(number), (x, row.gflops), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center"
-            )
+            axis.annotate(str(number), (x, row.gflops), fontsize=6.5, color="white", ha="center", va="center_baseline")
     for name, dtype in (("trmfast", "bf16"), ("trmfast", "fp32"), ("eager", "bf16"), ("eager", "fp32")):
         if dtype in peaks:
             axis.plot(
@@ -232,7 +228,8 @@ def _roofline(pyplot: Any, report: SuiteReport) -> Any:
     axis.set_title("Forward passes under this machine's roofs", fontsize=11)
     axis.grid(which="major", color="#e3e5e8", linewidth=0.8)
     axis.set_axisbelow(True)
-    axis.legend(loc="lower right", fontsize=8, frameon=False)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right lower", fontsize=7.5, frameon=False, labelspacing=0.7)
     figure.legend(
         [pyplot.Line2D([], [], linestyle="none") for _ in numbers],
         [f"{number}  {label}" for label, number in numbers.items()],

@@ -155,7 +155,7 @@ BLOCKS = tuple(
 )
 
 SUITES: dict[str, Suite] = {
-    "quick": Suite(QUICK, 150),
+    "quick": Suite(QUICK, 120),
     "standard": Suite(STANDARD, 400),
     "full": Suite(FULL, 800, scaling=True),
     "blocks": Suite(BLOCKS, 60),
