@@ -274,12 +274,8 @@ class BlockBackward:
         assert values.qkv is not None
         assert values.mixed is not None
         batch, length, _ = writer.setting.shape
-        grad_hidden_sum = writer.state("grad_hidden_sum")
-        add(
-            *("projection_backward_norm", projection_backward, grad_gate_up, self.weights[2], grad_hidden_sum),
-            residual=grad_sum,
-            norm_output=values.hidden,
-            rstd=values.hidden_rstd,
+        grad_hidden_sum = self._projection_and_norm(
+            grad_gate_up, self.weights[2], grad_sum, values.hidden, values.hidden_rstd
         )
         self._product(1, grad_hidden_sum, values.mixed)
         if not need_input and not self.needs[0]:
@@ -301,22 +297,34 @@ class BlockBackward:
 
     def _input(self, grad_qkv: Buffer, residual: Buffer, below: BlockValues | None, targets: Targets) -> Buffer | None:
         """The gradient of the block's input: into the targets, or through the last norm of the block below."""
-        writer, add = self.writer, self.writer.add_product
         if below is None:
-            add(
-                *("projection_backward", projection_backward, grad_qkv, self.weights[0]),
+            self.writer.add_product(
+                *("projection_backward_targets", projection_backward, grad_qkv, self.weights[0]),
                 residual=residual,
                 targets=targets,
             )
             return None
-        grad_sum = writer.state("grad_sum")
-        add(
-            *("projection_backward_norm", projection_backward, grad_qkv, self.weights[0], grad_sum),
-            residual=residual,
-            norm_output=below.output,
-            rstd=below.output_rstd,
+        return self._projection_and_norm(grad_qkv, self.weights[0], residual, below.output, below.output_rstd)
+
+    def _projection_and_norm(
+        self, gradient: Buffer, weight: Buffer, residual: Buffer, norm_output: Buffer, rstd: Buffer | None
+    ) -> Buffer:
+        """The gradient of a layer's input plus the residual's, through the norm that made the input.
+
+        In one kernel whose programs hold whole rows, and so have narrow tiles, or in two.
+        """
+        writer = self.writer
+        out, between = writer.state("grad_sum"), writer.state("grad_norm_output")
+        product = ("projection_backward", projection_backward, gradient, weight)
+        one = writer.make_product(
+            *("projection_backward_norm", *product[1:], out), residual=residual, norm_output=norm_output, rstd=rstd
         )
-        return grad_sum
+        two = [
+            writer.make_product(*product, between, residual=residual),
+            writer.make("norm_backward", norm_backward, between, norm_output, rstd, out),
+        ]
+        writer.launches += writer.setting.configuration.fastest([[one], two])
+        return out
 
     def _mlp_t(
         self, grad_sum: Buffer, grad_gate_up: Buffer, below: BlockValues | None, need_input: bool, targets: Targets

@@ -77,12 +77,9 @@ class Configuration:
         """The tiles of a kernel."""
         if self.architecture == INTERPRETER:
             return (_fit(INTERPRETED[kernel], sizes),)
-        table = TILES[kernel]
-        size = "32-bit" if sizes.dtype == torch.float32 else "16-bit"
-        for key in (f"{self.architecture} {size}", size):
-            if key in table:
-                return tuple(_fit(tile, sizes) for tile in table[key])
-        raise KeyError(f"{kernel}: no tiles for {self.architecture} and {size}")
+        table, size = TILES[kernel], "32-bit" if sizes.dtype == torch.float32 else "16-bit"
+        special = (key for key in table if key.startswith(size) and self.architecture in key.split())
+        return tuple(_fit(tile, sizes) for tile in table[next(special, size)])
 
     def launch(self, kernel: str, sizes: Sizes, build: Callable[[Tile], Launch]) -> Launch:
         """The launch that ``build`` makes of the tile that takes least time."""
@@ -112,7 +109,10 @@ def _power(size: int) -> int:
 
 INTERPRETED: dict[str, Tile] = {
     "qkv": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
-    "attention": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "qkv_sum": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
+    "qkv_many": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
+    "attention": Tile.of(BLOCK_M=128, BLOCK_N=LENGTH),
+    "attention_long": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "projection": Tile.of(BLOCK_M=128, BLOCK_K=128),
     "swiglu": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
     "gate_up": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
@@ -124,6 +124,7 @@ INTERPRETED: dict[str, Tile] = {
     "swiglu_backward": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "swiglu_backward_t": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "projection_backward": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
+    "projection_backward_targets": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "projection_backward_norm": Tile.of(BLOCK_M=128, BLOCK_N=ROW, BLOCK_K=128),
     "projection_backward_t": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "attention_backward": Tile.of(BLOCK_M=128, BLOCK_N=LENGTH),
@@ -139,6 +140,161 @@ INTERPRETED: dict[str, Tile] = {
     "mlp_t_weight_gradient": Tile.of(BLOCK_N=64, BLOCK_I=128),
     "mlp_t_norm_backward": Tile.of(BLOCK_M=128, BLOCK_N=64),
 }
+
+
+def _tile(num_warps: int, num_stages: int, **blocks: int) -> Tile:
+    return Tile.of(num_warps, num_stages, **{f"BLOCK_{name}": size for name, size in blocks.items()})
+
+
+_BIG = "16-bit sm_80 sm_90 sm_100"  # more than 160 KB of shared memory
+_HOPPER = "16-bit sm_90 sm_100"
+_AMD = "16-bit gfx942"
+
+# By kernel, then by size of the compute dtype, alone or with the architectures that differ.  Large tiles first.
+# tests/test_triton_offline.py checks that each compiles without spills and fits.
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
-    name: {"16-bit": (tile,), "32-bit": (tile,)} for name, tile in INTERPRETED.items()
+    "qkv": {
+        "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
+        _HOPPER: (
+            *(_tile(8, 3, M=128, N=256, K=64), _tile(8, 3, M=128, N=128, K=64)),
+            *(_tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
+        ),
+        _AMD: (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
+        "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
+    },
+    # Of two terms and more: the sum is made again for each column tile, and every term has a place in shared memory.
+    "qkv_sum": {
+        "16-bit": (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
+        _HOPPER: (
+            *(_tile(8, 3, M=128, N=256, K=32), _tile(8, 3, M=128, N=128, K=32)),
+            *(_tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
+        ),
+        "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
+    },
+    # More than three terms: the six low states of hier6.
+    "qkv_many": {
+        "16-bit": (_tile(4, 2, M=64, N=64, K=32), _tile(4, 2, M=32, N=64, K=32)),
+        "32-bit": (_tile(4, 2, M=32, N=64, K=16),),
+    },
+    "attention": {
+        "16-bit": (_tile(8, 2, M=LENGTH, N=LENGTH), _tile(4, 2, M=64, N=LENGTH)),
+        "32-bit": (_tile(4, 2, M=32, N=32),),
+    },
+    "attention_long": {
+        "16-bit": (_tile(8, 3, M=128, N=64), _tile(4, 3, M=64, N=64)),
+        "32-bit": (_tile(4, 2, M=32, N=32),),
+    },
+    "projection": {
+        "16-bit": (_tile(8, 3, M=64, K=32), _tile(4, 2, M=16, K=64)),
+        _HOPPER: (_tile(8, 2, M=64, K=64), _tile(4, 2, M=16, K=64)),
+        _AMD: (_tile(8, 2, M=64, K=32), _tile(4, 2, M=16, K=32)),
+        "32-bit": (_tile(8, 2, M=16, K=16),),
+    },
+    "swiglu": {
+        "16-bit": (_tile(8, 3, M=64, I=32, K=64), _tile(8, 3, M=32, I=32, K=64)),
+        "32-bit": (_tile(8, 2, M=16, I=16, K=32),),
+    },
+    "gate_up": {
+        "16-bit": (_tile(8, 3, M=128, I=64, K=64), _tile(4, 3, M=64, I=32, K=64)),
+        _BIG: (_tile(8, 3, M=128, I=128, K=64), _tile(8, 3, M=128, I=64, K=64), _tile(4, 3, M=64, I=32, K=64)),
+        _AMD: (_tile(8, 3, M=128, I=64, K=32), _tile(4, 3, M=64, I=32, K=64)),
+        "32-bit": (_tile(8, 2, M=64, I=32, K=16),),
+        "32-bit gfx942": (_tile(8, 2, M=64, I=32, K=32),),
+    },
+    "conv_projection": {
+        "16-bit": (_tile(8, 2, M=32, K=32),),
+        _HOPPER: (_tile(8, 2, M=64, K=32), _tile(8, 2, M=32, K=32)),
+        _AMD: (_tile(8, 2, M=64, K=32),),
+        "32-bit": (_tile(8, 2, M=16, K=16),),
+    },
+    "mlp_t": {
+        "16-bit": (_tile(8, 2, C=128, I=64), _tile(4, 2, C=64, I=32)),
+        _AMD: (_tile(8, 2, C=128, I=32), _tile(4, 2, C=64, I=32)),
+        "32-bit": (_tile(8, 2, C=16, I=16),),
+    },
+    "gate_up_t": {
+        "16-bit": (_tile(8, 3, I=64, C=128, K=32), _tile(4, 3, I=32, C=64, K=32)),
+        _HOPPER: (_tile(8, 3, I=128, C=128, K=32), _tile(8, 3, I=64, C=128, K=32), _tile(4, 3, I=32, C=64, K=32)),
+        "32-bit": (_tile(8, 2, I=32, C=64, K=16),),
+        "32-bit gfx942": (_tile(8, 2, I=32, C=64, K=32),),
+    },
+    "down_t": {
+        "16-bit": (_tile(8, 3, L=128, C=128, K=64), _tile(4, 3, L=128, C=64, K=64)),
+        "32-bit": (_tile(8, 2, L=64, C=64, K=16),),
+    },
+    "norm_backward": {"16-bit": (_tile(4, 1, M=4, N=ROW),), "32-bit": (_tile(4, 1, M=4, N=ROW),)},
+    "swiglu_backward": {
+        "16-bit": (_tile(8, 3, M=128, N=64, K=32), _tile(4, 3, M=64, N=32, K=64)),
+        _BIG: (_tile(8, 3, M=128, N=64, K=64), _tile(4, 3, M=64, N=32, K=64)),
+        "32-bit": (_tile(8, 2, M=64, N=64, K=16), _tile(4, 2, M=64, N=32, K=32)),
+    },
+    "swiglu_backward_t": {
+        "16-bit": (_tile(8, 3, M=128, N=64, K=32), _tile(4, 2, M=64, N=32, K=32)),
+        _BIG: (_tile(8, 3, M=128, N=64, K=64), _tile(4, 2, M=64, N=32, K=32)),
+        "32-bit": (_tile(8, 2, M=64, N=64, K=16), _tile(4, 2, M=64, N=32, K=32)),
+    },
+    "projection_backward": {
+        "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
+        "32-bit": (_tile(8, 2, M=64, N=128, K=16), _tile(4, 2, M=64, N=64, K=32)),
+    },
+    # With gradients of states that are added to in the epilogue.
+    "projection_backward_targets": {
+        "16-bit": (_tile(8, 3, M=64, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
+        "32-bit": (_tile(8, 2, M=64, N=128, K=16), _tile(4, 2, M=64, N=64, K=32)),
+    },
+    "projection_backward_t": {
+        "16-bit": (_tile(8, 3, M=128, N=64, K=64), _tile(4, 2, M=64, N=64, K=32)),
+        "32-bit": (_tile(4, 2, M=64, N=64, K=32),),
+    },
+    "projection_backward_norm": {
+        "16-bit": (_tile(8, 2, M=64, N=ROW, K=32), _tile(8, 2, M=32, N=ROW, K=32)),
+        "16-bit sm_90 sm_120": (_tile(8, 2, M=64, N=ROW, K=64), _tile(8, 2, M=32, N=ROW, K=32)),
+        "16-bit sm_100": (_tile(8, 2, M=32, N=ROW, K=32),),
+        "32-bit": (_tile(8, 2, M=32, N=ROW, K=16),),
+    },
+    "attention_backward": {
+        "16-bit": (_tile(8, 1, M=32, N=LENGTH),),
+        "16-bit sm_90": (_tile(8, 1, M=64, N=LENGTH),),
+        _AMD: (_tile(4, 1, M=32, N=LENGTH),),
+        "32-bit": (_tile(8, 1, M=16, N=LENGTH),),
+    },
+    "attention_backward_keys": {
+        "16-bit": (_tile(8, 2, M=64, N=128), _tile(4, 1, M=32, N=64)),
+        "16-bit sm_120 gfx942": (_tile(8, 2, M=32, N=128), _tile(4, 1, M=32, N=64)),
+        "32-bit": (_tile(4, 1, M=16, N=64),),
+    },
+    "attention_backward_queries": {
+        "16-bit": (_tile(8, 2, M=128, N=64), _tile(4, 2, M=64, N=64)),
+        "32-bit": (_tile(4, 1, M=32, N=32),),
+    },
+    "weight_gradient": {
+        "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64)),
+        "32-bit": (_tile(4, 2, M=64, N=64, K=32),),
+    },
+    "weight_gradient_t": {
+        "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 2, M=64, N=64, K=32)),
+        "32-bit": (_tile(4, 2, M=64, N=64, K=32),),
+    },
+    "sum_splits": {"16-bit": (_tile(4, 1, N=1024),), "32-bit": (_tile(4, 1, N=1024),)},
+    "conv_swiglu_backward": {
+        "16-bit": (_tile(8, 3, M=128, N=64, K=64), _tile(8, 2, M=128, N=64, K=32)),
+        "32-bit": (_tile(4, 2, M=64, N=64, K=32),),
+    },
+    "gate_up_backward": {
+        "16-bit": (_tile(8, 3, M=128, N=64, K=64), _tile(8, 2, M=128, N=64, K=32)),
+        "32-bit": (_tile(4, 2, M=64, N=32, K=32),),
+    },
+    "conv_gradient": {"16-bit": (_tile(4, 1, M=32, N=64),), "32-bit": (_tile(4, 1, M=32, N=64),)},
+    "mlp_t_backward": {
+        "16-bit": (_tile(8, 2, N=128, I=32), _tile(4, 2, N=32, I=32)),
+        _AMD: (_tile(4, 2, N=64, I=32), _tile(4, 2, N=32, I=32)),
+        "32-bit": (_tile(4, 1, N=32, I=16),),
+    },
+    "mlp_t_weight_gradient": {
+        "16-bit": (_tile(8, 1, N=128, I=32),),
+        _AMD: (_tile(4, 1, N=64, I=32),),
+        "32-bit": (_tile(4, 1, N=16, I=16),),
+    },
+    "mlp_t_norm_backward": {"16-bit": (_tile(4, 1, M=32, N=64),), "32-bit": (_tile(4, 1, M=32, N=64),)},
 }
+"""What every kernel may use."""

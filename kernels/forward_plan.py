@@ -196,8 +196,9 @@ def forward_block(
         mixed = writer.scratch("mixed", (batch, length, heads * head_dim))
         if keep and length > LONGEST:  # for shorter ones backward makes the sums again
             lse = writer.scratch("lse", (batch, heads, length), torch.float32)
-        product("qkv", qkv, block, terms, weights[0], qkv_out, cos=writer.cos, sin=writer.sin, total=total)
-        product("attention", attention, block, qkv_out, mixed, lse=lse)
+        kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
+        product(kernel, qkv, block, terms, weights[0], qkv_out, cos=writer.cos, sin=writer.sin, total=total)
+        product("attention" if length <= LONGEST else "attention_long", attention, block, qkv_out, mixed, lse=lse)
         product("projection", projection, mixed, weights[1], source, hidden, eps=eps, rstd=hidden_rstd)
     elif length <= LONGEST:
         product("mlp_t", mlp_t, terms, *weights[:2], hidden, eps=eps, total=total, rstd=hidden_rstd)

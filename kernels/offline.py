@@ -6,9 +6,11 @@ works from a process in which Triton interprets.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,11 +38,12 @@ _TYPES = {
     torch.int64: "*i64",
 }
 _INT32 = 2**31
-# The published sizes: both token mixers at both lengths, and the convolution.  What else is published differs in the
-# length alone, which kernels of attention take at run time.
+# The published sizes: both token mixers at both lengths, the convolution, and sums of eight.  What else is published
+# differs in the length alone, which kernels of attention take at run time.
 PRODUCTION = (
     *(case for case in PUBLISHED if case.name in ("trm-sudoku-att", "trm-sudoku-mlp", "trm-arc-att", "urm-arc")),
     make_case("trm-arc-mlp", H_cycles=1, L_cycles=2, batch=1, length=916, hidden_size=512, token_mixer="mlp_t"),
+    make_case("hier6-sudoku", "hier6", H_cycles=1, L_cycles=6, batch=1, length=97, hidden_size=512, num_heads=8),
 )
 # Tile sizes that are rows of the left operand of a product.
 _ROWS = ("BLOCK_M", "BLOCK_C")
@@ -86,7 +89,7 @@ class _Recorder(Configuration):
         return choices[0]
 
 
-def production_jobs(architecture: str, dtype: torch.dtype = torch.bfloat16, batch: int = 8) -> list[Job]:
+def production_jobs(architecture: str, dtype: torch.dtype = torch.bfloat16, batch: int = 16) -> list[Job]:
     """Every kernel of the published problems with every tile that an architecture could get.
 
     Args:
@@ -333,3 +336,58 @@ def _read_amd(assembly: str) -> dict[str, Any]:
         "wide_loads": wide,
         "narrow_loads": len(loads) - wide,
     }
+
+
+# ---------------------------------------------------------------- report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles all and prints what is wrong; 1 if anything is."""
+    parser = argparse.ArgumentParser(prog="python -m trmfast.kernels.offline", description=__doc__)
+    parser.add_argument("--architecture", action="append", choices=list(ARCHITECTURES), help="by default all")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table as Markdown")
+    options = parser.parse_args(arguments)
+    names = options.architecture or list(ARCHITECTURES)
+    jobs = [job for name in names for job in production_jobs(name, getattr(torch, options.dtype))]
+    found = compile_all(jobs)
+    if options.write is not None:
+        options.write.write_text(markdown(found))
+    faulty = [compiled for compiled in found if compiled.faults]
+    for compiled in faulty:
+        faults = "; ".join(compiled.faults)
+        print(f"{compiled.kernel} for {compiled.architecture}, {compiled.label}: {faults}")
+    print(f"{len(found)} programs compiled, {len(faulty)} with faults")
+    return 1 if faulty else 0
+
+
+def markdown(found: Sequence[Compiled]) -> str:
+    """The table of every kernel, tile and architecture."""
+    import triton
+
+    heads = ("kernel", "tile", "registers", "spills", "shared KB", "matrix", "16-byte loads", "narrower", "warps an SM")
+    lines = [
+        "# Compiled Triton kernels",
+        "",
+        f"Written by `python -m trmfast.kernels.offline --write docs/gpu_kernels.md` with Triton {triton.__version__}, "
+        "without a GPU: every kernel at the published sizes (D = 512, inner width 1536, 8 heads of 64, bf16) with each "
+        "tile that the table in kernels/configurations.py allows.  Registers are those of a thread; spills are "
+        "instructions that use local memory, on AMD registers; loads are counted in the code; warps are those that a "
+        "multiprocessor (compute unit) holds.",
+    ]
+    for name in dict.fromkeys(compiled.architecture for compiled in found):
+        lines += ["", f"## {name}", "", f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
+        for c in (compiled for compiled in found if compiled.architecture == name):
+            kernel = c.kernel.split(".")[1].removesuffix("_kernel")
+            cells = (
+                *(kernel, c.label, c.registers, c.spills, f"{c.shared / 1024:.0f}"),
+                *(f"{c.instructions} {c.tensor}" if c.tensor else "-", c.wide_loads, c.narrow_loads, c.occupancy),
+            )
+            lines.append(
+                f"| {' | '.join(map(str, cells))} |" if c.error is None else f"| {kernel} | {c.label} | {c.error} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
