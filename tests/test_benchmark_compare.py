@@ -58,14 +58,21 @@ def test_made_up_runs(machine: float) -> None:
     assert flagged[SLOWDOWN] == 200
 
 
-def test_one_unlucky_rival_decides_nothing() -> None:
+def slowed(row: Row, factor: float) -> Row:
+    return replace(row, times=tuple(factor * t for t in row.times))
+
+
+def test_rivals_decide_nothing_alone_and_have_a_veto() -> None:
     generator = np.random.default_rng(2)
-    old, new = rows(generator, noise=0.01), rows(generator, noise=0.01)
-    new[0] = replace(new[0], times=tuple(t / 2 for t in new[0].times))
-    (change,) = compare_rows(old, new)
-    assert min(ratio.change for ratio in change.ratios) < 0.6
+    old, (eager, compiled, fused) = rows(generator, noise=0.01), rows(generator, noise=0.01)
+    (change,) = compare_rows(old, [slowed(eager, 0.5), slowed(compiled, 0.5), fused])
+    assert change.rivals < 0.6
     assert not change.slower
-    (change,) = compare_rows(old, [new[0], new[1], replace(new[2], times=tuple(t * SLOWDOWN for t in new[2].times))])
+    # A slowdown is seen though a neighbour has slowed the rivals, but not where it is the neighbour's.
+    for factor, slower in ((1.1, True), (1.3, False)):
+        (change,) = compare_rows(old, [slowed(eager, factor), slowed(compiled, factor), slowed(fused, SLOWDOWN)])
+        assert change.slower == slower
+    (change,) = compare_rows([old[2]], [slowed(fused, SLOWDOWN)])
     assert change.slower
 
 

@@ -31,7 +31,7 @@ COLUMNS = (
     "error",
     "policy",
 )
-CHANGE_COLUMNS = ("problem", "step", "change", "interval", "verdict", "ratios, old -> new")
+CHANGE_COLUMNS = ("problem", "step", "of peak", "interval", "rivals", "verdict", "ratios, old -> new")
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,7 @@ def change_cells(change: Change) -> list[str]:
         step,
         f"{change.change:.3f}",
         f"{change.low:.3f} to {change.high:.3f}",
+        f"{change.rivals:.3f}",
         change.verdict,
         ratios,
     ]

@@ -162,7 +162,7 @@ def _compare(old: SuiteReport, new: SuiteReport, suite: Suite | None) -> bool:
     if old.machine != new.machine:
         print(f"\nthe runs are of two machines: {old.machine}; {new.machine}")
     print_table(
-        f"Commit {str(old.facts['commit'])[:12]} -> {str(new.facts['commit'])[:12]}; change below 1: slower",
+        f"Commit {str(old.facts['commit'])[:12]} -> {str(new.facts['commit'])[:12]}; below 1: slower",
         CHANGE_COLUMNS,
         [change_cells(change) for change in changes],
         [i for i, change in enumerate(changes) if change.regressed],
