@@ -28,6 +28,8 @@ from trmfast.kernels.projection_backward import projection_backward
 from trmfast.kernels.swiglu_backward import swiglu_backward
 from trmfast.kernels.weight_gradient import sum_splits, weight_gradient
 
+import triton_guard
+from triton_bounds import checked_run
 from triton_guard import guarded_run
 from trmfast.cases import rope_tables
 from trmfast.reference import rms_norm, rotate, wide_dtype
@@ -40,6 +42,13 @@ TRUTH = torch.float64
 DRAWS = 3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN shows what is read outside of a buffer only where it reaches a result; this shows the rest."""
+    monkeypatch.setattr(triton_guard, "run", checked_run)
+
 
 Tensors = dict[str, Tensor]
 # From tensors in some dtype to the results that are compared; in that dtype, float32 or float64.
