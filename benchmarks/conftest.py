@@ -40,7 +40,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return DTYPES[request.param]
 
 
-@pytest.fixture(params=[1, torch.get_num_threads()], ids=lambda count: f"threads{count}")
+@pytest.fixture(params=sorted({1, torch.get_num_threads()}), ids=lambda count: f"threads{count}")
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """One thread, then all."""
     before = torch.get_num_threads()

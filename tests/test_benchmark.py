@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -282,7 +283,9 @@ def test_micro_benchmarks_run() -> None:
     command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), *options, *chosen]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 passed" in done.stdout
+    found = re.search(r"(\d+) passed", done.stdout)
+    assert found is not None
+    assert int(found.group(1)) >= 10, done.stdout
     assert "share of the matrix peak" in done.stdout
 
 
