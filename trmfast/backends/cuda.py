@@ -163,14 +163,20 @@ class CudaBackend:
 
 @lru_cache(maxsize=256)
 def is_slower(
-    problem: Problem, batch: int, length: int, setting: Setting, shared_bytes: int, multiprocessors: int
+    problem: Problem,
+    batch: int,
+    length: int,
+    setting: Setting,
+    shared_bytes: int,
+    multiprocessors: int,
+    stream_tiles: int,
 ) -> bool:
     """Whether one launch takes longer than the plan of a setting, by the models of both; True where there is none."""
     from trmfast.kernels.forward_plan import forward_plan
     from trmfast.kernels.persistent import persistent_time
     from trmfast.kernels.roofline import plan_time
 
-    prepared = _prepare(problem, batch, length, shared_bytes, multiprocessors)
+    prepared = _prepare(problem, batch, length, shared_bytes, multiprocessors, stream_tiles)
     if isinstance(prepared, str):
         return True
     gpu = setting.configuration.gpu
@@ -205,11 +211,11 @@ def _address(tensor: Tensor | None) -> int:
 
 
 @lru_cache(maxsize=64)
-def _limits(index: int) -> tuple[int, int]:
-    """Shared memory of a block in bytes, and multiprocessors."""
+def _limits(index: int) -> tuple[int, int, int]:
+    """Shared memory of a block in bytes, multiprocessors, and rows in tiles of 16 below which weights are the limit."""
     assert _cuda is not None
     device = _cuda.device(index)
-    return device.shared_bytes, device.multiprocessors
+    return device.shared_bytes, device.multiprocessors, device.stream_tiles
 
 
 @lru_cache(maxsize=256)
@@ -232,7 +238,9 @@ def _block(problem: Problem) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _prepare(problem: Problem, batch: int, length: int, shared_bytes: int, multiprocessors: int) -> Any:
+def _prepare(
+    problem: Problem, batch: int, length: int, shared_bytes: int, multiprocessors: int, stream_tiles: int
+) -> Any:
     """What to launch on a device of these limits, or the reason in one line why nothing."""
     assert _cuda is not None
     if len({net.block for net in problem.nets}) > 1:
@@ -244,7 +252,7 @@ def _prepare(problem: Problem, batch: int, length: int, shared_bytes: int, multi
         program=[(u.dst, list(u.sources), u.inject_x, u.net, u.grad) for u in problem.program.updates],
         batch=batch,
         length=length,
-        device=_cuda.Device(shared_bytes=shared_bytes, multiprocessors=multiprocessors),
+        device=_cuda.Device(shared_bytes=shared_bytes, multiprocessors=multiprocessors, stream_tiles=stream_tiles),
     )
 
 
@@ -301,10 +309,10 @@ def _failed(index: int) -> Tensor:
 def _raise_if_failed(index: int) -> None:
     """Raises if a launch of an earlier call gave up.  It reads memory of the host and waits for nothing."""
     failed = _failed(index)
-    group = int(failed[0])
-    if group:
+    blocks = int(failed[0])
+    if blocks:
         failed.zero_()
         raise RuntimeError(
-            f"trmfast CUDA: blocks of group {group - 1} waited for each other for more than "
-            f"{TIMEOUT_NS / 1e9:g} s; the results of an earlier call are incomplete"
+            f"trmfast CUDA: {blocks} blocks waited more than {TIMEOUT_NS / 1e9:g} s for others of their group; "
+            "the results of an earlier call are incomplete"
         )

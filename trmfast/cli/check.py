@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch.autograd.gradcheck import GradcheckError
 
 from trmfast import recursion
-from trmfast.backends import BACKENDS
+from trmfast.backends import BACKENDS, Backend
 from trmfast.cli.console import UsageError, print_json, print_table, progress
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram
@@ -169,12 +170,13 @@ def gradcheck(case: Case) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One problem on one backend and target in one dtype."""
+    """One problem on one backend, target and device in one dtype."""
 
     case: Case
     backend: str
     target: str
     dtype: torch.dtype
+    device: torch.device
 
 
 class _Draws:
@@ -225,21 +227,25 @@ def _jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[dict[str, str]
     small = _names(SMALL)
     jobs: list[Job] = []
     skipped: list[dict[str, str]] = []
-    runners = []
+    runners: list[tuple[str, str, torch.device]] = []
     for name, backend in BACKENDS.items():
         if arguments.backend and name not in arguments.backend:
             continue
         reason = backend.available()
         if reason is not None:
             skipped.append({"what": name, "reason": reason})
+            continue
+        device = _device(backend, asked=arguments.backend is not None)
+        if device is None:
+            skipped.append({"what": name, "reason": f"it runs on {', '.join(backend.device_types)}"})
         elif name == "cpu":
-            runners += [(name, target) for target in _cpu_targets(skipped)]
+            runners += [(name, target, device) for target in _cpu_targets(skipped)]
         else:
-            runners.append((name, ""))
+            runners.append((name, "", device))
     for name in names:
         for dtype in DTYPES:
             best = set()
-            for backend_name, target in runners:
+            for backend_name, target, device in runners:
                 if target and not _computes(target, dtype):
                     continue
                 first = backend_name not in best
@@ -248,14 +254,22 @@ def _jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[dict[str, str]
                 if not first and (arguments.quick or (name not in small and arguments.problem is None)):
                     continue
                 case = cases[name]
-                reason = BACKENDS[backend_name].supports(
-                    case.problem, torch.device("cpu"), dtype, case.batch, case.length
-                )
+                reason = BACKENDS[backend_name].supports(case.problem, device, dtype, case.batch, case.length)
                 if reason is not None:
                     skipped.append({"what": f"{name} on {backend_name}", "reason": reason})
                 else:
-                    jobs.append(Job(case, backend_name, target, dtype))
+                    jobs.append(Job(case, backend_name, target, dtype, device))
     return jobs, [dict(item) for item in dict.fromkeys(tuple(s.items()) for s in skipped)]
+
+
+def _device(backend: Backend, asked: bool) -> torch.device | None:
+    """Where a backend is checked; Triton's interpreter, which is slow, only if it was asked for."""
+    types = backend.device_types or ("cpu",)
+    if asked:
+        types = (*types, *backend.slow_device_types)
+    if "cuda" in types and torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu") if "cpu" in types else None
 
 
 def _cpu_targets(skipped: list[dict[str, str]]) -> Iterator[str]:
@@ -285,12 +299,30 @@ def _forced(target: str) -> AbstractContextManager[None]:
     return force_target(target)
 
 
+def _run(inputs: Inputs, job: Job) -> Result:
+    """The job's results on the CPU, where eager's and the truth are."""
+    if job.device.type == "cpu":
+        return run_fused(inputs, job.backend)
+    moved: dict[str, Any] = {
+        field.name: tuple(t.to(job.device) for t in value)
+        if isinstance(value, tuple)
+        else value.to(job.device)
+        if isinstance(value, torch.Tensor)
+        else value
+        for field in fields(inputs)
+        for value in (getattr(inputs, field.name),)
+    }
+    found = run_fused(Inputs(**moved), job.backend)
+    outputs, gradients = ({name: t.cpu() for name, t in part.items()} for part in (found.outputs, found.gradients))
+    return Result(outputs, gradients)
+
+
 def _parity(job: Job, draws: _Draws) -> Row:
     dtype = str(job.dtype).removeprefix("torch.")
     drawn = draws.get(job)
     try:
         with _forced(job.target):
-            comparisons = pool([compare_results(run_fused(i, job.backend), eager, truth) for i, eager, truth in drawn])
+            comparisons = pool([compare_results(_run(i, job), eager, truth) for i, eager, truth in drawn])
     except MeaninglessComparisonError as error:
         return Row(
             job.case.name, job.backend, job.target, dtype, 0, "", None, None, None, False, f"no verdict: {error}"
