@@ -249,7 +249,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "projection_backward_norm": {
         "16-bit": (_tile(8, 2, M=64, N=ROW, K=32), _tile(8, 2, M=32, N=ROW, K=32)),
         "16-bit sm_90 sm_120": (_tile(8, 2, M=64, N=ROW, K=64), _tile(8, 2, M=32, N=ROW, K=32)),
-        "16-bit sm_100": (_tile(8, 2, M=32, N=ROW, K=32),),
+        "16-bit sm_80 sm_100": (_tile(8, 2, M=32, N=ROW, K=32),),
         "32-bit": (_tile(8, 2, M=32, N=ROW, K=16),),
     },
     "attention_backward": {

@@ -89,18 +89,21 @@ class _Recorder(Configuration):
         return choices[0]
 
 
-def production_jobs(architecture: str, dtype: torch.dtype = torch.bfloat16, batch: int = 16) -> list[Job]:
+def production_jobs(
+    architecture: str, dtype: torch.dtype = torch.bfloat16, batch: int = 3, tf32: bool = True
+) -> list[Job]:
     """Every kernel of the published problems with every tile that an architecture could get.
 
     Args:
         architecture: its name.
-        dtype: compute dtype; float32 is compiled with TF32 products.
-        batch: B.
+        dtype: compute dtype.
+        tf32: whether products of float32 are TF32.
+        batch: B; by default one that leaves no number of tokens divisible by 16, which is the harder case.
     """
     jobs: dict[tuple[Any, ...], Job] = {}
     for case in PRODUCTION:
         problem, recorder = case.problem, _Recorder(architecture)
-        setting = Setting(problem, batch, case.length, dtype, case.rope, recorder, tf32=True)
+        setting = Setting(problem, batch, case.length, dtype, case.rope, recorder, tf32)
         forward_plan(setting, save=True)
         backward_plan(setting, [True] * len(problem.program.states), True, [True] * problem.num_weights)
         for launch in recorder.seen:

@@ -1,0 +1,120 @@
+"""Every Triton kernel compiled for every GPU that it is meant for, without one, and its machine code inspected."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
+from trmfast.kernels.architectures import ARCHITECTURES
+from trmfast.kernels.offline import Compiled, Job, compile_all, markdown, production_jobs, specialise
+from trmfast.kernels.plan import Buffer, Launch, Tile, resolve
+
+pytestmark = pytest.mark.compile
+
+# These stand for the rest in the default run: no wgmma and much shared memory, wgmma, AMD.
+FIRST = ("sm_80", "sm_90", "gfx942")
+
+
+def check(found: list[Compiled]) -> None:
+    faulty = [f"{c.kernel} for {c.architecture}, {c.label}: {'; '.join(c.faults)}" for c in found if c.faults]
+    assert not faulty, "\n".join(faulty)
+    assert found
+
+
+@pytest.mark.parametrize(
+    "architecture", [*FIRST, *(pytest.param(a, marks=pytest.mark.grid) for a in ARCHITECTURES if a not in FIRST)]
+)
+def test_machine_code(architecture: str) -> None:
+    """No spills, shared memory within the limit, tensor cores, loads of 16 bytes; wgmma on sm_90."""
+    found = compile_all(production_jobs(architecture))
+    check(found)
+    kernels = {c.kernel.split(".")[0] for c in found}
+    assert kernels == {
+        *("qkv", "attention", "projection", "swiglu", "conv_swiglu", "mixer_mlp_t", "norm_backward", "swiglu_backward"),
+        *("projection_backward", "attention_backward", "weight_gradient", "conv_swiglu_backward"),
+        "mixer_mlp_t_backward",
+    }
+    expected = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}.get(architecture, "mma")
+    assert expected in {c.instructions for c in found}
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "ieee"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float32_fits(architecture: str, tf32: bool) -> None:
+    """Shared memory and registers of float32; without TF32, NVIDIA's products have no tensor cores."""
+    found = compile_all(production_jobs(architecture, torch.float32, tf32=tf32))
+    check([replace(c, products=c.products and tf32) for c in found])
+
+
+def spilling() -> Job:
+    """A tile that is too large for the registers and the shared memory of an A100."""
+    job = next(job for job in production_jobs("sm_80") if job.launch.kernel == "projection.projection_kernel")
+    blocks = {"BLOCK_M": 128, "BLOCK_K": 128}
+    constants = tuple((name, blocks.get(name, value)) for name, value in job.launch.constants)
+    return replace(job, launch=replace(job.launch, constants=constants, num_warps=4, num_stages=4), label="too large")
+
+
+def test_faults_are_found() -> None:
+    (found,) = compile_all([spilling()])
+    assert found.error is None
+    assert any("spills" in fault for fault in found.faults), found
+    assert any("shared memory" in fault for fault in found.faults)
+    assert "too large" in markdown([found])
+
+
+def test_each_fault() -> None:
+    good = Compiled(
+        "a.b", "sm_90", "tile", products=True, rows=64, registers=100, tensor=4, wide_loads=4, instructions="wgmma"
+    )
+    assert good.faults == []
+    assert replace(good, spills=2).faults == ["2 spills"]
+    assert replace(good, shared=1 << 20).faults == ["1048576 bytes of shared memory, the limit is 232448"]
+    assert replace(good, tensor=0).faults == ["no tensor-core instructions"]
+    assert replace(good, instructions="mma").faults == ["mma instead of wgmma"]
+    assert replace(good, instructions="mma", rows=32).faults == []
+    assert replace(good, wide_loads=0).faults == ["no 16-byte loads"]
+    assert replace(good, error="it broke").faults == ["it broke"]
+
+
+def test_specialisation_is_triton_s_own() -> None:
+    """Signature, constants and divisibility are what Triton finds when it is launched with tensors."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    jobs = {job.launch.kernel: job.launch for job in production_jobs("sm_80")}
+    backend = make_backend(GPUTarget("cuda", 80, 32))
+    for kernel, launch in jobs.items():
+        function = JITFunction(resolve(kernel).fn)
+        bind = create_function_from_signature(function.signature, function.params, backend)
+        values: dict[str, Any] = {}
+        for name, value in (*launch.arguments, *launch.constants):
+            values[name] = MockTensor(value.dtype) if isinstance(value, Buffer) else value
+        bound, specialisation, options = bind(**values, num_warps=4)
+        _, signature, constants, attributes = function._pack_args(backend, {}, bound, specialisation, options)
+        ours = specialise(launch, function.params, amd=False)
+        assert ours[0] == signature, kernel
+        assert {k: v for k, v in ours[1].items() if v is not None} == {
+            k: v for k, v in constants.items() if v is not None
+        }
+        assert ours[2] == {k: v for k, v in attributes.items() if v}, kernel
+
+
+def test_pieces_that_are_not_aligned_are_not_called_aligned() -> None:
+    whole = Buffer("a", (3, 5), torch.float32)
+
+    def launch(buffer: Buffer) -> Launch:
+        return Launch.of("none.none", (1,), {"a": buffer}, reads="a", writes=(), constants={}, tile=Tile.of())
+
+    params = [type("Param", (), {"name": "a", "is_constexpr": False, "default": None})()]
+    assert specialise(launch(whole), params, amd=False)[2] == {(0,): [["tt.divisibility", 16]]}
+    assert specialise(launch(whole[1]), params, amd=False)[2] == {}
+    assert specialise(launch(whole), params, amd=True)[2] == {(0,): [["tt.divisibility", 16], ["tt.pointer_range", 32]]}
+    huge = Buffer("a", (1 << 30,), torch.float32)
+    assert specialise(launch(huge), params, amd=True)[2] == {(0,): [["tt.divisibility", 16]]}
