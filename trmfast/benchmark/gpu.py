@@ -1,0 +1,285 @@
+"""Writes the counted and modelled parts of docs/gpu.md: ``python -m trmfast.benchmark.gpu --write docs/gpu.md``.
+
+Launches and bytes of the Triton backend come from its plans, those of eager and compiled PyTorch are counted while it
+runs on the CPU (traffic.py), times are those of a model (kernels/roofline.py).  No GPU is needed, and nothing is
+measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trmfast.benchmark.traffic import compiled_kernels, count_traffic
+from trmfast.cases import PUBLISHED, Case, make_case, make_inputs
+from trmfast.cli.plan import plans
+from trmfast.flops import forward_flops, window_flops
+from trmfast.kernels.architectures import GPUS, Gpu
+from trmfast.kernels.configurations import TILES
+from trmfast.kernels.forward_plan import weight_buffers
+from trmfast.kernels.plan import Plan
+from trmfast.kernels.roofline import plan_time, program_bytes
+from trmfast.reference import run_program
+
+__all__ = ["SECTIONS", "eager_traffic", "fill"]
+
+SHOWN = ("A100", "H100", "L40S", "RTX 4090", "MI300X")
+# Batches of one GPU: latency, a small batch, and the published global batch over the published number of GPUs.
+BATCHES = {
+    "trm-sudoku-mlp": (1, 8, 768),
+    "trm-sudoku-att": (1, 8, 768),
+    "trm-arc-att": (1, 8, 192),
+    "hrm-sudoku": (1, 8, 384),
+    "hrm-arc": (1, 8, 96),
+    "urm-arc": (1, 8, 96),
+}
+TRAINING = {name: batches[-1] for name, batches in BATCHES.items()}
+
+
+@dataclass(frozen=True)
+class Eager:
+    """Bytes of eager PyTorch, which are a constant and so much for each sequence."""
+
+    constant: int
+    sequence: int
+
+    def nbytes(self, batch: int) -> int:
+        """Bytes for a batch."""
+        return self.constant + batch * self.sequence
+
+
+def forward_of(case: Case) -> Callable[[], object]:
+    """One supervision step forward in plain PyTorch, without gradients."""
+    inputs = make_inputs(case, torch.bfloat16)
+
+    def run() -> object:
+        with torch.no_grad():
+            return run_program(inputs.problem, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin)
+
+    return run
+
+
+def training_of(case: Case) -> Callable[[], object]:
+    """The same with gradients of x and all weights, from the gradient of the first state, on which the heads sit."""
+    inputs = make_inputs(case, torch.bfloat16)
+    weights = [weight.requires_grad_() for weight in inputs.weights]
+    x = None if inputs.x is None else inputs.x.clone().requires_grad_()
+
+    def run() -> None:
+        out = run_program(inputs.problem, inputs.states, x, weights, inputs.cos, inputs.sin)
+        out[0].backward(inputs.grad_states[0])
+
+    return run
+
+
+def eager_traffic(case: Case, step: Callable[[Case], Callable[[], object]]) -> Eager:
+    """Counts one and two sequences: every operation's operands are constant or grow with the batch."""
+    one, two = (count_traffic(step(replace(case, batch=batch))).nbytes for batch in (1, 2))
+    return Eager(2 * one - two, two - one)
+
+
+# ---------------------------------------------------------------- sections
+
+
+def launches_section() -> list[str]:
+    """The launches of one block."""
+    lines = ["| block | launches forward | launches backward, with what is computed again |", "| --- | --- | --- |"]
+    sizes: dict[str, Any] = {"H_cycles": 1, "L_cycles": 1, "hidden_size": 512, "num_heads": 8, "num_layers": 2}
+    blocks = (
+        ("attention, L = 97, B = 768", {"length": 97, "batch": 768}),
+        ("attention, L = 97, B = 8", {"length": 97, "batch": 8}),
+        ("attention, L = 916, B = 192", {"length": 916, "batch": 192}),
+        ("mlp_t, L = 97, B = 768", {"length": 97, "batch": 768, "token_mixer": "mlp_t"}),
+        ("mlp_t, L = 916, B = 192", {"length": 916, "batch": 192, "token_mixer": "mlp_t"}),
+        ("attention and conv_swiglu, L = 901, B = 96", {"length": 901, "batch": 96, "channel_mixer": "conv_swiglu"}),
+    )
+    for title, options in blocks:
+        case = make_case(title, "urm", window="all", **{**sizes, **options})
+        forward, backward = plans(case, torch.bfloat16, GPUS["H100"])
+        # The last block of two: the first one ends with the gradients of states.
+        per_layer = len(forward) // 2
+        names = [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in forward.launches[:per_layer]]
+        back = [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in backward]
+        lines.append(f"| {title} | {per_layer}: {', '.join(names)} | {len(back) / 2:g} |")
+    return lines
+
+
+def counts_section() -> list[str]:
+    """Launches and bytes beside eager and compiled PyTorch."""
+    lines = [
+        "| problem | B | step | launches | of compiled PyTorch | GB | of eager PyTorch | eager / trmfast "
+        "| GB through the shared cache | GB of one fused kernel | scratch MB |",
+        "| --- | ---: | --- |" + " ---: |" * 8,
+    ]
+    for case in PUBLISHED:
+        eager = {"forward": eager_traffic(case, forward_of), "training": eager_traffic(case, training_of)}
+        compiled = compiled_launches(case)
+        for batch in BATCHES[case.name]:
+            sized = replace(case, batch=batch)
+            forward, backward = plans(sized, torch.bfloat16, GPUS["H100"])
+            for step, parts in (("forward", [forward]), ("training", [forward, backward])):
+                nbytes = sum(part.nbytes for part in parts) + len(parts) * cast_bytes(case)
+                plain = eager[step].nbytes(batch)
+                cells = (
+                    *(case.name, batch, step, sum(len(part) for part in parts), compiled[step]),
+                    *(f"{nbytes / 1e9:.3g}", f"{plain / 1e9:.3g}", f"{plain / nbytes:.1f}"),
+                    f"{sum(cache_bytes(part) for part in parts) / 1e9:.3g}",
+                    f"{least_bytes(sized, step == 'training') / 1e9:.3g}",
+                    f"{max(part.scratch_bytes for part in parts) / 1e6:.0f}",
+                )
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def compiled_launches(case: Case) -> dict[str, int]:
+    """Kernel launches of compiled PyTorch at least, for the whole recursion as one graph."""
+    inputs = make_inputs(replace(case, batch=1), torch.bfloat16)
+    weights = [weight.requires_grad_() for weight in inputs.weights]
+
+    def function(states: Sequence[Tensor], x: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return run_program(inputs.problem, states, x, weights, inputs.cos, inputs.sin)
+
+    def forward(compiled: Callable[..., Any]) -> None:
+        with torch.no_grad():
+            compiled(inputs.states, inputs.x, weights)
+
+    def training(compiled: Callable[..., Any]) -> None:
+        x = None if inputs.x is None else inputs.x.clone().requires_grad_()
+        compiled(inputs.states, x, weights)[0].backward(inputs.grad_states[0])
+
+    return {
+        "forward": compiled_kernels(forward, function).launches,
+        "training": compiled_kernels(training, function).launches,
+    }
+
+
+def cast_bytes(case: Case) -> int:
+    """What a call moves before the plan: the weights, from float32 to the compute dtype."""
+    read = sum(4 * prod(shape) for shape in case.problem.weight_shapes)
+    return read + sum(buffer.nbytes for buffer in weight_buffers(case.problem, torch.bfloat16))
+
+
+def cache_bytes(plan: Plan) -> float:
+    """What all programs of a plan load and store: it passes through the shared cache, and mostly stays there."""
+    return sum(prod(launch.grid) * program_bytes(launch) for launch in plan)
+
+
+def least_bytes(case: Case, training: bool) -> int:
+    """What no fusion avoids: weights, states and x read once, results written once."""
+    problem = case.problem
+    weights = sum(prod(shape) for shape in problem.weight_shapes)
+    state = case.batch * case.length * problem.hidden_size
+    found = 4 * weights + 2 * state * (2 * len(problem.program.states) + problem.uses_x)
+    if training:
+        # The weights again and their gradients, the saved inputs written and read, gradients of a state and of x.
+        found += 8 * weights + 2 * state * (2 * problem.num_grad_updates + 2)
+    return found
+
+
+def roofline_section() -> list[str]:
+    """Times of a supervision step by the model."""
+    lines = [
+        f"| problem | B | step | {' | '.join(f'{name} ms (of peak)' for name in SHOWN)} |",
+        f"| --- | ---: | --- |{' ---: |' * len(SHOWN)}",
+    ]
+    for case in PUBLISHED:
+        for batch in BATCHES[case.name]:
+            sized = replace(case, batch=batch)
+            problem, length = case.problem, case.length
+            useful = {"forward": forward_flops(problem, batch, length)}
+            useful["training"] = useful["forward"] + 2 * window_flops(problem, batch, length)
+            cells = {
+                step: [modelled(sized, GPUS[name], step, flops) for name in SHOWN] for step, flops in useful.items()
+            }
+            lines += [f"| {case.name} | {batch} | {step} | {' | '.join(row)} |" for step, row in cells.items()]
+    return lines
+
+
+def modelled(case: Case, gpu: Gpu, step: str, flops: int) -> str:
+    """Milliseconds, and the share of the tensor cores' peak by the published count of FLOP."""
+    forward, backward = plans(case, torch.bfloat16, gpu)
+    seconds = plan_time(gpu, forward) + (plan_time(gpu, backward) if step == "training" else 0.0)
+    return f"{seconds * 1e3:.3g} ({flops / seconds / gpu.tensor_flops:.0%})"
+
+
+def mixer_section() -> list[str]:
+    """From how many tokens on the channel mixer is one kernel."""
+    tokens = (97, 388, 776, 1552, 3104, 6208, 12416, 24832, 74496)
+    lines = [f"| GPU | {' | '.join(map(str, tokens))} |", f"| --- |{' --- |' * len(tokens)}"]
+    for gpu in GPUS.values():
+        row = []
+        for count in tokens:
+            case = make_case("mixer", "urm", H_cycles=1, L_cycles=1, batch=count // 97, length=97, hidden_size=512,
+                             num_heads=8, num_layers=1)  # fmt: skip
+            forward, _ = plans(case, torch.bfloat16, gpu)
+            row.append("one" if forward.launches[-1].kernel.startswith("swiglu") else "two")
+        lines.append(f"| {gpu.name} | {' | '.join(row)} |")
+    return lines
+
+
+def tiles_section() -> list[str]:
+    """The table of tiles for 16-bit dtypes."""
+    lines = ["| kernel | architectures | tiles, large ones first: blocks, warps x stages |", "| --- | --- | --- |"]
+    for kernel, table in TILES.items():
+        for key, tiles in table.items():
+            size, _, architectures = key.partition(" ")
+            if size == "16-bit":
+                lines.append(f"| {kernel} | {architectures or 'others'} | {'; '.join(map(_tile_text, tiles))} |")
+    return lines
+
+
+def _tile_text(tile: Any) -> str:
+    whole = {-1: "D", -2: "L"}
+    blocks = " ".join(f"{name[6:]}{whole.get(size, size)}" for name, size in tile.blocks)
+    return f"{blocks}, {tile.num_warps} x {tile.num_stages}"
+
+
+SECTIONS: dict[str, Callable[[], list[str]]] = {
+    "launches": launches_section,
+    "counts": counts_section,
+    "roofline": roofline_section,
+    "mixer": mixer_section,
+    "tiles": tiles_section,
+}
+"""What stands between ``<!-- name -->`` and ``<!-- /name -->`` in docs/gpu.md."""
+
+
+def fill(text: str, name: str, lines: Sequence[str]) -> str:
+    """The text with a section replaced.
+
+    Raises:
+        ValueError: the text has no such section.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"section: got {name!r}, the text has no {begin.strip()} with its end")
+    return f"{head}{begin}" + "\n".join(lines) + f"\n{end}{tail}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints sections, or writes them into a document."""
+    parser = argparse.ArgumentParser(prog="python -m trmfast.benchmark.gpu", description=__doc__)
+    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="by default all")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the document; by default sections are printed")
+    options = parser.parse_args(arguments)
+    for name in options.section or SECTIONS:
+        lines = SECTIONS[name]()
+        if options.write is None:
+            print(f"{name}\n\n" + "\n".join(lines) + "\n")
+        else:
+            options.write.write_text(fill(options.write.read_text(), name, lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
