@@ -224,6 +224,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "gate_up_t": {
         "16-bit": (_tile(8, 3, I=64, C=128, K=32), _tile(4, 3, I=32, C=64, K=32)),
         _HOPPER: (_tile(8, 3, I=128, C=128, K=32), _tile(8, 3, I=64, C=128, K=32), _tile(4, 3, I=32, C=64, K=32)),
+        "16-bit sm_120": (_tile(8, 3, I=64, C=128, K=32), _tile(4, 2, I=32, C=64, K=32)),
         "32-bit": (_tile(8, 2, I=32, C=64, K=16),),
         "32-bit gfx942": (_tile(8, 2, I=32, C=64, K=32),),
     },
@@ -244,11 +245,17 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "projection_backward": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
+        "16-bit sm_120": (
+            _tile(8, 3, M=128, N=128, K=64),
+            _tile(4, 3, M=64, N=64, K=64),
+            _tile(4, 2, M=32, N=64, K=32),
+        ),
         "32-bit": (_tile(8, 2, M=64, N=128, K=16), _tile(4, 2, M=64, N=64, K=32)),
     },
     # With gradients of states that are added to in the epilogue.
     "projection_backward_targets": {
         "16-bit": (_tile(8, 3, M=64, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
+        "16-bit sm_120": (_tile(8, 3, M=64, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 2, M=32, N=64, K=32)),
         "32-bit": (_tile(8, 2, M=64, N=128, K=16), _tile(4, 2, M=64, N=64, K=32)),
     },
     "projection_backward_t": {
@@ -257,7 +264,6 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "projection_backward_norm": {
         "16-bit": (_tile(8, 2, M=32, N=ROW, K=32),),
-        "16-bit sm_90 sm_120": (_tile(8, 2, M=64, N=ROW, K=64), _tile(8, 2, M=32, N=ROW, K=32)),
         _AMD: (_tile(8, 2, M=64, N=ROW, K=32), _tile(8, 2, M=32, N=ROW, K=32)),
         "32-bit": (_tile(8, 2, M=32, N=ROW, K=16),),
     },
