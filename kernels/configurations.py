@@ -7,13 +7,14 @@ is better depends on the GPU and on the number of tokens, and so does whether th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from trmfast.kernels.architectures import GPUS, TYPICAL, Gpu
 from trmfast.kernels.plan import Launch, Tile
 from trmfast.kernels.roofline import plan_time
+from trmfast.kernels.tuning import Tuner
 
 __all__ = ["INTERPRETER", "Configuration", "Sizes"]
 
@@ -52,11 +53,13 @@ class Configuration:
         architecture: a name in ``ARCHITECTURES``, or ``INTERPRETER``.
         multiprocessors: how many the GPU has; 0 for the product that is typical of the architecture.
         channel_mixer: ``"one"`` or ``"two"`` kernels, or ``"auto"``, whatever the model says takes less time.
+        tuner: chooses tiles instead of the model, by timing them; None for the model.
     """
 
     architecture: str
     multiprocessors: int = 0
     channel_mixer: str = "auto"
+    tuner: Tuner | None = field(default=None, compare=False)
 
     @cached_property
     def gpu(self) -> Gpu:
@@ -87,6 +90,8 @@ class Configuration:
     def launch(self, kernel: str, sizes: Sizes, build: Callable[[Tile], Launch]) -> Launch:
         """The launch that ``build`` makes of the tile that takes least time."""
         launches = [build(tile) for tile in self.tiles(kernel, sizes)]
+        if self.tuner is not None:
+            return self.tuner.fastest(launches)
         return self.fastest([[launch] for launch in launches])[0]
 
     def mixer(self, one: Sequence[Launch], two: Sequence[Launch]) -> Sequence[Launch]:

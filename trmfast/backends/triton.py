@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trmfast.kernels.configurations import Configuration
     from trmfast.kernels.forward_plan import Setting
     from trmfast.kernels.plan import Buffer, Plan
+    from trmfast.kernels.tuning import Tuner
 
 __all__ = ["TritonBackend", "forward_setting", "interprets", "release_memory"]
 
@@ -77,7 +78,8 @@ class TritonBackend:
     """Kernels in kernels/, planned by :mod:`trmfast.kernels.forward_plan` and :mod:`trmfast.kernels.backward_plan`.
 
     Up to 16,384 tokens the second call of a problem captures the plan into a CUDA graph, which later calls replay; the
-    environment variable ``TRMFAST_GRAPHS`` set to ``0`` or ``1`` turns that off or on for any number of tokens.  With
+    environment variable ``TRMFAST_GRAPHS`` set to ``0`` or ``1`` turns that off or on for any number of tokens.
+    ``TRMFAST_TUNE=1`` times tiles on the GPU instead of asking the model of time, see kernels/tuning.py.  With
     ``TRITON_INTERPRET=1`` it runs on CPU tensors, slowly, if asked for by name.
     """
 
@@ -202,7 +204,16 @@ def _configuration(device: torch.device) -> Configuration:
         return Configuration(INTERPRETER, 1)
     architecture, found = _architecture(_index(device))
     assert architecture is not None, found
-    return Configuration(architecture, torch.cuda.get_device_properties(device).multi_processor_count)
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    return Configuration(architecture, units, tuner=_tuner(device) if os.environ.get("TRMFAST_TUNE") == "1" else None)
+
+
+def _tuner(device: torch.device) -> Tuner:
+    import triton
+
+    from trmfast.kernels.tuning import Tuner, cache_file, time_launch
+
+    return Tuner(cache_file(), f"{torch.cuda.get_device_name(device)}, Triton {triton.__version__}", time_launch)
 
 
 def _setting(problem: Problem, like: Tensor, rope: bool, dtype: torch.dtype | None = None) -> Setting:
