@@ -22,13 +22,13 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 
 from trmfast.spec import BlockSpec
 
-__all__ = ["attention"]
+__all__ = ["LN2", "attend", "attention", "load_rows"]
 
 LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _load_rows(base, first, length, ROW, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(base, first, length, ROW, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of one head [BLOCK, BLOCK_D], from ``first`` on; beyond the sequence its last row, beyond the head zero."""
     rows = tl.minimum(first + tl.arange(0, BLOCK), length - 1)
     columns = tl.arange(0, BLOCK_D)
@@ -39,7 +39,7 @@ def _load_rows(base, first, length, ROW, HEAD_DIM: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _attend(
+def attend(
     q,
     k_base,
     v_base,
@@ -61,8 +61,8 @@ def _attend(
     BLOCK_D: tl.constexpr,
 ):
     """Adds one tile of keys to the running softmax; SCALE includes log2(e), and row_max is in its units."""
-    k = _load_rows(k_base, first_key, length, ROW, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v = _load_rows(v_base, first_key, length, ROW, HEAD_DIM, BLOCK_N, BLOCK_D)
+    k = load_rows(k_base, first_key, length, ROW, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v = load_rows(v_base, first_key, length, ROW, HEAD_DIM, BLOCK_N, BLOCK_D)
     scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
     if MASKED:
         keys = first_key + tl.arange(0, BLOCK_N)
@@ -113,12 +113,12 @@ def attention_kernel(
     k_base = qkv + first_token * ROW + (HEADS + head // (HEADS // KV_HEADS)) * HEAD_DIM
     v_base = k_base + KV_HEADS * HEAD_DIM
 
-    q = _load_rows(q_base, first_query, length, ROW, HEAD_DIM, BLOCK_M, BLOCK_D)
+    q = load_rows(q_base, first_query, length, ROW, HEAD_DIM, BLOCK_M, BLOCK_D)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     if ONE_TILE:
-        mixed, row_max, row_sum = _attend(
+        mixed, row_max, row_sum = attend(
             q, k_base, v_base, first_query, 0, length, mixed, row_max, row_sum,
             ROW, HEAD_DIM, SCALE, CAUSAL, True, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
@@ -130,12 +130,12 @@ def attention_kernel(
             end = length
             masked_from = length // BLOCK_N * BLOCK_N
         for first_key in range(0, masked_from, BLOCK_N):
-            mixed, row_max, row_sum = _attend(
+            mixed, row_max, row_sum = attend(
                 q, k_base, v_base, first_query, first_key, length, mixed, row_max, row_sum,
                 ROW, HEAD_DIM, SCALE, CAUSAL, False, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         for first_key in range(masked_from, end, BLOCK_N):
-            mixed, row_max, row_sum = _attend(
+            mixed, row_max, row_sum = attend(
                 q, k_base, v_base, first_query, first_key, length, mixed, row_max, row_sum,
                 ROW, HEAD_DIM, SCALE, CAUSAL, True, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip

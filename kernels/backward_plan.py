@@ -323,7 +323,7 @@ class BlockBackward:
             writer.make_product(*product, between, residual=residual),
             writer.make("norm_backward", norm_backward, between, norm_output, rstd, out),
         ]
-        writer.launches += writer.setting.configuration.fastest([[one], two])
+        writer.launches += writer.setting.configuration.choose([one], two)
         return out
 
     def _mlp_t(

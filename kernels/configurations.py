@@ -52,13 +52,13 @@ class Configuration:
     Attributes:
         architecture: a name in ``ARCHITECTURES``, or ``INTERPRETER``.
         multiprocessors: how many the GPU has; 0 for the product that is typical of the architecture.
-        channel_mixer: ``"one"`` or ``"two"`` kernels, or ``"auto"``, whatever the model says takes less time.
+        fusion: ``"most"`` or ``"least"``, one kernel or two wherever there is a choice; or ``"auto"``, by the model.
         tuner: chooses tiles instead of the model, by timing them; None for the model.
     """
 
     architecture: str
     multiprocessors: int = 0
-    channel_mixer: str = "auto"
+    fusion: str = "auto"
     tuner: Tuner | None = field(default=None, compare=False)
 
     @cached_property
@@ -87,6 +87,13 @@ class Configuration:
         special = (key for key in table if key.startswith(size) and self.architecture in key.split())
         return tuple(_fit(tile, sizes) for tile in table[next(special, size)])
 
+    def offers(self, kernel: str, sizes: Sizes) -> bool:
+        """Whether there are tiles of a kernel: all of them hold a row of 512 elements and no more."""
+        if self.architecture == INTERPRETER:
+            return True
+        size = "32-bit" if sizes.dtype == torch.float32 else "16-bit"
+        return sizes.width <= 512 and any(key.startswith(size) for key in TILES[kernel])
+
     def launch(self, kernel: str, sizes: Sizes, build: Callable[[Tile], Launch]) -> Launch:
         """The launch that ``build`` makes of the tile that takes least time."""
         launches = [build(tile) for tile in self.tiles(kernel, sizes)]
@@ -94,15 +101,14 @@ class Configuration:
             return self.tuner.fastest(launches)
         return self.fastest([[launch] for launch in launches])[0]
 
-    def mixer(self, one: Sequence[Launch], two: Sequence[Launch]) -> Sequence[Launch]:
-        """The launches of the channel mixer, as one kernel or as two.
+    def choose(self, one: Sequence[Launch], two: Sequence[Launch]) -> Sequence[Launch]:
+        """One kernel or two that do the same.
 
         One it is even where the model says that it takes a little longer, within what the model knows: it moves less
         memory and is one launch less.
         """
-        forced = {"one": one, "two": two}.get(self.channel_mixer)
-        if forced is not None or self.architecture == INTERPRETER:
-            return forced or one
+        if self.fusion != "auto" or self.architecture == INTERPRETER:
+            return two if self.fusion == "least" else one
         return one if plan_time(self.gpu, one) <= MARGIN * plan_time(self.gpu, two) else two
 
     def fastest(self, choices: Sequence[Sequence[Launch]]) -> Sequence[Launch]:
@@ -127,6 +133,7 @@ INTERPRETED: dict[str, Tile] = {
     "qkv_many": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "attention": Tile.of(BLOCK_M=128, BLOCK_N=LENGTH),
     "attention_long": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "attention_projection": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "projection": Tile.of(BLOCK_M=128, BLOCK_K=128),
     "swiglu": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
     "gate_up": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
@@ -197,6 +204,11 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "attention_long": {
         "16-bit": (_tile(8, 3, M=128, N=64), _tile(4, 3, M=64, N=64)),
         "32-bit": (_tile(4, 2, M=32, N=32),),
+    },
+    "attention_projection": {
+        "16-bit": (_tile(8, 2, M=32, N=64),),
+        _HOPPER: (_tile(8, 2, M=64, N=64),),
+        _AMD: (_tile(8, 1, M=64, N=32),),
     },
     "projection": {
         "16-bit": (_tile(8, 3, M=64, K=32), _tile(4, 2, M=16, K=64)),

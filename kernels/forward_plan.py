@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from trmfast.kernels.attention import attention
+from trmfast.kernels.attention_projection import attention_projection
 from trmfast.kernels.configurations import Configuration, Sizes
 from trmfast.kernels.conv_swiglu import conv_projection
 from trmfast.kernels.mixer_mlp_t import LONGEST, down_t, gate_up_t, mlp_t, padded_length
@@ -79,11 +80,13 @@ class PlanWriter:
         launches: so far.
         setting: what the plan is for.
         weights: buffers of all weights in the compute dtype, in the order of the problem.
+        sizes: what tiles depend on.
         cos, sin: RoPE tables [L, head_dim] in float32, or None.
     """
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+        self.sizes = Sizes(setting.problem.hidden_size, setting.length, setting.dtype)
         self.launches: list[Launch] = []
         self.weights = weight_buffers(setting.problem, setting.dtype)
         self.cos: Buffer | None = None
@@ -101,9 +104,8 @@ class PlanWriter:
 
     def make(self, kernel: str, build: Callable[..., Launch], *arguments: Any, **options: Any) -> Launch:
         """The launch that ``build`` makes of the arguments, with the tile of the configuration."""
-        setting = self.setting
-        sizes = Sizes(setting.problem.hidden_size, setting.length, setting.dtype)
-        return setting.configuration.launch(kernel, sizes, lambda tile: build(*arguments, tile=tile, **options))
+        configuration = self.setting.configuration
+        return configuration.launch(kernel, self.sizes, lambda tile: build(*arguments, tile=tile, **options))
 
     def make_product(self, kernel: str, build: Callable[..., Launch], *arguments: Any, **options: Any) -> Launch:
         """:meth:`make` for a kernel with matrix products, whose precision is the setting's."""
@@ -178,7 +180,8 @@ def forward_block(
         total: [B, L, D], receives the sum; None if there is one term, which is the sum itself.
         keep: whether everything that backward reads is kept: row sums of the softmax and the norms' factors.
     """
-    setting, eps, product = writer.setting, block.rms_norm_eps, writer.add_product
+    setting, eps = writer.setting, block.rms_norm_eps
+    product, make = writer.add_product, writer.make_product
     batch, length, width = setting.shape
     if total is None and len(terms) > 1:
         raise ValueError(f"total: got None with {len(terms)} terms, accepted with one")
@@ -198,8 +201,19 @@ def forward_block(
             lse = writer.scratch("lse", (batch, heads, length), torch.float32)
         kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
         product(kernel, qkv, block, terms, weights[0], qkv_out, cos=writer.cos, sin=writer.sin, total=total)
-        product("attention" if length <= LONGEST else "attention_long", attention, block, qkv_out, mixed, lse=lse)
-        product("projection", projection, mixed, weights[1], source, hidden, eps=eps, rstd=hidden_rstd)
+        attend = "attention" if length <= LONGEST else "attention_long"
+        rest = (weights[1], source, hidden)
+        two = [
+            make(attend, attention, block, qkv_out, mixed, lse=lse),
+            make("projection", projection, mixed, *rest, eps=eps, rstd=hidden_rstd),
+        ]
+        # Its share of the weight, D rows of a head's width, must fit the shared memory.
+        if head_dim <= 64 and setting.configuration.offers("attention_projection", writer.sizes):
+            results = {"mixed": mixed if keep else None, "lse": lse, "rstd": hidden_rstd}
+            one = make("attention_projection", attention_projection, block, qkv_out, *rest, eps=eps, **results)
+            writer.launches += setting.configuration.choose([one], two)
+        else:
+            writer.launches += two
     elif length <= LONGEST:
         product("mlp_t", mlp_t, terms, *weights[:2], hidden, eps=eps, total=total, rstd=hidden_rstd)
     else:
@@ -210,15 +224,14 @@ def forward_block(
     inner, (gate_up_weight, *conv, down) = block.intermediate_size, weights[2:]
     activation = writer.scratch("activation", (batch, length, inner))
     options = {"eps": eps, "rstd": output_rstd}
-    make = writer.make_product
     two = [make("gate_up", gate_up, hidden, gate_up_weight, activation)]
     if conv:
         two.append(make("conv_projection", conv_projection, activation, *conv, down, hidden, out, **options))
         chosen: Sequence[Launch] = two
     else:
         two.append(make("projection", projection, activation, down, hidden, out, **options))
-        one = [make("swiglu", swiglu, hidden, gate_up_weight, down, out, **options)]
-        chosen = setting.configuration.mixer(one, two)
+        fused = make("swiglu", swiglu, hidden, gate_up_weight, down, out, **options)
+        chosen = setting.configuration.choose([fused], two)
     writer.launches += chosen
     kept = activation if chosen is two else None
     return BlockValues(source, hidden, out, qkv_out, mixed, lse, kept, hidden_rstd, output_rstd)

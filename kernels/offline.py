@@ -88,6 +88,9 @@ class _Recorder(Configuration):
         self.seen += [launch for launches in choices for launch in launches]
         return choices[0]
 
+    def choose(self, one: Sequence[Launch], two: Sequence[Launch]) -> Sequence[Launch]:
+        return one
+
 
 def production_jobs(
     architecture: str, dtype: torch.dtype = torch.bfloat16, batch: int = 3, tf32: bool = True

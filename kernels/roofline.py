@@ -51,6 +51,9 @@ def _weight_gradient(c: Constants, a: dict[str, Any]) -> int:
 _ELEMENTS: dict[str, Callable[[Constants, dict[str, Any]], int]] = {
     "qkv.qkv_kernel": lambda c, _: (c["TERMS"] * c["BLOCK_M"] + c["BLOCK_N"]) * c["D"] + c["BLOCK_M"] * c["BLOCK_N"],
     "attention.attention_kernel": lambda c, a: 2 * (c["BLOCK_M"] + a["length"]) * c["HEAD_DIM"],
+    "attention_projection.attention_projection_kernel": lambda c, a: (
+        (c["BLOCK_M"] + 2 * a["length"] + c["D"]) * c["HEADS"] * c["HEAD_DIM"] + 2 * c["BLOCK_M"] * c["D"]
+    ),
     "projection.projection_kernel": lambda c, _: (c["BLOCK_M"] + c["D"]) * c["DEPTH"] + 2 * c["BLOCK_M"] * c["D"],
     "swiglu.swiglu_kernel": lambda c, _: (
         (c["BLOCK_M"] * ceil(c["INTER"] / c["BLOCK_I"]) + 3 * c["INTER"] + 2 * c["BLOCK_M"]) * c["D"]

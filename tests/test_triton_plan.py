@@ -78,16 +78,30 @@ def test_packed_buffers_that_live_together_do_not_overlap(case: Case) -> None:
                 assert name == other or not (together and overlap), f"{name} and {other}"
 
 
-@pytest.mark.parametrize("channel_mixer, more", [("one", ["swiglu"]), ("two", ["gate_up", "projection"])])
-@pytest.mark.parametrize(
-    "name, mixer", [("trm-sudoku-att", ["qkv", "attention", "projection"]), ("trm-sudoku-mlp", ["mlp_t"])]
-)
-def test_launches_of_a_block(name: str, mixer: list[str], channel_mixer: str, more: list[str]) -> None:
+MOST = {"trm-sudoku-att": ["qkv", "attention_projection", "swiglu"], "trm-sudoku-mlp": ["mlp_t", "swiglu"]}
+LEAST = {
+    "trm-sudoku-att": ["qkv", "attention", "projection", "gate_up", "projection"],
+    "trm-sudoku-mlp": ["mlp_t", "gate_up", "projection"],
+}
+
+
+@pytest.mark.parametrize("fusion, expected", [("most", MOST), ("least", LEAST)], ids=["most", "least"])
+@pytest.mark.parametrize("name", MOST)
+def test_launches_of_a_block(name: str, fusion: str, expected: dict[str, list[str]]) -> None:
     case = next(case for case in PUBLISHED if case.name == name)
-    configuration = Configuration("sm_90", channel_mixer=channel_mixer)
-    plan = forward_plan(setting_of(case, configuration), save=False)
+    plan = forward_plan(setting_of(case, Configuration("sm_90", fusion=fusion)), save=False)
     blocks = len(case.problem.program.updates) * case.problem.nets[0].num_layers
-    assert [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in plan] == [*mixer, *more] * blocks
+    assert [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in plan] == expected[name] * blocks
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["trm-sudoku-att", "trm-arc-att", "trm-sudoku-mlp", "urm-arc"])
+def test_four_launches_are_enough_for_any_block(name: str, architecture: str) -> None:
+    case = next(case for case in PUBLISHED if case.name == name)
+    blocks = len(case.problem.program.updates) * case.problem.nets[0].num_layers
+    convolves = case.problem.nets[0].block.channel_mixer == "conv_swiglu"
+    plan = forward_plan(setting_of(case, Configuration(architecture, fusion="most")), save=False)
+    assert len(plan) <= (4 if convolves else 3) * blocks
 
 
 def test_the_model_decides_whether_the_channel_mixer_is_one_kernel() -> None:
@@ -214,7 +228,7 @@ def test_info_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "MB of scratch" in printed
     assert main(["info", "--plan", "trm-sudoku-att", "--batch", "768", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["forward"]["launches"] == 5 * 42
+    assert record["forward"]["launches"] == 4 * 42
     assert record["backward"]["scratch_bytes"] > 0
 
 
