@@ -284,7 +284,7 @@ class BlockBackward:
         add("projection_backward", projection_backward, grad_hidden_sum, self.weights[1], grad_mixed)
         grad_qkv = writer.scratch("grad_qkv", values.qkv.shape)
         rotation = {"cos": writer.cos, "sin": writer.sin}
-        if length <= LONGEST:
+        if writer.setting.configuration.keeps_sequences_whole(writer.sizes):
             add("attention_backward", attention_backward_keys, block, values.qkv, grad_mixed, grad_qkv, **rotation)
         else:
             delta = writer.scratch("delta", (batch, block.num_heads, length), torch.float32)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from trmfast.kernels.architectures import GPUS, TYPICAL, Gpu
+from trmfast.kernels.architectures import ARCHITECTURES, GPUS, TYPICAL, Gpu
 from trmfast.kernels.plan import Launch, Tile
 from trmfast.kernels.roofline import plan_time
 from trmfast.kernels.tuning import Tuner
@@ -93,6 +93,12 @@ class Configuration:
             return True
         size = "32-bit" if sizes.dtype == torch.float32 else "16-bit"
         return sizes.width <= 512 and any(key.startswith(size) for key in TILES[kernel])
+
+    def keeps_sequences_whole(self, sizes: Sizes) -> bool:
+        """Whether a program of attention's backward holds all keys of a sequence; then one kernel is enough."""
+        if self.architecture == INTERPRETER or sizes.dtype != torch.float32:
+            return sizes.length <= 128
+        return sizes.length <= (128 if ARCHITECTURES[self.architecture].block_shared > 128 * 1024 else 64)
 
     def launch(self, kernel: str, sizes: Sizes, build: Callable[[Tile], Launch]) -> Launch:
         """The launch that ``build`` makes of the tile that takes least time."""
@@ -218,7 +224,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "swiglu": {
         "16-bit": (_tile(8, 3, M=64, I=32, K=64), _tile(8, 3, M=32, I=32, K=64)),
-        "32-bit": (_tile(8, 2, M=16, I=16, K=32),),
+        "32-bit": (_tile(8, 1, M=16, I=16, K=32),),
     },
     "gate_up": {
         "16-bit": (_tile(8, 3, M=128, I=64, K=64), _tile(4, 3, M=64, I=32, K=64)),
@@ -254,11 +260,13 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "16-bit": (_tile(8, 3, M=128, N=64, K=32), _tile(4, 3, M=64, N=32, K=64)),
         _BIG: (_tile(8, 3, M=128, N=64, K=64), _tile(4, 3, M=64, N=32, K=64)),
         "32-bit": (_tile(8, 2, M=64, N=64, K=16), _tile(4, 2, M=64, N=32, K=32)),
+        "32-bit gfx942": (_tile(8, 2, M=64, N=64, K=32), _tile(4, 2, M=64, N=32, K=32)),
     },
     "swiglu_backward_t": {
         "16-bit": (_tile(8, 3, M=128, N=64, K=32), _tile(4, 2, M=64, N=32, K=32)),
         _BIG: (_tile(8, 3, M=128, N=64, K=64), _tile(4, 2, M=64, N=32, K=32)),
         "32-bit": (_tile(8, 2, M=64, N=64, K=16), _tile(4, 2, M=64, N=32, K=32)),
+        "32-bit gfx942": (_tile(8, 2, M=64, N=64, K=32), _tile(4, 2, M=64, N=32, K=32)),
     },
     "projection_backward": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),

@@ -197,7 +197,7 @@ def forward_block(
         heads, head_dim = block.num_heads, block.head_dim
         qkv_out = writer.scratch("qkv", (batch, length, (heads + 2 * block.num_kv_heads) * head_dim))
         mixed = writer.scratch("mixed", (batch, length, heads * head_dim))
-        if keep and length > LONGEST:  # for shorter ones backward makes the sums again
+        if keep and not setting.configuration.keeps_sequences_whole(writer.sizes):  # else backward makes them again
             lse = writer.scratch("lse", (batch, heads, length), torch.float32)
         kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
         product(kernel, qkv, block, terms, weights[0], qkv_out, cos=writer.cos, sin=writer.sin, total=total)
