@@ -36,7 +36,17 @@ def test_machine_code(architecture: str) -> None:
     check(found)
     kernels = {c.kernel.split(".")[0] for c in found}
     assert kernels == {
-        *("qkv", "attention", "projection", "swiglu", "conv_swiglu", "mixer_mlp_t", "norm_backward", "swiglu_backward"),
+        *(
+            "qkv",
+            "attention",
+            "attention_projection",
+            "projection",
+            "swiglu",
+            "conv_swiglu",
+            "mixer_mlp_t",
+            "norm_backward",
+            "swiglu_backward",
+        ),
         *("projection_backward", "attention_backward", "weight_gradient", "conv_swiglu_backward"),
         "mixer_mlp_t_backward",
     }
