@@ -139,8 +139,8 @@ def test_bytes_that_are_kept() -> None:
     case = make_case("sudoku", batch=4, H_cycles=3, L_cycles=6, hidden_size=512, num_heads=8, length=97)
     tokens = 7 * 4 * 97
     size = BACKENDS["cpu"].kept_bytes(case.problem, torch.bfloat16, 4, 97)
-    # h, h1, qkv, attended, gate and up, hidden of two layers, and the output: 2 x 8,704 + 512 channels of two bytes.
-    assert 1.0 <= size / (tokens * 2 * (2 * 8704 + 512)) < 1.1
+    # h, h1, qkv, attended, gate and up, hidden of two layers, and the output: 2 x 7,680 + 512 channels of two bytes.
+    assert 1.0 <= size / (tokens * 2 * (2 * 7680 + 512)) < 1.1
     none = make_case("none", window="none")
     assert BACKENDS["cpu"].kept_bytes(none.problem, torch.bfloat16, 4, 97) == 0
 
