@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import trmfast
 from dropin_models import HRM, TRM, URM, Baseline, Hier6, NanoTRM, SingleZ
+from trmfast.dropin import UnsupportedModelError
 
 TINY: dict[str, Any] = {
     "batch_size": 4,
@@ -130,3 +134,21 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         assert torch.allclose(value, theirs[key], rtol=1e-3, atol=1e-4), key
+
+
+def refused(model: nn.Module) -> tuple[str, ...]:
+    """The differences; the model computes afterwards what it did before."""
+    types = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError) as caught:
+        trmfast.accelerate(model)
+    assert isinstance(caught.value, ValueError)
+    differences = caught.value.differences
+    assert all(f"\n  - {line}" in str(caught.value) for line in differences)
+    assert all("\n" not in line for line in differences)
+    assert [type(module) for module in model.modules()] == types
+    assert pickle.loads(pickle.dumps(caught.value)).differences == differences
+    return differences
+
+
+def blocks(model: Any) -> Any:
+    return model.inner.L_level.layers
