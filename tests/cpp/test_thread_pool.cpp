@@ -11,7 +11,6 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -19,16 +18,9 @@
 #include <vector>
 
 #include "../../csrc/cpu/isa.h"
+#include "check.h"
 
 namespace {
-
-#define CHECK(condition)                                                                                               \
-  do {                                                                                                                 \
-    if (!(condition)) {                                                                                                \
-      std::fprintf(stderr, "%s:%d: CHECK(%s)\n", __FILE__, __LINE__, #condition);                                      \
-      std::_Exit(1);                                                                                                   \
-    }                                                                                                                  \
-  } while (0)
 
 void every_thread_runs_once() {
   for (int round = 0; round < 50; ++round) {
@@ -242,11 +234,6 @@ void instruction_sets() {
   CHECK((trmfast::missing_reason("amx_emulated") == nullptr) == (trmfast::missing_reason("avx2") == nullptr));
 }
 
-struct Test {
-  const char* name;
-  void (*run)();
-};
-
 const Test kTests[] = {
     {"every_thread_runs_once", every_thread_runs_once},
     {"caller_is_thread_zero", caller_is_thread_zero},
@@ -266,15 +253,4 @@ const Test kTests[] = {
 
 } // namespace
 
-int main(int count, char** arguments) {
-  if (count == 2) {
-    for (const Test& test : kTests) {
-      if (std::strcmp(test.name, arguments[1]) != 0) continue;
-      test.run();
-      return 0;
-    }
-  }
-  std::fprintf(stderr, "usage: %s TEST, one of:\n", arguments[0]);
-  for (const Test& test : kTests) std::fprintf(stderr, "  %s\n", test.name);
-  return 2;
-}
+int main(int argc, char** argv) { return run_test(argc, argv, kTests); }
