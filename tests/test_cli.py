@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import trmfast
+from trmfast.backends.cpu import CpuBackend
 from trmfast.cli import main
 
 
@@ -193,3 +194,24 @@ def test_bench_files(bench: tuple[dict[str, Any], Path]) -> None:
 def test_bench_markdown_is_the_file(tmp_path: Path) -> None:
     options = ["--quick", "--tiny", "--threads", "1", "--config", "sudoku", "--batch", "1", "--output", str(tmp_path)]
     assert run("bench", *options, "--markdown").stdout == (tmp_path / "bench.md").read_text()
+
+
+def test_bench_no_recompute(tmp_path: Path) -> None:
+    """Training with kept activations is checked, timed and counted beside training that computes them again."""
+    options = ["--quick", "--tiny", "--threads", "1", "--config", "sudoku", "--batch", "1", "--output", str(tmp_path)]
+    record = json.loads(run("bench", *options, "--no-recompute", "--json").stdout)
+    assert record["settings"]["no_recompute"]
+    results = {(r["step"], r["implementation"]): r for r in record["results"]}
+    assert len(results) == 5
+    kept, fused, eager = (results["training", name] for name in ("kept", "trmfast", "eager"))
+    assert kept["verdict"] == "pass"
+    assert kept["error"] == fused["error"]
+    assert kept["ratio"] == pytest.approx(eager["seconds"] / kept["seconds"])
+    if CpuBackend().available() is None:  # the reference has nothing else to keep
+        assert fused["saved"] * 10 < kept["saved"] < eager["saved"]
+    table = (tmp_path / "bench.md").read_text()
+    assert [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| TRM")] == [
+        "forward",
+        "training",
+        "training, recompute=False",
+    ]

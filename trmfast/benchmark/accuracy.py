@@ -50,7 +50,7 @@ def measure_accuracy(
     gradients enter in the first row alone.
 
     Args:
-        models: by name; ``"eager"`` is what the policy measures others by, and ``"trmfast"`` must pass.
+        models: by name; ``"eager"`` is what the policy measures others by, and ``"trmfast"`` gives the weights.
         batch: their input.
         cycles: (H_cycles, L_cycles) to run, None for the models' own.
     """
@@ -67,7 +67,9 @@ def measure_accuracy(
     )
     truth = run_truth(first)
     results = {
-        name: run_fused(inputs, fused.backend) if name == "trmfast" else _run_eager_model(model, inputs)
+        name: _run_eager_model(model, inputs)
+        if isinstance(model.inner, EagerInner)
+        else run_fused(inputs, model.backend, recompute=model.config.recompute)
         for name, model in models.items()
     }
     for name, model in models.items():

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from trmfast.benchmark.configs import CONFIGS
-from trmfast.benchmark.measure import IMPLEMENTATIONS, STEPS
+from trmfast.benchmark.measure import IMPLEMENTATIONS, OURS, STEPS
 from trmfast.benchmark.report import Report
 
 __all__ = ["write_chart"]
 
-COLOURS = {"eager": "#b8bcc2", "compile": "#7b8a9c", "trmfast": "#1f4e79"}
+COLOURS = {"eager": "#b8bcc2", "compile": "#7b8a9c", "trmfast": "#1f4e79", "kept": "#5b8fc0"}
 TITLES = {"forward": "One supervision step, forward", "training": "One training step"}
 
 
@@ -45,7 +45,7 @@ def write_chart(path: Path, report: Report) -> None:
                     color=COLOURS[name],
                     label=IMPLEMENTATIONS[name] if position == 0 else None,
                 )
-                bold = "bold" if name == "trmfast" else "normal"
+                bold = "bold" if name in OURS else "normal"
                 axis.annotate(
                     f"{m.ratio:.2f}x",
                     (x, m.gflops),
@@ -67,7 +67,7 @@ def write_chart(path: Path, report: Report) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     axes[0].set_ylabel("GFLOP/s (higher is better)")
-    handles, texts = axes[0].get_legend_handles_labels()
+    handles, texts = axes[1].get_legend_handles_labels()  # training has every implementation
     figure.legend(handles, texts, loc="outside lower center", ncols=len(names), frameon=False)
     threads = report.facts["settings"]["threads"]
     peak = max(m.peak for m in report.measurements)

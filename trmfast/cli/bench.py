@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trmfast.benchmark.configs import CONFIGS
-from trmfast.benchmark.measure import Settings, matrix_peak, measure_config
+from trmfast.benchmark.measure import IMPLEMENTATIONS, OURS, Settings, matrix_peak, measure_config
 from trmfast.benchmark.report import COLUMNS, Report, cells, markdown, write_csv, write_json
 from trmfast.benchmark.suites import SUITES
 from trmfast.cli.bench_suite import run_suite
@@ -29,6 +29,8 @@ examples:
   trmfast bench --config sudoku --batch 32
   trmfast bench --compile recursion     one graph for the whole recursion: minutes of compilation for each configuration
   trmfast bench --markdown              print the README's table
+  trmfast bench --config sudoku sudoku-mlp --no-recompute
+                                        training that keeps the activations of the gradient window, too
   trmfast bench --suite quick           recursions alone, of every model, size and dtype; under three minutes
   trmfast bench --suite full            with every rival that is installed, and scaling; under fifteen minutes
   trmfast bench --suite quick --compare old/suite.json
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what torch.compile gets (default: network)",
     )
     add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--no-recompute", action="store_true", help="time training with recompute=False besides")
     add("--seconds", type=float, default=240, metavar="S", help="time to aim at (default: 240)")
     add(
         "--output",
@@ -126,6 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
             "compile": scope,
             "quick": arguments.quick,
             "tiny": arguments.tiny,
+            "no_recompute": arguments.no_recompute,
             "dtype": "bfloat16",
         },
     }
@@ -145,6 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
                 overrides=TINY if arguments.tiny else {},
                 batch=arguments.batch,
                 check=(1, 2) if arguments.quick else None,
+                keep=arguments.no_recompute,
             )
             try:
                 found, said = measure_config(CONFIGS[name], settings, bar.step)
@@ -168,8 +173,12 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(report, written)
     for m in measurements:
-        if m.implementation == "trmfast" and m.step == "forward" and m.verdict.startswith("fail"):
-            print(f"trmfast bench: {CONFIGS[m.config].title}: {m.verdict}", file=sys.stderr)
+        # One verdict is that of both steps.
+        if m.implementation in OURS and m.step == "training" and m.verdict.startswith("fail"):
+            print(
+                f"trmfast bench: {CONFIGS[m.config].title}, {IMPLEMENTATIONS[m.implementation]}: {m.verdict}",
+                file=sys.stderr,
+            )
     return 0 if report.passed else 1
 
 
@@ -181,7 +190,7 @@ def _check_suite_options(arguments: argparse.Namespace) -> None:
             raise UsageError("--compare: one file is compared with a run of --suite, two with each other")
     elif arguments.suite is None:
         return
-    for option in ("quick", "config", "batch", "no_compile"):
+    for option in ("quick", "config", "batch", "no_compile", "no_recompute"):
         if getattr(arguments, option):
             raise UsageError(f"--{option.replace('_', '-')}: not an option of --suite, whose problems are fixed")
 
