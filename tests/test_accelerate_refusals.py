@@ -177,7 +177,8 @@ def test_models_that_hold_none_or_several() -> None:
     assert refused(nn.Linear(2, 2))[0].startswith("no module has lm_head, q_head and networks under one of the names")
     pair = nn.ModuleList([make("trm"), make("hrm")])
     assert refused(pair) == ("several modules hold a recursion: 0.inner, 1.inner; accelerate them one at a time",)
-    assert refused(trmfast.TRM(vars(make("trm").config))) == ("inner: runs trmfast's recursion already",)
+    for own, name in ((trmfast.TRM, "trm"), (trmfast.URM, "urm")):
+        assert refused(own(vars(make(name).config))) == ("inner: runs trmfast's recursion already",)
     model = make("trm")
     model.inner.L_level.layers = nn.ModuleList()
     assert refused(model) == ("L_level: got Level without layers, accepted is a list of blocks",)

@@ -68,6 +68,29 @@ def test_words_that_contradict_the_tensors(words_: dict[str, Any], expected: str
         trmfast.load(path, known | words_)
 
 
+@pytest.mark.parametrize("rows", [0, -1, 2.5, "many"])
+def test_a_number_of_puzzles_that_is_none(rows: Any, tmp_path: Path) -> None:
+    path, known = saved(tmp_path, lambda _: None)
+    with pytest.raises(ValueError, match=f"^num_puzzle_identifiers: got {rows!r}, the tensors of the file say 5$"):
+        trmfast.load(path, known, num_puzzle_identifiers=rows)
+
+
+@pytest.mark.parametrize(
+    "length, expected",
+    [
+        (9, r"^seq_len: got 9, accepted are 1 to 8, the tensors are those of 9 positions$"),
+        (0, r"^seq_len: got 0, accepted are 1 to 8, "),
+        ("many", r"^seq_len: got 'many' \(str\), accepted is int$"),
+    ],
+)
+def test_a_length_that_the_tensors_do_not_have(length: Any, expected: str, tmp_path: Path) -> None:
+    """The MLP over the sequence tells the number of positions, puzzle tokens and all."""
+    path, known = saved(tmp_path, lambda _: None, "trm-mlp_t")
+    del known["puzzle_emb_len"]
+    with pytest.raises((ValueError, TypeError), match=expected):
+        trmfast.load(path, known | {"seq_len": length})
+
+
 class Touch:
     """Unpickling this would make a file."""
 
@@ -95,6 +118,10 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     cases: dict[str, tuple[Callable[[Path], Any], str]] = {
         "text": (lambda p: p.write_text("not a checkpoint at all"), "is not a file of tensors and plain data"),
         "empty": (lambda p: p.write_bytes(b""), "is not a file of tensors and plain data"),
+        "damaged": (
+            lambda p: p.write_bytes(b"\x80\x02h\x07."),
+            "is not a file of tensors .* else is read: KeyError: 7",
+        ),
         "cut": (lambda p: p.write_bytes(b"\x40\0\0\0\0\0\0\0{}"), "is not a whole safetensors file"),
         "list": (lambda p: torch.save([1, 2], p), "holds a list, accepted are dicts of tensors"),
         "numbers": (lambda p: torch.save({"lr": 1.0}, p), "holds float at 'lr', accepted are dicts of tensors"),
@@ -127,6 +154,9 @@ def test_metadata_of_another_format_or_model(tmp_path: Path) -> None:
         save_file(model.state_dict(), path, metadata={"trmfast": json.dumps(described | change)})
         with pytest.raises(ValueError, match=f"^path: .*{expected}"):
             trmfast.load(path)
+    save_file(model.state_dict(), path, metadata={"trmfast": "not JSON"})
+    with pytest.raises(ValueError, match=r"^path: the metadata of .* is not JSON: "):
+        trmfast.load(path)
     del described["config"]
     save_file(model.state_dict(), path, metadata={"trmfast": json.dumps(described)})
     with pytest.raises(ValueError, match=r"^path: the metadata of .* has no config$"):
@@ -135,10 +165,15 @@ def test_metadata_of_another_format_or_model(tmp_path: Path) -> None:
 
 def test_bad_config_files(tmp_path: Path) -> None:
     path, _ = saved(tmp_path, lambda _: None)
-    for text, expected in (("[1, 2]", "got list, accepted are dicts"), ("a: !!python/name:os.system", "is not YAML")):
-        (tmp_path / "c.yaml").write_text(text)
+    for name, content, expected in (
+        ("c.yaml", b"[1, 2]", "got list, accepted are dicts"),
+        ("c.yaml", b"a: !!python/name:os.system", r"c\.yaml is not YAML of plain data: could not"),
+        ("c.yaml", b"\xff\xfe", r"c\.yaml is not YAML of plain data: 'utf-8' codec"),
+        ("c.json", b'{"a": ', r"c\.json is not JSON of plain data: Expecting value"),
+    ):
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"^config: .*{expected}") as error:
-            trmfast.load(path, tmp_path / "c.yaml")
+            trmfast.load(path, tmp_path / name)
         assert "\n" not in str(error.value)
 
 

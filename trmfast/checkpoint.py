@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -139,10 +138,9 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
     given = layout.translate({**content.config, **_read_config(config), **options})
 
     tensors = layout.adapt(tensors)
-    rows = options.get("num_puzzle_identifiers")
-    if rows is not None and "puzzle_emb.weights" in tensors and rows != len(tensors["puzzle_emb.weights"]):
-        mean = tensors["puzzle_emb.weights"].mean(0, keepdim=True)
-        tensors["puzzle_emb.weights"] = mean.expand(rows, -1).contiguous()
+    rows, puzzles = options.get("num_puzzle_identifiers"), tensors.get("puzzle_emb.weights")
+    if type(rows) is int and rows > 0 and puzzles is not None and puzzles.dim() == 2 and rows != len(puzzles):
+        tensors["puzzle_emb.weights"] = puzzles.mean(0, keepdim=True).expand(rows, -1).contiguous()
     told = inferred(layout, tensors, given)
     _contradictions(given, told)
     values = {**DEFAULTS, **told, **given}
@@ -235,7 +233,10 @@ def _read_safetensors(path: Path) -> _Content:
         raise ValueError(f"path: {path} is not a whole safetensors file: {error}") from error
     if KEY not in metadata:
         return _Content("safetensors", tensors)
-    described = json.loads(metadata[KEY])
+    try:
+        described = json.loads(metadata[KEY])
+    except ValueError as error:
+        raise ValueError(f"path: the metadata of {path} is not JSON: {error}") from error
     version = described.get("version") if isinstance(described, dict) else None
     if version != VERSION:
         raise ValueError(f"path: {path} is of format version {version}, this trmfast reads version {VERSION}")
@@ -248,8 +249,10 @@ def _read_safetensors(path: Path) -> _Content:
 def _read_torch(path: Path) -> _Content:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except OSError:
+        raise
+    except Exception as error:  # there is hardly a kind that no damaged file makes torch.load raise
+        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
         raise ValueError(
             f"path: {path} is not a file of tensors and plain data alone, and nothing else is read: {reason}"
         ) from error
@@ -277,24 +280,31 @@ def _tensors(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items()}
 
 
+def _read_values(path: Path) -> Any:
+    """The content of a JSON or YAML file."""
+    kind = "JSON" if path.suffix == ".json" else "YAML"
+    try:
+        if kind == "JSON":
+            return json.loads(path.read_text())
+        import yaml  # type: ignore[import-untyped]
+
+        try:
+            return yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(str(error).splitlines()[0]) from error
+    except ModuleNotFoundError as error:
+        raise ValueError(f"config: {path} is YAML, which `pip install pyyaml` reads") from error
+    except ValueError as error:
+        raise ValueError(f"config: {path} is not {kind} of plain data: {error}") from error
+
+
 def _read_config(config: Config | None) -> dict[str, Any]:
     """The configuration keys, of a training script's ``arch`` part if there is one."""
     if config is None:
         return {}
     values: Any = config
     if not isinstance(config, Mapping):
-        text = Path(config).read_text()
-        if Path(config).suffix == ".json":
-            values = json.loads(text)
-        else:
-            try:
-                import yaml  # type: ignore[import-untyped]
-            except ModuleNotFoundError as error:
-                raise ValueError(f"config: {config} is YAML, which `pip install pyyaml` reads") from error
-            try:
-                values = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(f"config: {config} is not YAML of plain data: {str(error).splitlines()[0]}") from error
+        values = _read_values(Path(config))
     if isinstance(values, Mapping) and isinstance(values.get("arch"), Mapping):
         batch = values.get("global_batch_size")
         values = {**values["arch"], **({} if batch is None else {"batch_size": batch})}

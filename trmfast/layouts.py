@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trmfast.models import HRM, TRM, URM, ACTModel, TRMHier6, TRMSingleZ
+from trmfast.models.urm import own_names
 from trmfast.spec import swiglu_width
 
 __all__ = ["LAYOUTS", "Layout", "find_layout", "inferred", "inner_names"]
@@ -103,19 +104,12 @@ def _nano_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-URM_KEYS = {"num_layers": "L_layers", "loops": "halt_max_steps"}
-
-
-def _urm_config(values: dict[str, Any]) -> dict[str, Any]:
-    return {URM_KEYS.get(name, name): value for name, value in values.items()}
-
-
 LAYOUTS = (
     Layout("TRM", TRM, ("embed_tokens", "L_level", "H_init", "L_init"), ("H_level",)),
     Layout("TRMSingleZ", TRMSingleZ, ("embed_tokens", "L_level", "L_init"), ("H_level", "H_init")),
     Layout("TRMHier6", TRMHier6, ("embed_tokens", "L_level", "H_init", "L1_init", "L6_init")),
     Layout("HRM", HRM, ("embed_tokens", "H_level", "L_level", "H_init", "L_init")),
-    Layout("URM", URM, ("embed_tokens", "layers", "init_hidden"), (), _urm_config),
+    Layout("URM", URM, ("embed_tokens", "layers", "init_hidden"), (), own_names),
     Layout("TRM", TRM, ("input_embedding", "lenet", "z_H_init"), (), _nano_config, _nano_tensors),
 )
 
@@ -165,7 +159,7 @@ def inferred(layout: Layout, tensors: Mapping[str, Tensor], given: Mapping[str, 
         given: what is known already; the split of the sequence into puzzle tokens and others depends on it.
 
     Raises:
-        ValueError: a tensor has another number of dimensions than in any such model.
+        ValueError: a tensor has another number of dimensions than in any such model, or a given length does not fit.
     """
     vocabulary, D = _matrix(tensors, "embed_tokens.embedding_weight")
     found: dict[str, Any] = {
@@ -206,10 +200,15 @@ def _split(layout: Layout, length: int, found: Mapping[str, Any], given: Mapping
     D, width = found["hidden_size"], found["puzzle_emb_ndim"]
     fewest = -(-width // D)
     chosen = "puzzle_emb_len" in layout.model.config_type.__dataclass_fields__ and width > 0
-    if chosen and "puzzle_emb_len" not in given and "seq_len" in given:
-        return {"puzzle_emb_len": length - given["seq_len"], "seq_len": given["seq_len"]}
     if not chosen:
         return {"seq_len": length - fewest}
+    if not all(isinstance(given.get(name, 0), int) for name in ("puzzle_emb_len", "seq_len")):
+        return {}  # the configuration says what is wrong with them
+    if "puzzle_emb_len" not in given and "seq_len" in given:
+        if not 1 <= given["seq_len"] <= length - fewest:
+            accepted = f"1 to {length - fewest}, the tensors are those of {length} positions"
+            raise ValueError(f"seq_len: got {given['seq_len']}, accepted are {accepted}")
+        return {"puzzle_emb_len": length - given["seq_len"], "seq_len": given["seq_len"]}
     prefix = given.get("puzzle_emb_len", layout.model.config_type.__dataclass_fields__["puzzle_emb_len"].default)
     return {"puzzle_emb_len": prefix, "seq_len": length - (prefix or fewest)}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trmfast.dropin.families import FAMILIES, Family
-from trmfast.nn import Net
+from trmfast.nn import Block
 from trmfast.problem import COMPUTE_DTYPES, Problem
 from trmfast.spec import BlockSpec, NetSpec
 
@@ -70,7 +70,7 @@ def find(model: nn.Module) -> Found:
         paths = ", ".join(path or "the model itself" for path, _ in candidates)
         raise UnsupportedModelError([f"several modules hold a recursion: {paths}; accelerate them one at a time"])
     path, inner = candidates[0]
-    if any(isinstance(module, Net) for module in inner.children()):
+    if any(isinstance(module, Block) for module in inner.modules()):
         raise UnsupportedModelError([f"{path or 'the model itself'}: runs trmfast's recursion already"])
     name = _family(inner)
     family = FAMILIES[name]

@@ -17,7 +17,14 @@ from trmfast.nn import Block, ConvSwiGLU
 from trmfast.program import RecursionProgram
 from trmfast.spec import NetSpec
 
-__all__ = ["URM", "URMCarry", "URMConfig"]
+__all__ = ["URM", "URMCarry", "URMConfig", "own_names"]
+
+UPSTREAM_KEYS = {"num_layers": "L_layers", "loops": "halt_max_steps"}
+
+
+def own_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of upstream's URM by trmfast's keys."""
+    return {UPSTREAM_KEYS.get(key, key): value for key, value in config.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +44,7 @@ class URMConfig(ModelConfig):
         """The configuration that a dict describes, in upstream's names or trmfast's."""
         if not isinstance(config, Mapping):
             raise TypeError(f"config_dict: got {type(config).__name__}, accepted is a dict")
-        names = {"num_layers": "L_layers", "loops": "halt_max_steps"}
-        return super().from_dict({names.get(key, key): value for key, value in config.items()})
+        return super().from_dict(own_names(config))
 
     def __post_init__(self) -> None:
         super().__post_init__()
