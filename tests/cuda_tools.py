@@ -8,16 +8,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import re
 import shutil
 import subprocess
-import sysconfig
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from trmfast.benchmark.cuda_kernels import find_cuobjdump, find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
@@ -25,8 +24,6 @@ SIMT = ROOT / "tests" / "simt"
 CACHE = ROOT / "build" / "simt"
 EMULATOR = [SIMT / f"{name}.cpp" for name in ("access", "collectives", "fiber", "machine", "memory")]
 INCLUDES = [f"-I{CUDA}", f"-I{ROOT / 'tests'}", f"-I{SIMT}"]
-
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 VARIANTS = {
     "plain": ("-O2",),
@@ -103,25 +100,10 @@ def build_emulated(
 
 
 def nvcc() -> str:
-    """The path of nvcc, or of what the environment variable NVCC names.
-
-    Without it the test is skipped, or fails if TRMFAST_REQUIRE_NVCC=1.
-    """
-    asked = os.environ.get("NVCC")
-    found = shutil.which(asked) if asked else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if found is None:
-        skip_or_fail("no nvcc on this machine", "TRMFAST_REQUIRE_NVCC")
-    assert found is not None
-    return found
-
-
-def _disassembler() -> str:
-    """cuobjdump: of the CUDA toolkit, or the one that Triton's wheel brings."""
-    beside = Path(nvcc()).resolve().parent / "cuobjdump"
-    wheel = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "bin" / "cuobjdump"
-    found = shutil.which("cuobjdump") or shutil.which(str(beside)) or shutil.which(str(wheel))
-    if found is None:
-        skip_or_fail("no cuobjdump on this machine", "TRMFAST_REQUIRE_NVCC")
+    """The path of nvcc.  Without it or cuobjdump the test is skipped, or fails if TRMFAST_REQUIRE_NVCC=1."""
+    found = find_nvcc()
+    if found is None or find_cuobjdump() is None:
+        skip_or_fail(f"no {'nvcc' if found is None else 'cuobjdump'} on this machine", "TRMFAST_REQUIRE_NVCC")
     assert found is not None
     return found
 
@@ -134,22 +116,3 @@ def build_device(source: Path, architecture: int, defines: Sequence[str] = ()) -
     flags += ["--Werror=all-warnings", *[f"-D{define}" for define in defines], *INCLUDES]
     key = _digest(version, *flags, str(source), files=[source, *_headers()])
     return _make(CACHE / f"{source.stem}-sm_{architecture}-{key}.cubin", [compiler, *flags, str(source)])
-
-
-def machine_code(cubin: Path) -> dict[str, Counter[str]]:
-    """Per kernel, how often each machine instruction occurs, by its name without modifiers and by its full name."""
-    done = subprocess.run([_disassembler(), "-sass", str(cubin)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kernels: dict[str, Counter[str]] = {}
-    counts: Counter[str] = Counter()
-    for line in done.stdout.splitlines():
-        function = re.search(r"Function : (\S+)", line)
-        if function:
-            counts = kernels.setdefault(function.group(1), Counter())
-        instruction = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)((?:\.\w+)*)", line)
-        if instruction:
-            name, modifiers = instruction.groups()
-            counts[name] += 1
-            if modifiers:
-                counts[name + modifiers] += 1
-    return kernels

@@ -10,6 +10,7 @@ import pytest
 from tensor_layouts import atoms_nv
 
 import cuda_tools
+from trmfast.benchmark.cuda_kernels import CUDA_ARCHITECTURES, machine_code
 
 SOURCES = [cuda_tools.SIMT / "test_simt.cpp", cuda_tools.SIMT / "test_misuse.cpp"]
 CASES = [case for source in SOURCES for case in re.findall(r'^    \{"(\w+)", ', source.read_text(), re.MULTILINE)]
@@ -93,10 +94,10 @@ def test_ldmatrix_lane_map(kind: str, atom: atoms_nv.CopyAtom) -> None:
 # ---- nvcc
 
 
-@pytest.mark.parametrize("architecture", cuda_tools.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", CUDA_ARCHITECTURES)
 def test_device_code(architecture: int) -> None:
     """Each primitive becomes its instruction: no functions, no local memory, no generic addresses."""
-    kernels = cuda_tools.machine_code(cuda_tools.build_device(cuda_tools.SIMT / "examples.cu", architecture))
+    kernels = machine_code(cuda_tools.build_device(cuda_tools.SIMT / "examples.cu", architecture))
     named = {
         name: next(found for kernel, found in kernels.items() if f"{len(name)}{name}" in kernel)
         for name in ("gemm_bf16", "gemm_fp16", "softmax", "ring", "pipeline")

@@ -1,0 +1,25 @@
+// Prints the instances of the kernel with the shared memory of the largest block that each runs, as plan.h decides it:
+// row tiles, stages, width tiles, token tiles, strip tiles, bytes.  For tools; no CUDA header, no device.
+#include "instances.h"
+#include "plan.h"
+
+#include <cstdio>
+
+using namespace trmfast::gpu;
+
+int main() {
+#define LISTED(...) Configuration{__VA_ARGS__},
+  const Configuration instances[] = {TRMFAST_INSTANCES(LISTED)};
+#undef LISTED
+  for (const Configuration& c : instances) {
+    BlockShape block{};
+    block.width = 8 * kWarps * c.width_tiles;
+    block.inner = 3 * block.width;
+    block.attention = c.token_tiles == 0;
+    block.heads = block.kv_heads = block.width / 64;
+    block.head_dim = 64;
+    block.seq_len = block.seq_inner = 8 * kWarps * c.token_tiles;
+    std::printf("%d %d %d %d %d %d\n", c.row_tiles, c.stages, c.width_tiles, c.token_tiles, c.strip_tiles,
+                shared_bytes(c, block));
+  }
+}
