@@ -249,8 +249,6 @@ def _read_safetensors(path: Path) -> _Content:
 def _read_torch(path: Path) -> _Content:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # there is hardly a kind that no damaged file makes torch.load raise
         reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
         raise ValueError(
