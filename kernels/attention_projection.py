@@ -23,7 +23,7 @@ import triton.language as tl
 from trmfast.kernels.attention import LN2, attend, load_rows
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.projection import block_width, load_residual, store_normed
+from trmfast.kernels.projection import begin_sum, block_width, end_sum, store_normed
 
 from trmfast.spec import BlockSpec
 
@@ -64,7 +64,7 @@ def attention_projection_kernel(
     columns = tl.arange(0, BLOCK_H)
     near = tl.minimum(tl.arange(0, BLOCK_D), D - 1)
     weight_offsets = near[:, None] * (HEADS * HEAD_DIM) + columns[None, :]
-    h = load_residual(residual, first_token + first_query, first_token + length, D, BLOCK_M, BLOCK_D)
+    h = begin_sum(residual, first_token + first_query, first_token + length, D, BLOCK_M, BLOCK_D)
     for head in range(heads):
         k_base = base + (HEADS + head // (HEADS // KV_HEADS)) * HEAD_DIM
         v_base = k_base + KV_HEADS * HEAD_DIM
@@ -102,6 +102,7 @@ def attention_projection_kernel(
         else:
             w = tl.load(weight + head * HEAD_DIM + weight_offsets, mask=(columns < HEAD_DIM)[None, :], other=0.0)
         h = dot(rounded, tl.trans(w), h, PRECISION)
+    h = end_sum(h, residual, first_token + first_query, first_token + length, D, BLOCK_M, BLOCK_D)
     store_normed(h, out, rstd, first_token + first_query, first_token + length, D, EPS, BLOCK_M, BLOCK_D)
 
 

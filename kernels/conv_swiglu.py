@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.projection import block_width, load_residual, store_normed
+from trmfast.kernels.projection import begin_sum, block_width, end_sum, store_normed
 from trmfast.kernels.swiglu import silu
 
 __all__ = ["conv_projection", "load_convolved"]
@@ -86,7 +86,7 @@ def conv_projection_kernel(
     place = (first_row + near_rows) % length
     depth = tl.arange(0, BLOCK_K)
     b_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + depth[None, :]
-    h = load_residual(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
+    h = begin_sum(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
     for k in range(0, end, BLOCK_K):
         mixed = load_convolved(
             activation, conv, bias, first_row, near_rows, place, k + depth, length, INTER, TAPS, BLOCK_T, MASKED
@@ -97,6 +97,7 @@ def conv_projection_kernel(
         else:
             b = tl.load(down + k + b_offsets)
         h = dot(a, tl.trans(b), h, PRECISION)
+    h = end_sum(h, residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
     store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
 
 

@@ -84,7 +84,11 @@ def mlp_t_kernel(
     pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), CHAINED)
     inner = tl.arange(0, BLOCK_I)
     down_offsets = tl.minimum(rows, LENGTH - 1)[:, None] * INTER + inner[None, :]
-    sums = h.to(tl.float32)
+    # As in projection.begin_sum: of 16 bits the residual comes first, in float32 it comes last.
+    if h.dtype == tl.float32:
+        sums = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
+    else:
+        sums = h.to(tl.float32)
     for i in range(0, end, BLOCK_I):
         column = i + pair
         if INTER % BLOCK_I != 0:
@@ -102,6 +106,8 @@ def mlp_t_kernel(
         else:
             c = tl.load(down + i + down_offsets, mask=(i + inner < INTER)[None, :], other=0.0)
         sums = dot(activation, tl.trans(c), sums, PRECISION)
+    if h.dtype == tl.float32:
+        sums += h
 
     if LENGTH != BLOCK_L:
         sums = tl.where((rows < LENGTH)[None, :], sums, 0.0)

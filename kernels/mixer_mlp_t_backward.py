@@ -100,6 +100,8 @@ def mlp_t_backward_kernel(
     if grad_sum is not None:
         tl.store(grad_sum + at, narrow(grad_s, dtype), mask)
     grad_s = narrow(total, dtype)
+    if dtype == tl.float32:  # it comes last, as in projection.begin_sum
+        total = tl.zeros((BLOCK_N, BLOCK_L), tl.float32)
     h = tl.trans(tl.load(hidden + at, mask, 0.0))
     zero = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
     for first in range(0, end, BLOCK_I):
@@ -111,6 +113,8 @@ def mlp_t_backward_kernel(
         grad_gate, grad_up, _ = swiglu_gradient(gate, up, grad_activation)
         total = dot(narrow(grad_gate, dtype), gate_weight, total, PRECISION)
         total = dot(narrow(grad_up, dtype), up_weight, total, PRECISION)
+    if dtype == tl.float32:
+        total += grad_s
 
     total = tl.trans(total)
     if out is not None:

@@ -88,11 +88,11 @@ def projection_backward_kernel(
     mask = row_inside[:, None]
     if WIDTH % BLOCK_N != 0:
         mask = mask & (column < WIDTH)[None, :]
-    # The product starts from the residual: loaded after it, it would need registers beside the accumulators.
-    if residual is not None:
-        total = tl.load(residual + result + result_offsets, mask, 0.0).to(tl.float32)
-    else:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # As in projection.begin_sum: of 16 bits the residual comes first, in float32 it comes last.
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if residual is not None:  # noqa: SIM102 (known when compiled)
+        if residual.dtype.element_ty != tl.float32:
+            total = tl.load(residual + result + result_offsets, mask, 0.0).to(tl.float32)
     for k in range(0, end, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
             g = tl.load(gradient + start + k * pitch + offsets)
@@ -105,6 +105,9 @@ def projection_backward_kernel(
             g = tl.load(gradient + start + k * pitch + offsets, left[None, :], 0.0)
             w = tl.load(weight + k * STRIDE + weight_offsets, left[:, None] & (column < STRIDE)[None, :], 0.0)
         total = dot(g, w, total, PRECISION)
+    if residual is not None:  # noqa: SIM102
+        if residual.dtype.element_ty == tl.float32:
+            total += tl.load(residual + result + result_offsets, mask, 0.0)
 
     if norm_output is not None:
         y_at = norm_output + result + result_offsets

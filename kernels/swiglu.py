@@ -21,7 +21,7 @@ import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.pairs import CHAINED, GROUP, pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.projection import block_width, load_residual, store_normed
+from trmfast.kernels.projection import begin_sum, block_width, end_sum, store_normed
 
 __all__ = ["gate_up", "silu", "swiglu"]
 
@@ -60,7 +60,7 @@ def swiglu_kernel(
     pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), CHAINED)
     inner = tl.arange(0, BLOCK_I)
     down_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + inner[None, :]
-    h = load_residual(hidden, first_row, tokens, D, BLOCK_M, BLOCK_D)
+    h = begin_sum(hidden, first_row, tokens, D, BLOCK_M, BLOCK_D)
     for i in range(0, INTER, BLOCK_I):
         column = i + pair
         if INTER % BLOCK_I != 0:
@@ -84,6 +84,7 @@ def swiglu_kernel(
         gate, up = part_columns(both, CHAINED)
         activation = narrow(silu(gate) * up, hidden.dtype.element_ty)
         h = dot(activation, tl.trans(c), h, PRECISION)
+    h = end_sum(h, hidden, first_row, tokens, D, BLOCK_M, BLOCK_D)
     store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
 
 
