@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from HRM import HRM
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from x_transformers import Encoder  # type: ignore[import-untyped]
 
 from trmfast import foreign
+from trmfast.benchmark.memory import saved_bytes
 from trmfast.cli.console import print_table
 
 TOKENS, LENGTH = 11, 81  # Sudoku
@@ -47,21 +49,6 @@ def step(model: nn.Module, seq: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
-def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps after ``run``: every storage once, without parameters and buffers."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        # Held, so that no storage is freed and comes back at the same address.
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=256, help="width, a multiple of 64 (default: 256)")
@@ -79,7 +66,7 @@ def main() -> None:
         results = []
         for repeat in range(arguments.repeats + 1):
             for kind in (0, 1):
-                (found.undo, found.swap)[kind]()
+                found.swap() if kind else foreign.undo(model)
                 model.zero_grad()
                 start = time.perf_counter()
                 loss = step(model, seq, labels)
@@ -87,7 +74,7 @@ def main() -> None:
                 if repeat:
                     times[kind].append(time.perf_counter() - start)
                 else:  # the first of each is not timed
-                    kept[kind] = saved_bytes(model, lambda model=model: step(model, seq, labels))  # type: ignore[misc]
+                    kept[kind] = saved_bytes(partial(step, model, seq, labels), model.parameters(), model.buffers())
                     results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
         same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         before, after = (statistics.median(values) for values in times)

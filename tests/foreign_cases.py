@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from x_transformers import Encoder  # type: ignore[import-untyped]
 
 from trmfast import foreign
+from trmfast.benchmark import memory
 
 DIM, LENGTH, TOKENS, ROWS = 32, 8, 10, 3
 
@@ -93,17 +94,8 @@ def same(a: Mapping[Any, Tensor | None], b: Mapping[Any, Tensor | None]) -> bool
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps after forward: every storage once, without parameters and buffers."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
+    """Bytes that autograd keeps after forward, without parameters and buffers."""
+    return memory.saved_bytes(run, model.parameters(), model.buffers())
 
 
 def swap(model: nn.Module) -> nn.Module:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -52,15 +50,6 @@ CASES: dict[str, tuple[type[ACTModel], str, dict[str, Any], int]] = {
     "hrm": (HRM, "hrm", {}, 1),
     "hrm-mlp_t": (HRM, "hrm", MLP | {"L_cycles": 1}, 1),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, by far on a machine that has other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_batch(seed: int, rows: int = 3, config: dict[str, Any] = TINY) -> dict[str, Tensor]:

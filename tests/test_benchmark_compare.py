@@ -155,3 +155,9 @@ def test_two_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out, err = capsys.readouterr()
     assert "slower" in err
     assert "forward" not in err
+    with pytest.raises(SystemExit) as ended:  # what it would print is no JSON
+        main(["bench", "--compare", str(suite), str(slower), "--json"])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "--json: not an option of --compare" in err

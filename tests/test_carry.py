@@ -8,8 +8,10 @@ import dataclasses
 import pytest
 import torch
 
-from model_cases import TINY, make, make_batch, one_thread  # noqa: F401 (a fixture)
+from model_cases import TINY, make, make_batch
 from trmfast.models import TRM
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_initial_carry_is_all_halted_zeros_on_the_batch_device() -> None:

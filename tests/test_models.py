@@ -15,8 +15,10 @@ from torch import Tensor
 
 import trmfast
 from eager_models import EagerModel
-from model_cases import CASES, HRM_SUDOKU, MLP, SUDOKU, TINY, make, make_batch, one_thread  # noqa: F401 (a fixture)
+from model_cases import CASES, HRM_SUDOKU, MLP, SUDOKU, TINY, make, make_batch
 from trmfast.models import HRM, TRM, ACTLossHead, ACTModel, Carry, TRMHier6, TRMSingleZ
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---------------------------------------------------------------- what is stored
 

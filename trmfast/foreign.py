@@ -95,10 +95,6 @@ class Foreign:
         for part in self.parts.values():
             recompute(part)
 
-    def undo(self) -> None:
-        """Gives the recursion its own code back."""
-        undo(self.owner)
-
 
 def recognise(model: nn.Module) -> Foreign | None:
     """The recursion over foreign networks inside a model (compiled or wrapped as it may be), or None.

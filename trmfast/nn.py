@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ __all__ = [
     "Recursion",
     "RotaryEmbedding",
     "SwiGLU",
+    "block_weights",
     "trunc_normal_init_",
 ]
 
@@ -162,24 +163,27 @@ class Block(nn.Module):
 
     def weights(self) -> list[Tensor]:
         """The parameters in the order of ``spec.weight_shapes``."""
-        spec, mlp = self.spec, self.mlp
-        if spec.token_mixer == "attention":
-            mixer = self.self_attn
-            weights: list[Tensor] = [mixer.qkv_proj.weight, mixer.o_proj.weight]
-        else:
-            mixer_t = self.mlp_t
-            weights = [mixer_t.gate_up_proj.weight, mixer_t.down_proj.weight]
-        weights.append(mlp.gate_up_proj.weight)
-        if isinstance(mlp, ConvSwiGLU):
-            assert mlp.dwconv.bias is not None
-            weights += [mlp.dwconv.weight, mlp.dwconv.bias]
-        weights.append(mlp.down_proj.weight)
-        return weights
+        return block_weights(self, self.spec)
 
     def forward(self, h: Tensor, cos_sin: CosSin | None = None) -> Tensor:
         """h: [B, L, D]; cos_sin: RoPE tables [>= L, head_dim]."""
         cos, sin = cos_sin if cos_sin is not None else (None, None)
         return reference.run_block(self.spec, h, self.weights(), cos, sin)
+
+
+def block_weights(block: Any, spec: BlockSpec) -> list[Tensor]:
+    """The parameters that a block of this structure has now, in the order of ``spec.weight_shapes``."""
+    mixer = block.self_attn if spec.token_mixer == "attention" else block.mlp_t
+    if spec.token_mixer == "attention":
+        weights = [mixer.qkv_proj.weight, mixer.o_proj.weight]
+    else:
+        weights = [mixer.gate_up_proj.weight, mixer.down_proj.weight]
+    mlp = block.mlp
+    weights.append(mlp.gate_up_proj.weight)
+    if spec.channel_mixer == "conv_swiglu":
+        weights += [mlp.dwconv.weight, mlp.dwconv.bias]
+    weights.append(mlp.down_proj.weight)
+    return weights
 
 
 class Net(nn.Module):

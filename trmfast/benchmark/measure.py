@@ -13,6 +13,7 @@ import torch
 from trmfast.benchmark.accuracy import Accuracy, measure_accuracy
 from trmfast.benchmark.configs import BenchConfig
 from trmfast.benchmark.memory import saved_bytes
+from trmfast.benchmark.recursions import dtype_peak, quartiles
 from trmfast.flops import forward_flops, window_flops
 from trmfast.models import ACTLossHead, ACTModel
 from trmfast.nn import Net
@@ -102,26 +103,13 @@ def matrix_peak(seconds: float = 0.1) -> tuple[float, str]:
     """
     from trmfast.backends.cpu import ELEMENTS, CpuBackend, target_for
 
-    if CpuBackend().available() is None:
-        from trmfast import _cpu
-
-        rates = {}
-        for dtype, element in ELEMENTS.items():
-            target = target_for(dtype)
-            rates[f"{target} {element} registers"] = _cpu.peak_gflops(target, element, torch.get_num_threads(), seconds)
-        name = max(rates, key=lambda key: rates[key])
-        return rates[name], name
-    best, name = 0.0, ""
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(1024, 1024).to(dtype)
-        stop = time.perf_counter() + 2 * seconds
-        while time.perf_counter() < stop:
-            start = time.perf_counter()
-            a @ a
-            rate = 2e-9 * 1024**3 / (time.perf_counter() - start)
-            if rate > best:
-                best, name = rate, f"torch.mm {str(dtype).removeprefix('torch.')}"
-    return best, name
+    built = CpuBackend().available() is None
+    rates = {}
+    for dtype, element in ELEMENTS.items():
+        name = f"{target_for(dtype)} {element} registers" if built else f"torch.mm {element}"
+        rates[name] = dtype_peak(dtype, seconds)
+    best = max(rates, key=lambda name: rates[name])
+    return rates[best], best
 
 
 class Bench:
@@ -233,13 +221,6 @@ def measure_config(
     return results, remarks
 
 
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) == 1:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
-
-
 def _measure_step(bench: Bench, step: str, settings: Settings, accuracy: dict[str, Accuracy]) -> list[Measurement]:
     run = bench.forward if step == "forward" else bench.training
     names = [name for name in bench.models if step == "training" or name != "kept"]
@@ -266,7 +247,7 @@ def _measure_step(bench: Bench, step: str, settings: Settings, accuracy: dict[st
     rival = min(seconds for name, seconds in medians.items() if name not in OURS)
     results = []
     for name in names:
-        low, high = _quartiles(times[name])
+        low, high = quartiles(times[name])
         rate = bench.gflop[step] / medians[name]
         found = accuracy[name]
         results.append(

@@ -18,7 +18,7 @@ from trmfast.flops import forward_flops, window_flops
 from trmfast.program import RecursionProgram
 from trmfast.testing import MeaninglessComparisonError, compare, run_truth
 
-__all__ = ["Row", "Timing", "dtype_peak", "measure_work", "read_bandwidth", "take_turns"]
+__all__ = ["Row", "Timing", "dtype_peak", "measure_work", "quartiles", "read_bandwidth", "take_turns"]
 
 # Rounding errors grow from update to update by a factor that grows with the weights; at this scale eager PyTorch stays
 # close enough to float64 over a published program in bfloat16 for a verdict.  Times do not depend on it.

@@ -188,6 +188,8 @@ def _check_suite_options(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--compare: got {len(arguments.compare)} files, accepted are one or two")
         if (arguments.suite is None) == (len(arguments.compare) == 1):
             raise UsageError("--compare: one file is compared with a run of --suite, two with each other")
+        if arguments.json:
+            raise UsageError("--json: not an option of --compare, which prints a table")
     elif arguments.suite is None:
         return
     for option in ("quick", "config", "batch", "no_compile", "no_recompute"):

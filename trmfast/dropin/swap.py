@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from trmfast import ops
 from trmfast.dropin.families import FAMILIES, Family, program_of
 from trmfast.dropin.structure import blocks_of, hooked
-from trmfast.spec import BlockSpec, NetSpec
+from trmfast.nn import block_weights
+from trmfast.spec import NetSpec
 
 __all__ = ["Plan", "fused_step", "is_swapped", "plan_of", "swap", "swap_back"]
 
@@ -89,7 +90,7 @@ def _recur(
             weight
             for net, spec in zip(family.nets, plan.nets, strict=True)
             for block in blocks_of(inner, net)
-            for weight in _weights(block, spec.block)
+            for weight in block_weights(block, spec.block)
         ]
         out = ops.recursion(
             program,
@@ -105,21 +106,6 @@ def _recur(
 
     gathering = [] if torch.compiler.is_compiling() else _gathering(inner, family)
     return _inside(gathering, run, (*states, x))
-
-
-def _weights(block: Any, spec: BlockSpec) -> list[Tensor]:
-    """The block's parameters as they are now, in the order of ``spec.weight_shapes``."""
-    mlp = block.mlp
-    mixer = block.self_attn if spec.token_mixer == "attention" else block.mlp_t
-    if spec.token_mixer == "attention":
-        weights = [mixer.qkv_proj.weight, mixer.o_proj.weight]
-    else:
-        weights = [mixer.gate_up_proj.weight, mixer.down_proj.weight]
-    weights.append(mlp.gate_up_proj.weight)
-    if spec.channel_mixer == "conv_swiglu":
-        weights += [mlp.dwconv.weight, mlp.dwconv.bias]
-    weights.append(mlp.down_proj.weight)
-    return weights
 
 
 @torch.compiler.assume_constant_result
