@@ -10,28 +10,25 @@ import pytest
 import torch
 
 from trmfast.backends import BACKENDS
-from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
-from trmfast.testing import (
-    Result,
-    check_case,
-    compare_results,
-    default_weight_scale,
-    pool,
-    require,
-    run_eager,
-    run_fused,
-    run_truth,
-)
+from trmfast.cases import SMALL, Case, make_case
+from trmfast.testing import Draw, check_case, check_draws, draw_case, require
 
 Need = Callable[[Case, torch.dtype], None]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@lru_cache(maxsize=1)
+def _drawn(case: Case, dtype: torch.dtype, seeds: range) -> list[Draw]:
+    return draw_case(case, dtype, seeds=seeds)
+
+
+# The backend varies fastest, here and below, so that all of them share the draws.
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small(case: Case, dtype: torch.dtype, backend: str, need_support: Need) -> None:
     need_support(case, dtype)
-    require(check_case(case, dtype, backend))
+    require(check_draws(_drawn(case, dtype, range(5)), backend))
 
 
 LENGTHS, WIDTHS, BATCHES, HEADS = (81, 82, 97, 901, 916), (64, 128, 512), (1, 2, 3, 8), (2, 4, 8)
@@ -76,23 +73,12 @@ def _seeds(case: Case) -> range:
     return range(1 if case.length > 900 else 3)
 
 
-@lru_cache(maxsize=1)
-def _expected(case: Case, dtype: torch.dtype) -> list[tuple[Inputs, Result, Result]]:
-    draws = [make_inputs(case, dtype, seed, weight_scale=default_weight_scale(dtype)) for seed in _seeds(case)]
-    return [(inputs, run_eager(inputs), run_truth(inputs)) for inputs in draws]
-
-
-def _check_shape(case: Case, dtype: torch.dtype, backend: str) -> None:
-    require(pool([compare_results(run_fused(i, backend), eager, truth) for i, eager, truth in _expected(case, dtype)]))
-
-
-# The backend varies fastest, so that all of them share one computation of what is expected.
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", _sample(), ids=str)
 def test_shapes(case: Case, dtype: torch.dtype, backend: str, need_support: Need) -> None:
     need_support(case, dtype)
-    _check_shape(case, dtype, backend)
+    require(check_draws(_drawn(case, dtype, _seeds(case)), backend))
 
 
 @pytest.mark.grid
@@ -101,7 +87,7 @@ def test_shapes(case: Case, dtype: torch.dtype, backend: str, need_support: Need
 @pytest.mark.parametrize("case", _every_shape(), ids=str)
 def test_every_shape(case: Case, dtype: torch.dtype, backend: str, need_support: Need) -> None:
     need_support(case, dtype)
-    _check_shape(case, dtype, backend)
+    require(check_draws(_drawn(case, dtype, _seeds(case)), backend))
 
 
 @pytest.mark.parametrize("mixer", ["attention", "mlp_t"])

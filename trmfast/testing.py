@@ -38,13 +38,16 @@ __all__ = [
     "SMALL",
     "Case",
     "Comparison",
+    "Draw",
     "Inputs",
     "MeaninglessComparisonError",
     "Result",
     "check_case",
+    "check_draws",
     "compare",
     "compare_results",
     "default_weight_scale",
+    "draw_case",
     "make_case",
     "make_inputs",
     "pool",
@@ -186,6 +189,36 @@ def default_weight_scale(dtype: torch.dtype) -> float:
     return 0.5 if dtype.itemsize == 2 else 0.7
 
 
+@dataclass(frozen=True)
+class Draw:
+    """The inputs of one draw of a case, and what eager PyTorch and the truth make of them."""
+
+    inputs: Inputs
+    eager: Result
+    truth: Result
+
+
+def draw_case(
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    backward: bool = True,
+    seeds: Sequence[int] = range(5),
+    device: torch.device | str = "cpu",
+    weight_scale: float | None = None,
+) -> list[Draw]:
+    """What :func:`check_draws` compares a backend with; the arguments are those of :func:`check_case`."""
+    if weight_scale is None:
+        weight_scale = default_weight_scale(dtype)
+    drawn = [make_inputs(case, dtype, seed, device, weight_scale) for seed in seeds]
+    return [Draw(inputs, run_eager(inputs, backward), run_truth(inputs, backward)) for inputs in drawn]
+
+
+def check_draws(draws: Sequence[Draw], backend: str, *, backward: bool = True) -> list[Comparison]:
+    """Runs a backend on draws of one case; compares and raises as :func:`check_case` does."""
+    return pool([compare_results(run_fused(d.inputs, backend, backward), d.eager, d.truth) for d in draws])
+
+
 def check_case(
     case: Case,
     dtype: torch.dtype,
@@ -209,14 +242,8 @@ def check_case(
         MeaninglessComparisonError: eager's own error is too large for a verdict.
         ValueError: the backend refuses the case.
     """
-    if weight_scale is None:
-        weight_scale = default_weight_scale(dtype)
-    draws = []
-    for seed in seeds:
-        inputs = make_inputs(case, dtype, seed, device, weight_scale)
-        fused = run_fused(inputs, backend, backward)
-        draws.append(compare_results(fused, run_eager(inputs, backward), run_truth(inputs, backward)))
-    return pool(draws)
+    draws = draw_case(case, dtype, backward=backward, seeds=seeds, device=device, weight_scale=weight_scale)
+    return check_draws(draws, backend, backward=backward)
 
 
 Forward = Callable[[Sequence[Tensor], "Tensor | None", Sequence[Tensor]], tuple[Tensor, ...]]
