@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from trmfast.kernels.persistent import Grid, Traffic
 
-from trmfast.cases import Inputs
+from trmfast.cases import Case, Inputs
+from trmfast.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMT = ROOT / "tests" / "simt"
@@ -73,11 +75,20 @@ class Run:
         states: the final states.
         saved: [G, B, L, D], the summed inputs of the updates with gradient.
         report: counters of the launch; ``failed`` is the number of blocks that waited too long.
+        grid: what was launched.
     """
 
     states: tuple[Tensor, ...]
     saved: Tensor
     report: dict[str, Any]
+    grid: Grid
+
+    @property
+    def traffic(self) -> Traffic:
+        """The bytes that were counted; nothing is compulsory here."""
+        counted = {name: sum(nbytes) for name, nbytes in self.report["traffic"].items()}
+        states = sum(counted.get(name, 0) for name in ("states_in", "states_out", "x", "saved"))
+        return Traffic(counted["weights"], counted.get("tables", 0), counted["exchange"], states, compulsory=0)
 
 
 class Plan(NamedTuple):
@@ -108,13 +119,11 @@ def build(folder: Path, instances: Sequence[Instance] = ()) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _request(inputs: Inputs, **fields: Any) -> _Request:
+def _request(problem: Problem, batch: int, length: int, **fields: Any) -> _Request:
     """The sizes of a problem, and what else is given."""
-    block = inputs.problem.nets[0].block
-    batch, length, width = inputs.states[0].shape
+    block = problem.nets[0].block
     return _Request(
-        is_bf16=inputs.states[0].dtype == torch.bfloat16,
-        width=width,
+        width=block.hidden_size,
         inner=block.intermediate_size,
         attention=block.token_mixer == "attention",
         heads=block.num_heads,
@@ -131,14 +140,15 @@ def _request(inputs: Inputs, **fields: Any) -> _Request:
 
 
 def plan(
-    library: ctypes.CDLL, inputs: Inputs, shared_bytes: int, multiprocessors: int = 108, stream_tiles: int = 1
+    library: ctypes.CDLL, case: Case, shared_bytes: int, multiprocessors: int = 108, stream_tiles: int = 1
 ) -> Plan | str:
     """The plan for a problem on a device, or why there is none."""
-    block = inputs.problem.nets[0].block
+    block = case.problem.nets[0].block
     taps = block.conv_kernel if block.channel_mixer == "conv_swiglu" else 0
     words, reason = (ctypes.c_int32 * 8)(), ctypes.create_string_buffer(256)
     device = (shared_bytes, multiprocessors, stream_tiles)
-    if library.trmfast_plan(ctypes.byref(_request(inputs)), taps, *device, words, reason, len(reason)):
+    request = _request(case.problem, case.batch, case.length)
+    if library.trmfast_plan(ctypes.byref(request), taps, *device, words, reason, len(reason)):
         return reason.value.decode()
     return Plan(Instance(*words[:5]), *words[5:])
 
@@ -170,7 +180,7 @@ def run_emulated(
         EmulatorError: the kernel broke a rule of the emulator.
     """
     problem, program = inputs.problem, inputs.problem.program
-    length = inputs.states[0].shape[1]
+    batch, length, _ = inputs.states[0].shape
 
     def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
         return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
@@ -202,7 +212,10 @@ def run_emulated(
         "states_out": addresses(states_out),
     }
     request = _request(
-        inputs,
+        problem,
+        batch,
+        length,
+        is_bf16=states_in[0].dtype == torch.bfloat16,
         num_nets=len(problem.nets),
         num_states=len(states_in),
         num_updates=len(program.updates),
@@ -220,4 +233,12 @@ def run_emulated(
     text = ctypes.create_string_buffer(1 << 16)
     if library.trmfast_forward(ctypes.byref(request), text, len(text)):
         raise EmulatorError(text.value.decode())
-    return Run(tuple(states_out), saved, json.loads(text.value))
+    report = json.loads(text.value)
+    grid = Grid(
+        groups=groups or batch,
+        group_blocks=report["group_blocks"],
+        rows=16 * instance.row_tiles,
+        channels=16 * instance.strip_tiles,
+        **{name: report[name] for name in ("packed", "token_packed", "head_width")},
+    )
+    return Run(tuple(states_out), saved, report, grid)

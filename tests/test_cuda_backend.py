@@ -111,7 +111,7 @@ def test_published_sizes_fit_every_gpu(gpu: str, length: int) -> None:
     prepared = prepare(case, gpu)
     assert not isinstance(prepared, str), prepared
     assert prepared.groups * prepared.group_blocks <= GPUS[gpu].multiprocessors
-    assert prepared.group_blocks * 16 * prepared.row_tiles >= length
+    assert prepared.group_blocks * prepared.rows >= length
     assert prepared.shared_bytes <= ARCHITECTURES[GPUS[gpu].architecture].block_shared
 
 

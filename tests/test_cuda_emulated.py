@@ -7,15 +7,18 @@ conflicts and bytes are counted by it.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from trmfast.kernels.persistent import persistent_traffic
 
 from simt_recursion import Instance, Plan, Run, Schedule, build, listed_instances, plan, run_emulated
 from trmfast.cases import PUBLISHED, Case, Inputs, make_case, make_inputs
@@ -41,6 +44,7 @@ HALVES = (torch.bfloat16, torch.float16)
 SCALE = 0.4  # of weights: eager PyTorch keeps to the policy in every program
 ATTENTION, MIXER, LONG_MIXER = Instance(1, 8, 4), Instance(1, 8, 4, 2, 4), Instance(2, 4, 8, 16, 1)
 WIDE = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles <= 2]
+LONG = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles in (0, 16)]
 SCHEDULES = [Schedule("forward"), Schedule("reverse"), *(Schedule("random", seed) for seed in (1, 2, 3))]
 # Shared memory that a block can have, in KB, and row tiles below which it waits for weights (Device in plan.h).
 DEVICES = {
@@ -74,6 +78,15 @@ OPTIONS = [
     make_case("mixer-few-tokens", H_cycles=1, L_cycles=1, length=5, token_mixer="mlp_t", intermediate_size=64),
     make_case("mixer-two-strips", H_cycles=1, length=35, hidden_size=96, token_mixer="mlp_t", intermediate_size=64),
     make_case("mixer-long", "urm", H_cycles=1, L_cycles=1, batch=1, length=150, token_mixer="mlp_t", num_layers=1),
+]
+
+# Where bytes come from: several blocks a group, both sources of strips, grouped and wide heads, a triangle of keys.
+TRAFFIC = [
+    make_case("attention", H_cycles=2, L_cycles=3, length=33, batch=2, num_layers=2),
+    make_case("causal-grouped", "hrm", length=45, num_heads=4, num_kv_heads=2, causal=True, num_layers=1),
+    make_case("head-128-no-rope", H_cycles=1, hidden_size=128, num_heads=1, length=40, rope=False, num_layers=1),
+    make_case("mlp_t", "hier6", H_cycles=1, length=35, hidden_size=96, token_mixer="mlp_t", intermediate_size=64),
+    make_case("mlp_t-long", "urm", H_cycles=1, L_cycles=1, batch=1, length=150, token_mixer="mlp_t", num_layers=1),
 ]
 
 
@@ -191,57 +204,87 @@ def test_blocks_that_are_not_resident_together(small: ctypes.CDLL, case: Case) -
     assert run.report["failed"] >= 2
 
 
-def test_traffic(small: ctypes.CDLL) -> None:
-    """Weights are read once per block and application; an update reads its sources and writes its state once."""
-    case = make_case("traffic", H_cycles=2, L_cycles=3, length=33, batch=2, num_layers=2)
+@pytest.mark.parametrize("case", TRAFFIC, ids=str)
+def test_traffic(small: ctypes.CDLL, case: Case) -> None:
+    """Bytes of weights, tables, exchange and states are those of the model in kernels/persistent.py, all of them."""
     inputs = make_inputs(case, torch.bfloat16, weight_scale=SCALE)
-    run = run_emulated(small, inputs, ATTENTION)
-    traffic, blocks = run.report["traffic"], run.report["group_blocks"]
-    assert blocks == 3
+    run = run_emulated(small, inputs, instance_for(case))
+    expected = persistent_traffic(case.problem, case.batch, case.length, run.grid, rope=case.rope)
+    assert run.traffic == replace(expected, compulsory=0)
+    assert run.report["traffic"]["weights"][0] >= 2 * case.batch * sum(map(torch.numel, inputs.weights))
     tensor = inputs.states[0].nbytes
-    updates = case.problem.program.updates
-    once = run_emulated(small, make_inputs(make_case("once", "urm", H_cycles=1, L_cycles=1, batch=1)), ATTENTION)
-    packed = once.report["traffic"]["weights"][0]  # both layers, padded to whole stages
-    assert traffic["weights"] == [packed * blocks * case.batch * len(updates), 0]
-    assert traffic["x"] == [tensor * sum(update.inject_x for update in updates), 0]
-    assert traffic["saved"] == [0, tensor * len(case.problem.program.grad_updates)]
-    assert traffic["states_in"][0] + traffic["states_out"][0] == tensor * sum(len(u.sources) for u in updates)
-    assert traffic["states_out"][1] == tensor * len(updates)
-    # Keys and values of 48 rows and 2 padded heads, once per layer.
-    assert traffic["exchange"][1] == 2 * 48 * 64 * 2 * case.batch * len(updates) * 2
+    assert expected.compulsory == tensor * (2 * len(inputs.states) + 1 + case.problem.num_grad_updates)
 
 
-def full_width(mixer: str) -> Case:
-    return make_case(
-        f"full-{mixer}", "urm", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=512, num_heads=8,
-        num_layers=1, token_mixer=mixer,
-    )  # fmt: skip
-
-
-def check_full_width(library: ctypes.CDLL, instance: Instance, dtype: torch.dtype) -> None:
+def case_for(instance: Instance, length: int, width: int = 0, **options: Any) -> Case:
+    """One update of one block that an instance runs, of the smallest width that it is made for."""
+    if not width:
+        width = 320 if instance.width_tiles == 8 and instance.token_tiles <= 2 else 64
     mixer = "mlp_t" if instance.token_tiles else "attention"
-    inputs = make_inputs(full_width(mixer), dtype)
+    sizes: dict[str, Any] = {"hidden_size": width, "num_heads": width // 64, "token_mixer": mixer, **options}
+    return make_case(f"{mixer}-{length}", "urm", H_cycles=1, L_cycles=1, batch=1, length=length, num_layers=1, **sizes)
+
+
+def check_one_block(library: ctypes.CDLL, case: Case, instance: Instance, dtype: torch.dtype) -> Run:
+    """A block against the reference; no bank conflict of ldmatrix; bytes as in the model."""
+    inputs = make_inputs(case, dtype)
     run = run_emulated(library, inputs, instance, Schedule("random", 3))
     require(compare(inputs, run))
     assert inputs.x is not None
     assert torch.equal(run.saved[0], inputs.states[0] + inputs.x)
+    assert run.report["group_blocks"] == -(-case.length // (16 * instance.row_tiles))
     count, wavefronts, ideal = run.report["ldmatrix"]
     assert count > 0
     assert wavefronts == ideal, "bank conflicts of ldmatrix"
-    assert run.report["conflicts"] == {}
+    expected = persistent_traffic(case.problem, case.batch, case.length, run.grid)
+    assert run.traffic == replace(expected, compulsory=0)
+    return run
+
+
+@pytest.mark.parametrize("instance", listed_instances(), ids=str)
+def test_every_instance(wide: ctypes.CDLL, instance: Instance) -> None:
+    """Two blocks of the grid for a sequence, the second with few rows; long sequences of mlp_t fill more."""
+    length = 150 if instance.token_tiles > 2 else 16 * instance.row_tiles + 5
+    dtype = HALVES[instance.row_tiles // 2 % 2]
+    check_one_block(wide, case_for(instance, length, intermediate_size=192), instance, dtype)
+
+
+@pytest.mark.parametrize(
+    "instance, length, dtype",
+    [
+        (Instance(4, 3, 4), 916, torch.bfloat16),
+        (Instance(4, 4, 8), 901, torch.float16),
+        (Instance(4, 4, 8, 16, 2), 916, torch.bfloat16),
+        (Instance(2, 4, 8, 16, 1), 901, torch.float16),
+    ],
+    ids=str,
+)
+def test_long_sequences(wide: ctypes.CDLL, instance: Instance, length: int, dtype: torch.dtype) -> None:
+    """The published lengths of ARC, whose groups of 15 blocks, or 29, meet at barriers."""
+    check_one_block(wide, case_for(instance, length, intermediate_size=256), instance, dtype)
 
 
 @pytest.mark.parametrize("instance", [Instance(4, 4, 8), Instance(4, 4, 8, 2, 4)], ids=str)
 def test_full_width(wide: ctypes.CDLL, instance: Instance) -> None:
     """A block of the published width at L = 97: inner width 1536, 8 heads or a SwiGLU of 512 over the tokens."""
-    check_full_width(wide, instance, torch.bfloat16)
+    run = check_one_block(wide, case_for(instance, 97, 512), instance, torch.bfloat16)
+    assert run.report["conflicts"] == {}
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", HALVES, ids=("bf16", "fp16"))
 @pytest.mark.parametrize("instance", WIDE, ids=str)
 def test_full_width_of_every_instance(wide: ctypes.CDLL, instance: Instance, dtype: torch.dtype) -> None:
-    check_full_width(wide, instance, dtype)
+    run = check_one_block(wide, case_for(instance, 97, 512), instance, dtype)
+    assert run.report["conflicts"] == {}
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("instance", LONG, ids=str)
+def test_full_width_of_long_sequences(wide: ctypes.CDLL, instance: Instance) -> None:
+    """A block of the published width at L = 916 or 901: inner width 1536, over the tokens 2560."""
+    length = 901 if instance.stages == 8 else 916
+    check_one_block(wide, case_for(instance, length, 512), instance, torch.bfloat16)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -252,7 +295,7 @@ def test_plans(wide: ctypes.CDLL, device: str) -> None:
     for case in PUBLISHED:
         if case.name == "urm-arc":
             continue
-        made = plan(wide, make_inputs(case, torch.bfloat16), shared << 10, 108, stream_tiles)
+        made = plan(wide, case, shared << 10, 108, stream_tiles)
         assert isinstance(made, Plan), f"{case}: {made}"
         assert made.shared_bytes <= shared << 10
         assert made.group_blocks * made.instance.row_tiles * 16 >= case.length
@@ -261,11 +304,25 @@ def test_plans(wide: ctypes.CDLL, device: str) -> None:
     assert rows <= ({1, 2} if shared == 99 else {1, 2, 4})
 
 
+def test_every_instance_is_the_plan_of_something(wide: ctypes.CDLL) -> None:
+    """No row of csrc/cuda/instances.h is left that no architecture would run; all of them are tested above."""
+    planned = set()
+    for shared, stream_tiles in set(DEVICES.values()):
+        for width, length, mixer, batch in itertools.product((128, 512), (97, 916), ("attention", "mlp_t"), (1, 54)):
+            case = make_case(
+                "some", batch=batch, hidden_size=width, num_heads=width // 64, length=length, token_mixer=mixer
+            )
+            made = plan(wide, case, shared << 10, 108, stream_tiles)
+            assert isinstance(made, Plan), made
+            planned.add(made.instance)
+    assert planned == set(listed_instances())
+
+
 def test_plan_takes_more_rows_for_more_sequences(wide: ctypes.CDLL) -> None:
     """Few sequences spread over the device; many share weights between as many rows as fit."""
     few = make_case("few", batch=1, length=97, hidden_size=512, num_heads=8)
     many = make_case("many", batch=54, length=97, hidden_size=512, num_heads=8)
-    plans = [plan(wide, make_inputs(case, torch.bfloat16), 163 << 10, 108, 2) for case in (few, many)]
+    plans = [plan(wide, case, 163 << 10, 108, 2) for case in (few, many)]
     assert all(isinstance(made, Plan) for made in plans)
     assert [made.instance.row_tiles for made in plans if isinstance(made, Plan)] == [2, 4]
 
@@ -284,7 +341,7 @@ def test_plan_takes_more_rows_for_more_sequences(wide: ctypes.CDLL) -> None:
     ids=str,
 )
 def test_refusals(wide: ctypes.CDLL, case: Case, reason: str) -> None:
-    made = plan(wide, make_inputs(case, torch.bfloat16), 99 << 10, 20)
+    made = plan(wide, case, 99 << 10, 20)
     assert isinstance(made, str)
     assert made.startswith(reason), made
 

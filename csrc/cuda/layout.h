@@ -69,6 +69,7 @@ struct LayerLayout {
   }
 
   TRMFAST_BOTH long elements() const { return static_cast<long>(stages) * kWarps * kStageElements; }
+  TRMFAST_BOTH long token_elements() const { return static_cast<long>(token_stages) * kWarps * kStageElements; }
 
   // stage: of the layer; square, matrix, column: within the stage of a warp.
   TRMFAST_BOTH PackedColumn source(int stage, int warp, int square, int matrix, int column) const {

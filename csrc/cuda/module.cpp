@@ -127,7 +127,11 @@ PYBIND11_MODULE(_cuda, m) {
       .def_property_readonly("groups", [](const Prepared& p) { return p.plan.groups; })
       .def_property_readonly("group_blocks", [](const Prepared& p) { return p.plan.group_blocks; })
       .def_property_readonly("shared_bytes", [](const Prepared& p) { return p.plan.shared_bytes; })
-      .def_property_readonly("row_tiles", [](const Prepared& p) { return p.plan.configuration.row_tiles; })
+      .def_property_readonly("rows", [](const Prepared& p) { return 16 * p.plan.configuration.row_tiles; })
+      .def_property_readonly("channels", [](const Prepared& p) { return 16 * p.plan.configuration.strip_tiles; })
+      .def_property_readonly("packed", [](const Prepared& p) { return LayerLayout(p.block).elements(); })
+      .def_property_readonly("token_packed", [](const Prepared& p) { return LayerLayout(p.block).token_elements(); })
+      .def_property_readonly("head_width", [](const Prepared& p) { return LayerLayout(p.block).head_width; })
       .def_property_readonly("exchange_elements",
                              [](const Prepared& p) { return p.plan.groups * p.plan.exchange_elements; })
       .def("resident_blocks", [](const Prepared& p, const std::string& element) {

@@ -53,6 +53,7 @@ template <class I> std::string run(const Request& r) {
   using T = typename I::T;
   const BlockShape block = block_of(r);
   const Configuration c = configuration<I>();
+  if (!matches(c, block)) throw simt::Error("the instance does not run such a block");
   const LayerLayout layout(block);
   const size_t elements = static_cast<size_t>(r.batch) * r.length * r.width;
 
@@ -157,7 +158,9 @@ template <class I> std::string run(const Request& r) {
 
   std::string report =
       "{\"failed\": " + std::to_string(failed.data()[0]) + ", \"group_blocks\": " + std::to_string(p.group_blocks) +
-      ", \"shared_bytes\": " + std::to_string(shared) + ", \"mma\": " + std::to_string(counters.mma) +
+      ", \"shared_bytes\": " + std::to_string(shared) + ", \"packed\": " + std::to_string(layout.elements()) +
+      ", \"token_packed\": " + std::to_string(layout.token_elements()) +
+      ", \"head_width\": " + std::to_string(layout.head_width) + ", \"mma\": " + std::to_string(counters.mma) +
       ", \"barriers\": " + std::to_string(counters.barriers) + ", " + text("ldmatrix", counters.ldmatrix) + ", " +
       text("shared_load", counters.shared_load) + ", " + text("shared_store", counters.shared_store) + ", " +
       text("cp_async", counters.cp_async) + ", \"conflicts\": {";

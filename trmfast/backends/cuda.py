@@ -7,7 +7,7 @@ Backward is the Triton backend's.  The hand-over is `saved`, the summed input of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from trmfast.problem import Problem
 
 if TYPE_CHECKING:
     from trmfast.kernels.forward_plan import Setting
+    from trmfast.kernels.persistent import Grid
 
 try:
     from trmfast import _cuda as _extension  # type: ignore[attr-defined, unused-ignore]
@@ -31,7 +32,7 @@ else:
     _cuda = _extension
     _import_error = ""
 
-__all__ = ["CudaBackend", "is_slower"]
+__all__ = ["CudaBackend", "grid_of", "is_slower"]
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 OLDEST = (8, 0)
@@ -180,17 +181,15 @@ def is_slower(
     if isinstance(prepared, str):
         return True
     gpu = setting.configuration.gpu
-    one = persistent_time(
-        gpu,
-        problem,
-        batch,
-        length,
-        groups=prepared.groups,
-        group_blocks=prepared.group_blocks,
-        rows=16 * prepared.row_tiles,
-        packed=_block(problem).packed_elements,
-    )
+    one = persistent_time(gpu, problem, batch, length, grid_of(prepared))
     return one > plan_time(gpu, forward_plan(setting, save=False))
+
+
+def grid_of(prepared: Any) -> Grid:
+    """What the model of kernels/persistent.py asks of what is to be launched."""
+    from trmfast.kernels.persistent import Grid
+
+    return Grid(**{field.name: getattr(prepared, field.name) for field in fields(Grid)})
 
 
 @dataclass(frozen=True)
