@@ -170,6 +170,8 @@ def test_bad_arguments_are_one_line() -> None:
         Recursion(RecursionProgram.hrm(1, 1), [net])
     with pytest.raises(ValueError, match=r"^backend: got 'cpu', accepted is 'auto', nets\[0\] is not a"):
         Recursion(program, [net], backend="cpu")
+    with pytest.raises(TypeError, match=r"^program: got int, accepted are RecursionProgram$"):
+        Recursion(5, [net])  # type: ignore[arg-type]
     recursion = Recursion(program, [net])
     with pytest.raises(ValueError, match=r"^nets: got 1, accepted are 2"):
         recursion([x, x], x, program=RecursionProgram.hrm(1, 1))
@@ -179,6 +181,17 @@ def test_bad_arguments_are_one_line() -> None:
         recursion([x, x])
     with pytest.raises(ValueError, match=r"^cos_sin: got tables, accepted is None"):
         recursion([x, x], x, (x, x))
+
+
+def test_a_frozen_network_made_in_inference_mode() -> None:
+    """Its parameters count no writes, and work where a plain call works."""
+    with torch.inference_mode():
+        net = network().requires_grad_(False)
+    x = torch.randn(ROWS, LENGTH, DIM)
+    states = [torch.zeros_like(x)] * 2
+    program = RecursionProgram.trm(1, 1)
+    out, wanted = Recursion(program, [net])(states, x), Recursion(program, [net], recompute=False)(states, x)
+    assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
 
 
 def test_fused_networks_stay_fused() -> None:

@@ -223,7 +223,7 @@ class Recursion(nn.Module):
             for :class:`Net` about thirty times the memory.
 
     Raises:
-        TypeError: a network is not a module.
+        TypeError: a network is not a module, or the program none.
         ValueError: the networks do not fit the program, or one of them must not be computed again.
     """
 
@@ -235,12 +235,12 @@ class Recursion(nn.Module):
             if not isinstance(net, nn.Module):
                 raise TypeError(f"nets[{i}]: got {type(net).__name__}, accepted are torch.nn.Module")
         self.nets = nn.ModuleList(nets)
+        self._check_count(program)
         self.specs: tuple[NetSpec, ...] | None = None
         foreign = next((i for i, net in enumerate(nets) if not isinstance(net, Net)), None)
         if foreign is None:
             self.specs = Problem(program, tuple(cast(Net, net).spec for net in nets)).nets
         else:
-            self._check_count(program)
             if backend != "auto":
                 raise ValueError(
                     f"backend: got {backend!r}, accepted is 'auto', nets[{foreign}] is not a trmfast.nn.Net"
@@ -301,6 +301,8 @@ class Recursion(nn.Module):
         return tuple(current)
 
     def _check_count(self, program: RecursionProgram) -> None:
+        if not isinstance(program, RecursionProgram):
+            raise TypeError(f"program: got {type(program).__name__}, accepted are RecursionProgram")
         if len(self.nets) != len(program.nets):
             accepted = f"{len(program.nets)} ({', '.join(program.nets)})"
             raise ValueError(f"nets: got {len(self.nets)}, accepted are {accepted}")

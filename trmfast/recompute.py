@@ -54,7 +54,10 @@ class _Call:
         return self.function(*args, **kwargs)
 
     def _watch(self) -> None:
-        now: list[tuple[str, Tensor, int]] = [(name, p, p._version) for name, p in self.owner.named_parameters()]
+        # Tensors of inference mode count no writes; autograd keeps them from being trained.
+        now: list[tuple[str, Tensor, int]] = [
+            (name, p, 0 if p.is_inference() else p._version) for name, p in self.owner.named_parameters()
+        ]
         if self.seen is None:
             self.seen = now
             return
