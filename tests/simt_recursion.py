@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from trmfast.kernels.architectures import ARCHITECTURES
 from trmfast.kernels.persistent import Grid, Traffic
 
 from trmfast.cases import Case, Inputs
@@ -139,16 +140,15 @@ def _request(problem: Problem, batch: int, length: int, **fields: Any) -> _Reque
     )
 
 
-def plan(
-    library: ctypes.CDLL, case: Case, shared_bytes: int, multiprocessors: int = 108, stream_tiles: int = 1
-) -> Plan | str:
-    """The plan for a problem on a device, or why there is none."""
+def plan(library: ctypes.CDLL, case: Case, architecture: str, multiprocessors: int = 108) -> Plan | str:
+    """The plan for a problem on a device of some architecture, or why there is none."""
     block = case.problem.nets[0].block
     taps = block.conv_kernel if block.channel_mixer == "conv_swiglu" else 0
     words, reason = (ctypes.c_int32 * 8)(), ctypes.create_string_buffer(256)
-    device = (shared_bytes, multiprocessors, stream_tiles)
+    capability = divmod(int(architecture.removeprefix("sm_")), 10)
+    limits = (*capability, ARCHITECTURES[architecture].block_shared, multiprocessors)
     request = _request(case.problem, case.batch, case.length)
-    if library.trmfast_plan(ctypes.byref(request), taps, *device, words, reason, len(reason)):
+    if library.trmfast_plan(ctypes.byref(request), taps, *limits, words, reason, len(reason)):
         return reason.value.decode()
     return Plan(Instance(*words[:5]), *words[5:])
 

@@ -34,19 +34,9 @@ def extension() -> Any:
     return cuda._cuda
 
 
-def stream_tiles(gpu: str) -> int:
-    return 2 if GPUS[gpu].architecture in ("sm_80", "sm_90", "sm_100") else 1
-
-
-def prepare(case: Case, gpu: str = "L40S", **limits: int) -> Any:
-    device = {
-        "shared_bytes": ARCHITECTURES[GPUS[gpu].architecture].block_shared,
-        "multiprocessors": GPUS[gpu].multiprocessors,
-        **limits,
-    }
-    return cuda._prepare(
-        case.problem, case.batch, case.length, device["shared_bytes"], device["multiprocessors"], stream_tiles(gpu)
-    )
+def prepare(case: Case, gpu: str = "L40S", **changed: int) -> Any:
+    limits = cuda.limits_of(GPUS[gpu])._replace(**changed)
+    return cuda._prepare(case.problem, case.batch, case.length, limits)
 
 
 # ---------------------------------------------------------------- refusals
@@ -124,8 +114,7 @@ def slower(batch: int, width: int, gpu: str) -> bool:
     setting = Setting(
         case.problem, batch, 97, torch.bfloat16, True, Configuration(one.architecture, one.multiprocessors)
     )
-    limits = (ARCHITECTURES[one.architecture].block_shared, one.multiprocessors, stream_tiles(gpu))
-    return cuda.is_slower(case.problem, batch, 97, setting, *limits)
+    return cuda.is_slower(case.problem, batch, 97, setting, cuda.limits_of(one))
 
 
 @pytest.mark.usefixtures("extension")

@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from trmfast.kernels.architectures import ARCHITECTURES
 from trmfast.kernels.persistent import persistent_traffic
 
 from simt_recursion import Instance, Plan, Run, Schedule, build, listed_instances, plan, run_emulated
+from trmfast.benchmark.cuda_kernels import CUDA_ARCHITECTURES
 from trmfast.cases import PUBLISHED, Case, Inputs, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
@@ -46,15 +48,7 @@ ATTENTION, MIXER, LONG_MIXER = Instance(1, 8, 4), Instance(1, 8, 4, 2, 4), Insta
 WIDE = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles <= 2]
 LONG = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles in (0, 16)]
 SCHEDULES = [Schedule("forward"), Schedule("reverse"), *(Schedule("random", seed) for seed in (1, 2, 3))]
-# Shared memory that a block can have, in KB, and row tiles below which it waits for weights (Device in plan.h).
-DEVICES = {
-    "sm_80": (163, 2),
-    "sm_86": (99, 1),
-    "sm_89": (99, 1),
-    "sm_90": (227, 2),
-    "sm_100": (227, 2),
-    "sm_120": (99, 1),
-}
+DEVICES = [f"sm_{number}" for number in CUDA_ARCHITECTURES]
 
 # Two blocks of the grid share a sequence at 16 rows each.
 PROGRAMS = [
@@ -290,40 +284,40 @@ def test_full_width_of_long_sequences(wide: ctypes.CDLL, instance: Instance) -> 
 @pytest.mark.parametrize("device", DEVICES)
 def test_plans(wide: ctypes.CDLL, device: str) -> None:
     """The published problems on every architecture: which instance, and that its shared memory fits."""
-    shared, stream_tiles = DEVICES[device]
+    shared = ARCHITECTURES[device].block_shared
     rows = set()
     for case in PUBLISHED:
         if case.name == "urm-arc":
             continue
-        made = plan(wide, case, shared << 10, 108, stream_tiles)
+        made = plan(wide, case, device)
         assert isinstance(made, Plan), f"{case}: {made}"
-        assert made.shared_bytes <= shared << 10
+        assert made.shared_bytes <= shared
         assert made.group_blocks * made.instance.row_tiles * 16 >= case.length
         assert made.instance in listed_instances()
         rows.add(made.instance.row_tiles)
-    assert rows <= ({1, 2} if shared == 99 else {1, 2, 4})
+    assert rows <= ({1, 2} if shared == 99 << 10 else {1, 2, 4})
 
 
 def test_every_instance_is_the_plan_of_something(wide: ctypes.CDLL) -> None:
     """No row of csrc/cuda/instances.h is left that no architecture would run; all of them are tested above."""
     planned = set()
-    for shared, stream_tiles in set(DEVICES.values()):
+    for device in DEVICES:
         for width, length, mixer, batch in itertools.product((128, 512), (97, 916), ("attention", "mlp_t"), (1, 54)):
             case = make_case(
                 "some", batch=batch, hidden_size=width, num_heads=width // 64, length=length, token_mixer=mixer
             )
-            made = plan(wide, case, shared << 10, 108, stream_tiles)
+            made = plan(wide, case, device)
             assert isinstance(made, Plan), made
             planned.add(made.instance)
     assert planned == set(listed_instances())
 
 
-def test_plan_takes_more_rows_for_more_sequences(wide: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("device", ["sm_80", "sm_90"])
+def test_plan_takes_more_rows_for_more_sequences(wide: ctypes.CDLL, device: str) -> None:
     """Few sequences spread over the device; many share weights between as many rows as fit."""
     few = make_case("few", batch=1, length=97, hidden_size=512, num_heads=8)
-    many = make_case("many", batch=54, length=97, hidden_size=512, num_heads=8)
-    plans = [plan(wide, case, 163 << 10, 108, 2) for case in (few, many)]
-    assert all(isinstance(made, Plan) for made in plans)
+    many = make_case("many", batch=768, length=97, hidden_size=512, num_heads=8)
+    plans = [plan(wide, case, device) for case in (few, many)]
     assert [made.instance.row_tiles for made in plans if isinstance(made, Plan)] == [2, 4]
 
 
@@ -341,7 +335,7 @@ def test_plan_takes_more_rows_for_more_sequences(wide: ctypes.CDLL) -> None:
     ids=str,
 )
 def test_refusals(wide: ctypes.CDLL, case: Case, reason: str) -> None:
-    made = plan(wide, case, 99 << 10, 20)
+    made = plan(wide, case, "sm_89", 20)
     assert isinstance(made, str)
     assert made.startswith(reason), made
 

@@ -96,20 +96,15 @@ PYBIND11_MODULE(_cuda, m) {
       .def_property_readonly("packed_elements", [](const BlockShape& block) { return LayerLayout(block).elements(); });
 
   py::class_<Device>(m, "Device")
-      .def(py::init([](int shared_bytes, int multiprocessors, int stream_tiles) {
-             return Device{shared_bytes, multiprocessors, stream_tiles};
-           }),
-           py::kw_only(), py::arg("shared_bytes"), py::arg("multiprocessors"), py::arg("stream_tiles"))
-      .def_readonly("shared_bytes", &Device::shared_bytes)
-      .def_readonly("multiprocessors", &Device::multiprocessors)
-      .def_readonly("stream_tiles", &Device::stream_tiles);
+      .def(py::init(&make_device), py::kw_only(), py::arg("major"), py::arg("minor"), py::arg("shared_bytes"),
+           py::arg("multiprocessors"));
   m.def(
-      "device",
+      "limits",
       [](int index) {
-        const int major = attribute(cudaDevAttrComputeCapabilityMajor, index),
-                  minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
-        return Device{attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-                      attribute(cudaDevAttrMultiProcessorCount, index), stream_tiles(major, minor)};
+        return std::make_tuple(attribute(cudaDevAttrComputeCapabilityMajor, index),
+                               attribute(cudaDevAttrComputeCapabilityMinor, index),
+                               attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+                               attribute(cudaDevAttrMultiProcessorCount, index));
       },
       py::arg("index"));
   m.def("missing_driver", []() -> py::object {

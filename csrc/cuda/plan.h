@@ -30,14 +30,16 @@ inline int64_t exchange_elements(const Configuration& c, const BlockShape& block
 struct Device {
   int shared_bytes;    // most that a block can have: 163 KB on sm_80, 99 KB on sm_86, 89 and 120, 227 KB on 90 and 100
   int multiprocessors; // each runs one block of this kernel at a time
-  // Row tiles below which a block waits for weights and not for products: what a multiprocessor gets from L2 in a clock
-  // against what it multiplies.  2 on sm_80, 90 and 100; 1 on sm_86, 89 and 120.
-  int stream_tiles = 1;
+  // Rows below which a block waits for weights and not for products: what a multiprocessor multiplies in a clock
+  // against the 64 bytes that its port to L2 lets through.
+  int stream_rows;
+  int cache_blocks; // so many blocks draw all that L2 gives: 5120 bytes a clock on sm_80 and 90, elsewhere every port
 };
 
-// Device::stream_tiles by compute capability: 2 where the tensor cores outrun a multiprocessor's port to L2.
-inline int stream_tiles(int major, int minor) {
-  return (major == 8 && minor == 0) || major == 9 || major == 10 ? 2 : 1;
+inline Device make_device(int major, int minor, int shared_bytes, int multiprocessors) {
+  if (major == 8 && minor == 0) return {shared_bytes, multiprocessors, 32, smaller(80, multiprocessors)};
+  if (major == 9) return {shared_bytes, multiprocessors, 40, smaller(80, multiprocessors)};
+  return {shared_bytes, multiprocessors, major == 10 ? 32 : 16, multiprocessors};
 }
 
 struct Plan {
@@ -66,11 +68,12 @@ inline bool matches(const Configuration& c, const BlockShape& block) {
   return c.width_tiles == layout.width_tiles && c.token_tiles == layout.token_tiles;
 }
 
-// A model of the time of a launch, to choose among instances: rounds of the resident groups, times the work of a block
-// of the grid in a round, which grows with its rows and padded columns.
-inline int64_t cost(const Configuration& c, int groups, int batch, const Device& device) {
-  return static_cast<int64_t>(ceil_div(batch, groups)) * larger(c.row_tiles, device.stream_tiles) * c.width_tiles *
-         larger(1, c.token_tiles);
+// A model of the time of a launch, to choose among instances (kernels/persistent.py has it in seconds): rounds of the
+// resident groups, times what a block of the grid takes in a round, which is its products or the weights.
+inline int64_t cost(const Configuration& c, int groups, int group_blocks, int batch, const Device& device) {
+  const int64_t products = int64_t{16} * c.row_tiles * device.cache_blocks;
+  const int64_t weights = int64_t{device.stream_rows} * larger(device.cache_blocks, groups * group_blocks);
+  return ceil_div(batch, groups) * (products > weights ? products : weights);
 }
 
 // The best of the instances for a problem, or why there is none.
@@ -96,7 +99,7 @@ inline std::string make_plan(const std::vector<Configuration>& instances, const 
       continue;
     }
     const int groups = smaller(batch, device.multiprocessors / group_blocks);
-    const int64_t now = cost(c, groups, batch, device);
+    const int64_t now = cost(c, groups, group_blocks, batch, device);
     // Of equals the one with more rows (less traffic), then with the longer ring.
     const Configuration& chosen = plan->configuration;
     if (best >= 0 && (now > best || (now == best && (c.row_tiles < chosen.row_tiles ||

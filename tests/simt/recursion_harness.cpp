@@ -226,16 +226,16 @@ extern "C" int trmfast_forward(const Request* request, char* report, int capacit
 
 // The plan for a problem on a device as {row tiles, stages, width tiles, token tiles, strip tiles, groups, blocks of a
 // group, bytes of shared memory}.  1: there is none, for the reason given.
-extern "C" int trmfast_plan(const Request* request, int conv_taps, int shared, int multiprocessors, int stream_tiles,
-                            int32_t* plan, char* reason, int capacity) {
+extern "C" int trmfast_plan(const Request* request, int conv_taps, int major, int minor, int shared,
+                            int multiprocessors, int32_t* plan, char* reason, int capacity) {
 #define LISTED(...) Configuration{__VA_ARGS__},
   const std::vector<Configuration> instances{TRMFAST_INSTANCES(LISTED)};
 #undef LISTED
   BlockShape block = block_of(*request);
   block.conv_taps = conv_taps;
   Plan made{};
-  const std::string refused =
-      make_plan(instances, block, request->batch, request->length, {shared, multiprocessors, stream_tiles}, &made);
+  const Device device = make_device(major, minor, shared, multiprocessors);
+  const std::string refused = make_plan(instances, block, request->batch, request->length, device, &made);
   const Configuration& c = made.configuration;
   const int32_t words[8] = {c.row_tiles,   c.stages,    c.width_tiles,     c.token_tiles,
                             c.strip_tiles, made.groups, made.group_blocks, made.shared_bytes};

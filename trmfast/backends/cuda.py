@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from trmfast.build_info import build_info
 from trmfast.problem import Problem
 
 if TYPE_CHECKING:
+    from trmfast.kernels.architectures import Gpu
     from trmfast.kernels.forward_plan import Setting
     from trmfast.kernels.persistent import Grid
 
@@ -32,12 +33,21 @@ else:
     _cuda = _extension
     _import_error = ""
 
-__all__ = ["CudaBackend", "grid_of", "is_slower"]
+__all__ = ["CudaBackend", "Limits", "grid_of", "is_slower", "limits_of"]
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 OLDEST = (8, 0)
 # A group of blocks that waits longer for one of its own gives up: on a healthy device a wait takes microseconds.
 TIMEOUT_NS = 10_000_000_000
+
+
+class Limits(NamedTuple):
+    """What a plan asks of a device: compute capability, bytes of shared memory of a block, multiprocessors."""
+
+    major: int
+    minor: int
+    shared_bytes: int
+    multiprocessors: int
 
 
 class CudaBackend:
@@ -70,7 +80,7 @@ class CudaBackend:
         if capability < OLDEST:
             return f"it needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
         index = _index(device)
-        prepared = _prepare(problem, batch, length, *_limits(index))
+        prepared = _prepare(problem, batch, length, _limits(index))
         if isinstance(prepared, str):
             return prepared
         resident = _resident_blocks(problem, dtype, batch, length, index)
@@ -85,7 +95,7 @@ class CudaBackend:
         from trmfast.backends.triton import forward_setting
 
         setting = forward_setting(problem, device, dtype, batch, length)
-        return is_slower(problem, batch, length, setting, *_limits(_index(device)))
+        return is_slower(problem, batch, length, setting, _limits(_index(device)))
 
     def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
         """0: it always recomputes."""
@@ -109,7 +119,7 @@ class CudaBackend:
         batch, length, _ = first.shape
         with torch.cuda.device(device):
             _raise_if_failed(index)
-            prepared = _prepare(problem, batch, length, *_limits(index))
+            prepared = _prepare(problem, batch, length, _limits(index))
             words = _words(problem, batch, length, index)
             stream = torch.cuda.current_stream(device).cuda_stream
             packed = _pack(problem, weights, first.dtype, stream)
@@ -163,26 +173,26 @@ class CudaBackend:
 
 
 @lru_cache(maxsize=256)
-def is_slower(
-    problem: Problem,
-    batch: int,
-    length: int,
-    setting: Setting,
-    shared_bytes: int,
-    multiprocessors: int,
-    stream_tiles: int,
-) -> bool:
+def is_slower(problem: Problem, batch: int, length: int, setting: Setting, limits: Limits) -> bool:
     """Whether one launch takes longer than the plan of a setting, by the models of both; True where there is none."""
     from trmfast.kernels.forward_plan import forward_plan
     from trmfast.kernels.persistent import persistent_time
     from trmfast.kernels.roofline import plan_time
 
-    prepared = _prepare(problem, batch, length, shared_bytes, multiprocessors, stream_tiles)
+    prepared = _prepare(problem, batch, length, limits)
     if isinstance(prepared, str):
         return True
     gpu = setting.configuration.gpu
     one = persistent_time(gpu, problem, batch, length, grid_of(prepared))
     return one > plan_time(gpu, forward_plan(setting, save=False))
+
+
+def limits_of(gpu: Gpu) -> Limits:
+    """The limits of a product that need not be there."""
+    from trmfast.kernels.architectures import ARCHITECTURES
+
+    architecture = ARCHITECTURES[gpu.architecture]
+    return Limits(*divmod(int(architecture.number), 10), architecture.block_shared, gpu.multiprocessors)
 
 
 def grid_of(prepared: Any) -> Grid:
@@ -210,11 +220,9 @@ def _address(tensor: Tensor | None) -> int:
 
 
 @lru_cache(maxsize=64)
-def _limits(index: int) -> tuple[int, int, int]:
-    """Shared memory of a block in bytes, multiprocessors, and rows in tiles of 16 below which weights are the limit."""
+def _limits(index: int) -> Limits:
     assert _cuda is not None
-    device = _cuda.device(index)
-    return device.shared_bytes, device.multiprocessors, device.stream_tiles
+    return Limits(*_cuda.limits(index))
 
 
 @lru_cache(maxsize=256)
@@ -237,9 +245,7 @@ def _block(problem: Problem) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _prepare(
-    problem: Problem, batch: int, length: int, shared_bytes: int, multiprocessors: int, stream_tiles: int
-) -> Any:
+def _prepare(problem: Problem, batch: int, length: int, limits: Limits) -> Any:
     """What to launch on a device of these limits, or the reason in one line why nothing."""
     assert _cuda is not None
     if len({net.block for net in problem.nets}) > 1:
@@ -251,7 +257,7 @@ def _prepare(
         program=[(u.dst, list(u.sources), u.inject_x, u.net, u.grad) for u in problem.program.updates],
         batch=batch,
         length=length,
-        device=_cuda.Device(shared_bytes=shared_bytes, multiprocessors=multiprocessors, stream_tiles=stream_tiles),
+        device=_cuda.Device(**limits._asdict()),
     )
 
 
@@ -260,13 +266,13 @@ def _resident_blocks(problem: Problem, dtype: torch.dtype, batch: int, length: i
     """Blocks of the kernel that the device runs at the same time."""
     limits = _limits(index)
     with torch.cuda.device(index):
-        blocks: int = _prepare(problem, batch, length, *limits).resident_blocks(ELEMENTS[dtype])
-    return blocks * limits[1]
+        blocks: int = _prepare(problem, batch, length, limits).resident_blocks(ELEMENTS[dtype])
+    return blocks * limits.multiprocessors
 
 
 @lru_cache(maxsize=256)
 def _words(problem: Problem, batch: int, length: int, index: int) -> _Words:
-    prepared = _prepare(problem, batch, length, *_limits(index))
+    prepared = _prepare(problem, batch, length, _limits(index))
 
     def on_device(words: list[int]) -> Tensor:
         return torch.tensor(words, dtype=torch.int64).to(torch.int32).to(torch.device("cuda", index))

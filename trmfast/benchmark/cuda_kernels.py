@@ -254,8 +254,8 @@ def markdown(found: Sequence[Compiled], compiler: str) -> str:
         "Registers are those of a thread, of 256 in a block; spills are bytes of local memory of a thread; shared "
         "memory is that of the largest block an instance runs (heads of 64).  Blocks are those that a multiprocessor "
         "holds, by registers and shared memory: plans count on one, and pass over an instance where its shared memory "
-        "does not fit (-).  The rest are instructions in the code: HMMA is `mma`, LDSM `ldmatrix`, LDGSTS `cp.async`, LDL and STL use "
-        "local memory.  `pytest -m compile` fails if one of these numbers becomes a fault.",
+        "does not fit (-).  The rest are instructions in the code: HMMA is `mma`, LDSM `ldmatrix`, LDGSTS `cp.async`, "
+        "LDL and STL use local memory.  `pytest -m compile` fails if one of these numbers becomes a fault.",
     ]
     for name in dict.fromkeys(one.architecture for one in found):
         lines += ["", f"## {name}", "", f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
