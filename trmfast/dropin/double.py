@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,16 +94,11 @@ class Double:
         arguments = (self.rows, self.device) if self.found.family == "nano-trm" else (self.rows,)
         return self.inner.empty_carry(*arguments)
 
-    @property
+    @cached_property
     def length(self) -> int:
-        """Positions L of a sequence."""
-        if not hasattr(self, "_length"):
-            self._length: int = getattr(self._empty_carry(), self.family.states[0]).shape[1]
-        return self._length
-
-    @length.setter
-    def length(self, value: int) -> None:
-        self._length = value
+        """Positions L of a sequence; :meth:`shorten` sets it."""
+        found: int = getattr(self._empty_carry(), self.family.states[0]).shape[1]
+        return found
 
     # ---------------------------------------------------------------- the copy
 
