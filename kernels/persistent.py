@@ -24,12 +24,16 @@ from trmfast.kernels.roofline import CACHE, GAP, MEMORY, TENSOR
 
 from trmfast.problem import Problem
 
-__all__ = ["BARRIER", "MMA_SYNC", "Grid", "Traffic", "persistent_time", "persistent_traffic"]
+__all__ = ["BARRIER", "GAIN", "MMA_SYNC", "Grid", "Traffic", "persistent_time", "persistent_traffic"]
 
 BARRIER = 1.5e-6
 """Seconds of one barrier over the blocks of a group, through counters in the shared cache."""
 MMA_SYNC = {"sm_90": 0.62, "sm_100": 0.25}
 """What ``mma.sync`` reaches of the tensor cores' rate where newer instructions are faster."""
+
+GAIN = 1.1
+"""How many times faster than Triton's launches it must be by the models for ``backend="auto"`` to take it: a difference
+of a few percent is less than either model knows."""
 
 
 @dataclass(frozen=True)

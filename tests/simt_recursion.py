@@ -1,23 +1,29 @@
-"""Runs the CUDA kernel of the forward recursion in the SIMT emulator (tests/simt/recursion_harness.cpp)."""
+"""Runs the CUDA kernel of the forward recursion in the SIMT emulator (tests/simt/recursion_harness.cpp).
+
+``python tests/simt_recursion.py trm-sudoku-att`` counts a whole supervision step of one sequence, some minutes.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
 import re
 import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from trmfast.kernels.architectures import ARCHITECTURES
-from trmfast.kernels.persistent import Grid, Traffic
+from trmfast.kernels.persistent import Grid, Traffic, persistent_traffic
 
-from trmfast.cases import Case, Inputs
+from trmfast.cases import Case, Inputs, find_case, make_inputs
 from trmfast.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,3 +248,35 @@ def run_emulated(
         **{name: report[name] for name in ("packed", "token_packed", "head_width")},
     )
     return Run(tuple(states_out), saved, report, grid)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints what a supervision step of one sequence moves, counted."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("problem", help="a published problem, for example trm-sudoku-att")
+    parser.add_argument("--architecture", default="sm_80", choices=[name for name in ARCHITECTURES if "sm_" in name])
+    options = parser.parse_args(arguments)
+    case = find_case(options.problem)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        # The plan of as many sequences as the device takes at a time.
+        found = plan(build(Path(folder)), replace(case, batch=54), options.architecture)
+        if isinstance(found, str):
+            print(found)
+            return 1
+        library = build(Path(folder), [found.instance])
+        run = run_emulated(library, make_inputs(case, torch.bfloat16), found.instance, Schedule("random", 1))
+    expected = persistent_traffic(case.problem, 1, case.length, run.grid, rope=case.rope)
+    print(f"{case}, {options.architecture}: {run.grid}")
+    for name in ("weights", "tables", "exchange", "states"):
+        print(f"{name}: {getattr(run.traffic, name)} bytes counted, {getattr(expected, name)} by the formula")
+    ratio = run.traffic.activations / expected.compulsory
+    print(f"compulsory: {expected.compulsory} bytes; exchange and states are {ratio:.1f} times so many")
+    count, wavefronts, least = run.report["ldmatrix"]
+    print(f"ldmatrix: {count}, in {wavefronts} wavefronts; without bank conflicts {least}")
+    print(f"mma: {run.report['mma']}; other bank conflicts by line: {run.report['conflicts']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

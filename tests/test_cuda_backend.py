@@ -108,20 +108,35 @@ def test_published_sizes_fit_every_gpu(gpu: str, length: int) -> None:
 # ---------------------------------------------------------------- choice
 
 
+def setting_of(case: Case, gpu: str) -> Setting:
+    configuration = Configuration(GPUS[gpu].architecture, GPUS[gpu].multiprocessors)
+    return Setting(case.problem, case.batch, case.length, torch.bfloat16, case.rope, configuration)
+
+
 def slower(batch: int, width: int, gpu: str) -> bool:
     case = make_case("trm", H_cycles=3, L_cycles=6, batch=batch, hidden_size=width, num_heads=width // 64, length=97)
-    one = GPUS[gpu]
-    setting = Setting(
-        case.problem, batch, 97, torch.bfloat16, True, Configuration(one.architecture, one.multiprocessors)
-    )
-    return cuda.is_slower(case.problem, batch, 97, setting, cuda.limits_of(one))
+    return cuda.is_slower(case.problem, batch, 97, setting_of(case, gpu), cuda.limits_of(GPUS[gpu]))
 
 
 @pytest.mark.usefixtures("extension")
-@pytest.mark.parametrize("gpu", ["A100", "H100"])
-def test_one_launch_is_chosen_for_few_narrow_sequences_and_not_for_many(gpu: str) -> None:
-    assert not slower(1, 64, gpu)
-    assert slower(1024, 512, gpu)
+@pytest.mark.parametrize(
+    "gpu, batch, width, expected",
+    [("L40S", 16, 128, False), ("RTX 4090", 64, 256, False), ("A100", 768, 512, True), ("H100", 1, 512, True)],
+)
+def test_rule_of_auto(gpu: str, batch: int, width: int, expected: bool) -> None:
+    """One launch for narrow attention on GPUs whose ports are wide for their tensor cores, Triton's elsewhere."""
+    assert slower(batch, width, gpu) is expected
+
+
+@pytest.mark.usefixtures("extension")
+def test_a_tie_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("small")
+    limits, setting = cuda.limits_of(GPUS["L40S"]), setting_of(case, "L40S")
+    for times, expected in (((1.0, 1.09), True), ((1.0, 1.11), False), (None, True)):
+        cuda.is_slower.cache_clear()
+        monkeypatch.setattr(cuda, "modelled_times", lambda *_, times=times: times)
+        assert cuda.is_slower(case.problem, case.batch, case.length, setting, limits) is expected
+    cuda.is_slower.cache_clear()
 
 
 # ---------------------------------------------------------------- hand-over

@@ -33,7 +33,7 @@ else:
     _cuda = _extension
     _import_error = ""
 
-__all__ = ["CudaBackend", "Limits", "grid_of", "is_slower", "limits_of"]
+__all__ = ["CudaBackend", "Limits", "grid_of", "is_slower", "limits_of", "modelled_times"]
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 OLDEST = (8, 0)
@@ -91,7 +91,7 @@ class CudaBackend:
         return None if reason is None else f"its backward pass needs the triton backend: {reason}"
 
     def declines(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> bool:
-        """Whether the model of kernels/persistent.py finds the launches of the triton backend faster; docs/gpu.md."""
+        """Whether the launches of the triton backend are as fast, by the rule of :func:`is_slower`; docs/gpu.md."""
         from trmfast.backends.triton import forward_setting
 
         setting = forward_setting(problem, device, dtype, batch, length)
@@ -174,17 +174,30 @@ class CudaBackend:
 
 @lru_cache(maxsize=256)
 def is_slower(problem: Problem, batch: int, length: int, setting: Setting, limits: Limits) -> bool:
-    """Whether one launch takes longer than the plan of a setting, by the models of both; True where there is none."""
+    """The rule of ``backend="auto"``: whether one launch is not faster than the plan of a setting by the factor GAIN.
+
+    Both times are modelled.  True where there is no plan for one launch.
+    """
+    from trmfast.kernels.persistent import GAIN
+
+    times = modelled_times(problem, batch, length, setting, limits)
+    return times is None or times[0] * GAIN > times[1]
+
+
+def modelled_times(
+    problem: Problem, batch: int, length: int, setting: Setting, limits: Limits
+) -> tuple[float, float] | None:
+    """Seconds of one launch and of the Triton plan of a setting, by the models of both, or None without one launch."""
     from trmfast.kernels.forward_plan import forward_plan
     from trmfast.kernels.persistent import persistent_time
     from trmfast.kernels.roofline import plan_time
 
     prepared = _prepare(problem, batch, length, limits)
     if isinstance(prepared, str):
-        return True
+        return None
     gpu = setting.configuration.gpu
     one = persistent_time(gpu, problem, batch, length, grid_of(prepared))
-    return one > plan_time(gpu, forward_plan(setting, save=False))
+    return one, plan_time(gpu, forward_plan(setting, save=False))
 
 
 def limits_of(gpu: Gpu) -> Limits:
