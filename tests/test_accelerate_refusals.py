@@ -176,7 +176,12 @@ def test_a_compiled_method_of_nano() -> None:
 def test_models_that_hold_none_or_several() -> None:
     assert refused(nn.Linear(2, 2))[0].startswith("no module has lm_head, q_head and networks under one of the names")
     pair = nn.ModuleList([make("trm"), make("hrm")])
-    assert refused(pair) == ("several modules hold a recursion: 0.inner, 1.inner; accelerate them one at a time",)
+    several = ("several modules hold a recursion: 0.inner, 1.inner; accelerate them one at a time",)
+    assert refused(pair) == several
+    trmfast.accelerate(pair[0])
+    assert refused(pair) == several
+    trmfast.accelerate(pair[1])
+    assert trmfast.accelerate(pair) is pair
     for own, name in ((trmfast.TRM, "trm"), (trmfast.URM, "urm")):
         assert refused(own(vars(make(name).config))) == ("inner: runs trmfast's recursion already",)
     model = make("trm")

@@ -9,7 +9,7 @@ from torch import nn
 from trmfast import foreign
 from trmfast.backends import BACKENDS
 from trmfast.dropin import probe
-from trmfast.dropin.structure import UnsupportedModelError, find
+from trmfast.dropin.structure import UnsupportedModelError, find, inner_modules
 from trmfast.dropin.swap import Plan, is_swapped, plan_of, swap, swap_back
 
 __all__ = ["accelerate", "restore"]
@@ -43,7 +43,7 @@ def accelerate(model: M, backend: str = "auto") -> M:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, accepted are {', '.join(('auto', *BACKENDS))}")
     swapped = [module for module in model.modules() if is_swapped(module)]
-    if swapped:
+    if swapped and len(inner_modules(model)) == len(swapped):
         for module in swapped:
             plan_of(module).backend = backend
         return model

@@ -14,7 +14,7 @@ from trmfast.nn import Block
 from trmfast.problem import COMPUTE_DTYPES, Problem
 from trmfast.spec import BlockSpec, NetSpec
 
-__all__ = ["Found", "UnsupportedModelError", "blocks_of", "find", "get", "hooked", "named_modules"]
+__all__ = ["Found", "UnsupportedModelError", "blocks_of", "find", "get", "hooked", "inner_modules", "named_modules"]
 
 NET_NAMES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.nets))
 # Modules without weights that do nothing, or what the block does anyway: URM names its SiLU.
@@ -61,7 +61,7 @@ def find(model: nn.Module) -> Found:
     Raises:
         UnsupportedModelError: there is none, there are several, or its structure differs from every family.
     """
-    candidates = [(path, module) for path, module in model.named_modules() if _is_inner(module)]
+    candidates = inner_modules(model)
     if not candidates:
         raise UnsupportedModelError(
             [f"no module has lm_head, q_head and networks under one of the names {', '.join(NET_NAMES)}"]
@@ -92,6 +92,11 @@ def find(model: nn.Module) -> Found:
     if differences:
         raise UnsupportedModelError(differences)
     return Found(path, inner, name, specs, cast(torch.dtype, dtype))
+
+
+def inner_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that hold heads and networks, by path; accelerated ones too."""
+    return [(path, module) for path, module in model.named_modules() if _is_inner(module)]
 
 
 def plain(module: nn.Module) -> nn.Module:
