@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_recursive_model import TinyRecursiveModel
-from torch import nn
+from torch import Tensor, nn
 
 import trmfast
 from foreign_cases import (
@@ -157,6 +157,22 @@ def test_what_a_drop_in_survives(name: str, how: str) -> None:
     assert foreign.undo(copied) > 0
     assert saved_bytes(copied, lambda: step(copied)) == saved_bytes(plain, lambda: step(plain))
     assert torch.equal(step(copied), step(plain))
+
+
+def test_a_forward_of_the_instance_is_recomputed_and_given_back() -> None:
+    net, x = network(), torch.randn(2, DIM)
+
+    def own(h: Tensor) -> Tensor:
+        out: Tensor = type(net).forward(net, h)
+        return out * 2
+
+    net.forward = own
+    wanted = net(x)
+    assert foreign.recompute(foreign.recompute(net)) is net  # the second call changes nothing
+    assert torch.equal(net(x), wanted)
+    assert saved_bytes(net, lambda: net(x)) < 64 + x.nbytes
+    assert foreign.undo(net) == 1
+    assert net.__dict__["forward"] is own
 
 
 def test_dropout_draws_the_same_again() -> None:
