@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from trmfast.backends.engine import address, block_fields, update_rows
 from trmfast.build_info import build_info
 from trmfast.problem import Problem
 
@@ -178,25 +179,9 @@ class _Engine:
 @lru_cache(maxsize=256)
 def _engine(problem: Problem) -> _Engine:
     assert _cpu is not None
-    updates = [(u.dst, list(u.sources), u.inject_x, u.net, u.grad) for u in problem.program.updates]
-    blocks = tuple(
-        _cpu.BlockShape(
-            width=b.hidden_size,
-            inner=b.intermediate_size,
-            attention=b.token_mixer == "attention",
-            heads=b.num_heads,
-            kv_heads=b.num_kv_heads,
-            head_dim=b.head_dim,
-            causal=b.causal,
-            seq_len=b.seq_len,
-            seq_inner=b.seq_intermediate_size,
-            conv_taps=b.conv_kernel if b.channel_mixer == "conv_swiglu" else 0,
-            eps=b.rms_norm_eps,
-        )
-        for b in (net.block for net in problem.nets)
-    )
+    blocks = tuple(_cpu.BlockShape(**block_fields(net.block)) for net in problem.nets)
     return _Engine(
-        _cpu.Program(len(problem.program.states), updates),
+        _cpu.Program(len(problem.program.states), update_rows(problem.program)),
         blocks,
         tuple(net.num_layers for net in problem.nets),
         tuple(net.key for net in problem.nets),
@@ -209,10 +194,6 @@ def _keep(size: int) -> Tensor:
     return (
         torch.frombuffer(_cpu.KeptActivations(size), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
     )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 class CpuBackend:
@@ -296,11 +277,11 @@ class CpuBackend:
             tuple(first.shape),
             [state.data_ptr() for state in states],
             [state.data_ptr() for state in out],
-            _address(x),
+            address(x),
             saved.data_ptr() if save and problem.num_grad_updates else 0,
             kept.data_ptr() if kept.numel() else 0,
-            _address(cos),
-            _address(sin),
+            address(cos),
+            address(sin),
             threads,
         )
         return out, saved, kept
@@ -340,10 +321,10 @@ class CpuBackend:
             saved.data_ptr(),
             kept.data_ptr() if kept.numel() else 0,
             [grad.data_ptr() for grad in grads],
-            _address(grad_x),
-            [_address(grad) for grad in grad_weights],
-            _address(cos),
-            _address(sin),
+            address(grad_x),
+            [address(grad) for grad in grad_weights],
+            address(cos),
+            address(sin),
             threads,
             STORE_BYTES,
         )

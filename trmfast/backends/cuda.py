@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trmfast.backends.engine import address, block_fields, update_rows
 from trmfast.backends.triton import TritonBackend
 from trmfast.build_info import build_info
 from trmfast.problem import Problem
@@ -136,10 +137,10 @@ class CudaBackend:
                 weights=[tensor.data_ptr() for tensor in packed],
                 states_in=[state.data_ptr() for state in states],
                 states_out=[state.data_ptr() for state in out],
-                x=_address(x),
+                x=address(x),
                 saved=saved.data_ptr() if saved.numel() else 0,
-                cos=_address(cos),
-                sin=_address(sin),
+                cos=address(cos),
+                sin=address(sin),
                 exchange=exchange.data_ptr(),
                 arrivals=arrivals.data_ptr(),
                 failed=_failed(index).data_ptr(),
@@ -228,10 +229,6 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 @lru_cache(maxsize=64)
 def _limits(index: int) -> Limits:
     assert _cuda is not None
@@ -241,20 +238,7 @@ def _limits(index: int) -> Limits:
 @lru_cache(maxsize=256)
 def _block(problem: Problem) -> Any:
     assert _cuda is not None
-    b = problem.nets[0].block
-    return _cuda.BlockShape(
-        width=b.hidden_size,
-        inner=b.intermediate_size,
-        attention=b.token_mixer == "attention",
-        heads=b.num_heads,
-        kv_heads=b.num_kv_heads,
-        head_dim=b.head_dim,
-        causal=b.causal,
-        seq_len=b.seq_len,
-        seq_inner=b.seq_intermediate_size,
-        conv_taps=b.conv_kernel if b.channel_mixer == "conv_swiglu" else 0,
-        eps=b.rms_norm_eps,
-    )
+    return _cuda.BlockShape(**block_fields(problem.nets[0].block))
 
 
 @lru_cache(maxsize=256)
@@ -267,7 +251,7 @@ def _prepare(problem: Problem, batch: int, length: int, limits: Limits) -> Any:
         block=_block(problem),
         layers=[net.num_layers for net in problem.nets],
         num_states=len(problem.program.states),
-        program=[(u.dst, list(u.sources), u.inject_x, u.net, u.grad) for u in problem.program.updates],
+        program=update_rows(problem.program),
         batch=batch,
         length=length,
         device=_cuda.Device(**limits._asdict()),

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from trmfast.kernels.architectures import GPUS
-from trmfast.kernels.configurations import Configuration
-from trmfast.kernels.forward_plan import Setting
-from trmfast.kernels.persistent import GAIN, persistent_traffic
 
 from trmfast.backends import BACKENDS, cuda
 from trmfast.benchmark.gpu import fill
 from trmfast.cases import MEASURED, PUBLISHED, Case, make_case
+from trmfast.kernels.architectures import GPUS
+from trmfast.kernels.configurations import Configuration
+from trmfast.kernels.forward_plan import Setting
+from trmfast.kernels.persistent import GAIN, persistent_traffic
 
 __all__ = ["SECTIONS", "model_section", "traffic_section"]
 

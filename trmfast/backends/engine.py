@@ -1,0 +1,39 @@
+"""A problem as the C++ engines take it: what cpu.py and cuda.py have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from trmfast.program import RecursionProgram
+from trmfast.spec import BlockSpec
+
+__all__ = ["address", "block_fields", "update_rows"]
+
+
+def block_fields(block: BlockSpec) -> dict[str, Any]:
+    """The fields of an engine's BlockShape."""
+    return {
+        "width": block.hidden_size,
+        "inner": block.intermediate_size,
+        "attention": block.token_mixer == "attention",
+        "heads": block.num_heads,
+        "kv_heads": block.num_kv_heads,
+        "head_dim": block.head_dim,
+        "causal": block.causal,
+        "seq_len": block.seq_len,
+        "seq_inner": block.seq_intermediate_size,
+        "conv_taps": block.conv_kernel if block.channel_mixer == "conv_swiglu" else 0,
+        "eps": block.rms_norm_eps,
+    }
+
+
+def update_rows(program: RecursionProgram) -> list[tuple[int, list[int], bool, int, bool]]:
+    """The updates of a program: dst, sources, inject_x, net and grad of each."""
+    return [(u.dst, list(u.sources), u.inject_x, u.net, u.grad) for u in program.updates]
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of a tensor's data, 0 without one."""
+    return 0 if tensor is None else tensor.data_ptr()
