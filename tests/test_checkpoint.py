@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def test_round_trip(name: str, head: str | None, tmp_path: Path) -> None:
 
 
 def test_round_trip_of_what_was_changed_since_construction(tmp_path: Path) -> None:
-    model = make("trm")
+    model = make("trm", backend="reference")
     model.H_cycles, model.L_cycles, model.window = 3, 1, 2
     model.halt_max_steps, model.halt_exploration_prob, model.backend = 7, 0.25, "reference"
     path = tmp_path / "model.safetensors"
@@ -70,6 +72,17 @@ def test_a_saved_file_is_plain_safetensors(tmp_path: Path) -> None:
     trmfast.save(ACTLossHead(model, "stablemax_cross_entropy"), tmp_path / "m.safetensors")
     tensors = load_file(tmp_path / "m.safetensors")
     assert tensors.keys() == model.state_dict().keys()
+
+
+def test_a_loaded_model_does_not_lie_in_its_file(tmp_path: Path) -> None:
+    """Mapped memory of a file that is cut afterwards would end the process."""
+    path = tmp_path / "m.safetensors"
+    trmfast.save(make("trm"), path)
+    code = (
+        "import pathlib, sys, trmfast; path = pathlib.Path(sys.argv[1]); model = trmfast.load(path); "
+        "path.write_bytes(b''); assert all(p.isfinite().all() for p in model.parameters())"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
@@ -148,7 +161,7 @@ def test_all_config_beside_the_checkpoint(tmp_path: Path) -> None:
         "name": "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1",
         "loss": {"name": "losses@ACTLossHead"},
     }
-    arch |= {"puzzle_emb_ndim": "${.hidden_size}"}
+    arch |= {"puzzle_emb_ndim": "${.hidden_size}", "vocab_size": None}  # neither says anything
     everything = {"arch": arch, "global_batch_size": 6, "lr": 1e-4, "project_name": None}
     (tmp_path / "all_config.yaml").write_text(json.dumps(everything))  # JSON is YAML
     with pytest.raises(ValueError, match=r"^config: got no seq_len, which the tensors of TRM do not tell"):
