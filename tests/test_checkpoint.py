@@ -152,6 +152,14 @@ def test_published_sizes_are_told_by_the_tensors(
     assert made.config == cls.config_type.from_dict(config | {"batch_size": 1})
 
 
+@pytest.mark.parametrize("name, expansion", [("trm", 3), ("trm", 20), ("trm-mlp_t", 12)])
+def test_an_expansion_of_any_size_is_told_by_the_tensors(name: str, expansion: float, tmp_path: Path) -> None:
+    """Another number may come out, the widths are the same."""
+    model = make(name, expansion=expansion, hidden_size=96)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    assert same(trmfast.load(tmp_path / "m.pt", words(model)), model)
+
+
 def test_all_config_beside_the_checkpoint(tmp_path: Path) -> None:
     """Upstream's training leaves its configuration there; only what comes from the data set is still asked for."""
     model = make("trm")
@@ -262,6 +270,15 @@ def test_nano_trm(kind: str, averaged: bool, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     assert (found["inner.q_head.weight"][1] == 0).all()
     assert found["inner.q_head.bias"][1] == -5
+
+
+def test_nano_trm_before_it_has_seen_its_data(tmp_path: Path) -> None:
+    """What its hyper parameters then call 0 is told by the tensors, or is the default."""
+    model = make("trm", H_cycles=2)
+    hyper = NANO | {"vocab_size": 0, "num_puzzles": 0, "batch_size": 0}
+    torch.save({"state_dict": nano(model), "hyper_parameters": hyper}, tmp_path / "last.ckpt")
+    config: Any = trmfast.load(tmp_path / "last.ckpt").config
+    assert (config.vocab_size, config.num_puzzle_identifiers, config.batch_size) == (7, 5, 1)
 
 
 @pytest.mark.parametrize(

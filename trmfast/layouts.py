@@ -79,8 +79,6 @@ def _nano_config(values: dict[str, Any]) -> dict[str, Any]:
         if kind == "2d":
             raise ValueError("pos_emb_type: got '2d', accepted are '1d' and none, trmfast.TRM rotates by one position")
         found["pos_encodings"] = "rope" if kind == "1d" else "none"
-    elif values.get("use_mlp_t"):
-        found.setdefault("pos_encodings", "none")
     for name in ("num_puzzle_identifiers", "vocab_size", "seq_len", "batch_size"):
         if found.get(name) == 0:  # its default, filled in from the data
             del found[name]
