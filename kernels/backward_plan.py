@@ -18,7 +18,6 @@ from trmfast.kernels.conv_swiglu_backward import (
     gate_up_backward,
 )
 from trmfast.kernels.forward_plan import BlockValues, PlanWriter, Setting, forward_net
-from trmfast.kernels.mixer_mlp_t import LONGEST
 from trmfast.kernels.mixer_mlp_t_backward import mlp_t_backward, mlp_t_norm_backward, mlp_t_weight_gradient
 from trmfast.kernels.norm_backward import norm_backward
 from trmfast.kernels.plan import Buffer, Launch, Plan, Tile
@@ -290,8 +289,10 @@ class BlockBackward:
             delta = writer.scratch("delta", (batch, block.num_heads, length), torch.float32)
             sums = {"lse": values.lse, "delta": delta, **rotation}
             inputs = (block, values.qkv, values.mixed, grad_mixed, grad_qkv)
-            add("attention_backward_queries", attention_backward_queries, *inputs, **sums)
-            add("attention_backward_keys", attention_backward_keys, block, values.qkv, grad_mixed, grad_qkv, **sums)
+            wide = "_wide" if block.head_dim > 64 else ""
+            add(f"attention_backward_queries{wide}", attention_backward_queries, *inputs, **sums)
+            keys = (block, values.qkv, grad_mixed, grad_qkv)
+            add(f"attention_backward_keys{wide}", attention_backward_keys, *keys, **sums)
         self._product(0, grad_qkv, values.input)
         return self._input(grad_qkv, grad_hidden_sum, below, targets) if need_input else None
 
@@ -338,7 +339,7 @@ class BlockBackward:
         gradient = writer.state("grad_input") if need_input and below is not None else None
         totals = [self.totals.split(self.first + i) for i in (0, 1)]
         trained = any(total is not None for total in totals)
-        if length <= LONGEST:
+        if writer.setting.configuration.keeps_sequences_whole(writer.sizes):
             kept = grad_hidden_sum if trained else None
             if need_input:
                 shared = (h, grad_hidden, h1, rstd, gate_up, down, kept, gradient)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from trmfast.kernels.architectures import ARCHITECTURES, GPUS, TYPICAL, Gpu
+from trmfast.kernels.architectures import GPUS, TYPICAL, Gpu
 from trmfast.kernels.plan import Launch, Tile
 from trmfast.kernels.roofline import plan_time
 from trmfast.kernels.tuning import Tuner
@@ -38,11 +38,13 @@ class Sizes:
         width: D.
         length: L.
         dtype: compute dtype.
+        head_dim: of attention, 0 without.
     """
 
     width: int
     length: int
     dtype: torch.dtype
+    head_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,17 @@ class Configuration:
         return tuple(_fit(tile, sizes) for tile in table[next(special, size)])
 
     def offers(self, kernel: str, sizes: Sizes) -> bool:
-        """Whether there are tiles of a kernel: all of them hold a row of 512 elements and no more."""
-        if self.architecture == INTERPRETER:
-            return True
+        """Whether there are tiles of a kernel that fuses two: in float32 there are none."""
         size = "32-bit" if sizes.dtype == torch.float32 else "16-bit"
-        return sizes.width <= 512 and any(key.startswith(size) for key in TILES[kernel])
+        return self.architecture == INTERPRETER or any(key.startswith(size) for key in TILES[kernel])
 
     def keeps_sequences_whole(self, sizes: Sizes) -> bool:
-        """Whether a program of attention's backward holds all keys of a sequence; then one kernel is enough."""
-        if self.architecture == INTERPRETER or sizes.dtype != torch.float32:
-            return sizes.length <= 128
-        return sizes.length <= (128 if ARCHITECTURES[self.architecture].block_shared > 128 * 1024 else 64)
+        """Whether a program of a token mixer's backward holds a whole sequence; then fewer kernels are enough.
+
+        Heads of more than 64 leave no room for it, nor does float32, whose products hold operands in registers.
+        """
+        has_room = self.architecture == INTERPRETER or (sizes.dtype != torch.float32 and sizes.head_dim <= 64)
+        return sizes.length <= 128 and has_room
 
     def launch(self, kernel: str, sizes: Sizes, build: Callable[[Tile], Launch]) -> Launch:
         """The launch that ``build`` makes of the tile that takes least time."""
@@ -139,6 +141,7 @@ INTERPRETED: dict[str, Tile] = {
     "qkv_many": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "attention": Tile.of(BLOCK_M=128, BLOCK_N=LENGTH),
     "attention_long": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "attention_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_projection": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "projection": Tile.of(BLOCK_M=128, BLOCK_K=128),
     "swiglu": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
@@ -157,6 +160,8 @@ INTERPRETED: dict[str, Tile] = {
     "attention_backward": Tile.of(BLOCK_M=128, BLOCK_N=LENGTH),
     "attention_backward_keys": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_backward_queries": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "attention_backward_keys_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "attention_backward_queries_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "weight_gradient": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "weight_gradient_t": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "sum_splits": Tile.of(BLOCK_N=1024),
@@ -201,15 +206,20 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     # More than three terms: the six low states of hier6.
     "qkv_many": {
         "16-bit": (_tile(4, 2, M=64, N=64, K=32), _tile(4, 2, M=32, N=64, K=32)),
-        "32-bit": (_tile(4, 2, M=32, N=64, K=16),),
+        "32-bit": (_tile(4, 2, M=32, N=32, K=16),),
     },
     "attention": {
         "16-bit": (_tile(8, 2, M=LENGTH, N=LENGTH), _tile(4, 2, M=64, N=LENGTH)),
-        "32-bit": (_tile(4, 2, M=32, N=32),),
+        "32-bit": (_tile(4, 2, M=32, N=16),),
     },
     "attention_long": {
         "16-bit": (_tile(8, 3, M=128, N=64), _tile(4, 3, M=64, N=64)),
-        "32-bit": (_tile(4, 2, M=32, N=32),),
+        "32-bit": (_tile(4, 2, M=32, N=16),),
+    },
+    # Heads of 65 to 128.
+    "attention_wide": {
+        "16-bit": (_tile(8, 2, M=128, N=64), _tile(4, 2, M=64, N=32)),
+        "32-bit": (_tile(4, 2, M=16, N=16),),
     },
     "attention_projection": {
         "16-bit": (_tile(8, 2, M=32, N=64),),
@@ -220,11 +230,10 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "16-bit": (_tile(8, 3, M=64, K=32), _tile(4, 2, M=16, K=64)),
         _HOPPER: (_tile(8, 2, M=64, K=64), _tile(4, 2, M=16, K=64)),
         _AMD: (_tile(8, 2, M=64, K=32), _tile(4, 2, M=16, K=32)),
-        "32-bit": (_tile(8, 2, M=16, K=16),),
+        "32-bit": (_tile(8, 1, M=16, K=16),),
     },
     "swiglu": {
         "16-bit": (_tile(8, 3, M=64, I=32, K=64), _tile(8, 3, M=32, I=32, K=64)),
-        "32-bit": (_tile(8, 1, M=16, I=16, K=32),),
     },
     "gate_up": {
         "16-bit": (_tile(8, 3, M=128, I=64, K=64), _tile(4, 3, M=64, I=32, K=64)),
@@ -237,7 +246,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "16-bit": (_tile(8, 2, M=32, K=32),),
         _HOPPER: (_tile(8, 2, M=64, K=32), _tile(8, 2, M=32, K=32)),
         _AMD: (_tile(8, 2, M=64, K=32),),
-        "32-bit": (_tile(8, 2, M=16, K=16),),
+        "32-bit": (_tile(8, 1, M=16, K=16),),
     },
     "mlp_t": {
         "16-bit": (_tile(8, 2, C=128, I=64), _tile(4, 2, C=64, I=32)),
@@ -275,13 +284,13 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
             _tile(4, 3, M=64, N=64, K=64),
             _tile(4, 2, M=32, N=64, K=32),
         ),
-        "32-bit": (_tile(8, 2, M=64, N=128, K=16), _tile(4, 2, M=64, N=64, K=32)),
+        "32-bit": (_tile(8, 2, M=64, N=128, K=16), _tile(4, 2, M=64, N=64, K=16)),
     },
     # With gradients of states that are added to in the epilogue.
     "projection_backward_targets": {
         "16-bit": (_tile(8, 3, M=64, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
         "16-bit sm_120": (_tile(8, 3, M=64, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 2, M=32, N=64, K=32)),
-        "32-bit": (_tile(8, 2, M=64, N=128, K=16), _tile(4, 2, M=64, N=64, K=32)),
+        "32-bit": (_tile(8, 2, M=64, N=128, K=16), _tile(4, 2, M=64, N=64, K=16)),
     },
     "projection_backward_t": {
         "16-bit": (_tile(8, 3, M=128, N=64, K=64), _tile(4, 2, M=64, N=64, K=32)),
@@ -290,13 +299,12 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "projection_backward_norm": {
         "16-bit": (_tile(8, 2, M=32, N=ROW, K=32),),
         _AMD: (_tile(8, 2, M=64, N=ROW, K=32), _tile(8, 2, M=32, N=ROW, K=32)),
-        "32-bit": (_tile(8, 2, M=32, N=ROW, K=16),),
+        "32-bit": (_tile(8, 2, M=16, N=ROW, K=16),),
     },
     "attention_backward": {
         "16-bit": (_tile(8, 1, M=32, N=LENGTH),),
         "16-bit sm_90": (_tile(8, 1, M=64, N=LENGTH),),
         _AMD: (_tile(4, 1, M=32, N=LENGTH),),
-        "32-bit": (_tile(8, 1, M=16, N=LENGTH),),
     },
     "attention_backward_keys": {
         "16-bit": (_tile(8, 2, M=64, N=128), _tile(4, 1, M=32, N=64)),
@@ -305,11 +313,20 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "attention_backward_queries": {
         "16-bit": (_tile(8, 2, M=128, N=64), _tile(4, 2, M=64, N=64)),
-        "32-bit": (_tile(4, 1, M=32, N=32),),
+        "32-bit": (_tile(4, 1, M=32, N=16),),
+    },
+    # Heads of 65 to 128.
+    "attention_backward_keys_wide": {
+        "16-bit": (_tile(8, 1, M=32, N=64),),
+        "32-bit": (_tile(4, 1, M=16, N=16),),
+    },
+    "attention_backward_queries_wide": {
+        "16-bit": (_tile(8, 1, M=64, N=32),),
+        "32-bit": (_tile(4, 2, M=16, N=16),),
     },
     "weight_gradient": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64)),
-        "32-bit": (_tile(4, 2, M=64, N=64, K=32),),
+        "32-bit": (_tile(8, 2, M=64, N=64, K=32),),
     },
     "weight_gradient_t": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 2, M=64, N=64, K=32)),
@@ -328,13 +345,8 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "mlp_t_backward": {
         "16-bit": (_tile(8, 2, N=128, I=32), _tile(4, 2, N=32, I=32)),
         _AMD: (_tile(4, 2, N=64, I=32), _tile(4, 2, N=32, I=32)),
-        "32-bit": (_tile(4, 1, N=32, I=16),),
     },
-    "mlp_t_weight_gradient": {
-        "16-bit": (_tile(8, 1, N=128, I=32),),
-        _AMD: (_tile(4, 1, N=64, I=32),),
-        "32-bit": (_tile(4, 1, N=16, I=16),),
-    },
+    "mlp_t_weight_gradient": {"16-bit": (_tile(8, 1, N=128, I=32),), _AMD: (_tile(4, 1, N=64, I=32),)},
     "mlp_t_norm_backward": {"16-bit": (_tile(4, 1, M=32, N=64),), "32-bit": (_tile(4, 1, M=32, N=64),)},
 }
 """What every kernel may use."""

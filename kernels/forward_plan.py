@@ -86,7 +86,8 @@ class PlanWriter:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.sizes = Sizes(setting.problem.hidden_size, setting.length, setting.dtype)
+        problem = setting.problem
+        self.sizes = Sizes(problem.hidden_size, setting.length, setting.dtype, problem.rope_dim or 0)
         self.launches: list[Launch] = []
         self.weights = weight_buffers(setting.problem, setting.dtype)
         self.cos: Buffer | None = None
@@ -201,7 +202,7 @@ def forward_block(
             lse = writer.scratch("lse", (batch, heads, length), torch.float32)
         kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
         product(kernel, qkv, block, terms, weights[0], qkv_out, cos=writer.cos, sin=writer.sin, total=total)
-        attend = "attention" if length <= LONGEST else "attention_long"
+        attend = "attention_wide" if head_dim > 64 else "attention" if length <= LONGEST else "attention_long"
         rest = (weights[1], source, hidden)
         two = [
             make(attend, attention, block, qkv_out, mixed, lse=lse),
@@ -224,14 +225,15 @@ def forward_block(
     inner, (gate_up_weight, *conv, down) = block.intermediate_size, weights[2:]
     activation = writer.scratch("activation", (batch, length, inner))
     options = {"eps": eps, "rstd": output_rstd}
-    two = [make("gate_up", gate_up, hidden, gate_up_weight, activation)]
-    if conv:
-        two.append(make("conv_projection", conv_projection, activation, *conv, down, hidden, out, **options))
-        chosen: Sequence[Launch] = two
-    else:
-        two.append(make("projection", projection, activation, down, hidden, out, **options))
-        fused = make("swiglu", swiglu, hidden, gate_up_weight, down, out, **options)
-        chosen = setting.configuration.choose([fused], two)
+    name, build = ("conv_projection", conv_projection) if conv else ("projection", projection)
+    two = [
+        make("gate_up", gate_up, hidden, gate_up_weight, activation),
+        make(name, build, activation, *conv, down, hidden, out, **options),
+    ]
+    chosen: Sequence[Launch] = two
+    if not conv and setting.configuration.offers("swiglu", writer.sizes):
+        one = make("swiglu", swiglu, hidden, gate_up_weight, down, out, **options)
+        chosen = setting.configuration.choose([one], two)
     writer.launches += chosen
     kept = activation if chosen is two else None
     return BlockValues(source, hidden, out, qkv_out, mixed, lse, kept, hidden_rstd, output_rstd)

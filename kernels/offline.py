@@ -39,10 +39,11 @@ _TYPES = {
 }
 _INT32 = 2**31
 # The published sizes: both token mixers at both lengths, the convolution, and sums of eight.  What else is published
-# differs in the length alone, which kernels of attention take at run time.
+# differs in the length alone, which kernels of attention take at run time.  Wide heads are not published.
 PRODUCTION = (
     *(case for case in PUBLISHED if case.name in ("trm-sudoku-att", "trm-sudoku-mlp", "trm-arc-att", "urm-arc")),
     make_case("trm-arc-mlp", H_cycles=1, L_cycles=2, batch=1, length=916, hidden_size=512, token_mixer="mlp_t"),
+    make_case("wide-heads", "urm", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=512, num_heads=4),
     make_case("hier6-sudoku", "hier6", H_cycles=1, L_cycles=6, batch=1, length=97, hidden_size=512, num_heads=8),
 )
 # Tile sizes that are rows of the left operand of a product.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from trmfast.kernels.backward_plan import backward_plan
-from trmfast.kernels.configurations import INTERPRETER, Configuration
+from trmfast.kernels.configurations import INTERPRETER, Configuration, Sizes
 from trmfast.kernels.forward_plan import Setting
 
 import triton_guard
@@ -50,11 +50,21 @@ SMALL = [
 ]
 
 
-def run(inputs: Inputs) -> dict[str, Tensor]:
+WHOLE = Configuration(INTERPRETER)
+
+
+class Apart(Configuration):
+    """Token mixers in tiles, however short the sequence: what a GPU does in float32 and with wide heads."""
+
+    def keeps_sequences_whole(self, sizes: Sizes) -> bool:
+        return False
+
+
+def run(inputs: Inputs, configuration: Configuration) -> dict[str, Tensor]:
     """All gradients by the kernels, named as those of ``trmfast.testing``."""
     problem, (batch, length, _) = inputs.problem, inputs.states[0].shape
     dtype = inputs.states[0].dtype
-    setting = Setting(problem, batch, length, dtype, inputs.cos is not None, Configuration(INTERPRETER))
+    setting = Setting(problem, batch, length, dtype, inputs.cos is not None, configuration)
     made = backward_plan(setting, [True] * 2, True, [True] * problem.num_weights)
     saved = summed_input(problem.program.updates[0], inputs.states, inputs.x)
     given = {"saved": saved[None]}
@@ -74,11 +84,11 @@ def run(inputs: Inputs) -> dict[str, Tensor]:
     return {name: found[buffer.name].cpu() for name, buffer in results.items() if buffer is not None}
 
 
-def check(case: Case, dtype: torch.dtype, seeds: range) -> None:
+def check(case: Case, dtype: torch.dtype, seeds: range, configuration: Configuration = WHOLE) -> None:
     draws = []
     for seed in seeds:
         inputs = make_inputs(case, dtype, seed, weight_scale=default_weight_scale(dtype))
-        fused, eager, truth = run(inputs), run_eager(inputs), run_truth(inputs)
+        fused, eager, truth = run(inputs, configuration), run_eager(inputs), run_truth(inputs)
         assert set(fused) == set(truth.gradients)
         draws.append(
             [
@@ -93,6 +103,15 @@ def check(case: Case, dtype: torch.dtype, seeds: range) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, range(3))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [SMALL[0], SMALL[3], make("wide heads", BlockSpec(192, 80, num_heads=2), 2, 13)],
+    ids=str,
+)
+def test_short_sequences_in_tiles(case: Case) -> None:
+    check(case, torch.float32, range(3), Apart(INTERPRETER))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

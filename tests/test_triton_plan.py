@@ -170,13 +170,30 @@ def test_gradients_stop_at_updates_without_them() -> None:
     assert all(gradient is not None for gradient in whole.grad_states)
 
 
+WIDE_HEADS = make_case("wide-heads", batch=1, length=97, hidden_size=512, num_heads=4)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("case", PUBLISHED, ids=str)
+@pytest.mark.parametrize("case", [*PUBLISHED, WIDE_HEADS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_architecture_has_tiles_for_everything(case: Case, architecture: str, dtype: torch.dtype) -> None:
     setting = setting_of(case, Configuration(architecture), dtype)
     assert plan_time(GPUS[TYPICAL[architecture]], forward_plan(setting, True)) > 0
     assert plan_time(GPUS[TYPICAL[architecture]], everything(setting).plan) > 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_token_mixers_without_room_for_a_sequence_go_in_tiles(architecture: str) -> None:
+    def kernels(case: Case, dtype: torch.dtype) -> set[str]:
+        plan = everything(setting_of(case, Configuration(architecture), dtype)).plan
+        return {launch.kernel.split(".")[1].removesuffix("_kernel") for launch in plan}
+
+    attention, mlp_t = (next(c for c in PUBLISHED if c.name == f"trm-sudoku-{name}") for name in ("att", "mlp"))
+    assert "attention_backward_queries" not in kernels(attention, torch.bfloat16)
+    assert "attention_backward_queries" in kernels(attention, torch.float32)
+    assert "attention_backward_queries" in kernels(WIDE_HEADS, torch.bfloat16)
+    assert "mlp_t_backward" in kernels(mlp_t, torch.bfloat16)
+    assert "mlp_t_backward" not in kernels(mlp_t, torch.float32)
 
 
 def test_more_than_2_31_elements() -> None:

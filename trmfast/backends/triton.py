@@ -28,7 +28,7 @@ __all__ = ["TritonBackend", "forward_setting", "interprets", "release_memory"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TRITON = (3, 4)
 MOST_TERMS = 8
-WIDEST, WIDEST_HEAD = 1024, 128
+WIDEST, WIDEST_HEAD = 512, 128
 MOST_SEQUENCES = 65535  # CUDA's limit for the second and third axis of a grid
 # Above this many tokens a kernel takes longer than Python takes to launch the next one, and a graph would only cost the
 # copies in and out of its buffers.
