@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,14 +113,20 @@ def listed_instances() -> list[Instance]:
     return [Instance(*map(int, row.split(","))) for row in rows]
 
 
-def build(folder: Path, instances: Sequence[Instance] = ()) -> ctypes.CDLL:
+def build(folder: Path, instances: Iterable[Instance] = ()) -> ctypes.CDLL:
     """Compiles the harness with some instances, by default all that are listed.
 
     The compiler is ``CXX`` or g++; ``TRMFAST_SIMT_FLAGS`` replaces its optimisation level.
     """
     library = folder / "simt_recursion.so"
-    chosen = ["-DTRMFAST_INSTANCES(X)=" + " ".join(f"X({', '.join(map(str, i))})" for i in instances)]
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *OPTIMIZE.split(), *INCLUDES, *(chosen if instances else [])]
+    listed = " ".join(f"X({', '.join(map(str, i))})" for i in instances)
+    command = [
+        os.environ.get("CXX", "g++"),
+        *FLAGS,
+        *OPTIMIZE.split(),
+        *INCLUDES,
+        *([f"-DTRMFAST_INSTANCES(X)={listed}"] if listed else []),
+    ]
     done = subprocess.run([*command, "-o", str(library), *map(str, SOURCES)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(library))

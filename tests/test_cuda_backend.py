@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from simt_recursion import Instance, build, run_emulated
 from trmfast import backends
 from trmfast.backends import BACKENDS, cuda
 from trmfast.backends.triton import TritonBackend, interprets
+from trmfast.benchmark import cuda_engine
+from trmfast.benchmark.gpu import fill
 from trmfast.cases import Case, Inputs, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
@@ -265,22 +268,42 @@ def test_a_tie_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.is_slower.cache_clear()
 
 
+@pytest.mark.usefixtures("extension")
+def test_the_document_has_the_plans_and_bytes_of_these_sources() -> None:
+    """docs/gpu.md, written by ``python -m trmfast.benchmark.cuda_engine --write docs/gpu.md``."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "gpu.md").read_text()
+    assert fill(text, "cuda-traffic", cuda_engine.traffic_section()) == text
+    winning = {line.split("|")[2].strip() for line in cuda_engine.model_section() if "**" in line}
+    assert winning, "auto takes this engine for nothing"
+    assert winning <= {"L40S", "RTX 4090"}
+
+
+def test_without_the_extension_there_is_no_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda, "_cuda", None)
+    assert cuda_engine.main([]) == 2
+    assert capsys.readouterr().err.startswith("the engine was not built: ")
+
+
 # ---------------------------------------------------------------- hand-over
+
+
+HAND_OVER = {"attention": Instance(1, 8, 4), "mlp_t": Instance(1, 8, 4, 2, 4)}
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build(tmp_path_factory.mktemp("simt"))
+    return build(tmp_path_factory.mktemp("simt"), HAND_OVER.values())
 
 
 @pytest.mark.skipif(not interprets(), reason="Triton does not interpret in this process")
-@pytest.mark.parametrize("token_mixer", ["attention", "mlp_t"])
+@pytest.mark.parametrize("token_mixer", HAND_OVER)
 def test_triton_goes_backward_from_what_cuda_saved(token_mixer: str, emulator: Any) -> None:
     """Forward in the emulator, backward in Triton's interpreter, against the reference."""
     case = make_case("trm", batch=1, length=12, num_layers=1, intermediate_size=64, token_mixer=token_mixer)
     inputs = make_inputs(case, torch.bfloat16, weight_scale=0.5)
-    instance = Instance(1, 8, 4) if token_mixer == "attention" else Instance(1, 8, 4, 2, 4)
-    run = run_emulated(emulator, inputs, instance)
+    run = run_emulated(emulator, inputs, HAND_OVER[token_mixer])
     assert run.report["failed"] == 0
     require(compare_results(_hand_over(inputs, run.states, run.saved), run_eager(inputs), run_truth(inputs)))
 
