@@ -191,6 +191,14 @@ def extra_update(model: Any) -> None:
     becomes(model.inner, forward=forward)
 
 
+def extra_update_in_evaluation(model: Any) -> None:
+    def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
+        z_H, z_L = loop(self, carry, batch, order="LH" if self.training else "LHH")
+        return recursive.InnerCarry(z_H.detach(), z_L.detach()), *self._finish(z_H)
+
+    becomes(model.inner, forward=forward)
+
+
 def gradients_everywhere(model: Any) -> None:
     def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
         z_H, z_L = loop(self, carry, batch, grads=True)
@@ -261,6 +269,7 @@ NUMBERS: list[tuple[Change, str, str]] = [
     (skip_around_the_network, "forward: new z_H: off by", LOOP),
     (other_order, "forward: new z_H: off by", LOOP),
     (extra_update, "forward: new z_H: off by", LOOP),
+    (extra_update_in_evaluation, "forward: new z_H: off by", LOOP),
     (gradients_everywhere, "forward: gradient of", LOOP),
     (scaled_input, "forward: new z_H: off by", LOOP),
     (attached_carry, "forward: gradient through the carry: off by 1", LOOP),

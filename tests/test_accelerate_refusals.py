@@ -154,9 +154,21 @@ def test_urm_with_a_convolution_in_another_dtype() -> None:
     model.inner.layers[0].mlp.dwconv.to(torch.bfloat16)
     differences = refused(model)
     assert differences[0].startswith("layers.0.mlp.dwconv.weight: got bfloat16, accepted is float32, the forward dtype")
+
+
+@pytest.mark.parametrize(
+    "name, value, line",
+    [
+        ("padding", (0,), "got (0,), accepted is (1,)"),
+        ("padding_mode", "circular", "got 'circular', accepted is 'zeros'"),
+        ("dilation", (2,), "got (2,), accepted is (1,)"),
+        ("bias", None, "got None, accepted is a bias"),
+    ],
+)
+def test_urm_with_another_convolution(name: str, value: Any, line: str) -> None:
     model = make("urm")
-    model.inner.layers[1].mlp.dwconv.padding = (0,)
-    assert refused(model) == ("layers.1.mlp.dwconv.padding: got (0,), accepted is (1,)",)
+    setattr(model.inner.layers[1].mlp.dwconv, name, value)
+    assert refused(model) == (f"layers.1.mlp.dwconv.{name}: {line}",)
 
 
 def test_convolution_before_the_gate() -> None:
