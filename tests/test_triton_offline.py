@@ -17,50 +17,63 @@ from trmfast.kernels.plan import Buffer, Launch, Tile, resolve
 
 pytestmark = pytest.mark.compile
 
-# These stand for the rest in the default run: no wgmma and much shared memory, wgmma, AMD.
+# These stand for the rest where time is short: no wgmma and much shared memory, wgmma, AMD.
 FIRST = ("sm_80", "sm_90", "gfx942")
+MODES = {"bfloat16": (torch.bfloat16, True), "tf32": (torch.float32, True), "float32": (torch.float32, False)}
 
 
-def check(found: list[Compiled]) -> None:
+def programs(architecture: str, mode: str) -> list[Job]:
+    dtype, tf32 = MODES[mode]
+    return production_jobs(architecture, dtype, tf32=tf32)
+
+
+def one_of_each_tile(jobs: list[Job]) -> list[Job]:
+    """Of every kernel with every tile the program that has most operands."""
+    found: dict[tuple[Any, ...], Job] = {}
+    for job in sorted(jobs, key=lambda job: -len(job.launch.buffers((*job.launch.reads, *job.launch.writes)))):
+        launch = job.launch
+        blocks = tuple((name, size) for name, size in launch.constants if name.startswith("BLOCK_"))
+        found.setdefault((launch.kernel, launch.num_warps, launch.num_stages, blocks), job)
+    return list(found.values())
+
+
+def check(jobs: list[Job], mode: str) -> list[Compiled]:
+    """No spills, shared memory within the limit, tensor cores, loads of 16 bytes; wgmma on sm_90.
+
+    float32 products without TF32 have no tensor cores on NVIDIA.
+    """
+    found = [replace(c, products=c.products and mode != "float32") for c in compile_all(jobs)]
     faulty = [f"{c.kernel} for {c.architecture}, {c.label}: {'; '.join(c.faults)}" for c in found if c.faults]
     assert not faulty, "\n".join(faulty)
-    assert found
+    stems = set(EVERYTHING)
+    if mode != "bfloat16":
+        stems -= {"attention_projection", "mixer_mlp_t_backward"}
+    assert stems <= {c.kernel.split(".")[0] for c in found}
+    return found
 
 
-@pytest.mark.parametrize(
-    "architecture", [*FIRST, *(pytest.param(a, marks=pytest.mark.grid) for a in ARCHITECTURES if a not in FIRST)]
+EVERYTHING = (
+    *("qkv", "attention", "attention_projection", "projection", "swiglu", "conv_swiglu", "mixer_mlp_t"),
+    *("norm_backward", "swiglu_backward", "projection_backward", "attention_backward", "weight_gradient"),
+    *("conv_swiglu_backward", "mixer_mlp_t_backward"),
 )
-def test_machine_code(architecture: str) -> None:
-    """No spills, shared memory within the limit, tensor cores, loads of 16 bytes; wgmma on sm_90."""
-    found = compile_all(production_jobs(architecture))
-    check(found)
-    kernels = {c.kernel.split(".")[0] for c in found}
-    assert kernels == {
-        *(
-            "qkv",
-            "attention",
-            "attention_projection",
-            "projection",
-            "swiglu",
-            "conv_swiglu",
-            "mixer_mlp_t",
-            "norm_backward",
-            "swiglu_backward",
-        ),
-        *("projection_backward", "attention_backward", "weight_gradient", "conv_swiglu_backward"),
-        "mixer_mlp_t_backward",
-    }
-    expected = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}.get(architecture, "mma")
-    assert expected in {c.instructions for c in found}
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "float32"])
+@pytest.mark.parametrize("architecture", FIRST)
+def test_a_program_of_each_tile(architecture: str, mode: str) -> None:
+    found = check(one_of_each_tile(programs(architecture, mode)), mode)
+    expected = {"sm_90": "wgmma", "gfx942": "mfma"}.get(architecture, "mma")
+    assert mode == "float32" or expected in {c.instructions for c in found}
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "ieee"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float32_fits(architecture: str, tf32: bool) -> None:
-    """Shared memory and registers of float32; without TF32, NVIDIA's products have no tensor cores."""
-    found = compile_all(production_jobs(architecture, torch.float32, tf32=tf32))
-    check([replace(c, products=c.products and tf32) for c in found])
+def test_every_program(architecture: str, mode: str) -> None:
+    found = check(programs(architecture, mode), mode)
+    expected = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}.get(architecture, "mma")
+    assert mode != "bfloat16" or expected in {c.instructions for c in found}
 
 
 def spilling() -> Job:
