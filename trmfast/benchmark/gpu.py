@@ -23,9 +23,9 @@ from trmfast.cases import PUBLISHED, Case, make_case, make_inputs
 from trmfast.cli.plan import plans
 from trmfast.flops import forward_flops, window_flops
 from trmfast.kernels.architectures import GPUS, Gpu
-from trmfast.kernels.configurations import TILES
-from trmfast.kernels.forward_plan import weight_buffers
-from trmfast.kernels.plan import Plan
+from trmfast.kernels.configurations import TILES, Configuration
+from trmfast.kernels.forward_plan import Setting, forward_plan, weight_buffers
+from trmfast.kernels.plan import Launch, Plan
 from trmfast.kernels.roofline import plan_time, program_bytes
 from trmfast.reference import run_program
 
@@ -225,6 +225,30 @@ def mixer_section() -> list[str]:
     return lines
 
 
+def fusion_section() -> list[str]:
+    """Microseconds of an attention block with each choice of fusion."""
+    gpus = [GPUS[name] for name in ("A100", "H100", "MI300X")]
+    heads = [f"{gpu.name}: {launches}" for gpu in gpus for launches in ("5", "4", "3")]
+    lines = [f"| L, B | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+    for length, batch in ((97, 1), (97, 8), (97, 768), (916, 1), (916, 192)):
+        case = make_case("block", "urm", H_cycles=1, L_cycles=1, batch=batch, length=length, hidden_size=512,
+                         num_heads=8, num_layers=1)  # fmt: skip
+        row = []
+        for gpu in gpus:
+
+            def block(fusion: str, gpu: Gpu = gpu, case: Case = case) -> tuple[Launch, ...]:
+                configuration = Configuration(gpu.architecture, gpu.multiprocessors, fusion)
+                setting = Setting(case.problem, case.batch, case.length, torch.bfloat16, case.rope, configuration)
+                return forward_plan(setting, save=False).launches
+
+            least, most = block("least"), block("most")
+            four = (least[:1] + most[1:2] + least[3:], least[:3] + most[2:])
+            times = (plan_time(gpu, least), min(plan_time(gpu, launches) for launches in four), plan_time(gpu, most))
+            row += [f"{time * 1e6:.0f}" for time in times]
+        lines.append(f"| {length}, {batch} | {' | '.join(row)} |")
+    return lines
+
+
 def tiles_section() -> list[str]:
     """The table of tiles for 16-bit dtypes."""
     lines = ["| kernel | architectures | tiles, large ones first: blocks, warps x stages |", "| --- | --- | --- |"]
@@ -247,6 +271,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "counts": counts_section,
     "roofline": roofline_section,
     "mixer": mixer_section,
+    "fusion": fusion_section,
     "tiles": tiles_section,
 }
 """What stands between ``<!-- name -->`` and ``<!-- /name -->`` in docs/gpu.md."""
