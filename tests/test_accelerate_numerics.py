@@ -175,44 +175,34 @@ def loop(
     return z_H, z_L
 
 
-def other_order(model: Any) -> None:
+def other_loop(model: Any, evaluation: dict[str, Any] | None = None, **changes: Any) -> None:
+    """Gives the model the changed loop, in evaluation another one if asked for."""
+
     def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
-        z_H, z_L = loop(self, carry, batch, order="HL")
+        z_H, z_L = loop(self, carry, batch, **(changes if self.training or evaluation is None else evaluation))
         return recursive.InnerCarry(z_H.detach(), z_L.detach()), *self._finish(z_H)
 
     becomes(model.inner, forward=forward)
+
+
+def other_order(model: Any) -> None:
+    other_loop(model, order="HL")
 
 
 def extra_update(model: Any) -> None:
-    def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
-        z_H, z_L = loop(self, carry, batch, order="LHH")
-        return recursive.InnerCarry(z_H.detach(), z_L.detach()), *self._finish(z_H)
-
-    becomes(model.inner, forward=forward)
+    other_loop(model, order="LHH")
 
 
 def extra_update_in_evaluation(model: Any) -> None:
-    def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
-        z_H, z_L = loop(self, carry, batch, order="LH" if self.training else "LHH")
-        return recursive.InnerCarry(z_H.detach(), z_L.detach()), *self._finish(z_H)
-
-    becomes(model.inner, forward=forward)
+    other_loop(model, evaluation={"order": "LHH"})
 
 
 def gradients_everywhere(model: Any) -> None:
-    def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
-        z_H, z_L = loop(self, carry, batch, grads=True)
-        return recursive.InnerCarry(z_H.detach(), z_L.detach()), *self._finish(z_H)
-
-    becomes(model.inner, forward=forward)
+    other_loop(model, grads=True)
 
 
 def scaled_input(model: Any) -> None:
-    def forward(self: Any, carry: Any, batch: dict[str, Tensor]) -> Any:
-        z_H, z_L = loop(self, carry, batch, scale=0.9)
-        return recursive.InnerCarry(z_H.detach(), z_L.detach()), *self._finish(z_H)
-
-    becomes(model.inner, forward=forward)
+    other_loop(model, scale=0.9)
 
 
 def attached_carry(model: Any) -> None:
