@@ -38,8 +38,11 @@ FITTING = {
 }
 
 INSTANCE = Instance(2, 4, 8, 0, 0, 99456)
-PRODUCTS = Counter({"HMMA": 40, "HMMA.16816.F32.BF16": 40, "LDSM": 8, "LDGSTS": 6, "LDGSTS.E.BYPASS.LTC128B.128": 6})
-GOOD = Compiled("bf16", "sm_89", INSTANCE, registers=255, stack=0, local=0, shared=0, counts=PRODUCTS)
+CODE = Counter({
+    "HMMA": 40, "HMMA.16816.F32.BF16": 40, "LDSM": 8, "LDGSTS": 6, "LDGSTS.E.BYPASS.LTC128B.128": 6,
+    "LDG": 9, "LDG.E.128": 4, "STG": 5, "STG.E.128": 5, "MEMBAR.ALL.GPU": 1, "CCTL.IVALL": 2,
+})  # fmt: skip
+GOOD = Compiled("bf16", "sm_89", INSTANCE, registers=255, stack=0, local=0, shared=0, counts=CODE)
 
 
 @pytest.mark.compile
@@ -68,8 +71,11 @@ def test_spills_are_found(tmp_path: Path) -> None:
         compile_all([80], source)
 
 
+STALE = "no MEMBAR.ALL.GPU or no CCTL.IVALL: blocks of a group may read what was there before a barrier"
+
+
 def counts(**changed: int) -> Counter[str]:
-    return Counter({**PRODUCTS, **changed})
+    return Counter({**CODE, **changed})
 
 
 @pytest.mark.parametrize(
@@ -85,6 +91,10 @@ def counts(**changed: int) -> Counter[str]:
         ({"counts": Counter(), "instance": None, "stack": 1}, "0 loads and stores of local memory, 1 bytes of it"),
         ({"counts": counts(LDSM=0)}, "no LDSM: operands of products don't come by ldmatrix"),
         ({"counts": counts(LDGSTS=7)}, "no LDGSTS of 16 bytes: weights don't come by cp.async"),
+        ({"counts": counts(STG=6)}, "5 of 6 stores have 16 bytes, or no load has"),
+        ({"counts": counts(**{"LDG.E.128": 0})}, "5 of 5 stores have 16 bytes, or no load has"),
+        ({"counts": counts(**{"CCTL.IVALL": 0})}, STALE),
+        ({"counts": counts(**{"MEMBAR.ALL.GPU": 0})}, STALE),
         ({"registers": 257}, "0 resident blocks, plans count on 1"),
     ],
 )

@@ -117,7 +117,7 @@ class Compiled:
         if self.instance is None:
             return found
         product = "HMMA.16816.F32.BF16" if self.element == "bf16" else "HMMA.16816.F32"
-        # A square of weights with a tile of rows is two products; the widest accumulator alone has so many squares.
+        # The product that fills the widest accumulator alone has so many.
         least = self.instance.row_tiles * self.instance.width_tiles
         if self.counts[product] < least or self.counts[product] != self.counts["HMMA"]:
             found.append(
@@ -127,6 +127,13 @@ class Compiled:
             found.append("no LDSM: operands of products don't come by ldmatrix")
         if not self.counts["LDGSTS"] or self.counts["LDGSTS.E.BYPASS.LTC128B.128"] != self.counts["LDGSTS"]:
             found.append("no LDGSTS of 16 bytes: weights don't come by cp.async")
+        if self.counts["STG.E.128"] != self.counts["STG"] or not self.counts["LDG.E.128"]:
+            found.append(f"{self.counts['STG.E.128']} of {self.counts['STG']} stores have 16 bytes, or no load has")
+        # The acquire of a group's barrier drops what the L1 cache holds of other blocks' exchange.
+        if not self.counts["MEMBAR.ALL.GPU"] or not self.counts["CCTL.IVALL"]:
+            found.append(
+                "no MEMBAR.ALL.GPU or no CCTL.IVALL: blocks of a group may read what was there before a barrier"
+            )
         if self.fits and self.resident < RESIDENT:
             found.append(f"{self.resident} resident blocks, plans count on {RESIDENT}")
         return found
