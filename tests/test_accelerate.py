@@ -381,6 +381,10 @@ def test_accelerate_under_a_callers_modes() -> None:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         model = trmfast.accelerate(make("trm"))
     assert fused_calls(model, batch) == 1
+    model = make("trm")
+    with torch.device("meta"):
+        trmfast.accelerate(model)
+    assert fused_calls(model, batch) == 1
     with torch.device("meta"):
         model = make("trm")
     trmfast.accelerate(model)
