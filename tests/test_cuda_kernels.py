@@ -127,5 +127,7 @@ def test_the_document_is_of_these_sources() -> None:
 
 def test_missing_tools(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("NVCC", "/nonexistent/nvcc")
+    monkeypatch.setattr(cuda_kernels, "SOURCE", Path("/nonexistent/cuda"))
+    monkeypatch.setattr(cuda_kernels, "find_cuobjdump", lambda: "cuobjdump")
     assert cuda_kernels.main([]) == 2
-    assert capsys.readouterr().err == "no nvcc on this machine\n"
+    assert capsys.readouterr().err == "no nvcc, no /nonexistent/cuda on this machine\n"

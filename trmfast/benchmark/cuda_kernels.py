@@ -290,8 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--architecture", type=int, action="append", choices=CUDA_ARCHITECTURES, help="by default all")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table as Markdown")
     options = parser.parse_args(arguments)
-    if find_nvcc() is None or find_cuobjdump() is None:
-        print(f"no {'nvcc' if find_nvcc() is None else 'cuobjdump'} on this machine", file=sys.stderr)
+    needed = {"nvcc": find_nvcc(), "cuobjdump": find_cuobjdump(), str(SOURCE): SOURCE.exists() or None}
+    missing = [name for name, found in needed.items() if found is None]
+    if missing:
+        print(f"no {', no '.join(missing)} on this machine", file=sys.stderr)
         return 2
     found = compile_all(options.architecture or CUDA_ARCHITECTURES)
     if options.write is not None:
