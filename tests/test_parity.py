@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
 
-from trmfast.backends import BACKENDS
 from trmfast.cases import SMALL, Case, make_case
 from trmfast.testing import Draw, check_case, check_draws, draw_case, require
 
@@ -54,7 +54,7 @@ def _sample() -> list[Case]:
     cases = []
     for i, length in enumerate(LENGTHS):
         for j, width in enumerate(WIDTHS):
-            batch = BATCHES[(i + j) % 4] if length < 900 else 1
+            batch = BATCHES[(i - j + 2) % 4] if length < 900 else 1
             cases += [_shape(mixer, length, width, batch, HEADS[(i + 2 * j) % 3]) for mixer in ("attention", "mlp_t")]
     return cases
 
@@ -69,20 +69,28 @@ def _every_shape() -> list[Case]:
 
 
 def _seeds(case: Case) -> range:
-    """Large tensors need one draw: the largest of a million errors varies little."""
-    return range(1 if case.length > 900 else 3)
+    """Large tensors need one draw: the largest of a hundred thousand errors varies little."""
+    return range(1 if case.batch * case.length * case.problem.nets[0].block.hidden_size > 40_000 else 3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", _sample(), ids=str)
+def _sample_of_backends() -> list[Any]:
+    """Every backend on every case of the sample, but for full widths of like lengths in Triton's interpreter."""
+    sample = itertools.product(_sample(), DTYPES, ["reference", "cpu", "triton"])
+    return [
+        pytest.param(case, dtype, backend, id=f"{case}-{dtype}-{backend}")
+        for case, dtype, backend in sample
+        if backend != "triton" or case.problem.nets[0].block.hidden_size < 512 or case.length in (97, 916)
+    ]
+
+
+@pytest.mark.parametrize("case, dtype, backend", _sample_of_backends(), indirect=["backend"])
 def test_shapes(case: Case, dtype: torch.dtype, backend: str, need_support: Need) -> None:
     need_support(case, dtype)
     require(check_draws(_drawn(case, dtype, _seeds(case)), backend))
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"], indirect=True)
+@pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", _every_shape(), ids=str)
 def test_every_shape(case: Case, dtype: torch.dtype, backend: str, need_support: Need) -> None:
