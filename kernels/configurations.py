@@ -207,6 +207,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "qkv_many": {
         "16-bit": (_tile(4, 2, M=64, N=64, K=32), _tile(4, 2, M=32, N=64, K=32)),
         "32-bit": (_tile(4, 2, M=32, N=32, K=16),),
+        "32-bit gfx942": (_tile(4, 2, M=32, N=32, K=32),),
     },
     "attention": {
         "16-bit": (_tile(8, 2, M=LENGTH, N=LENGTH), _tile(4, 2, M=64, N=LENGTH)),
