@@ -268,7 +268,7 @@ def attention_backward_keys(
     tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
-    """Gradients of keys and values; of queries too, if BLOCK_N keys are all of a sequence.
+    """Gradients of keys and values; without lse and delta of queries too, from programs that hold whole sequences.
 
     Args:
         block: sizes of the block.
@@ -285,8 +285,8 @@ def attention_backward_keys(
         ValueError: BLOCK_N < L without lse and delta, or a rotation of an odd head_dim.
     """
     batch, length, _ = qkv.shape
-    whole = tile["BLOCK_N"] >= length
-    if not whole and (lse is None or delta is None):
+    whole = lse is None or delta is None
+    if whole and tile["BLOCK_N"] < length:
         name, size = "lse" if lse is None else "delta", tile["BLOCK_N"]
         raise ValueError(f"{name}: got None with BLOCK_N {size}, accepted if BLOCK_N is at least {length}")
     return Launch.of(

@@ -74,12 +74,12 @@ def _seeds(case: Case) -> range:
 
 
 def _sample_of_backends() -> list[Any]:
-    """Every backend on every case of the sample, but for full widths of like lengths in Triton's interpreter."""
+    """Every backend on every case of the sample; in Triton's interpreter, the full width at L = 97 alone."""
     sample = itertools.product(_sample(), DTYPES, ["reference", "cpu", "triton"])
     return [
         pytest.param(case, dtype, backend, id=f"{case}-{dtype}-{backend}")
         for case, dtype, backend in sample
-        if backend != "triton" or case.problem.nets[0].block.hidden_size < 512 or case.length in (97, 916)
+        if backend != "triton" or case.problem.nets[0].block.hidden_size < 512 or case.length == 97
     ]
 
 

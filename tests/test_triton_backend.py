@@ -75,7 +75,9 @@ PARITY = [
 @pytest.mark.parametrize("case, dtype", PARITY, ids=str)
 @pytest.mark.usefixtures("one_thread")
 def test_every_program(case: Case, dtype: torch.dtype) -> None:
-    require(check_case(case, dtype, "triton", seeds=range(2), device=DEVICE))
+    # Of one draw the largest error is luck, and in float32 whole programs amplify it: the mean of five, as elsewhere.
+    seeds = range(5 if dtype == torch.float32 else 2)
+    require(check_case(case, dtype, "triton", seeds=seeds, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
