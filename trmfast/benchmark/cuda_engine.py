@@ -10,12 +10,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from trmfast.backends import BACKENDS, cuda
-from trmfast.benchmark.gpu import fill
+from trmfast.benchmark.gpu import parse, put
 from trmfast.cases import MEASURED, PUBLISHED, Case, make_case
 from trmfast.kernels.architectures import GPUS
 from trmfast.kernels.configurations import Configuration
@@ -85,18 +84,11 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {"cuda-traffic": traffic_section,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints sections, or writes them into a document; 2 without the engine."""
     parser = argparse.ArgumentParser(prog="python -m trmfast.benchmark.cuda_engine", description=__doc__)
-    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="by default all")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="the document; by default sections are printed")
-    options = parser.parse_args(arguments)
+    options = parse(parser, SECTIONS, arguments)
     if cuda._cuda is None:
         print(BACKENDS["cuda"].available(), file=sys.stderr)
         return 2
-    for name in options.section or SECTIONS:
-        lines = SECTIONS[name]()
-        if options.write is None:
-            print(f"{name}\n\n" + "\n".join(lines) + "\n")
-        else:
-            options.write.write_text(fill(options.write.read_text(), name, lines))
+    put(SECTIONS, options)
     return 0
 
 

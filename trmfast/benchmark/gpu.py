@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -291,18 +291,31 @@ def fill(text: str, name: str, lines: Sequence[str]) -> str:
     return f"{head}{begin}" + "\n".join(lines) + f"\n{end}{tail}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints sections, or writes them into a document."""
-    parser = argparse.ArgumentParser(prog="python -m trmfast.benchmark.gpu", description=__doc__)
-    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="by default all")
+Sections = Mapping[str, Callable[[], list[str]]]
+
+
+def parse(parser: argparse.ArgumentParser, sections: Sections, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command that writes sections of a document."""
+    parser.add_argument("--section", action="append", choices=list(sections), help="by default all")
     parser.add_argument("--write", type=Path, metavar="FILE", help="the document; by default sections are printed")
-    options = parser.parse_args(arguments)
-    for name in options.section or SECTIONS:
-        lines = SECTIONS[name]()
+    return parser.parse_args(arguments)
+
+
+def put(sections: Sections, options: argparse.Namespace) -> None:
+    """Prints the sections that options ask for, or writes them into the document."""
+    for name in options.section or sections:
+        lines = sections[name]()
         if options.write is None:
             print(f"{name}\n\n" + "\n".join(lines) + "\n")
         else:
             options.write.write_text(fill(options.write.read_text(), name, lines))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints sections, or writes them into a document."""
+    parser = argparse.ArgumentParser(prog="python -m trmfast.benchmark.gpu", description=__doc__)
+    options = parse(parser, SECTIONS, arguments)
+    put(SECTIONS, options)
     return 0
 
 
