@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,6 +225,49 @@ def test_a_forked_child_computes_too(threads: Callable[[int], None]) -> None:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert all(torch.equal(a, b) for a, b in zip(forward(inputs), expected, strict=True))
+
+
+# Prints whose threads the engine says it runs on, how many of its own there are, and a hash of a training step.
+OTHER_THREADS = """
+import hashlib, pathlib, torch
+from trmfast.backends.cpu import thread_source
+from trmfast.cases import make_case, make_inputs
+from trmfast.testing import run_fused
+torch.set_num_threads(2)
+found = run_fused(make_inputs(make_case("attention", batch=3, length=23), torch.bfloat16), "cpu")
+parts = [value.float().numpy().tobytes() for value in {**found.outputs, **found.gradients}.values()]
+names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+print(thread_source(), names.count("trmfast"), hashlib.sha256(b"".join(parts)).hexdigest())
+"""
+
+
+def run_other_threads(**environment: str) -> tuple[str, int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_THREADS], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    source, count, digest = done.stdout.split()
+    return source, int(count), digest
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
+@pytest.mark.skipif(engine.thread_source() == "own", reason="this PyTorch has no OpenMP, or TRMFAST_CPU_THREADS=own")
+def test_the_threads_are_pytorchs_or_its_own() -> None:
+    source, count, bits = run_other_threads()
+    assert (source, count) == ("pytorch", 0)
+    assert run_other_threads(TRMFAST_CPU_THREADS="own") == ("own", 1, bits)
+    # OpenMP may not start a second thread here, so the engine must.
+    assert run_other_threads(OMP_THREAD_LIMIT="1") == ("pytorch", 1, bits)
+
+
+def test_an_unknown_source_of_threads_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import trmfast.backends.cpu"],
+        env={**os.environ, "TRMFAST_CPU_THREADS": "openmp"},
+        capture_output=True,
+        text=True,
+    )
+    assert "ValueError: TRMFAST_CPU_THREADS: got 'openmp', accepted are pytorch, own" in done.stderr
 
 
 # ---------------------------------------------------------------- weights that change

@@ -74,8 +74,13 @@ ADDRESS = Sanitizer(
     },
     {"TRMFAST_EMULATE_AMX": "1"},
 )
-# torch is not instrumented, so what its threads do among themselves cannot be judged.
-THREAD = Sanitizer("thread", ("libtsan.so",), {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:log_path=report"}, {})
+# torch and its OpenMP are not instrumented: what their threads do among themselves cannot be judged, nor how they wait.
+THREAD = Sanitizer(
+    "thread",
+    ("libtsan.so",),
+    {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:log_path=report", "TRMFAST_CPU_THREADS": "own"},
+    {},
+)
 
 
 def make_build(sanitizer: Sanitizer, tmp_path_factory: pytest.TempPathFactory) -> Build:

@@ -20,9 +20,20 @@ VARIANTS = {
     "plain": ["-O2"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "openmp": ["-O2", "-fopenmp", "-DTRMFAST_TEST_OPENMP"],
 }
-# A fork while another thread allocates: the sanitizers' own allocators keep their locks in the child and hang there.
-CASES = [(variant, name) for variant in VARIANTS for name in TESTS if (variant == "plain" or name != "fork_while_busy")]
+
+
+def fits(variant: str, name: str) -> bool:
+    """Whether a variant has a test."""
+    if name == "fork_while_busy":  # the sanitizers' own allocators keep their locks in the child and hang there
+        return variant in ("plain", "openmp")
+    if name == "affinity_follows_the_caller":  # OpenMP's threads have their own
+        return variant != "openmp"
+    return variant == "openmp" or not name.startswith("openmp")
+
+
+CASES = [(variant, name) for variant in VARIANTS for name in TESTS if fits(variant, name)]
 
 
 def compile_tests(variant: str, folder: Path) -> Path | str:

@@ -7,6 +7,7 @@
 
 #include "dispatch.h"
 #include "isa.h"
+#include "thread_pool.h"
 
 namespace py = pybind11;
 
@@ -154,6 +155,15 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("supported_targets", &supported_targets);
   m.def("release_workspace", &release_workspace);
+  m.def(
+      "use_openmp",
+      [](Address parallel, Address num_threads, Address thread_num) {
+        use_openmp({reinterpret_cast<decltype(OpenMp::parallel)>(parallel),
+                    reinterpret_cast<decltype(OpenMp::num_threads)>(num_threads),
+                    reinterpret_cast<decltype(OpenMp::thread_num)>(thread_num)});
+      },
+      py::arg("parallel"), py::arg("num_threads"), py::arg("thread_num"));
+  m.def("uses_openmp", &uses_openmp);
   m.def("kept_bytes", &kept_bytes, Released());
   m.def("forward", &forward, Released());
   m.def("backward", &backward, Released());

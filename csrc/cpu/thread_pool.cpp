@@ -88,44 +88,83 @@ struct alignas(64) Worker {
 
 thread_local bool inside_region = false;
 
+// What the threads of a region run, and the first exception that one of them threw.
+class Region {
+public:
+  Region(void (*body)(void*, int), void* context) : body_(body), context_(context), mode_(floating_point_mode()) {}
+
+  void run(int thread) {
+    const uint64_t before = floating_point_mode();
+    if (before != mode_) set_floating_point_mode(mode_);
+    inside_region = true;
+    try {
+      body_(context_, thread);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(error_mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+    inside_region = false;
+    if (before != mode_) set_floating_point_mode(before);
+  }
+
+  void rethrow() {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+private:
+  void (*const body_)(void*, int);
+  void* const context_;
+  const uint64_t mode_;
+  std::mutex error_mutex_;
+  std::exception_ptr error_;
+};
+
+// ---------------------------------------------------------------- OpenMP's threads
+
+OpenMp openmp = {};
+
+// False, and nothing has run, where OpenMP gives fewer threads: a thread limit, or a caller inside its own region.
+bool run_on_openmp(int num_threads, Region& region) {
+  struct Call {
+    Region& region;
+    int num_threads;
+    bool whole;
+  } call = {region, num_threads, false};
+  const auto body = [](void* data) {
+    Call& call = *static_cast<Call*>(data);
+    if (openmp.num_threads() != call.num_threads) return;
+    const int thread = openmp.thread_num();
+    if (thread == 0) call.whole = true;
+    call.region.run(thread);
+  };
+  openmp.parallel(body, &call, static_cast<unsigned>(num_threads), 0);
+  return call.whole;
+}
+
+// ---------------------------------------------------------------- threads of our own
+
 class Pool {
 public:
-  void run(int num_threads, void (*body)(void*, int), void* context);
+  void run(int num_threads, Region& region);
   void join();
 
 private:
   void start_worker();
   void work(Worker& worker, int thread);
-  void run_body(int thread);
   void follow_affinity();
 
   std::mutex regions_; // held for the whole of a region
   std::vector<std::unique_ptr<Worker>> workers_;
 
   // The current region; published to a worker by its regions_given.
-  void (*body_)(void*, int) = nullptr;
-  void* context_ = nullptr;
-  uint64_t mode_ = 0;
+  Region* region_ = nullptr;
   alignas(64) std::atomic<int> running_{0};
   Doorbell finished_;
-  std::mutex error_mutex_;
-  std::exception_ptr error_;
 
 #if defined(__linux__)
   cpu_set_t affinity_{};
 #endif
 };
-
-void Pool::run_body(int thread) {
-  inside_region = true;
-  try {
-    body_(context_, thread);
-  } catch (...) {
-    std::lock_guard<std::mutex> lock(error_mutex_);
-    if (!error_) error_ = std::current_exception();
-  }
-  inside_region = false;
-}
 
 void Pool::work(Worker& worker, int thread) {
   uint64_t seen = 0;
@@ -133,8 +172,7 @@ void Pool::work(Worker& worker, int thread) {
     worker.doorbell.wait([&] { return worker.regions_given.load() != seen || worker.stop.load(); });
     if (worker.regions_given.load() == seen) return;
     ++seen;
-    set_floating_point_mode(mode_);
-    run_body(thread);
+    region_->run(thread);
     if (running_.fetch_sub(1) == 1) finished_.wake();
   }
 }
@@ -173,25 +211,20 @@ void Pool::follow_affinity() {
 #endif
 }
 
-void Pool::run(int num_threads, void (*body)(void*, int), void* context) {
-  std::lock_guard<std::mutex> region(regions_);
+void Pool::run(int num_threads, Region& region) {
+  std::lock_guard<std::mutex> lock(regions_);
+  if (openmp.parallel && run_on_openmp(num_threads, region)) return;
   follow_affinity();
   while (static_cast<int>(workers_.size()) < num_threads - 1) start_worker();
 
-  body_ = body;
-  context_ = context;
-  mode_ = floating_point_mode();
+  region_ = &region;
   running_.store(num_threads - 1);
   for (int i = 0; i < num_threads - 1; ++i) {
     workers_[i]->regions_given.fetch_add(1);
     workers_[i]->doorbell.wake();
   }
-  run_body(0);
+  region.run(0);
   finished_.wait([this] { return running_.load() == 0; });
-
-  std::exception_ptr error;
-  std::swap(error, error_);
-  if (error) std::rethrow_exception(error);
 }
 
 void Pool::join() {
@@ -222,6 +255,7 @@ struct Lifetime {
   Lifetime() {
     pthread_atfork(nullptr, nullptr, [] {
       current_pool.store(nullptr);
+      openmp = {}; // GNU's runtime waits for ever for threads that a child does not have
       inside_region = false;
     });
   }
@@ -245,8 +279,14 @@ void parallel(int num_threads, void (*body)(void* context, int thread), void* co
     body(context, 0);
     return;
   }
-  pool().run(num_threads, body, context);
+  Region region(body, context);
+  pool().run(num_threads, region);
+  region.rethrow();
 }
+
+void use_openmp(const OpenMp& runtime) { openmp = runtime; }
+
+bool uses_openmp() { return openmp.parallel != nullptr; }
 
 void spin_pause() {
 #if defined(__x86_64__)

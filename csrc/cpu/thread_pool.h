@@ -9,10 +9,11 @@
 namespace trmfast {
 
 // Runs body(context, thread) for thread = 0 .. num_threads - 1, all at the same time, and returns when all have.
-// The caller is thread 0.  Workers are started when first needed, take over the caller's affinity and floating-point
-// mode, spin for a short while after a region and then sleep.  Calls from several threads run one after the other. An
-// exception in a body is rethrown here once every body has returned; with several, the first one caught.  A body that
-// waits at a barrier must not throw before it: its peers would wait for ever.
+// The caller is thread 0.  The others are those of an OpenMP runtime, see use_openmp, or our own workers: started when
+// first needed, with the caller's affinity, spinning for a short while after a region and then asleep.  All compute in
+// the caller's floating-point mode.  Calls from several threads run one after the other. An exception in a body is
+// rethrown here once every body has returned; with several, the first one caught.  A body that waits at a barrier must
+// not throw before it: its peers would wait for ever.
 // Throws std::invalid_argument if num_threads < 1, std::logic_error if called from inside a region, std::system_error
 // if a thread cannot be started; in all three cases no body has run.
 void parallel(int num_threads, void (*body)(void* context, int thread), void* context);
@@ -25,6 +26,22 @@ void parallel(int num_threads, Body&& body) {
       num_threads, [](void* context, int thread) { (*static_cast<Callable>(context))(thread); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
+
+// Entry points of an OpenMP runtime: GOMP_parallel, which those of GNU, LLVM and Intel export, omp_get_num_threads and
+// omp_get_thread_num.
+struct OpenMp {
+  void (*parallel)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
+  int (*num_threads)();
+  int (*thread_num)();
+};
+
+// From now on regions run on the threads of this runtime, until a fork: in the child it is not used.  Its threads spin
+// for milliseconds after a region, so beside a program that uses it, workers of our own would find their cores taken.
+// Not to be called while a region runs.
+void use_openmp(const OpenMp& runtime);
+
+// Whether regions run on the threads of an OpenMP runtime.
+bool uses_openmp();
 
 // Tells the processor that this is a waiting loop.
 void spin_pause();

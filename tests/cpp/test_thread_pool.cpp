@@ -1,5 +1,6 @@
 // Tests of csrc/cpu/thread_pool and csrc/cpu/isa.  One executable, one test per name given on the command line.
-// tests/test_thread_pool.py compiles it plainly, with the thread sanitizer and with the address sanitizer.
+// tests/test_thread_pool.py compiles it plainly, with the thread sanitizer and with the address sanitizer; and with
+// TRMFAST_TEST_OPENMP, which runs regions on the threads of the compiler's OpenMP runtime.
 #include "../../csrc/cpu/thread_pool.h"
 
 #include <sched.h>
@@ -19,6 +20,11 @@
 
 #include "../../csrc/cpu/isa.h"
 #include "check.h"
+
+#if defined(TRMFAST_TEST_OPENMP)
+#include <omp.h>
+extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
+#endif
 
 namespace {
 
@@ -208,6 +214,46 @@ void floating_point_mode_follows_the_caller() {
 #endif
 }
 
+#if defined(TRMFAST_TEST_OPENMP)
+std::set<std::thread::id> openmp_threads(int count) {
+  std::vector<std::thread::id> ids(static_cast<size_t>(count));
+#pragma omp parallel num_threads(count)
+  ids[static_cast<size_t>(omp_get_thread_num())] = std::this_thread::get_id();
+  return {ids.begin(), ids.end()};
+}
+
+std::set<std::thread::id> region_threads(int count) {
+  std::vector<std::thread::id> ids(static_cast<size_t>(count));
+  trmfast::parallel(count, [&](int thread) { ids[static_cast<size_t>(thread)] = std::this_thread::get_id(); });
+  return {ids.begin(), ids.end()};
+}
+
+void openmp_lends_its_threads() {
+  CHECK(trmfast::uses_openmp());
+  const auto threads = openmp_threads(3);
+  CHECK(threads.size() == 3 && region_threads(3) == threads);
+  CHECK(in_child([] {
+          CHECK(!trmfast::uses_openmp());
+          CHECK(region_threads(3).size() == 3);
+        }) == 0);
+}
+
+// A region whose threads meet at barriers must never start with fewer of them.
+void openmp_with_too_few_threads() {
+#pragma omp parallel num_threads(2)
+  {
+#pragma omp single
+    {
+      CHECK(region_threads(3).size() == 3);
+      barrier_separates_phases(3, 10);
+    }
+  }
+  omp_set_dynamic(1);
+  const int many = 4 * omp_get_num_procs();
+  CHECK(region_threads(many).size() == static_cast<size_t>(many));
+}
+#endif
+
 void exit_while_busy() {
   std::atomic<int> regions{0};
   static std::atomic<int>* counter = &regions;
@@ -249,8 +295,17 @@ const Test kTests[] = {
     {"floating_point_mode_follows_the_caller", floating_point_mode_follows_the_caller},
     {"exit_while_busy", exit_while_busy},
     {"instruction_sets", instruction_sets},
+#if defined(TRMFAST_TEST_OPENMP)
+    {"openmp_lends_its_threads", openmp_lends_its_threads},
+    {"openmp_with_too_few_threads", openmp_with_too_few_threads},
+#endif
 };
 
 } // namespace
 
-int main(int argc, char** argv) { return run_test(argc, argv, kTests); }
+int main(int argc, char** argv) {
+#if defined(TRMFAST_TEST_OPENMP)
+  trmfast::use_openmp({GOMP_parallel, omp_get_num_threads, omp_get_thread_num});
+#endif
+  return run_test(argc, argv, kTests);
+}

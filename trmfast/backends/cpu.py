@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections import OrderedDict
@@ -28,7 +29,7 @@ else:
     _cpu = _extension
     _import_error = ""
 
-__all__ = ["CpuBackend", "force_target", "release_memory", "target_for", "targets"]
+__all__ = ["CpuBackend", "force_target", "release_memory", "target_for", "targets", "thread_source"]
 
 ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Best first.  An element that a target is not compiled for is served by the next one below it.
@@ -90,6 +91,40 @@ def _target_for(element: str, forced: str | None) -> str:
         if (target, element) in pairs and _cpu.missing_reason(target) is None:
             return target
     raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, accepted are targets compiled for {element}")
+
+
+# ---------------------------------------------------------------- threads
+
+THREADS = ("pytorch", "own")
+
+
+def _use_threads_of_pytorch() -> None:
+    """Makes the engine run on PyTorch's OpenMP threads, unless there are none or ``TRMFAST_CPU_THREADS`` is ``own``.
+
+    Threads of the engine's own would share the cores with PyTorch's, which spin for milliseconds after each of its
+    parallel loops.
+    """
+    wanted = os.environ.get("TRMFAST_CPU_THREADS") or THREADS[0]
+    if wanted not in THREADS:
+        raise ValueError(f"TRMFAST_CPU_THREADS: got {wanted!r}, accepted are {', '.join(THREADS)}")
+    if _cpu is None or wanted == "own" or not torch.backends.openmp.is_available():
+        return
+    try:
+        # Symbols are looked up in the libraries that PyTorch was linked with, so this finds the runtime it uses.
+        pytorch = ctypes.CDLL(torch._C.__file__)
+        names = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
+        entries = [ctypes.cast(getattr(pytorch, name), ctypes.c_void_p).value for name in names]
+    except (OSError, AttributeError):  # a PyTorch linked in another way: the engine starts threads
+        return
+    _cpu.use_openmp(*entries)
+
+
+_use_threads_of_pytorch()
+
+
+def thread_source() -> str:
+    """Whose threads the engine runs on: ``"pytorch"`` or ``"own"``."""
+    return "pytorch" if _cpu is not None and _cpu.uses_openmp() else "own"
 
 
 # ---------------------------------------------------------------- packed weights

@@ -141,14 +141,16 @@ def _print(record: dict[str, Any]) -> None:
         for cache in facts["caches"]
     )
     quota = f", quota {facts['cpu_quota']:g} cores" if facts["cpu_quota"] else ""
+    shared = "PyTorch's" if facts["engine_threads"] == "pytorch" else "its own, beside PyTorch's"
     rows = [
         ["processor", facts["cpu"] or "unknown"],
         ["architecture", f"{facts['architecture']}, {facts['system']}"],
         [
             "cores",
             f"{facts['cores'] or 'unknown'} cores, {facts['logical_cpus']} logical, "
-            f"{facts['affinity'] or 'unknown'} in the affinity mask{quota}, {facts['torch_threads']} PyTorch threads",
+            f"{facts['affinity'] or 'unknown'} in the affinity mask{quota}",
         ],
+        ["threads", f"{facts['torch_threads']}; the CPU engine runs on {shared}"],
         ["instruction sets", " ".join(facts["instruction_sets"]) or "unknown"],
         ["caches", caches or "unknown"],
         ["memory", f"{_bytes(facts['memory'])}, {_bytes(facts['memory_available'])} available"],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import trmfast
+from trmfast.backends.cpu import thread_source
 from trmfast.build_info import build_info
 
 __all__ = ["commit", "describe_machine", "machine", "versions"]
@@ -43,6 +44,7 @@ def machine() -> dict[str, Any]:
         "affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "cpu_quota": _cpu_quota(),
         "torch_threads": torch.get_num_threads(),
+        "engine_threads": thread_source(),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "caches": _caches(),
         "memory": _memory("MemTotal") or int(_sysctl("hw.memsize") or 0) or None,
