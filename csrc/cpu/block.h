@@ -156,6 +156,12 @@ template <class T> void clear_padding(T* x, int rows, int columns, long up_to, l
     __builtin_memset(static_cast<void*>(x + t * stride + columns), 0, static_cast<size_t>(up_to - columns) * sizeof(T));
 }
 
+// Whether products read beyond the last column of h, h1, hidden or attended.
+inline bool has_padding(const BlockShape& block) {
+  return block.width % kPanel != 0 || GateLayout{block.inner}.hidden_columns() % kPanel != 0 ||
+         (block.attention && HeadLayout(block).output_columns() % kPanel != 0);
+}
+
 template <class T> void clear_activation_padding(const BlockShape& block, int rows, const BlockActivations<T>& act) {
   const BlockStrides strides(block);
   const int hidden = GateLayout{block.inner}.hidden_columns(), attended = HeadLayout(block).output_columns();

@@ -18,6 +18,7 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr long larger(long a, long b) { return a > b ? a : b; }
 
 // Leading dimension of an activation with `columns` channels: whole groups, so that products may read a padded depth
 // (the owner keeps the padding zero), and one more group so that consecutive rows do not fall into the same cache sets.

@@ -37,7 +37,8 @@ struct RopeTables {
   Rope rope(const Job& job) const { return {cos, sin, HeadLayout(job.nets[0].block).qk_width}; }
 };
 
-// Memory of one team for inference: the activations of one block, used by all blocks in turn.
+// Memory of one team for inference: the activations of one block, used by all blocks in turn.  To leave L2 to the
+// weights, attended lies where h1 will, and qkv where hidden will: written after their last reader.
 template <class T> struct ForwardBuffers {
   BlockActivations<T> act = {};
   float* u;
@@ -45,12 +46,17 @@ template <class T> struct ForwardBuffers {
   ForwardBuffers(Arena& arena, const BlockShape& block, int rows) {
     const BlockStrides strides(block);
     act.h = arena.take<T>(rows * strides.h);
-    act.h1 = arena.take<T>(rows * strides.h);
-    if (block.attention) {
-      act.qkv = arena.take<T>(rows * strides.qkv);
-      act.attended = arena.take<T>(rows * strides.attended);
+    if (block.attention && !has_padding(block)) {
+      act.attended = act.h1 = arena.take<T>(rows * larger(strides.attended, strides.h));
+      act.qkv = act.hidden = arena.take<T>(rows * larger(strides.qkv, strides.hidden));
+    } else {
+      act.h1 = arena.take<T>(rows * strides.h);
+      act.hidden = arena.take<T>(rows * strides.hidden);
+      if (block.attention) {
+        act.qkv = arena.take<T>(rows * strides.qkv);
+        act.attended = arena.take<T>(rows * strides.attended);
+      }
     }
-    act.hidden = arena.take<T>(rows * strides.hidden);
     if (block.conv_taps) act.gated = arena.take<T>(rows * strides.hidden);
     u = arena.take<float>(rows * strides.u);
   }
