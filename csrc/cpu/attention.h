@@ -33,53 +33,71 @@ struct LaneIndex {
   }
 };
 
-// s[j] <- exp(scale (s[j] - max)) for j < valid, and 0 up to the next group; returns the sum.
-TRMFAST_INLINE float softmax_row(float* s, int valid, float scale) {
+// The larger of `most` and the first `valid` of 32 scores, lane by lane.
+TRMFAST_INLINE vf largest_scores(const float* s, int valid, vf most) {
   const LaneIndex index;
-  const int full = valid / kLanes * kLanes;
-  vf most = broadcast(-__builtin_inff());
-  for (int j = 0; j < full; j += kLanes) most = max(load(s + j), most);
-  if (full < valid) most = max(index.lanes < valid - full ? load(s + full) : most, most);
-  const vf top = broadcast(max_of(most)), factor = broadcast(scale);
-  vf total = {};
-  for (int j = 0; j < full; j += kLanes) {
-    const vf e = exp((load(s + j) - top) * factor);
-    store(s + j, e);
-    total += e;
+  for (int j = 0; j < kPanel; j += kLanes) {
+    const vf score = load(s + j);
+    most = max(valid < kPanel ? (index.lanes < valid - j ? score : most) : score, most);
   }
-  int j = full;
-  if (full < valid) {
-    const vf e = index.lanes < valid - full ? exp((load(s + full) - top) * factor) : vf{};
-    store(s + full, e);
-    total += e;
-    j += kLanes;
-  }
-  for (; j < round_up(valid, kPanel); j += kLanes) store(s + j, vf{});
-  return sum(total);
+  return most;
 }
+
+// The exponential of a score less the largest of its row, and what to multiply differences with beforehand.
+template <class T> TRMFAST_INLINE vf exponential(vf difference) {
+  return sizeof(T) == 2 ? exp2_for_bf16(difference) : exp(difference);
+}
+template <class T> constexpr float exponent_unit() { return sizeof(T) == 2 ? 1.44269504f : 1.0f; }
 
 // Keys that the query rows up to `row_end` see.
 TRMFAST_INLINE int visible_keys(const BlockShape& block, int row_end, int length) {
   return block.causal ? row_end : length;
 }
 
-// Exponentials of the scores of query rows row.. (n rows) into scratch.scores, their sums into sums.
-template <class T>
-void attention_exponentials(const BlockShape& block, int length, const T* query, long stride, int row, int n,
-                            float* sums, const AttentionScratch<T>& scratch) {
+// to[j] <- exponential(s[j] less top) for j < valid, zeros from there up to `padded`; returns their sum.
+template <class T, class To>
+TRMFAST_INLINE float exponentials(const float* s, float top, float scale, int valid, int padded, To* to) {
+  const vf shift = broadcast(top), factor = broadcast(exponent_unit<T>() * scale);
+  vf total[2] = {};
+  int j = 0;
+  for (; j + 2 * kLanes <= valid; j += 2 * kLanes) {
+    for (int i = 0; i < 2; ++i) {
+      const vf e = exponential<T>((load(s + j + i * kLanes) - shift) * factor);
+      store(to + j + i * kLanes, e);
+      total[i] += e;
+    }
+  }
+  const LaneIndex index;
+  for (; j < padded; j += kLanes) {
+    vf e = {};
+    if (j < valid) e = index.lanes < valid - j ? exponential<T>((load(s + j) - shift) * factor) : e;
+    store(to + j, e);
+    total[0] += e;
+  }
+  return sum(total[0] + total[1]);
+}
+
+// Exponentials of the scores of query rows row.. (n rows) into `to` [n, to_stride], T or float, and their sums.  Scores
+// are made panel by panel, and their maxima taken while they are in L1.
+template <class T, class To>
+void attention_exponentials(const BlockShape& block, int length, const T* query, long stride, int row, int n, To* to,
+                            long to_stride, float* sums, const AttentionScratch<T>& scratch) {
   const HeadLayout heads(block);
   const int depth = padded_depth<T>(heads.qk_width);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
   const int keys = visible_keys(block, row + n, length);
-  for (int k = 0; k < keys; k += kPanel)
+  vf most[Dot<T>::kRows];
+  for (int r = 0; r < n; ++r) most[r] = broadcast(-__builtin_inff());
+  for (int k = 0; k < keys; k += kPanel) {
     multiply(query + row * stride, stride, scratch.keys + k / kPanel * panel_elements<T>(heads.qk_width), depth, n,
              scratch.scores + k, scratch.score_stride);
-  for (int r = 0; r < n; ++r) {
-    float* s = scratch.scores + static_cast<long>(r) * scratch.score_stride;
-    const int valid = visible_keys(block, row + r + 1, length);
-    sums[r] = softmax_row(s, valid, scale);
-    for (int j = round_up(valid, kPanel); j < round_up(keys, kPanel); j += kLanes) store(s + j, vf{});
+    for (int r = 0; r < n; ++r)
+      most[r] = largest_scores(scratch.scores + static_cast<long>(r) * scratch.score_stride + k,
+                               visible_keys(block, row + r + 1, length) - k, most[r]);
   }
+  for (int r = 0; r < n; ++r)
+    sums[r] = exponentials<T>(scratch.scores + static_cast<long>(r) * scratch.score_stride, max_of(most[r]), scale,
+                              visible_keys(block, row + r + 1, length), round_up(keys, kPanel), to + r * to_stride);
 }
 
 // attended[row, head] <- softmax(q k^T / sqrt(d)) v for `sequences` sequences of `length` rows.
@@ -100,12 +118,9 @@ void attention_forward(const Team& team, const BlockShape& block, int sequences,
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int i = 0; i < tiles.count; ++i) {
         const int row = tiles.begin(i), n = tiles.size(i);
-        attention_exponentials(block, length, rows + heads.query(head), stride, row, n, sums, scratch);
+        attention_exponentials(block, length, rows + heads.query(head), stride, row, n, scratch.weights,
+                               scratch.weight_stride, sums, scratch);
         const int keys = visible_keys(block, row + n, length);
-        for (int r = 0; r < n; ++r)
-          for (int j = 0; j < round_up(keys, kPanel); j += kPanel)
-            store_group(scratch.scores + static_cast<long>(r) * scratch.score_stride + j,
-                        scratch.weights + static_cast<long>(r) * scratch.weight_stride + j);
         for (int c = 0; c < heads.v_width; c += kPanel) {
           multiply(scratch.weights, scratch.weight_stride, scratch.values + c / kPanel * panel_elements<T>(length),
                    padded_depth<T>(keys), n, scratch.tile, kPanel);

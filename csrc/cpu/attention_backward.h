@@ -48,7 +48,7 @@ void attention_grad_scores(const BlockShape& block, int length, const T* query, 
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
   const int keys = visible_keys(block, row + n, length);
   float sums[Dot<T>::kRows];
-  attention_exponentials(block, length, query, stride, row, n, sums, forward);
+  attention_exponentials(block, length, query, stride, row, n, forward.scores, forward.score_stride, sums, forward);
   for (int k = 0; k < keys; k += kPanel)
     multiply(grad_out + row * grad_stride, grad_stride,
              scratch.values_transposed + k / kPanel * panel_elements<T>(heads.v_width), padded_depth<T>(heads.v_width),

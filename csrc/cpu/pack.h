@@ -145,12 +145,6 @@ template <class T> void pack_transposed(const T* x, long stride, int columns, in
                                 panels);
 }
 
-// Panels of X: X is `depth` rows of `columns`.
-template <class T> void pack_rows(const T* x, long stride, int depth, int columns, T* panels) {
-  for (int first = 0; first < columns; first += kPanel, panels += panel_elements<T>(depth))
-    pack_panel<T>([&](int k) { return x + k * stride + first; }, depth, columns - first, panels);
-}
-
 // `columns` <= 16 columns of consecutive rows of x as dwords, one row (f32) or a pair of rows (bf16), zero beyond.
 TRMFAST_INLINE void row_pair_dwords(const bf16* x, long stride, int rows, int columns, uint32_t* out) {
   for (int j = 0; j < 16; j += kLanes) {
@@ -170,6 +164,17 @@ TRMFAST_INLINE void row_pair_dwords(const bf16* x, long stride, int rows, int co
 TRMFAST_INLINE void row_pair_dwords(const float* x, long, int rows, int columns, uint32_t* out) {
   for (int j = 0; j < 16; j += kLanes)
     store(reinterpret_cast<float*>(out) + j, rows > 0 ? load(x + j, larger(0, smaller(kLanes, columns - j))) : vf{});
+}
+
+// Panels of X: X is `depth` rows of `columns`.
+template <class T> void pack_rows(const T* x, long stride, int depth, int columns, T* panels) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(panels);
+  for (int first = 0; first < columns; first += kPanel) {
+    for (int k = 0; k < padded_depth<T>(depth); k += elements_per_dword<T>()) {
+      for (int c = first; c < first + kPanel; c += 16, to += 16)
+        row_pair_dwords(x + k * stride + c, stride, depth - k, columns - c, to);
+    }
+  }
 }
 
 // to[c][r] = x[r][c]: rows x columns, each output row zero from `rows` up to the padded depth.

@@ -70,6 +70,7 @@ float apply(vf (*function)(vf), float x) {
 }
 
 vf exp_(vf v) { return exp(v); }
+vf exp2_for_bf16_(vf v) { return exp2_for_bf16(v); }
 vf sigmoid_(vf v) { return sigmoid(v); }
 vf silu_(vf v) { return silu(v); }
 vf rsqrt_(vf v) { return rsqrt(v); }
@@ -97,6 +98,7 @@ double worst_error(vf (*function)(vf), double (*exact)(double), float low, float
 }
 
 double exact_exp(double x) { return std::exp(x); }
+double exact_exp2(double x) { return std::exp2(x); }
 double exact_sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 double exact_silu(double x) { return x / (1 + std::exp(-x)); }
 double exact_rsqrt(double x) { return 1 / std::sqrt(x); }
@@ -114,6 +116,16 @@ void exp_accuracy() {
   CHECK(std::isfinite(apply(exp_, 88.72f)));
   CHECK(std::isnan(apply(exp_, kNaN)));
   CHECK(std::isnan(apply(exp_, -kNaN)));
+}
+
+void exp2_accuracy() {
+  // 7.5e-5 in units of at least 2^-24
+  CHECK(worst_error(exp2_for_bf16_, exact_exp2, -149, 0.0f, 1009) <= 7.6e-5 * 0x1p24);
+  CHECK(to_float(to_bf16(apply(exp2_for_bf16_, 0.0f))) == 1);
+  CHECK(apply(exp2_for_bf16_, -151.0f) == 0);
+  CHECK(apply(exp2_for_bf16_, -1e30f) == 0);
+  CHECK(apply(exp2_for_bf16_, -kInfinity) == 0);
+  CHECK(std::isnan(apply(exp2_for_bf16_, kNaN)));
 }
 
 void sigmoid_and_silu_accuracy() {

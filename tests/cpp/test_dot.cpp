@@ -96,6 +96,7 @@ const Test kTests[] = {
     {"rows_are_independent", rows_are_independent},
     {"bf16_rounding", bf16_rounding},
     {"exp_accuracy", exp_accuracy},
+    {"exp2_accuracy", exp2_accuracy},
     {"sigmoid_and_silu_accuracy", sigmoid_and_silu_accuracy},
     {"rsqrt_accuracy", rsqrt_accuracy},
     {"partial_loads_and_stores", partial_loads_and_stores},
