@@ -103,7 +103,7 @@ void project_gate_up(const Team& team, const BlockShape& block, const ForwardWei
        [&](int row, int n, int panel, const float* tile) {
          for_rows(row, n, tile, [&](int t, const float* in) {
            T* to = out + t * strides.hidden + panel * kHalf;
-           for (int j = 0; j < kHalf; j += kLanes) store(to + j, swiglu(load(in + j), load(in + kHalf + j)));
+           for (int j = 0; j < kHalf; j += kLanes) store(to + j, swiglu<T>(load(in + j), load(in + kHalf + j)));
            if (act.gate_up) store_group(in, act.gate_up + t * strides.gate_up + panel * kPanel);
          });
        });

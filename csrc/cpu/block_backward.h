@@ -59,7 +59,7 @@ TRMFAST_INLINE void backward_gates(int row, int rows, int panel, int columns, co
       for (int j = 0; j < kHalf; j += kLanes) {
         const long at = t * stride + c + j;
         const GateGradient d =
-            swiglu_backward(load(gate_up + at), load(gate_up + at + kHalf), load(in + half * kHalf + j));
+            swiglu_backward<T>(load(gate_up + at), load(gate_up + at + kHalf), load(in + half * kHalf + j));
         store(grad_gate_up + at, d.gate);
         store(grad_gate_up + at + kHalf, d.up);
       }

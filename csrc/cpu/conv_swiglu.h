@@ -1,6 +1,6 @@
 // What URM's channel mixer does between its two products: a depthwise convolution over the positions of a sequence,
 //
-//   convolved[l] = bias + sum over taps k of kernel[k] gated[l + k - taps / 2],      hidden = silu(convolved)
+//   convolved[l] = bias + sum over taps k of kernel[k] gated[l + k - taps / 2],      hidden = silu<T>(convolved)
 //
 // with gated = silu(gate) * up, positions outside the sequence zero, and as many outputs as positions.  It is computed
 // row by row over whole rows of channels; a neighbouring row is in L1.
@@ -38,7 +38,7 @@ void convolve_rows(const Team& team, const BlockShape& block, const ConvWeights<
   for (int t = range.begin; t < range.end; ++t) {
     const TapRange taps(block.conv_taps, t % length, length);
     for (int c = 0; c < columns; c += kLanes)
-      store(hidden + t * stride + c, silu(convolve(gated + t * stride, stride, conv, taps, c)));
+      store(hidden + t * stride + c, silu<T>(convolve(gated + t * stride, stride, conv, taps, c)));
   }
 }
 
@@ -51,7 +51,7 @@ TRMFAST_INLINE void silu_rows_backward(int row, int rows, int panel, const float
     const TapRange taps(num_taps, t % length, length);
     for (int j = 0; j < columns; j += kLanes) {
       const vf m = convolve(gated + t * stride, stride, conv, taps, first + j);
-      store(dconvolved + t * stride + first + j, silu_backward(m, load(in + j)));
+      store(dconvolved + t * stride + first + j, silu_backward<T>(m, load(in + j)));
     }
   });
 }
@@ -71,7 +71,7 @@ void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWei
       for (int k = begin; k < end; ++k)
         sum = fma(load(conv.kernel + k * conv.columns + c), load(dconvolved + (t + back - k) * stride + c), sum);
       const long at = t * gates_stride + c / kHalf * kPanel + c % kHalf;
-      const GateGradient d = swiglu_backward(load(gate_up + at), load(gate_up + at + kHalf), sum);
+      const GateGradient d = swiglu_backward<T>(load(gate_up + at), load(gate_up + at + kHalf), sum);
       store(grad_gate_up + at, d.gate);
       store(grad_gate_up + at + kHalf, d.up);
     }

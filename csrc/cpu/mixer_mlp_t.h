@@ -97,7 +97,7 @@ void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* ga
         for_rows(inner, n, scratch.up, [&](int r, const float* in) { store_group(in, kept + r * stride); });
       }
       for (int j = 0; j < n * kPanel; j += kLanes)
-        store(scratch.gate + j, swiglu(load(scratch.gate + j), load(scratch.up + j)));
+        store(scratch.gate + j, swiglu<T>(load(scratch.gate + j), load(scratch.up + j)));
       if (keep.hidden) {
         T* kept = keep.hidden + (static_cast<long>(sequence) * inner + row) * stride + c;
         for_rows(0, n, scratch.gate, [&](int r, const float* in) { store_group(in, kept + r * stride); });

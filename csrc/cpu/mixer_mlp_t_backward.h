@@ -60,7 +60,7 @@ void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* g
       for_rows(0, n, scratch.tile, [&](int r, const float* in) {
         for (int j = 0; j < kPanel; j += kLanes) {
           const GateGradient d =
-              swiglu_backward(load(gates + r * stride + j), load(ups + r * stride + j), load(in + j));
+              swiglu_backward<T>(load(gates + r * stride + j), load(ups + r * stride + j), load(in + j));
           store(scratch.gate + r * kPanel + j, d.gate);
           store(scratch.up + r * kPanel + j, d.up);
           store(grad_gates + r * stride + j, d.gate);

@@ -253,7 +253,7 @@ TRMFAST_INLINE vf rsqrt(vf v) {
 #endif
 }
 
-// p * 2^n for integral -150 <= n <= 128 and p in [0.7, 1.42]: denormal and infinite results are right.
+// p * 2^n for integral -150 <= n <= 129 and p in [0.7, 1.42]: denormal and infinite results are right.
 TRMFAST_INLINE vf scale_by_power(vf p, vf n) {
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_scalef_ps(kAll, (__m512)p, (__m512)n);
@@ -283,10 +283,12 @@ TRMFAST_INLINE vf exp(vf v) {
   return scale_by_power(fma(q, r, broadcast(1.0f)), n);
 }
 
-// 2^v for v <= 0 where the result will be rounded to bf16: within 7.5e-5 of it, a fortieth of that rounding. Exact 0
-// from v < -150 (and -inf) on; NaN stays NaN. v = n + r with |r| <= 1/2, and the cubic of least relative error for 2^r.
+// 2^v where the result will be rounded to bf16: within 7.5e-5 of it, a fortieth of that rounding. Exact 0 from v < -150
+// (and -inf) on, inf from 128 on; NaN stays NaN. v = n + r with |r| <= 1/2, and the cubic of least relative error for
+// 2^r.
 TRMFAST_INLINE vf exp2_for_bf16(vf v) {
   v = max(broadcast(-150.0f), v); // the constant first: NaN passes through
+  v = min(broadcast(129.0f), v);
   const vf magic = broadcast(0x1.8p23f);
   const vf n = (v + magic) - magic, r = v - n;
   vf p = broadcast(0x1.c3f760p-5f);
@@ -295,11 +297,14 @@ TRMFAST_INLINE vf exp2_for_bf16(vf v) {
   return scale_by_power(fma(p, r, broadcast(0x1.fff692p-1f)), n);
 }
 
-// 1 / (1 + e^-v)
-TRMFAST_INLINE vf sigmoid(vf v) { return 1.0f / (1.0f + exp(-v)); }
-
-// v / (1 + e^-v); as in PyTorch, silu(-inf) is NaN and v < -88.7 gives -0.
-TRMFAST_INLINE vf silu(vf v) { return v / (1.0f + exp(-v)); }
+// 1 / v for v >= 1 where the result will be rounded to bf16: within 2^-14 of it.
+TRMFAST_INLINE vf reciprocal_for_bf16(vf v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_rcp14_ps(kAll, (__m512)v);
+#else
+  return 1.0f / v;
+#endif
+}
 
 } // namespace TRMFAST_NAMESPACE
 } // namespace trmfast

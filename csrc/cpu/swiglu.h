@@ -1,4 +1,5 @@
-// SwiGLU, element by element: silu(gate) * up and its gradients.
+// SiLU and SwiGLU, element by element, with their gradients.  T is the type that the results will be rounded to: for
+// bf16, exponential and reciprocal are no better than that takes.
 #pragma once
 
 #include "simd.h"
@@ -6,22 +7,35 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-TRMFAST_INLINE vf swiglu(vf gate, vf up) { return silu(gate) * up; }
+// 1 + e^-v
+template <class T> TRMFAST_INLINE vf one_plus_exp(vf v) {
+  return 1.0f + (sizeof(T) == 2 ? exp2_for_bf16(v * broadcast(-1.44269504f)) : exp(-v));
+}
+
+// By division: gradients take its difference from 1.
+template <class T> TRMFAST_INLINE vf sigmoid(vf v) { return 1.0f / one_plus_exp<T>(v); }
+
+// v / (1 + e^-v); as in PyTorch, silu(-inf) is NaN and v < -88.7 gives -0.
+template <class T> TRMFAST_INLINE vf silu(vf v) {
+  return sizeof(T) == 2 ? v * reciprocal_for_bf16(one_plus_exp<T>(v)) : v / one_plus_exp<T>(v);
+}
+
+template <class T> TRMFAST_INLINE vf swiglu(vf gate, vf up) { return silu<T>(gate) * up; }
 
 struct GateGradient {
   vf gate, up;
 };
 
 // d: gradient of silu(gate) * up.  silu'(g) = s (1 + g (1 - s)) with s = sigmoid(g).
-TRMFAST_INLINE GateGradient swiglu_backward(vf gate, vf up, vf d) {
-  const vf s = sigmoid(gate);
+template <class T> TRMFAST_INLINE GateGradient swiglu_backward(vf gate, vf up, vf d) {
+  const vf s = sigmoid<T>(gate);
   const vf scaled = d * s;
   return {scaled * up * (1.0f + gate * (1.0f - s)), scaled * gate};
 }
 
 // d: gradient of silu(m).
-TRMFAST_INLINE vf silu_backward(vf m, vf d) {
-  const vf s = sigmoid(m);
+template <class T> TRMFAST_INLINE vf silu_backward(vf m, vf d) {
+  const vf s = sigmoid<T>(m);
   return d * s * (1.0f + m * (1.0f - s));
 }
 
