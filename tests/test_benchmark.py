@@ -100,7 +100,7 @@ def test_suites_are_of_the_problem_list() -> None:
 def test_turns_are_shared() -> None:
     calls: list[str] = []
     runs: dict[str, Callable[[], object]] = {name: partial(calls.append, name) for name in "ab"}
-    timing = take_turns(runs, torch.float32, 0.0, rounds=(4, 9))
+    timing = take_turns(runs, torch.float32, 4)
     assert [len(times) for times in timing.times.values()] == [4, 4]
     assert len(timing.peaks) == 4
     assert min(timing.peaks) > 0

@@ -5,31 +5,42 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from trmfast.benchmark.errors import Check, check_forward, check_training
 from trmfast.benchmark.memory import peak_bytes, resident_bytes, saved_bytes, trim
 from trmfast.benchmark.rivals import RIVALS, Runner, Trained, missing
 from trmfast.benchmark.suites import Work
 from trmfast.cases import Inputs, make_inputs
 from trmfast.flops import forward_flops, window_flops
-from trmfast.program import RecursionProgram
-from trmfast.testing import MeaninglessComparisonError, compare, run_truth
 
-__all__ = ["Row", "Timing", "dtype_peak", "measure_work", "quartiles", "read_bandwidth", "take_turns"]
+__all__ = [
+    "Prepared",
+    "Row",
+    "Timing",
+    "Turns",
+    "dtype_peak",
+    "measure_work",
+    "measure_works",
+    "prepare_work",
+    "quartiles",
+    "read_bandwidth",
+    "take_turns",
+]
 
 # Rounding errors grow from update to update by a factor that grows with the weights; at this scale eager PyTorch stays
 # close enough to float64 over a published program in bfloat16 for a verdict.  Times do not depend on it.
 WEIGHT_SCALE = 0.3
-# The float64 truth of a forward pass is run over the end of the program if the whole is more work than this.
-TRUTH_FLOPS = 60e9
 clock = time.perf_counter
 SAMPLE_SECONDS = 0.02
 # Idle OpenMP threads of the implementation before spin for some milliseconds on cores that the next one needs.
 SETTLE_SECONDS = 0.01
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 31
+VISIT_SECONDS = 1.0
+# What another problem has pushed out of the caches, and packing weights that have changed, is nothing beside this.
+COLD_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -130,42 +141,64 @@ class Timing:
     peaks: list[float]
 
 
-def take_turns(
-    runs: dict[str, Callable[[], object]],
-    dtype: torch.dtype,
-    seconds: float,
-    between: dict[str, Callable[[], object]] | None = None,
-    rounds: tuple[int, int] = (FEWEST_ROUNDS, MOST_ROUNDS),
-) -> Timing:
-    """Times functions in turns: every round runs each, so that they share clock speeds and neighbours.
+class Turns:
+    """Functions that are timed in turns: a round runs each of them, so that they share clock speeds and neighbours.
 
     A sample of a short function is a loop of at least 20 ms, after 10 ms of untimed calls; a long one follows a pause.
 
-    Args:
-        runs: by name; each has been called before.
-        dtype: whose matrix peak is measured in every round.
-        seconds: time to spend.
-        between: called before each call of a function of the same name, untimed.
-        rounds: fewest and most rounds; the fewest count even where they take longer than ``seconds``.
+    Attributes:
+        timing: of the rounds so far.
     """
-    names = list(runs)
-    repeats = {name: max(1, round(SAMPLE_SECONDS / _once(runs[name]))) for name in names}
-    timing = Timing({name: [] for name in names}, [])
-    begin = time.perf_counter()
-    count = 0
-    while count < rounds[0] or (count < rounds[1] and time.perf_counter() - begin < seconds):
-        timing.peaks.append(dtype_peak(dtype))
+
+    def __init__(
+        self,
+        runs: dict[str, Callable[[], object]],
+        dtype: torch.dtype,
+        between: dict[str, Callable[[], object]] | None = None,
+    ) -> None:
+        """Calls every function once.
+
+        Args:
+            runs: by name; each has been called before.
+            dtype: whose matrix peak is measured in every round.
+            between: called before each call of a function of the same name, untimed.
+        """
+        self.runs, self.dtype, self.between = runs, dtype, between or {}
+        self.once = {name: _once(run) for name, run in runs.items()}
+        self.repeats = {name: max(1, round(SAMPLE_SECONDS / seconds)) for name, seconds in self.once.items()}
+        self.timing = Timing({name: [] for name in runs}, [])
+
+    def round(self) -> None:
+        """Times every function once more."""
+        names, count = list(self.runs), len(self.timing.peaks)
+        self.timing.peaks.append(dtype_peak(self.dtype))
         # Nobody is always the one who follows the same other.
         for name in names[count % len(names) :] + names[: count % len(names)]:
-            _settle(runs[name], repeats[name])
+            _settle(self.runs[name], self.repeats[name])
             total = 0.0
-            for _ in range(repeats[name]):
-                if between and name in between:
-                    between[name]()
-                total += _once(runs[name])
-            timing.times[name].append(total / repeats[name])
-        count += 1
-    return timing
+            for _ in range(self.repeats[name]):
+                if name in self.between:
+                    self.between[name]()
+                total += _once(self.runs[name])
+            self.timing.times[name].append(total / self.repeats[name])
+
+    def visit(self) -> None:
+        """A round, or as many as fit into a second, on a machine that has run something else in the meantime."""
+        for name, run in self.runs.items():
+            if self.once[name] < COLD_SECONDS:
+                run()
+        stop = time.monotonic() + VISIT_SECONDS
+        self.round()
+        while time.monotonic() < stop and len(self.timing.peaks) < MOST_ROUNDS:
+            self.round()
+
+
+def take_turns(runs: dict[str, Callable[[], object]], dtype: torch.dtype, rounds: int) -> Timing:
+    """Times functions in turns, see :class:`Turns`."""
+    turns = Turns(runs, dtype)
+    for _ in range(rounds):
+        turns.round()
+    return turns.timing
 
 
 def _settle(run: Callable[[], object], repeats: int) -> None:
@@ -194,6 +227,73 @@ class _Built:
     """Resident memory that it took to build and keeps, for those who keep weights and buffers of their own."""
 
 
+@dataclass
+class Prepared:
+    """A problem whose implementations are built and checked.
+
+    Attributes:
+        work: the problem.
+        built: its implementations.
+        checks: the error of each, by step.
+        remarks: for the reader.
+    """
+
+    work: Work
+    built: dict[str, _Built]
+    checks: dict[str, dict[str, Check]]
+    remarks: list[str]
+
+
+def prepare_work(work: Work, say: Callable[[str], None], without: Sequence[str] = ()) -> Prepared:
+    """Builds and checks all implementations of one problem.
+
+    Args:
+        work: the problem.
+        say: called with what is being done.
+        without: rivals to leave out.
+    """
+    inputs = make_inputs(work.case, work.dtype, weight_scale=WEIGHT_SCALE)
+    built, remarks = _build(work, inputs, say, without)
+    say(f"{work}: error")
+    runners = {name: b.runner for name, b in built.items()}
+    check = {"forward": check_forward, "training": check_training}
+    return Prepared(work, built, {step: check[step](runners, inputs) for step in work.steps}, remarks)
+
+
+def measure_works(prepared: Sequence[Prepared], seconds: float, say: Callable[[str], None]) -> list[Row]:
+    """Times all implementations of some problems.
+
+    The problems are visited again and again: a neighbour who takes memory or a core for a minute then disturbs a round
+    of each, rather than all rounds of one.
+
+    Args:
+        prepared: the problems.
+        seconds: time to spend on all rounds.
+        say: called with what is being done.
+    """
+    begin = time.monotonic()
+    turns: list[tuple[Prepared, str, Turns]] = []
+    for one in prepared:
+        for step in one.work.steps:
+            names = [name for name, b in one.built.items() if step == "forward" or b.runner.trains]
+            runs = {name: getattr(one.built[name].runner, step) for name in names}
+            between: dict[str, Callable[[], object]] = {}
+            for name in names:
+                runner = one.built[name].runner
+                if step == "training" and isinstance(runner, Trained):
+                    between[name] = runner.change_weights
+            turns.append((one, step, Turns(runs, one.work.dtype, between)))
+    visits = 0
+    while visits < FEWEST_ROUNDS or (time.monotonic() - begin < seconds and visits < MOST_ROUNDS):
+        for one, step, turn in turns:
+            if visits == 0:
+                say(f"{one.work}: {step}")
+            if len(turn.timing.peaks) < MOST_ROUNDS:
+                turn.visit()
+        visits += 1
+    return [row for one, step, turn in turns for row in _rows(one.work, step, one.built, turn.timing, one.checks[step])]
+
+
 def measure_work(
     work: Work, seconds: float, say: Callable[[str], None], without: Sequence[str] = ()
 ) -> tuple[list[Row], list[str]]:
@@ -208,23 +308,8 @@ def measure_work(
     Returns:
         The rows, and remarks for the reader.
     """
-    inputs = make_inputs(work.case, work.dtype, weight_scale=WEIGHT_SCALE)
-    built, remarks = _build(work, inputs, say, without)
-    say(f"{work}: error")
-    rows: list[Row] = []
-    for step in work.steps:
-        names = [name for name, b in built.items() if step == "forward" or b.runner.trains]
-        checks = _check_forward(built, inputs) if step == "forward" else _check_training(built, inputs)
-        say(f"{work}: {step}")
-        runs = {name: getattr(built[name].runner, step) for name in names}
-        between: dict[str, Callable[[], object]] = {}
-        for name in names:
-            runner = built[name].runner
-            if step == "training" and isinstance(runner, Trained):
-                between[name] = runner.change_weights
-        timing = take_turns(runs, work.dtype, seconds, between)
-        rows += _rows(work, step, built, timing, checks)
-    return rows, remarks
+    prepared = prepare_work(work, say, without)
+    return measure_works([prepared], seconds * len(work.steps), say), prepared.remarks
 
 
 def _build(
@@ -264,7 +349,7 @@ def _build(
     return built, remarks
 
 
-def _rows(work: Work, step: str, built: dict[str, _Built], timing: Timing, checks: dict[str, _Check]) -> list[Row]:
+def _rows(work: Work, step: str, built: dict[str, _Built], timing: Timing, checks: dict[str, Check]) -> list[Row]:
     problem, batch, length = work.case.problem, work.case.batch, work.case.length
     flops = forward_flops(problem, batch, length)
     if step == "training":
@@ -312,109 +397,3 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
-
-
-# ---------------------------------------------------------------- error
-
-
-@dataclass(frozen=True)
-class _Check:
-    error: float
-    updates: int
-    verdict: str
-
-
-def _check_forward(built: dict[str, _Built], inputs: Inputs) -> dict[str, _Check]:
-    """The final states of the first sequence against float64; sequences do not see each other."""
-    program = inputs.problem.program
-    flops = forward_flops(inputs.problem, 1, inputs.states[0].shape[1])
-    count = len(program.updates)
-    if flops > TRUTH_FLOPS and all(b.runner.runs(_end(program, 1)) for b in built.values()):
-        count = max(1, min(2, count), int(count * TRUTH_FLOPS / flops))
-    checks = _check_end(built, inputs, count)
-    # Where rounding has carried eager PyTorch itself too far off for a verdict, less of the program can be judged.
-    for fewer in (2, 1):
-        unjudged = {
-            name: b
-            for name, b in built.items()
-            if checks[name].verdict.startswith("no verdict") and b.runner.runs(_end(program, 1))
-        }
-        if "eager" not in unjudged or fewer >= count:
-            break
-        checks |= _check_end(unjudged, inputs, fewer)
-    return checks
-
-
-def _check_end(built: dict[str, _Built], inputs: Inputs, count: int) -> dict[str, _Check]:
-    checked = _end(inputs.problem.program, count)
-    true = run_truth(_with_program(_first_sequence(inputs), checked), backward=False).outputs
-    dtype = inputs.states[0].dtype
-    found = {
-        name: {key: z[:1].to(dtype) for key, z in zip(true, b.runner.forward(checked), strict=True)}
-        for name, b in built.items()
-    }
-    return _judge(found, true, count, gradients=False)
-
-
-def _check_training(built: dict[str, _Built], inputs: Inputs) -> dict[str, _Check]:
-    """The gradients of x and the weights through the last two updates, as entered in the first sequence alone."""
-    program = inputs.problem.program
-    count = min(2, len(program.updates))
-    checked = _end(program, count).with_window("all")
-    first = _first_sequence(inputs)
-    truth = run_truth(_with_program(first, checked))
-    true = {name: g for name, g in truth.gradients.items() if not name.startswith("grad z")}
-    only_first = tuple(torch.cat((g[:1], torch.zeros_like(g[1:]))) for g in inputs.grad_states)
-    found = {}
-    for name, b in built.items():
-        runner = b.runner
-        if isinstance(runner, Trained):
-            runner.inputs = replace(inputs, grad_states=only_first)
-            runner.training(checked)
-            runner.inputs = inputs
-            found[name] = {key: g[:1] if key == "grad x" else g for key, g in runner.gradients().items() if key in true}
-    return _judge(found, {key: g for key, g in true.items() if key in found["trmfast"]}, count, gradients=True)
-
-
-def _judge(
-    found: dict[str, dict[str, Tensor]], true: dict[str, Tensor], updates: int, gradients: bool
-) -> dict[str, _Check]:
-    """Each implementation by the tolerance policy, eager PyTorch being the measure."""
-    checks = {}
-    for name, tensors in found.items():
-        errors, verdict = [], "pass"
-        for key, t in true.items():
-            scale = max(t.abs().max().item(), 1e-30) if gradients else 1.0
-            errors.append((tensors[key].double() - t).abs().max().item() / scale)
-            if "eager" not in found:
-                verdict = "no verdict: eager did not run"
-                continue
-            try:
-                comparison = compare(key, tensors[key], found["eager"][key], t, is_gradient=gradients)
-            except MeaninglessComparisonError as error:
-                verdict = f"no verdict: {error}" if verdict == "pass" else verdict
-                continue
-            if not comparison.passed and not verdict.startswith("fail"):
-                verdict = f"fail: {comparison}"
-        worst = float("nan") if any(e != e for e in errors) else max(errors)
-        checks[name] = _Check(worst, updates, verdict)
-    return checks
-
-
-def _end(program: RecursionProgram, count: int) -> RecursionProgram:
-    """The last updates of a program; itself if that is all of them."""
-    if count == len(program.updates):
-        return program
-    return RecursionProgram(program.states, program.nets, program.updates[-count:], count)
-
-
-def _with_program(inputs: Inputs, program: RecursionProgram) -> Inputs:
-    return replace(inputs, problem=replace(inputs.problem, program=program))
-
-
-def _first_sequence(inputs: Inputs) -> Inputs:
-    def cut(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(tensor[:1] for tensor in tensors)
-
-    x = None if inputs.x is None else inputs.x[:1]
-    return replace(inputs, states=cut(inputs.states), x=x, grad_states=cut(inputs.grad_states))

@@ -150,7 +150,7 @@ def _sweep(
                 continue
             runners[f"{implementation} {size}"] = RIVALS[implementation](inputs, torch.get_num_threads())
     runs = {key: getattr(runner, step) for key, runner in runners.items()}
-    timing = take_turns(runs, torch.bfloat16, 0, rounds=(3, 3))
+    timing = take_turns(runs, torch.bfloat16, 3)
     sweeps = []
     for implementation in names:
         sizes = [size for size in x if f"{implementation} {size}" in runs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,14 @@ from typing import Any
 import torch
 
 from trmfast.benchmark.compare import Change, compare_rows
-from trmfast.benchmark.recursions import FEWEST_ROUNDS, Row, measure_work, read_bandwidth
+from trmfast.benchmark.recursions import (
+    FEWEST_ROUNDS,
+    Row,
+    measure_work,
+    measure_works,
+    prepare_work,
+    read_bandwidth,
+)
 from trmfast.benchmark.scaling import Sweep, measure_sweeps
 from trmfast.benchmark.suite_report import (
     CHANGE_COLUMNS,
@@ -32,6 +40,9 @@ from trmfast.cli.machine import commit, describe_machine, machine, versions
 __all__ = ["run_suite"]
 
 SCALING_SECONDS = 110
+# Problems that are built at the same time, to be timed in turns; what remains of their time after the rounds goes to
+# memory.
+GROUP, ROUNDS = 7, 0.75
 # A rival that takes long to build is left out if less than this share of the time is left.
 SLOW_BUILDS, LATE = ("max-autotune", "openvino", "compile"), 0.1
 NOT_MEASURED = (
@@ -90,15 +101,19 @@ def _measure(suite: Suite, arguments: argparse.Namespace) -> SuiteReport:
     remarks: list[str] = []
     sweeps: list[Sweep] = []
     with progress(sum(2 + len(work.rivals) + len(work.steps) for work in suite.works) + 5 * suite.scaling) as bar:
-        for i, work in enumerate(suite.works):
+        for at in range(0, len(suite.works), GROUP):
+            group, rest = suite.works[at : at + GROUP], suite.works[at:]
             left = suite.seconds - reserved - (time.monotonic() - start)
-            late = left < LATE * suite.seconds
-            steps = sum(len(w.steps) for w in suite.works[i:])
-            # Building and checking take as long as the rounds.
-            seconds = min(20.0, max(0.5, 0.4 * left / steps))
-            found, said = measure_work(work, seconds, bar.step, SLOW_BUILDS if late else ())
-            rows += found
+            end = time.monotonic() + left * _steps(group) / _steps(rest)
+            prepared = []
+            for work in group:
+                late = suite.seconds - reserved - (time.monotonic() - start) < LATE * suite.seconds
+                prepared.append(prepare_work(work, bar.step, SLOW_BUILDS if late else ()))
+            rows += measure_works(prepared, ROUNDS * (end - time.monotonic()), bar.step)
+            said = [remark for one in prepared for remark in one.remarks]
             remarks += [f"{remark}: too late" if remark.endswith("left out") else remark for remark in said]
+            del prepared  # what their rivals hold, before the next are built
+            gc.collect()
         if suite.scaling:
             sweeps = measure_sweeps(bar.step, arguments.tiny)
     return SuiteReport(
@@ -110,6 +125,10 @@ def _measure(suite: Suite, arguments: argparse.Namespace) -> SuiteReport:
         (*remarks, *NOT_MEASURED),
         time.monotonic() - start,
     )
+
+
+def _steps(works: Sequence[Work]) -> int:
+    return sum(len(work.steps) for work in works)
 
 
 def _write(folder: Path, report: SuiteReport) -> str:
