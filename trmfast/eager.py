@@ -23,7 +23,7 @@ from trmfast.program import RecursionProgram
 from trmfast.reference import summed_input, wide_dtype
 from trmfast.spec import BlockSpec, NetSpec
 
-__all__ = ["EagerHRM", "EagerInner", "EagerRecursion", "EagerTRM", "Stack", "apply_updates"]
+__all__ = ["EagerHRM", "EagerInner", "EagerRecursion", "EagerTRM", "Stack", "apply_updates", "with_own_code"]
 
 CosSin = tuple[Tensor, Tensor]
 Apply = Callable[[int, Tensor, "CosSin | None"], Tensor]
@@ -141,6 +141,16 @@ def apply_updates(
     return current
 
 
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with a code object of its own.
+
+    By code objects torch.compile looks for what it has compiled, and counts up to the limit from which on it does not
+    compile any more: functions that one ``def`` makes for several models would share both.
+    """
+    function.__code__ = function.__code__.replace()
+    return function
+
+
 class _CompiledNets:
     """Networks as compiled functions of their weights, which are cast once a step; equal specs share one.
 
@@ -160,7 +170,7 @@ class _CompiledNets:
         def apply(weights: dict[str, Tensor], h: Tensor, cos_sin: CosSin | None) -> Tensor:
             return cast(Tensor, torch.func.functional_call(skeleton, weights, (h, cos_sin)))
 
-        return apply
+        return with_own_code(apply)
 
     def recur(
         self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None

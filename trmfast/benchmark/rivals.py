@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trmfast.cases import Inputs
-from trmfast.eager import EagerRecursion, Stack, apply_updates
+from trmfast.eager import EagerRecursion, Stack, apply_updates, with_own_code
 from trmfast.ops import recursion
 from trmfast.program import RecursionProgram
 
@@ -144,7 +144,6 @@ class Compiled(Eager):
 
     def __init__(self, inputs: Inputs, threads: int) -> None:
         super().__init__(inputs, threads)
-        torch.compiler.reset()
         self.model.compile_recursion("network")
         self.note = "network by network"
 
@@ -183,6 +182,13 @@ class _Network(nn.Module):
         return cast(Tensor, self.net(h, self.cos_sin))
 
 
+def _function_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    def run(h: Tensor) -> Tensor:
+        return cast(Tensor, network(h))
+
+    return with_own_code(run)
+
+
 class MaxAutotune(_ByNetwork):
     """Weights frozen in the compute dtype, so that the compiler folds and packs them."""
 
@@ -193,14 +199,13 @@ class MaxAutotune(_ByNetwork):
         import torch._inductor.config
         import torch._inductor.select_algorithm
 
-        torch.compiler.reset()
         torch._inductor.select_algorithm.PRINT_AUTOTUNE = False
         dtype = inputs.states[0].dtype
         for net in self.nets:
             frozen = copy.deepcopy(net).eval()
             for parameter in frozen.parameters():
                 parameter.data = parameter.data.to(dtype)
-            compiled = torch.compile(frozen, mode="max-autotune", dynamic=False)
+            compiled = torch.compile(_function_of(frozen), mode="max-autotune", dynamic=False)
             quiet = {"freezing": True, "max_autotune_report_choices_stats": False}
             with torch.no_grad(), torch._inductor.config.patch(quiet):
                 compiled(self.states[0])

@@ -113,6 +113,7 @@ def _measure(suite: Suite, arguments: argparse.Namespace) -> SuiteReport:
             said = [remark for one in prepared for remark in one.remarks]
             remarks += [f"{remark}: too late" if remark.endswith("left out") else remark for remark in said]
             del prepared  # what their rivals hold, before the next are built
+            torch.compiler.reset()
             gc.collect()
         if suite.scaling:
             sweeps = measure_sweeps(bar.step, arguments.tiny)
