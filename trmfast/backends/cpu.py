@@ -35,7 +35,7 @@ ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Best first.  An element that a target is not compiled for is served by the next one below it.
 TARGETS = ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable")
 # Memory for what weight gradients read, over all sequences of a backward pass.
-STORE_BYTES = 96 << 20
+STORE_BYTES = 48 << 20
 MOST_STATES, MOST_NETS, MOST_TAPS = 64, 16, 8
 PACKED_NETS = 16
 

@@ -185,7 +185,7 @@ class Turns:
     def visit(self) -> None:
         """A round, or as many as fit into a second, on a machine that has run something else in the meantime."""
         for name, run in self.runs.items():
-            if self.once[name] < COLD_SECONDS:
+            if self.timing.peaks and self.once[name] < COLD_SECONDS:
                 run()
         stop = time.monotonic() + VISIT_SECONDS
         self.round()
