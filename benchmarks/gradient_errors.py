@@ -62,7 +62,14 @@ def main() -> None:
             worst = max(found, key=lambda name: found[name])
             middle = statistics.median(found.values())
             rows.append(
-                [case.name, str(dtype).removeprefix("torch."), str(len(found)), f"{middle:.2f}", f"{found[worst]:.2f}", worst]
+                [
+                    case.name,
+                    str(dtype).removeprefix("torch."),
+                    str(len(found)),
+                    f"{middle:.2f}",
+                    f"{found[worst]:.2f}",
+                    worst,
+                ]
             )
     title = f"error of trmfast / error of eager PyTorch, against float64, {arguments.seeds} seeds"
     print_table(title, ("case", "dtype", "tensors", "median", "largest", "of"), rows)
