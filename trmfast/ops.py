@@ -160,7 +160,12 @@ def _tables(
     if cos is None or sin is None or problem.rope_dim is None:
         return None, None
     wide = wide_dtype(dtype)
-    return cos[:length].to(wide).contiguous(), sin[:length].to(wide).contiguous()
+    return _table(cos, length, wide), _table(sin, length, wide)
+
+
+def _table(table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    rows = table if table.shape[0] == length else table[:length]
+    return (rows if rows.dtype == dtype else rows.to(dtype)).contiguous()
 
 
 # ---------------------------------------------------------------- backward

@@ -158,7 +158,7 @@ class Problem:
             raise ValueError(
                 f"states[0].shape: got length {length}, accepted is {self.seq_len}, the seq_len of the mlp_t weights"
             )
-        for i, state in enumerate(states):
+        for i, state in enumerate(states[1:], 1):
             if state.shape != shape or state.dtype != dtype or state.device != device:
                 _refuse(f"states[{i}]", state, shape, dtype, device)
         if x is not None:
@@ -182,9 +182,10 @@ class Problem:
 def _check_table(name: str, table: Tensor, length: int, rope_dim: int, device: torch.device) -> None:
     if rope_dim % 2:
         raise ValueError(f"{name}: got a table for head_dim {rope_dim}, accepted are even head_dims")
-    if table.dim() != 2 or table.shape[1] != rope_dim or table.shape[0] < length:
+    shape = table.shape
+    if len(shape) != 2 or shape[1] != rope_dim or shape[0] < length:
         accepted = f"[at least {length}, {rope_dim}]"
-        raise ValueError(f"{name}.shape: got {_size(table.shape)}, accepted are {accepted}")
+        raise ValueError(f"{name}.shape: got {_size(shape)}, accepted are {accepted}")
     if not table.dtype.is_floating_point or table.device != device:
         _refuse(name, table, table.shape, None, device)
     if table.requires_grad:

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "fingerprint.h"
 #include "isa.h"
 #include "thread_pool.h"
 
@@ -137,10 +138,11 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("backward"), py::arg("threads"), Released())
       .def_property_readonly("bytes", &PackedWeights::bytes);
 
-  // A buffer of bytes, so that torch.frombuffer makes a tensor of it that keeps it alive.
-  py::class_<KeptActivations>(m, "KeptActivations", py::buffer_protocol())
-      .def(py::init<size_t>(), py::arg("bytes"), Released())
-      .def_buffer([](KeptActivations& kept) {
+  // What forward keeps for backward: a buffer of bytes, so that torch.frombuffer makes a tensor of it that keeps it alive.
+  py::class_<PooledMemory>(m, "KeptActivations", py::buffer_protocol())
+      .def(py::init([](size_t bytes) { return std::make_unique<PooledMemory>(kept_activations_pool(), bytes); }),
+           py::arg("bytes"), Released())
+      .def_buffer([](PooledMemory& kept) {
         return py::buffer_info(static_cast<uint8_t*>(kept.get()), static_cast<py::ssize_t>(kept.bytes()));
       });
 
@@ -154,7 +156,7 @@ PYBIND11_MODULE(_cpu, m) {
     return reason ? py::object(py::str(reason)) : py::object(py::none());
   });
   m.def("supported_targets", &supported_targets);
-  m.def("release_workspace", &release_workspace);
+  m.def("release_memory", &release_memory);
   m.def(
       "use_openmp",
       [](Address parallel, Address num_threads, Address thread_num) {

@@ -162,27 +162,27 @@ class _PackedCache:
         self, engine: _Engine, net: int, dtype: torch.dtype, weights: list[Tensor], backward: bool, threads: int
     ) -> object:
         assert _cpu is not None
-        weights = [weight.detach().contiguous() for weight in weights]
+        weights = [weight.contiguous() for weight in weights]
         addresses = [weight.data_ptr() for weight in weights]
-        sizes = [weight.numel() * weight.element_size() for weight in weights]
+        fingerprint = _cpu.fingerprint(addresses, [weight.nbytes for weight in weights], threads)
         target, element = target_for(dtype), ELEMENTS[dtype]
         key = (target, element, engine.net_keys[net], weights[0].dtype, *addresses)
-        fingerprint = _cpu.fingerprint(addresses, sizes, threads)
         with self._lock:
-            entry = self._entries.get(key)
+            entry = self._entries.pop(key, None)
             if entry is not None and entry.fingerprint == fingerprint and (entry.backward or not backward):
-                self._entries.move_to_end(key)
+                self._entries[key] = entry  # at the end
                 return entry.weights
+            # The memory of what is stale goes to the packs that take its place.
+            del entry
+            for stale in [k for k, e in self._entries.items() if any(s.expired() for s in e.storages)]:
+                del self._entries[stale]
         floats = [weight if weight.dtype == torch.float32 else weight.to(torch.float32) for weight in weights]
         packed = _cpu.PackedWeights(
             target, element, engine.blocks[net], engine.layers[net], [w.data_ptr() for w in floats], backward, threads
         )
         storages = tuple(StorageWeakRef(weight.untyped_storage()) for weight in weights)
         with self._lock:
-            for stale in [k for k, e in self._entries.items() if any(s.expired() for s in e.storages)]:
-                del self._entries[stale]
             self._entries[key] = _Packed(fingerprint, backward, packed, storages)
-            self._entries.move_to_end(key)
             while len(self._entries) > PACKED_NETS:
                 self._entries.popitem(last=False)
         return packed
@@ -195,7 +195,7 @@ def release_memory() -> None:
     """Frees what the engine keeps between calls: packed weights and its workspace.  Both are made again when needed."""
     _cache.clear()
     if _cpu is not None:
-        _cpu.release_workspace()
+        _cpu.release_memory()
 
 
 # ---------------------------------------------------------------- backend
@@ -209,6 +209,7 @@ class _Engine:
     blocks: tuple[object, ...]
     layers: tuple[int, ...]
     net_keys: tuple[str, ...]
+    written: tuple[bool, ...]  # the states that an update writes
 
 
 @lru_cache(maxsize=256)
@@ -220,6 +221,7 @@ def _engine(problem: Problem) -> _Engine:
         blocks,
         tuple(net.num_layers for net in problem.nets),
         tuple(net.key for net in problem.nets),
+        tuple(s in {update.dst for update in problem.program.updates} for s in range(len(problem.program.states))),
     )
 
 
@@ -299,17 +301,20 @@ class CpuBackend:
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """See :class:`trmfast.backends.Backend`."""
         assert _cpu is not None
-        first = states[0]
+        first, engine = states[0], _engine(problem)
+        shape = tuple(first.shape)
         threads = torch.get_num_threads()
         packed = self._packed(problem, first.dtype, weights, save, threads)
-        written = {update.dst for update in problem.program.updates}
-        out = [torch.empty_like(state) if s in written else state.clone() for s, state in enumerate(states)]
-        saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
-        kept = _keep(self.kept_bytes(problem, first.dtype, *first.shape[:2]) if save and not recompute else 0)
+        out = [
+            torch.empty_like(state) if written else state.clone()
+            for state, written in zip(states, engine.written, strict=True)
+        ]
+        saved = first.new_empty((problem.num_grad_updates if save else 0, *shape))
+        kept = _keep(self.kept_bytes(problem, first.dtype, *shape[:2]) if save and not recompute else 0)
         _cpu.forward(
-            _engine(problem).program,
+            engine.program,
             packed,
-            tuple(first.shape),
+            shape,
             [state.data_ptr() for state in states],
             [state.data_ptr() for state in out],
             address(x),

@@ -1,0 +1,139 @@
+#include "memory.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include <pthread.h>
+
+#include "arena.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace trmfast {
+
+namespace {
+
+constexpr size_t kCacheLine = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// With AddressSanitizer all NaN: nothing of the last job may be read.
+void make_poison([[maybe_unused]] const Memory& memory) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(memory.get(), memory.bytes());
+  std::memset(memory.get(), 0xff, memory.bytes());
+#endif
+}
+
+} // namespace
+
+Memory::Memory(size_t bytes) : bytes_(bytes) {
+  const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kCacheLine;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, alignment, std::max(bytes, kCacheLine)) != 0) throw std::bad_alloc();
+  memory_.reset(memory);
+#if defined(__linux__)
+  if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+}
+
+void Memory::Free::operator()(void* memory) const { std::free(memory); }
+
+namespace {
+
+std::atomic<Memory*> kept_workspace{nullptr};
+
+} // namespace
+
+Workspace::Workspace(size_t bytes) : memory_(kept_workspace.exchange(nullptr)) {
+  if (!memory_ || memory_->bytes() < bytes) {
+    memory_.reset(); // before there are two
+    memory_ = std::make_unique<Memory>(bytes);
+  }
+  make_poison(*memory_);
+}
+
+Workspace::~Workspace() { delete kept_workspace.exchange(memory_.release()); }
+
+class MemoryPool {
+public:
+  explicit MemoryPool(size_t most) : most_(most) {}
+
+  // Waiting memory of at most twice the size, or new.
+  std::unique_ptr<Memory> take(size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> guard(lock);
+      const auto fits = std::find_if(waiting_.begin(), waiting_.end(), [&](const auto& memory) {
+        return memory->bytes() >= bytes && memory->bytes() / 2 <= bytes;
+      });
+      if (fits != waiting_.end()) {
+        auto memory = std::move(*fits);
+        waiting_.erase(fits);
+        return memory;
+      }
+    }
+    return std::make_unique<Memory>(bytes);
+  }
+
+  // What waits longest is freed when there is too much.
+  void give(std::unique_ptr<Memory> memory) {
+    const std::lock_guard<std::mutex> guard(lock);
+    if (waiting_.size() >= most_) waiting_.erase(waiting_.begin());
+    waiting_.push_back(std::move(memory));
+  }
+
+  void clear() {
+    const std::lock_guard<std::mutex> guard(lock);
+    waiting_.clear();
+  }
+
+  // One for all pools, held while the process forks: the child must not find it taken by a thread that it lacks.
+  static std::mutex& lock;
+
+private:
+  const size_t most_;
+  std::vector<std::unique_ptr<Memory>> waiting_;
+};
+
+namespace {
+
+std::mutex& make_lock() {
+  pthread_atfork([] { MemoryPool::lock.lock(); }, [] { MemoryPool::lock.unlock(); },
+                 [] { MemoryPool::lock.unlock(); });
+  return *new std::mutex;
+}
+
+} // namespace
+
+// Never destroyed, nor are the pools: an object that gives memory back may outlive every other static object.
+std::mutex& MemoryPool::lock = make_lock();
+
+MemoryPool& packed_weights_pool() {
+  static MemoryPool& pool = *new MemoryPool(4); // two networks, forward and backward
+  return pool;
+}
+
+MemoryPool& kept_activations_pool() {
+  static MemoryPool& pool = *new MemoryPool(2);
+  return pool;
+}
+
+PooledMemory::PooledMemory(MemoryPool& pool, size_t bytes) : pool_(pool), bytes_(bytes), memory_(pool.take(bytes)) {
+  make_poison(*memory_);
+}
+
+PooledMemory::~PooledMemory() { pool_.give(std::move(memory_)); }
+
+void release_memory() {
+  delete kept_workspace.exchange(nullptr);
+  packed_weights_pool().clear();
+  kept_activations_pool().clear();
+}
+
+} // namespace trmfast
