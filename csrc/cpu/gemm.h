@@ -8,15 +8,18 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Longest chain of f32 additions.  The micro-kernel adds one product after the other; over a depth of 512 or 1536 its
-// rounding errors exceeded those of PyTorch's product by half (measured: 1.5 to 1.6 times in the root mean square), in
-// pieces of 128 they stay below.  Where operands are bf16, their own rounding hides the difference.
-constexpr int kLongestChain = 128;
+// Length of the chains of f32 additions that make up a product.  In one chain over its depth rounding errors exceed those
+// of PyTorch's product, by half at depth 512 (measured in the root mean square); in chains of a quarter of the depth, from
+// 32 (below, the sums of chains cost 4 % of a forward pass) to 128, they stay below.  Where operands are bf16, their own
+// rounding hides the difference.
+template <class T> constexpr int chain_length(int depth) {
+  return sizeof(T) == 2 ? depth : larger(32, smaller(128, depth / 4));
+}
 
 // c <- a times a panel, as Dot<T>::run.
 template <class T>
 void multiply(const T* a, long lda, const T* panel, int depth, int rows, float* c, long ldc, Prefetch next = {}) {
-  const int chain = sizeof(T) == 2 ? depth : smaller(depth, kLongestChain), chains = ceil_div(depth, chain);
+  const int chain = chain_length<T>(depth), chains = ceil_div(depth, chain);
   const long share = next.bytes / chains;
   for (int i = 0; i < chains; ++i) {
     const int d = i * chain;
