@@ -8,24 +8,25 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Length of the chains of f32 additions that make up a product.  In one chain over its depth rounding errors exceed those
-// of PyTorch's product, by half at depth 512 (measured in the root mean square); in chains of a quarter of the depth, from
-// 32 (below, the sums of chains cost 4 % of a forward pass) to 128, they stay below.  Where operands are bf16, their own
-// rounding hides the difference.
-template <class T> constexpr int chain_length(int depth) {
-  return sizeof(T) == 2 ? depth : larger(32, smaller(128, depth / 4));
-}
+// Length of the chains of additions that make up a product in f32.  In one chain over its depth rounding errors exceed
+// those of PyTorch's product, by half at depth 512 (measured in the root mean square); in chains of a quarter of the
+// depth, from 32 (below, the sums of chains cost 4 % of a forward pass) to 128, they stay below.
+constexpr int chain_length(int depth) { return larger(32, smaller(128, depth / 4)); }
 
-// c <- a times a panel, as Dot<T>::run.
-template <class T>
-void multiply(const T* a, long lda, const T* panel, int depth, int rows, float* c, long ldc, Prefetch next = {}) {
-  const int chain = chain_length<T>(depth), chains = ceil_div(depth, chain);
+// c <- a times a panel, as Dot<T>::run.  Operands in bf16 need one chain: their own rounding hides that of the sum.
+TRMFAST_INLINE void multiply(const bf16* a, long lda, const bf16* panel, int depth, int rows, float* c, long ldc,
+                             Prefetch next = {}) {
+  Dot<bf16>::run(a, lda, panel, depth, rows, c, ldc, false, next);
+}
+TRMFAST_INLINE void multiply(const float* a, long lda, const float* panel, int depth, int rows, float* c, long ldc,
+                             Prefetch next = {}) {
+  const int chain = chain_length(depth), chains = ceil_div(depth, chain);
   const long share = next.bytes / chains;
   for (int i = 0; i < chains; ++i) {
     const int d = i * chain;
     const Prefetch part{next.from ? static_cast<const char*>(next.from) + i * share : nullptr, share};
-    Dot<T>::run(a + d, lda, panel + static_cast<long>(d) * kPanel, smaller(chain, depth - d), rows, c, ldc, i > 0,
-                part);
+    Dot<float>::run(a + d, lda, panel + static_cast<long>(d) * kPanel, smaller(chain, depth - d), rows, c, ldc, i > 0,
+                    part);
   }
 }
 
