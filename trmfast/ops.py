@@ -73,8 +73,9 @@ def recursion(
     for name, items, kind in (("nets", nets, NetSpec), ("states", states, Tensor), ("weights", weights, Tensor)):
         if not isinstance(items, (list, tuple)):
             raise TypeError(f"{name}: got {type(items).__name__}, accepted are lists and tuples of {kind.__name__}")
-        for i, item in enumerate(items):
+        for item in items:
             if not isinstance(item, kind):
+                i = next(i for i, other in enumerate(items) if other is item)
                 raise TypeError(f"{name}[{i}]: got {type(item).__name__}, accepted are {kind.__name__}")
     for name, table in (("x", x), ("cos", cos), ("sin", sin)):
         if table is not None and not isinstance(table, Tensor):

@@ -104,8 +104,7 @@ private:
 namespace {
 
 std::mutex& make_lock() {
-  pthread_atfork([] { MemoryPool::lock.lock(); }, [] { MemoryPool::lock.unlock(); },
-                 [] { MemoryPool::lock.unlock(); });
+  pthread_atfork([] { MemoryPool::lock.lock(); }, [] { MemoryPool::lock.unlock(); }, [] { MemoryPool::lock.unlock(); });
   return *new std::mutex;
 }
 

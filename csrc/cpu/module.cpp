@@ -138,7 +138,8 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("backward"), py::arg("threads"), Released())
       .def_property_readonly("bytes", &PackedWeights::bytes);
 
-  // What forward keeps for backward: a buffer of bytes, so that torch.frombuffer makes a tensor of it that keeps it alive.
+  // What forward keeps for backward: a buffer of bytes, so that torch.frombuffer makes a tensor of it that keeps it
+  // alive.
   py::class_<PooledMemory>(m, "KeptActivations", py::buffer_protocol())
       .def(py::init([](size_t bytes) { return std::make_unique<PooledMemory>(kept_activations_pool(), bytes); }),
            py::arg("bytes"), Released())

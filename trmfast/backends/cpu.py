@@ -280,9 +280,14 @@ class CpuBackend:
         return size
 
     def _packed(
-        self, problem: Problem, dtype: torch.dtype, weights: Sequence[Tensor], backward: bool, threads: int
+        self,
+        problem: Problem,
+        engine: _Engine,
+        dtype: torch.dtype,
+        weights: Sequence[Tensor],
+        backward: bool,
+        threads: int,
     ) -> list[object]:
-        engine = _engine(problem)
         return [
             _cache.get(engine, n, dtype, problem.net_weights(weights, n), backward, threads)
             for n in range(len(problem.nets))
@@ -304,7 +309,7 @@ class CpuBackend:
         first, engine = states[0], _engine(problem)
         shape = tuple(first.shape)
         threads = torch.get_num_threads()
-        packed = self._packed(problem, first.dtype, weights, save, threads)
+        packed = self._packed(problem, engine, first.dtype, weights, save, threads)
         out = [
             torch.empty_like(state) if written else state.clone()
             for state, written in zip(states, engine.written, strict=True)
@@ -341,9 +346,9 @@ class CpuBackend:
     ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """See :class:`trmfast.backends.Backend`."""
         assert _cpu is not None
-        threads = torch.get_num_threads()
+        engine, threads = _engine(problem), torch.get_num_threads()
         shape = tuple(saved.shape[1:])
-        packed = self._packed(problem, saved.dtype, weights, True, threads)
+        packed = self._packed(problem, engine, saved.dtype, weights, True, threads)
         grads = [torch.empty(shape, dtype=torch.float32) for _ in grad_states]
         grad_x = torch.empty(shape, dtype=torch.float32) if needs_x else None
         # The engine writes the gradients of the nets that it differentiates; of others there are none.
@@ -354,7 +359,7 @@ class CpuBackend:
             for weight, asked, written in zip(weights, needs_weights, needed, strict=True)
         ]
         _cpu.backward(
-            _engine(problem).program,
+            engine.program,
             packed,
             shape,
             [grad.data_ptr() for grad in grad_states],
