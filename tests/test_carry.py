@@ -105,6 +105,20 @@ def test_continue_target_is_the_next_step(name: str) -> None:
         assert not outputs["target_q_continue"].requires_grad
 
 
+@pytest.mark.parametrize("name", ["trm", "trm-continue", "hrm"])
+def test_a_training_script_may_go_without_the_target(name: str) -> None:
+    model, _ = make(name, halt_max_steps=4)
+    batch, found = make_batch(1), []
+    for asked in (True, False):
+        torch.manual_seed(0)
+        found.append(model(model.initial_carry(batch), batch, compute_target_q=asked))
+    (carry, outputs), (carry_without, without) = found
+    assert ("target_q_continue" in outputs) == (name in ("trm-continue", "hrm"))
+    assert "target_q_continue" not in without
+    assert torch.equal(carry.halted, carry_without.halted)
+    assert torch.equal(outputs["logits"], without["logits"])
+
+
 def test_new_carry_has_no_gradient_and_its_own_memory() -> None:
     for name in ("trm", "trm_hier6"):
         model, _ = make(name)

@@ -281,6 +281,14 @@ def test_nano_trm_before_it_has_seen_its_data(tmp_path: Path) -> None:
     assert (config.vocab_size, config.num_puzzle_identifiers, config.batch_size) == (7, 5, 1)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nano_trm_whose_dtype_is_left_to_it(dtype: str, tmp_path: Path) -> None:
+    """Its constructor picks one for ``forward_dtype=None``, and its initial states have it."""
+    model = make("trm", H_cycles=2, forward_dtype=dtype)
+    torch.save({"state_dict": nano(model), "hyper_parameters": NANO | {"forward_dtype": None}}, tmp_path / "last.ckpt")
+    assert trmfast.load(tmp_path / "last.ckpt").config.forward_dtype == dtype
+
+
 @pytest.mark.parametrize(
     "change, expected",
     [

@@ -63,7 +63,7 @@ Workspace::~Workspace() { delete kept_workspace.exchange(memory_.release()); }
 
 class MemoryPool {
 public:
-  explicit MemoryPool(size_t most) : most_(most) {}
+  explicit MemoryPool(size_t most) : most_(most) { waiting_.reserve(most); } // so that give() cannot fail
 
   // Waiting memory of at most twice the size, or new.
   std::unique_ptr<Memory> take(size_t bytes) {

@@ -101,7 +101,9 @@ class ACTModel(nn.Module):
             current_data={key: torch.zeros_like(value) for key, value in batch.items()},
         )
 
-    def forward(self, carry: Carry, batch: Mapping[str, Tensor]) -> tuple[Carry, dict[str, Tensor]]:
+    def forward(
+        self, carry: Carry, batch: Mapping[str, Tensor], compute_target_q: bool = True
+    ) -> tuple[Carry, dict[str, Tensor]]:
         """One supervision step.
 
         Rows that have halted take their data from ``batch`` and start from the initial states; the others go on with
@@ -111,6 +113,8 @@ class ACTModel(nn.Module):
         Args:
             carry: from :meth:`initial_carry` or the step before.
             batch: new data, with the keys and shapes of ``carry.current_data``.
+            compute_target_q: whether training bootstraps a target for the continue logits, where the model has one;
+                URM's training script asks for it on every fourth step only.
 
         Raises:
             ValueError: a key of ``batch`` is missing or of another shape.
@@ -144,7 +148,7 @@ class ACTModel(nn.Module):
                 halted = halted | (q_halt > q_continue if bootstrap else q_halt > 0)
                 explore = torch.rand_like(q_halt) < self.halt_exploration_prob
                 halted = halted & (steps >= explore * torch.randint_like(steps, low=2, high=self.halt_max_steps + 1))
-                if bootstrap:
+                if bootstrap and compute_target_q:
                     # One step of lookahead takes the place of a target network and a replay buffer (arXiv 2407.04811).
                     next_halt, next_continue = self.inner(states, data)[-1]
                     value = torch.where(last, next_halt, torch.maximum(next_halt, next_continue))

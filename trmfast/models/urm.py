@@ -121,11 +121,11 @@ class URM(ACTModel):
         return _flat(super().initial_carry(batch))
 
     def forward(  # type: ignore[override]
-        self, carry: URMCarry, batch: Mapping[str, Tensor], compute_target_q: bool = False
+        self, carry: URMCarry, batch: Mapping[str, Tensor], compute_target_q: bool = True
     ) -> tuple[URMCarry, dict[str, Tensor]]:
-        """As :meth:`ACTModel.forward`; ``compute_target_q`` is not read, as upstream."""
+        """As :meth:`ACTModel.forward`; ``compute_target_q`` changes nothing, URM has no target."""
         nested = Carry(HiddenCarry(carry.current_hidden), carry.steps, carry.halted, carry.current_data)
-        new, outputs = super().forward(nested, batch)
+        new, outputs = super().forward(nested, batch, compute_target_q)
         return _flat(new), outputs
 
 
