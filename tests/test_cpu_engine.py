@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +215,71 @@ def test_several_python_threads_at_once() -> None:
     assert not failures
 
 
+def test_several_python_threads_that_train() -> None:
+    """Each changes its weights and keeps activations, so that packs and memory come and go in all of them at once."""
+    calls, failures = [0] * 4, []
+
+    def work(i: int) -> None:
+        inputs = make_inputs(make_case(f"thread-{i}", batch=2 + i, length=30 + 9 * i, num_layers=1), seed=i)
+        problem, weights = inputs.problem, [weight.clone().requires_grad_() for weight in inputs.weights]
+        try:
+            for _ in range(300):
+                with torch.no_grad():
+                    weights[0].mul_(1.0001)
+                out = trmfast.recursion(
+                    problem.program,
+                    problem.nets,
+                    inputs.states,
+                    inputs.x,
+                    weights,
+                    inputs.cos,
+                    inputs.sin,
+                    "cpu",
+                    False,
+                )
+                torch.autograd.grad(out, weights, inputs.grad_states)
+                calls[i] += 1
+        except Exception as error:
+            failures.append(repr(error))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert calls == [300] * 4, failures
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_children_of_a_busy_process_find_no_lock_taken() -> None:
+    inputs = make_inputs(make_case("small", batch=1, length=5, num_layers=1), torch.float32)
+    expected = forward(inputs)[0]
+    stop = threading.Event()
+
+    def keep_the_pools_busy() -> None:
+        while not stop.is_set():
+            engine._keep(1 << 16)
+            engine.release_memory()
+
+    worker = threading.Thread(target=keep_the_pools_busy)
+    worker.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                engine._keep(1 << 16)
+                os._exit(0 if torch.equal(forward(inputs)[0], expected) else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        stop.set()
+        worker.join()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_computes_too(threads: Callable[[int], None]) -> None:
     threads(2)
@@ -304,6 +371,32 @@ def test_packed_weights_are_never_stale(change: Callable[[Tensor], None]) -> Non
             after = forward(inputs, weights)
             assert_current(changed, after)
             assert not torch.equal(after[0], before[0])
+
+
+def test_weights_of_the_same_bytes_in_another_dtype() -> None:
+    inputs = make_inputs(ATTENTION, torch.float32)
+    last = (inputs.weights[-1] * 4).to(torch.bfloat16)
+    for weight in (last, last.view(torch.float16)):
+        changed = Inputs(**{**inputs.__dict__, "weights": (*inputs.weights[:-1], weight)})
+        assert_current(changed, forward(changed))
+
+
+def test_a_pack_of_weights_that_change_meanwhile_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(ATTENTION, torch.float32)
+    weights = tuple(weight.clone() for weight in inputs.weights)
+    module = engine._cpu
+    assert module is not None
+
+    def packed_while_another_thread_writes(*arguments: Any) -> Any:
+        weights[0].add_(1.0)
+        return module.PackedWeights(*arguments)
+
+    writing = SimpleNamespace(**{**vars(module), "PackedWeights": packed_while_another_thread_writes})
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_cpu", writing)
+        forward(inputs, weights)
+    weights[0].copy_(inputs.weights[0])
+    assert_current(inputs, forward(inputs, weights))
 
 
 def test_modules_that_are_copied_moved_and_loaded() -> None:

@@ -7,6 +7,14 @@
 #include <cstdint>
 
 #if defined(__SANITIZE_ADDRESS__)
+#define TRMFAST_POISON
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define TRMFAST_POISON
+#endif
+#endif
+
+#if defined(TRMFAST_POISON)
 #include <sanitizer/asan_interface.h>
 #endif
 
@@ -14,26 +22,26 @@ namespace trmfast {
 
 class Arena {
 public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Arena(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
 
   template <class T> T* take(long count) {
     const size_t offset = used_, bytes = static_cast<size_t>(count) * sizeof(T);
     used_ += (bytes + kRedZone + 63) / 64 * 64;
-#if defined(__SANITIZE_ADDRESS__)
-    if (base_) __asan_poison_memory_region(base_ + offset + bytes, used_ - offset - bytes);
+#if defined(TRMFAST_POISON)
+    if (base_) __asan_poison_memory_region(reinterpret_cast<void*>(base_ + offset + bytes), used_ - offset - bytes);
 #endif
     return reinterpret_cast<T*>(base_ + offset);
   }
   size_t used() const { return used_; }
 
 private:
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(TRMFAST_POISON)
   static constexpr size_t kRedZone = 64;
 #else
   static constexpr size_t kRedZone = 0;
 #endif
 
-  char* base_;
+  uintptr_t base_; // not a pointer: there is no arithmetic on a null one
   size_t used_ = 0;
 };
 

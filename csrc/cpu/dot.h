@@ -7,9 +7,10 @@
 //                   c[r][0..31] (+)= sum_k a[r][k] * b[k][0..31] for r < rows, 1 <= rows <= kRows, accumulated in fp32
 //                   over the whole depth. a: row-major, lda elements apart. b: one panel of 32 columns, 64-byte
 //                   aligned, float [depth][32] or bf16 [depth/2][32][2]. c: fp32, row-major, ldc floats apart. Buffers
-//                   must not overlap. With accumulate the product is summed from zero and then added to c. next:
-//                   Prefetch{from, bytes}, brought into L2 meanwhile, at most the size of the panel: the panel that
-//                   comes next, whole or this call's share of it. Without it, panels that come from L3 cost a tenth.
+//                   must not overlap. With accumulate the product is added to c, summed from zero first but for AMX.
+//                   next: Prefetch{from, bytes}, brought into L2 meanwhile, at most the size of the panel: the panel
+//                   that comes next, whole or this call's share of it. Without it, panels that come from L3 cost a
+//                   tenth.
 //     release()     call when this thread leaves the region that calls run: gives back the AMX tiles. Nothing
 //     elsewhere.
 //   };

@@ -31,7 +31,11 @@ uint64_t mix(uint64_t hash, uint64_t word) {
     for (int i = 0; i < kLanes; ++i) lanes[i] = mix(lanes[i], words[i]);
   }
   uint64_t hash = size;
-  for (; at < size; ++at) hash = mix(hash, static_cast<unsigned char>(bytes[at]));
+  for (; at < size; at += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes + at, std::min<size_t>(8, size - at));
+    hash = mix(hash, word);
+  }
   for (const uint64_t lane : lanes) hash = mix(hash, lane);
   return hash;
 }

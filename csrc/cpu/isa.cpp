@@ -89,7 +89,7 @@ Reasons detect() {
   } else if ((states & kAmxStates) != kAmxStates) {
     reasons.amx = "amx: the operating system does not save the tile registers";
   } else {
-    reasons.amx = request_amx();
+    reasons.amx = nullptr;
   }
   return reasons;
 }
@@ -112,7 +112,10 @@ const char* missing_reason(const std::string& target) {
   if (target == "avx2" || target == "amx_emulated") return reasons().avx2;
   if (target == "avx512") return reasons().avx512;
   if (target == "avx512_bf16") return reasons().avx512_bf16;
-  if (target == "amx") return reasons().amx;
+  if (target == "amx") {
+    static const char* const reason = reasons().amx ? reasons().amx : request_amx();
+    return reason;
+  }
   return "unknown target, accepted are amx, avx512_bf16, avx512, avx2, amx_emulated, portable";
 }
 

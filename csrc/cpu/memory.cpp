@@ -25,7 +25,7 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 // With AddressSanitizer all NaN: nothing of the last job may be read.
 void make_poison([[maybe_unused]] const Memory& memory) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(TRMFAST_POISON)
   __asan_unpoison_memory_region(memory.get(), memory.bytes());
   std::memset(memory.get(), 0xff, memory.bytes());
 #endif
@@ -103,25 +103,24 @@ private:
 
 namespace {
 
-std::mutex& make_lock() {
-  pthread_atfork([] { MemoryPool::lock.lock(); }, [] { MemoryPool::lock.unlock(); }, [] { MemoryPool::lock.unlock(); });
-  return *new std::mutex;
-}
+// Never destroyed, nor is the lock: an object that gives memory back may outlive every other static object.
+MemoryPool& packed_weights = *new MemoryPool(4); // two networks, forward and backward
+MemoryPool& kept_activations = *new MemoryPool(2);
 
 } // namespace
 
-// Never destroyed, nor are the pools: an object that gives memory back may outlive every other static object.
-std::mutex& MemoryPool::lock = make_lock();
+std::mutex& MemoryPool::lock = *new std::mutex;
 
-MemoryPool& packed_weights_pool() {
-  static MemoryPool& pool = *new MemoryPool(4); // two networks, forward and backward
-  return pool;
-}
+namespace {
 
-MemoryPool& kept_activations_pool() {
-  static MemoryPool& pool = *new MemoryPool(2);
-  return pool;
-}
+[[maybe_unused]] const int fork_handlers = pthread_atfork(
+    [] { MemoryPool::lock.lock(); }, [] { MemoryPool::lock.unlock(); }, [] { MemoryPool::lock.unlock(); });
+
+} // namespace
+
+MemoryPool& packed_weights_pool() { return packed_weights; }
+
+MemoryPool& kept_activations_pool() { return kept_activations; }
 
 PooledMemory::PooledMemory(MemoryPool& pool, size_t bytes) : pool_(pool), bytes_(bytes), memory_(pool.take(bytes)) {
   make_poison(*memory_);
@@ -131,8 +130,8 @@ PooledMemory::~PooledMemory() { pool_.give(std::move(memory_)); }
 
 void release_memory() {
   delete kept_workspace.exchange(nullptr);
-  packed_weights_pool().clear();
-  kept_activations_pool().clear();
+  packed_weights.clear();
+  kept_activations.clear();
 }
 
 } // namespace trmfast

@@ -131,18 +131,23 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<PackedWeights>(m, "PackedWeights")
       .def(py::init([](const std::string& target, const std::string& element, const BlockShape& block, int layers,
                        const std::vector<Address>& weights, bool backward, int threads) {
-             return std::make_unique<PackedWeights>(find_engine(target, element), NetShape{block, layers},
-                                                    pointers<const float>(weights), backward, threads);
+             const Engine& engine = find_engine(target, element);
+             const py::gil_scoped_release released; // not Released(): it would cover pybind11's registration too
+             return std::make_unique<PackedWeights>(engine, NetShape{block, layers}, pointers<const float>(weights),
+                                                    backward, threads);
            }),
            py::arg("target"), py::arg("element"), py::arg("block"), py::arg("layers"), py::arg("weights"),
-           py::arg("backward"), py::arg("threads"), Released())
+           py::arg("backward"), py::arg("threads"))
       .def_property_readonly("bytes", &PackedWeights::bytes);
 
   // What forward keeps for backward: a buffer of bytes, so that torch.frombuffer makes a tensor of it that keeps it
   // alive.
   py::class_<PooledMemory>(m, "KeptActivations", py::buffer_protocol())
-      .def(py::init([](size_t bytes) { return std::make_unique<PooledMemory>(kept_activations_pool(), bytes); }),
-           py::arg("bytes"), Released())
+      .def(py::init([](size_t bytes) {
+             const py::gil_scoped_release released;
+             return std::make_unique<PooledMemory>(kept_activations_pool(), bytes);
+           }),
+           py::arg("bytes"))
       .def_buffer([](PooledMemory& kept) {
         return py::buffer_info(static_cast<uint8_t*>(kept.get()), static_cast<py::ssize_t>(kept.bytes()));
       });
@@ -156,7 +161,6 @@ PYBIND11_MODULE(_cpu, m) {
     const char* reason = missing_reason(target);
     return reason ? py::object(py::str(reason)) : py::object(py::none());
   });
-  m.def("supported_targets", &supported_targets);
   m.def("release_memory", &release_memory);
   m.def(
       "use_openmp",

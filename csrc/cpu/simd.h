@@ -54,13 +54,8 @@ typedef uint16_t vu16 __attribute__((vector_size(2 * kLanes))); // the bits of k
 constexpr __mmask16 kAll = 0xffff;
 #endif
 
-// Bit casts, not conversions.
-TRMFAST_INLINE vi as_int(vf v) { return (vi)v; }
-TRMFAST_INLINE vf as_float(vi v) { return (vf)v; }
-
 // Subtracting zero changes no value, not even -0 (adding it would), so that this is only a broadcast.
 TRMFAST_INLINE vf broadcast(float value) { return value - vf{}; }
-TRMFAST_INLINE vi broadcast_int(int32_t value) { return vi{} + value; }
 
 // ---- loads and stores, all unaligned -------------------------------------------------------------------------------
 

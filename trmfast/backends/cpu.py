@@ -164,9 +164,10 @@ class _PackedCache:
         assert _cpu is not None
         weights = [weight.contiguous() for weight in weights]
         addresses = [weight.data_ptr() for weight in weights]
-        fingerprint = _cpu.fingerprint(addresses, [weight.nbytes for weight in weights], threads)
+        sizes = [weight.nbytes for weight in weights]
+        fingerprint = _cpu.fingerprint(addresses, sizes, threads)
         target, element = target_for(dtype), ELEMENTS[dtype]
-        key = (target, element, engine.net_keys[net], weights[0].dtype, *addresses)
+        key = (target, element, engine.net_keys[net], *addresses, *[weight.dtype for weight in weights])
         with self._lock:
             entry = self._entries.pop(key, None)
             if entry is not None and entry.fingerprint == fingerprint and (entry.backward or not backward):
@@ -180,6 +181,8 @@ class _PackedCache:
         packed = _cpu.PackedWeights(
             target, element, engine.blocks[net], engine.layers[net], [w.data_ptr() for w in floats], backward, threads
         )
+        if _cpu.fingerprint(addresses, sizes, threads) != fingerprint:
+            return packed  # another thread wrote meanwhile: not to be kept for weights of this fingerprint
         storages = tuple(StorageWeakRef(weight.untyped_storage()) for weight in weights)
         with self._lock:
             self._entries[key] = _Packed(fingerprint, backward, packed, storages)
