@@ -31,6 +31,7 @@ def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor], buffers
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # a graph that holds its own output would never be freed
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known and tuple(tensor.shape) not in shapes:
             sizes[storage.data_ptr()] = storage.nbytes()

@@ -67,6 +67,11 @@ class Sweep:
     fit: Fit
 
     @property
+    def fitted(self) -> tuple[int, ...]:
+        """The sizes that the fit is of."""
+        return self.x[1:] if self.name == "batch" else self.x
+
+    @property
     def seconds_per_update(self) -> list[float]:
         """Median time of one update at each size."""
         counts = self.x if self.name == "depth" else [self.updates] * len(self.x)

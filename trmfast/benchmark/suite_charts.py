@@ -312,7 +312,7 @@ def _scaling(pyplot: Any, report: SuiteReport) -> Any:
             high = [1e3 * s / c - t for t, s, c in zip(times, sweep.high, counts, strict=True)]
             colour = COLOURS[sweep.implementation]
             axis.errorbar(sweep.x, times, [low, high], fmt="o", markersize=4.5, color=colour, capsize=2, linewidth=0.9)
-            x = np.geomspace(sweep.x[0], sweep.x[-1], 200)
+            x = np.geomspace(sweep.fitted[0], sweep.fitted[-1], 200)
             y = sum(c * x**p for c, p in zip(sweep.fit.coefficients, sweep.fit.powers, strict=True))
             if sweep.per == "a run":
                 y = y / x

@@ -204,7 +204,7 @@ def _fit_table(sweeps: Sequence[Sweep]) -> list[str]:
             for c, p in zip(fit.coefficients, fit.powers, strict=True)
         )
         lines.append(
-            f"| {sweep.name} {sweep.x[0]} to {sweep.x[-1]}, D={sweep.hidden_size} | {sweep.step} "
+            f"| {sweep.name} {sweep.fitted[0]} to {sweep.fitted[-1]}, D={sweep.hidden_size} | {sweep.step} "
             f"| {RIVALS[sweep.implementation].title} | {terms} µs for {sweep.per} "
             f"| {fit.fixed_share[0]:.1%}, {fit.fixed_share[-1]:.1%} | {fit.worst:.1%} |"
         )
