@@ -77,7 +77,12 @@ def test_a_refusal_is_told_once(reasons: tuple[str | None, str | None], monkeypa
         for length in (5, 6, 7):
             assert select("auto", CASE.problem, CPU, torch.float32, 2, length).name == "reference"
     assert [str(warning.message) for warning in record] == [f"trmfast: backend fake is not used: {reason}"]
-    with pytest.raises(ValueError, match=f"^backend: got 'fake', accepted are auto or a backend that .*: {reason}$"):
+    message = (
+        f"which does not work here: {reason}; accepted are auto, reference"
+        if reasons[0]
+        else f"accepted are auto or a backend that takes this problem: {reason}"
+    )
+    with pytest.raises(ValueError, match=f"^backend: got 'fake', {message}$"):
         choose("fake")
 
 
@@ -96,7 +101,15 @@ def test_a_backend_of_another_device_is_passed_over_in_silence(monkeypatch: pyte
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(device=torch.device("meta")) == "reference"
-    with pytest.raises(ValueError, match=r"it runs on cpu, not on meta$"):
+
+
+def test_what_is_not_there_is_told_before_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Fake())
+    with pytest.raises(ValueError, match=r"^backend: got 'fake', .*: it runs on cpu, not on meta$"):
+        choose("fake", device=torch.device("meta"))
+    install(monkeypatch, Fake("not built"))
+    select.cache_clear()
+    with pytest.raises(ValueError, match=r"^backend: got 'fake', which does not work here: not built; accepted are"):
         choose("fake", device=torch.device("meta"))
 
 

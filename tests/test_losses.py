@@ -156,3 +156,14 @@ def test_loss_head_counts_halted_rows_only_and_bootstraps() -> None:
 def test_unknown_losses_say_so_in_one_line() -> None:
     with pytest.raises(ValueError, match="loss_type: got 'hinge', accepted are stablemax_cross_entropy, softmax_cross"):
         ACTLossHead(nn.Identity(), "hinge")
+
+
+def test_labels_that_are_missing_or_not_integers_say_so_in_one_line() -> None:
+    model = recorded([True, True, True, True])
+    head = ACTLossHead(model, "stablemax_cross_entropy")
+    labels = model.carry.current_data.pop("labels")
+    with pytest.raises(ValueError, match=r"^batch: got no labels, required by ACTLossHead$"):
+        head(return_keys=[], carry=None, batch={})
+    model.carry.current_data["labels"] = labels.float()
+    with pytest.raises(ValueError, match=r"^batch\['labels'\].dtype: got float32, accepted are integers, as int32 and"):
+        head(return_keys=[], carry=None, batch={})

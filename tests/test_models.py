@@ -7,6 +7,7 @@ import dataclasses
 import io
 import pickle
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 import trmfast
 from eager_models import EagerModel
 from model_cases import CASES, HRM_SUDOKU, MLP, SUDOKU, TINY, make, make_batch
-from trmfast.models import HRM, TRM, ACTLossHead, ACTModel, Carry, TRMHier6, TRMSingleZ
+from trmfast.models import HRM, TRM, URM, ACTLossHead, ACTModel, Carry, TRMHier6, TRMSingleZ
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -223,7 +224,7 @@ def test_wrong_batches_say_so_in_one_line() -> None:
     with pytest.raises(ValueError, match="batch: got no puzzle_identifiers"):
         model.initial_carry({"inputs": batch["inputs"]})
     carry = model.initial_carry(batch)
-    with pytest.raises(ValueError, match=r"batch\['labels'\]: got shape None, accepted is \[3, 6\], that of the carry"):
+    with pytest.raises(ValueError, match=r"^batch: got no labels, required are inputs, puzzle_identifiers, labels$"):
         model(carry, {key: batch[key] for key in ("inputs", "puzzle_identifiers")})
     small = make_batch(0, rows=1)
     with pytest.raises(ValueError, match=r"batch\['inputs'\]: got shape \[1, 6\], accepted is \[3, 6\]"):
@@ -234,6 +235,61 @@ def test_wrong_batches_say_so_in_one_line() -> None:
     for rows in (1, 0):
         other = make_batch(0, rows=rows)
         assert model(model.initial_carry(other), other)[1]["logits"].shape == (rows, 6, 7)
+
+
+@pytest.mark.parametrize("at", ["initial_carry", "forward"])
+def test_ids_that_are_not_integers_are_refused(at: str) -> None:
+    model = TRM(TINY)
+    batch = make_batch(0)
+    carry = model.initial_carry(batch)
+
+    def run(**change: Any) -> None:
+        (model.initial_carry if at == "initial_carry" else lambda b: model(carry, b))(batch | change)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        name = str(dtype).removeprefix("torch.")
+        with pytest.raises(ValueError, match=rf"^batch\['inputs'\].dtype: got {name}, accepted are integers, as int32"):
+            run(inputs=batch["inputs"].to(dtype))
+    for dtype in (torch.float32, torch.uint8):
+        name = str(dtype).removeprefix("torch.")
+        with pytest.raises(
+            ValueError, match=rf"^batch\['puzzle_identifiers'\].dtype: got {name}, accepted are int32 and int64$"
+        ):
+            run(puzzle_identifiers=batch["puzzle_identifiers"].to(dtype))
+    with pytest.raises(TypeError, match=r"^batch\['inputs'\]: got ndarray, accepted are Tensor$"):
+        run(inputs=batch["inputs"].numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_every_integer_dtype_of_inputs_gives_the_same(dtype: torch.dtype) -> None:
+    model, _ = make("trm")
+    batch = make_batch(1)
+    narrow = batch | {"inputs": batch["inputs"].to(dtype)}
+    found, expected = (model(model.initial_carry(b), b)[1]["logits"] for b in (narrow, batch))
+    assert torch.equal(found, expected)
+
+
+def test_a_carry_of_something_else_is_refused() -> None:
+    model, batch = TRM(TINY), make_batch(0)
+    carry = model.initial_carry(batch)
+    others: list[Any] = [None, {}, carry.inner_carry]
+    for wrong in others:
+        got = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"^carry: got {got}, accepted is Carry, from initial_carry$"):
+            model(wrong, batch)
+    with pytest.raises(
+        TypeError, match=r"^carry.inner_carry: got InnerCarry, accepted is Hier6InnerCarry, from initial_carry$"
+    ):
+        TRMHier6(TINY)(carry, batch)
+    with pytest.raises(TypeError, match=r"^carry: got NoneType, accepted is URMCarry, from initial_carry$"):
+        URM(TINY)(None, batch)
+
+
+def test_a_carry_of_other_classes_with_the_same_fields_is_taken() -> None:
+    model, batch = TRM(TINY), make_batch(0)
+    carry = model.initial_carry(batch)
+    other = SimpleNamespace(**vars(carry) | {"inner_carry": SimpleNamespace(**vars(carry.inner_carry))})
+    assert torch.equal(model(other, batch)[1]["logits"], model(carry, batch)[1]["logits"])
 
 
 # ---------------------------------------------------------------- as a PyTorch module

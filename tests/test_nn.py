@@ -139,3 +139,13 @@ def test_a_program_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^nets: got 1, accepted are 2"):
         recursion(states, states[0], program=RecursionProgram.hrm(1, 1))
     assert Problem(RecursionProgram.trm(1, 1), (spec,)).num_weights == 4
+
+
+def test_networks_that_are_no_list() -> None:
+    spec = NetSpec(BlockSpec(16, 8, num_heads=2), 1)
+    for wrong in (Net(spec), torch.nn.Sequential(Net(spec)), None):
+        got = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"^nets: got {got}, accepted are lists and tuples of torch.nn.Module$"):
+            Recursion(RecursionProgram.trm(1, 1), wrong)  # type: ignore[arg-type]
+    nets: Any = torch.nn.ModuleList([Net(spec)])
+    assert len(Recursion(RecursionProgram.trm(1, 1), nets).nets) == 1

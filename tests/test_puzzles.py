@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +48,13 @@ def test_arc_batch() -> None:
     assert not (batch["labels"] == 0).any()
     assert (batch["labels"] == IGNORE_LABEL_ID).any()
     assert batch["puzzle_identifiers"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("make", [arc_batch, sudoku_batch])
+@pytest.mark.parametrize("rows", [0, -1])
+def test_batches_of_none(make: Callable[[int], Any], rows: int) -> None:
+    with pytest.raises(ValueError, match=f"^rows: got {rows}, accepted are integers from 1 up$"):
+        make(rows)
 
 
 def test_sudoku_has_one_solution() -> None:

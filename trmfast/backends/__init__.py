@@ -114,12 +114,16 @@ def select(name: str, problem: Problem, device: torch.device, dtype: torch.dtype
         problem, device, dtype, batch, length: what is to be run: [batch, length, D] states of a dtype on a device.
 
     Raises:
-        ValueError: there is no backend of that name, or it refuses the problem.
+        ValueError: there is no backend of that name, it does not work on this machine, or it refuses the problem.
     """
     if name != "auto":
         backend = BACKENDS.get(name)
         if backend is None:
             raise ValueError(f"backend: got {name!r}, accepted are {', '.join(['auto', *BACKENDS])}")
+        reason = backend.available()
+        if reason is not None:
+            works = ", ".join(["auto", *(other.name for other in BACKENDS.values() if other.available() is None)])
+            raise ValueError(f"backend: got {name!r}, which does not work here: {reason}; accepted are {works}")
         reason = _refusal(backend, backend.slow_device_types, problem, device, dtype, batch, length)
         if reason is not None:
             raise ValueError(f"backend: got {name!r}, accepted are auto or a backend that takes this problem: {reason}")

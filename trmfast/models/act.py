@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,8 @@ class ACTModel(nn.Module):
     """A recursive model with adaptive computation time; one call is one supervision step.
 
     Args:
-        config_dict: the keys of the model's configuration class; other keys are ignored.
+        config_dict: the keys of the model's configuration class; other keys are ignored, with a warning if one looks
+            like a misspelt key.
 
     Attributes:
         halt_max_steps, halt_exploration_prob: as in the configuration; may be changed between calls.
@@ -34,7 +35,10 @@ class ACTModel(nn.Module):
     config_type: ClassVar[type[ModelConfig]]
     family: ClassVar[Family]
 
-    def __init__(self, config_dict: Mapping[str, Any]) -> None:
+    def __init__(self, config_dict: Mapping[str, Any] | None = None, **keywords: Any) -> None:
+        if config_dict is None or keywords:
+            got = "keyword arguments" if keywords else "None"
+            raise TypeError(f"config_dict: got {got}, accepted is one dict: {type(self).__name__}(config)")
         super().__init__()
         self.config: Any = self.config_type.from_dict(config_dict)
         self.halt_max_steps: int = self.config.halt_max_steps
@@ -91,6 +95,10 @@ class ACTModel(nn.Module):
 
         Args:
             batch: ``inputs`` [B, S] and whatever else a row has, all with B rows; the carry is made on their device.
+
+        Raises:
+            TypeError: what the model reads of ``batch`` is not a tensor.
+            ValueError: a key is missing, ``inputs`` has another shape, or token ids or identifiers are not integers.
         """
         self._check(batch)
         rows, device = batch["inputs"].shape[0], batch["inputs"].device
@@ -117,16 +125,19 @@ class ACTModel(nn.Module):
                 URM's training script asks for it on every fourth step only.
 
         Raises:
-            ValueError: a key of ``batch`` is missing or of another shape.
+            TypeError: ``carry`` is not one of this model, or ``batch`` holds something else than tensors.
+            ValueError: a key of ``batch`` is missing or of another shape, or token ids or identifiers are not integers.
 
         Returns:
             The new carry, without gradient, and the outputs: ``logits`` [B, S, V] in the forward dtype,
             ``q_halt_logits`` and ``q_continue_logits`` float32 [B], and where training bootstraps a target for the
             latter, ``target_q_continue`` float32 [B].
         """
-        self._check(batch)
+        check_carry("carry", carry, Carry, ("inner_carry", "steps", "halted", "current_data"))
+        check_carry("carry.inner_carry", carry.inner_carry, self.family.carry, self.inner.state_names)
+        self._check(batch, *carry.current_data)
         for key, old in carry.current_data.items():
-            got = list(batch[key].shape) if key in batch else None
+            got = list(batch[key].shape)
             if got != list(old.shape):
                 raise ValueError(f"batch[{key!r}]: got shape {got}, accepted is {list(old.shape)}, that of the carry")
         halted = carry.halted
@@ -155,13 +166,32 @@ class ACTModel(nn.Module):
                     outputs["target_q_continue"] = torch.sigmoid(value)
         return Carry(states, steps, halted, data), outputs
 
-    def _check(self, batch: Mapping[str, Tensor]) -> None:
-        required = ("inputs", "puzzle_identifiers") if self.config.puzzle_emb_ndim > 0 else ("inputs",)
+    def _check(self, batch: Mapping[str, Tensor], *in_carry: str) -> None:
+        required = ["inputs", "puzzle_identifiers"] if self.config.puzzle_emb_ndim > 0 else ["inputs"]
+        required += [key for key in in_carry if key not in required]
         missing = [key for key in required if key not in batch]
         if missing:
             raise ValueError(f"batch: got no {', '.join(missing)}, required are {', '.join(required)}")
-        shape = batch["inputs"].shape
+        for key in required:
+            if not isinstance(batch[key], Tensor):
+                raise TypeError(f"batch[{key!r}]: got {type(batch[key]).__name__}, accepted are Tensor")
+        dtype, shape = batch["inputs"].dtype, batch["inputs"].shape
+        if dtype.is_floating_point or dtype.is_complex:
+            raise ValueError(f"batch['inputs'].dtype: got {_short(dtype)}, accepted are integers, as int32 and int64")
+        if self.config.puzzle_emb_ndim > 0 and batch["puzzle_identifiers"].dtype not in (torch.int32, torch.int64):
+            got = _short(batch["puzzle_identifiers"].dtype)
+            raise ValueError(f"batch['puzzle_identifiers'].dtype: got {got}, accepted are int32 and int64")
         if len(shape) != 2 or shape[1] != self.config.seq_len:
             raise ValueError(
                 f"inputs: got shape {list(shape)}, accepted is [batch, {self.config.seq_len}], the config's seq_len"
             )
+
+
+def check_carry(name: str, carry: Any, kind: type, names: Sequence[str]) -> None:
+    """TypeError unless ``carry`` has the fields ``names`` of ``kind``, as upstream's own carries do."""
+    if not all(hasattr(carry, field) for field in names):
+        raise TypeError(f"{name}: got {type(carry).__name__}, accepted is {kind.__name__}, from initial_carry")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -16,6 +18,8 @@ __all__ = ["HRMConfig", "ModelConfig", "TRMConfig"]
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 MAY_BE_ZERO = ("puzzle_emb_ndim", "puzzle_emb_len", "H_layers")
 POSITIONS = ("rope", "learned", "none")
+# Keys of published training configurations that look like a model's.
+NOT_MISSPELT = ("puzzle_emb_lr",)
 
 C = TypeVar("C", bound="ModelConfig")
 
@@ -51,6 +55,9 @@ class ModelConfig:
         ValueError: a missing key or a value out of range, naming the key.
     """
 
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Upstream's names of keys that have another name here."""
+
     batch_size: int
     seq_len: int
     puzzle_emb_ndim: int = 0
@@ -75,10 +82,20 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls: type[C], config: Mapping[str, Any]) -> C:
-        """The configuration that a dict describes; keys that this model does not know are ignored, as upstream does."""
+        """The configuration that a dict describes.
+
+        Keys that this model does not know are ignored, as upstream does; one that looks like a misspelt key is named in
+        a warning.
+        """
         if not isinstance(config, Mapping):
             raise TypeError(f"config_dict: got {type(config).__name__}, accepted is a dict")
         known = {field.name: field for field in fields(cls)}
+        config = {cls.aliases.get(key, key): value for key, value in config.items()}
+        misspelt = _misspelt(config, (*known, *cls.aliases))
+        if misspelt:
+            unused, meant = ", ".join(misspelt), ", ".join(misspelt.values())
+            verb = "is" if len(misspelt) == 1 else "are"
+            warnings.warn(f"config_dict: {unused} {verb} not used; did you mean {meant}?", stacklevel=3)
         missing = [name for name, field in known.items() if field.default is MISSING and name not in config]
         if missing:
             raise ValueError(f"config_dict: got no {', '.join(missing)}, required by {cls.__name__}")
@@ -96,7 +113,8 @@ class ModelConfig:
         self._accept("pos_encodings", self.pos_encodings in POSITIONS, ", ".join(POSITIONS))
         self._accept("forward_dtype", self.forward_dtype in DTYPES, ", ".join(DTYPES))
         if self.uses_rope:
-            self._accept("num_heads", self.head_dim % 2 == 0, "head counts that make heads of even width")
+            accepted = f"divisors of hidden_size {self.hidden_size} that make heads of even width"
+            self._accept("num_heads", self.head_dim % 2 == 0, accepted)
 
     def _accept(self, name: str, good: bool, accepted: str) -> None:
         if not good:
@@ -188,6 +206,14 @@ class HRMConfig(ModelConfig):
     def no_ACT_continue(self) -> bool:
         """HRM always learns when to continue."""
         return False
+
+
+def _misspelt(config: Iterable[Any], known: Iterable[str]) -> dict[str, str]:
+    """The keys of ``config`` that are not known but close to one that is, with that one."""
+    by_lower = {name.lower(): name for name in known}
+    unused = [key for key in config if isinstance(key, str) and key not in {*by_lower.values(), *NOT_MISSPELT}]
+    close = {key: difflib.get_close_matches(key.lower(), by_lower, n=1, cutoff=0.85) for key in unused}
+    return {key: by_lower[names[0]] for key, names in close.items() if names}
 
 
 def _convert(name: str, kind: str, value: Any) -> Any:

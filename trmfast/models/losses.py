@@ -95,9 +95,17 @@ class ACTLossHead(nn.Module):
             The new carry; the loss (scalar, a sum over rows); metrics (scalars without gradient, sums over the rows
             that halted, ``lm_loss``, ``q_halt_loss`` and ``q_continue_loss`` over all rows); the requested outputs
             without gradient; whether every row has halted (bool scalar).
+
+        Raises:
+            ValueError: the batch has no labels, or they are not integers.
         """
         carry, outputs = self.model(**model_kwargs)
-        labels = carry.current_data["labels"]
+        labels = carry.current_data.get("labels")
+        if labels is None:
+            raise ValueError(f"batch: got no labels, required by {type(self).__name__}")
+        if labels.dtype.is_floating_point or labels.dtype.is_complex:
+            got = str(labels.dtype).removeprefix("torch.")
+            raise ValueError(f"batch['labels'].dtype: got {got}, accepted are integers, as int32 and int64")
         logits, q_halt = outputs["logits"], outputs["q_halt_logits"]
 
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 import torch.export
 from torch import Tensor, nn
 
-from trmfast.models.act import ACTModel
+from trmfast.models.act import ACTModel, check_carry
 from trmfast.models.carry import Carry
 from trmfast.models.config import ModelConfig
 from trmfast.models.inner import Family
@@ -35,16 +35,11 @@ class URMConfig(ModelConfig):
     the dropout keys of upstream's configuration are not read there either.
     """
 
+    aliases = UPSTREAM_KEYS
+
     H_layers: int = 0
     pos_encodings: str = "rope"
     halt_exploration_prob: float = 0.1
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> URMConfig:
-        """The configuration that a dict describes, in upstream's names or trmfast's."""
-        if not isinstance(config, Mapping):
-            raise TypeError(f"config_dict: got {type(config).__name__}, accepted is a dict")
-        return super().from_dict(own_names(config))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,6 +119,7 @@ class URM(ACTModel):
         self, carry: URMCarry, batch: Mapping[str, Tensor], compute_target_q: bool = True
     ) -> tuple[URMCarry, dict[str, Tensor]]:
         """As :meth:`ACTModel.forward`; ``compute_target_q`` changes nothing, URM has no target."""
+        check_carry("carry", carry, URMCarry, ("current_hidden", "steps", "halted", "current_data"))
         nested = Carry(HiddenCarry(carry.current_hidden), carry.steps, carry.halted, carry.current_data)
         new, outputs = super().forward(nested, batch, compute_target_q)
         return _flat(new), outputs
