@@ -90,6 +90,11 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         pass
 
     accepted = "accepted are TRM, TRMSingleZ, TRMHier6, HRM"
+    for name in ("m", "m.pt", ".safetensors"):
+        with pytest.raises(ValueError, match=f"^path: got .*{name}, accepted are files that end in .safetensors$"):
+            trmfast.save(make("trm"), tmp_path / name)
+    with pytest.raises(OSError, match=r"^path: got .*m\.safetensors, accepted are files that can be written: "):
+        trmfast.save(make("trm"), tmp_path / "nowhere" / "m.safetensors")
     for model in (nn.Linear(2, 2), Mine(TINY)):
         with pytest.raises(TypeError, match=f"^model: got {type(model).__name__}, {accepted}"):
             trmfast.save(model, tmp_path / "m.safetensors")

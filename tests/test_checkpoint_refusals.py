@@ -91,6 +91,9 @@ def test_a_length_that_the_tensors_do_not_have(length: Any, expected: str, tmp_p
         trmfast.load(path, known | {"seq_len": length})
 
 
+PLAIN = "accepted are safetensors files and PyTorch checkpoints of tensors and plain data"
+
+
 class Touch:
     """Unpickling this would make a file."""
 
@@ -104,7 +107,7 @@ class Touch:
 def test_pickles_are_never_executed(tmp_path: Path) -> None:
     trap = tmp_path / "executed"
     path, known = saved(tmp_path, lambda tensors: tensors | {"inner.extra": Touch(trap)})
-    with pytest.raises(ValueError, match=r"^path: .*m\.pt is not a file of tensors and plain data alone") as error:
+    with pytest.raises(ValueError, match=f"^path: got .*m.pt, {PLAIN}$") as error:
         trmfast.load(path, known)
     assert "\n" not in str(error.value)
     assert not trap.exists()
@@ -113,15 +116,15 @@ def test_pickles_are_never_executed(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    unreadable = "accepted are files that can be read: "
+    with pytest.raises(FileNotFoundError, match=f"^path: got .*nothing, {unreadable}No such file"):
         trmfast.load(tmp_path / "nothing")
+    with pytest.raises(IsADirectoryError, match=f"^path: got {tmp_path}, {unreadable}Is a directory$"):
+        trmfast.load(tmp_path)
     cases: dict[str, tuple[Callable[[Path], Any], str]] = {
-        "text": (lambda p: p.write_text("not a checkpoint at all"), "is not a file of tensors and plain data"),
-        "empty": (lambda p: p.write_bytes(b""), "is not a file of tensors and plain data"),
-        "damaged": (
-            lambda p: p.write_bytes(b"\x80\x02h\x07."),
-            "is not a file of tensors .* else is read: KeyError: 7",
-        ),
+        "text": (lambda p: p.write_text("not a checkpoint at all"), f"got .*text, {PLAIN}$"),
+        "empty": (lambda p: p.write_bytes(b""), f"got .*empty, {PLAIN}$"),
+        "damaged": (lambda p: p.write_bytes(b"\x80\x02h\x07."), f"got .*damaged, {PLAIN}$"),
         "cut": (lambda p: p.write_bytes(b"\x40\0\0\0\0\0\0\0{}"), "is not a whole safetensors file"),
         "list": (lambda p: torch.save([1, 2], p), "holds a list, accepted are dicts of tensors"),
         "numbers": (lambda p: torch.save({"lr": 1.0}, p), "holds float at 'lr', accepted are dicts of tensors"),
@@ -165,6 +168,9 @@ def test_metadata_of_another_format_or_model(tmp_path: Path) -> None:
 
 def test_bad_config_files(tmp_path: Path) -> None:
     path, _ = saved(tmp_path, lambda _: None)
+    for missing in ("c.yaml", "c.json"):
+        with pytest.raises(FileNotFoundError, match=f"^config: got .*{missing}, accepted are .*: No such file"):
+            trmfast.load(path, tmp_path / missing)
     for name, content, expected in (
         ("c.yaml", b"[1, 2]", "got list, accepted are dicts"),
         ("c.yaml", b"a: !!python/name:os.system", r"c\.yaml is not YAML of plain data: could not"),
@@ -209,6 +215,9 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert again.read_bytes() == out.read_bytes()
 
 
+OUT = "out.safetensors"  # never written
+
+
 def test_convert_partial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, known = saved(tmp_path, lambda tensors: {k: t for k, t in tensors.items() if "lm_head" not in k}, "trm_hier6")
     out = tmp_path / "out.safetensors"
@@ -225,21 +234,33 @@ def test_convert_partial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     "words_, expected",
     [
-        (["nothing.pt", "out"], "nothing.pt"),
-        (["{}", "out"], "config: got no seq_len"),
-        (["{}", "out", "--set", "H_cycles"], "--set: got 'H_cycles', accepted are KEY=VALUE"),
-        (["{}", "out", "--set", "strict=1"], "--set: got 'strict', accepted are configuration keys"),
-        (["{}", "out", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["nothing.pt", OUT], "IN: got nothing.pt, accepted are files that can be read: No such file or directory"),
+        (["{folder}", OUT], "IN: got {folder}, accepted are files that can be read: Is a directory"),
+        ([__file__, OUT], f"IN: got {__file__}, {PLAIN} ("),
+        (["{path}", OUT], "--config: got no seq_len"),
+        (["{path}", OUT, "--set", "H_cycles"], "--set: got 'H_cycles', accepted are KEY=VALUE"),
+        (["{path}", OUT, "--set", "strict=1"], "--set: got 'strict', accepted are configuration keys"),
+        (["{path}", OUT, "--config", "nowhere.yaml"], "--config: got nowhere.yaml, accepted are files that can be"),
+        (["{path}", "{path}"], "OUT: got {path}, accepted are files that end in .safetensors"),
+        (
+            ["{saved}", "{folder}/../{folder.name}/saved.safetensors"],
+            "OUT: got {folder}/../{folder.name}/saved.safetensors, accepted are other files",
+        ),
+        (["{saved}", "{folder}/nowhere/out.safetensors"], "OUT: got {folder}/nowhere/out.safetensors, accepted are"),
     ],
 )
 def test_convert_errors_are_one_line(
     words_: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, _ = saved(tmp_path, lambda _: None)
+    names = {"path": path, "saved": tmp_path / "saved.safetensors", "folder": tmp_path}
+    trmfast.save(make("trm"), names["saved"])
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(SystemExit) as ended:
-        main(["convert", *(word.format(path) for word in words_)])
+        main(["convert", *(word.format(**names) for word in words_)])
     assert ended.value.code == 2
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.strip().splitlines()) == 1, err
-    assert expected in err
+    assert f"trmfast convert: {expected.format(**names)}" in err

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 import trmfast
+from trmfast.backends import cpu
 from trmfast.backends.cpu import CpuBackend
-from trmfast.cli import main
+from trmfast.backends.reference import ReferenceBackend
+from trmfast.backends.triton import TritonBackend
+from trmfast.cli import machine, main
 
 
 def run(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -54,6 +57,10 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
         (["info", "--program", "trm:3"], "--program: got 'trm:3'"),
         (["info", "--program", "trm:0,6"], "H_cycles: got 0"),
         (["info", "--program", "trm:3,6,9"], "window: got 9"),
+        (["info", "--batch", "4"], "--batch: got 4 without --plan, accepted with --plan alone"),
+        (["info", "--gpu", "H100"], "--gpu: got H100 without --plan"),
+        (["info", "--program", "trm:3,6", "--dtype", "float32"], "--dtype: got float32 without --plan"),
+        (["info", "--plan", "trm", "--program", "trm:3,6"], "--program: got trm:3,6 with --plan, accepted is one of"),
         (["check", "--problem", "nothing"], "--problem: got 'nothing'"),
         (["check", "--backend", "nobody"], "--backend: got 'nobody'"),
         (["check", "--threads", "0"], "--threads: got 0"),
@@ -62,6 +69,7 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
         (["bench", "--batch", "some"], "--batch"),
         (["bench", "--seconds", "0"], "--seconds: got 0"),
         (["bench", "--output", "/dev/null/x"], "--output"),
+        (["bench", "--compare", "a.json"], "--compare: one file is compared with a run of --suite"),
     ],
 )
 def test_bad_options_are_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +81,88 @@ def test_bad_options_are_one_line(words: list[str], expected: str, capsys: pytes
     lines = err.strip().splitlines()
     assert len(lines) == 1, lines
     assert expected in lines[0]
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command refuses its options with."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    return err
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_bench_takes_no_more_threads_than_cores(
+    threads: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    line = f"trmfast bench: --threads: got {threads}, accepted are 1 to 2, the cores of this process ("
+    words = ["bench", "--threads", str(threads), "--output", str(tmp_path / "results")]
+    assert refusal(words, capsys).startswith(line)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert machine.cores_of_process() == 8
+
+
+@pytest.mark.skipif(CpuBackend().available() is not None, reason="no CPU engine, whose targets are chosen")
+@pytest.mark.parametrize("command", [["info"], ["check"], ["bench"], ["convert", "a.pt", "b.safetensors"]])
+@pytest.mark.parametrize(
+    "target, expected",
+    [
+        ("foo", "got 'foo', accepted are portable ("),
+        ("amx", "got 'amx', but the processor lacks AMX-TILE or AMX-BF16; accepted are portable ("),
+    ],
+)
+def test_a_target_that_does_not_run_here_is_one_line(
+    target: str,
+    expected: str,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {"amx": "amx: the processor lacks AMX-TILE or AMX-BF16", "portable": None}
+    monkeypatch.setattr(cpu, "_forced", target)
+    monkeypatch.setattr(cpu, "targets", lambda: found)
+    cpu._target_for.cache_clear()
+    assert refusal(command, capsys).startswith(f"trmfast {command[0]}: TRMFAST_CPU_ISA: {expected}")
+
+
+@pytest.mark.skipif(CpuBackend().available() is not None, reason="no CPU engine, whose targets are chosen")
+def test_an_unknown_target_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRMFAST_CPU_ISA", "foo")
+    done = run("info", status=2)
+    assert done.stdout == ""
+    assert done.stderr.startswith("trmfast info: TRMFAST_CPU_ISA: got 'foo', accepted are ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_triton_a_plan_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "`pip install -c constraints.txt -e '.[triton]'`" in refusal(["info", "--plan", "trm"], capsys)
+
+
+def test_check_refuses_a_backend_that_does_not_work_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TritonBackend, "available", lambda _: "no GPU")
+    line = "trmfast check: --backend: triton does not work here: no GPU ("
+    assert refusal(["check", "--backend", "reference", "--backend", "triton"], capsys).startswith(line)
+
+
+def test_nothing_checked_is_no_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ReferenceBackend, "supports", lambda *_: "it rests")
+    assert main(["check", "--problem", "trm", "--backend", "reference", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert err == "trmfast check: nothing was checked on reference\n"
+    record = json.loads(out)
+    assert not record["passed"]
+    assert record["skipped"] == [{"what": "trm on reference", "reason": "it rests"}]
 
 
 def test_bad_option_of_a_process() -> None:

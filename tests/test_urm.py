@@ -150,7 +150,7 @@ def test_copies() -> None:
 @pytest.mark.parametrize("form", ["saved", "upstream"])
 def test_checkpoints(form: str, tmp_path: Path) -> None:
     model, _ = make(forward_dtype="bfloat16")
-    path = tmp_path / "file"
+    path = tmp_path / ("m.safetensors" if form == "saved" else "step_1")
     if form == "saved":
         trmfast.save(ACTLossHead(model, "softmax_cross_entropy"), path)
         head = trmfast.load(path)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def load(
         The model, in training mode; inside an ``ACTLossHead`` if it was saved so by :func:`save`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: a file cannot be read; FileNotFoundError: there is none, IsADirectoryError: it is a folder.
         ValueError: one line with what is missing, contradicts the tensors, or is not a model that trmfast has.
     """
     found = read(path, config, strict=strict, **options)
@@ -69,14 +70,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: one of ``trmfast.models`` (TRM, HRM and their variants), bare or inside an ``ACTLossHead``, compiled or
             not.  Cycles, gradient window and halting are saved as they are now, the backend is not.
-        path: the file; an existing one is replaced once the new one is complete.
+        path: the file, which ends in ``.safetensors``; an existing one is replaced once the new one is complete.
 
     Raises:
         TypeError: another kind of model.
-        ValueError: a loss function that :class:`ACTLossHead` has no name for.
+        ValueError: another ending, or a loss function that :class:`ACTLossHead` has no name for.
+        OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"path: got {os.fspath(path)}, accepted are files that end in .safetensors")
     head, bare = _unwrap(model)
     layout = next((layout for layout in LAYOUTS if type(bare) is layout.model), None)
     if layout is None or not isinstance(bare, ACTModel):
@@ -99,9 +104,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     described = {"version": VERSION, "model": layout.name, "config": kept, "window": bare.window, "loss": loss}
     tensors = {name: tensor.detach().contiguous() for name, tensor in bare.state_dict().items()}
     part = Path(f"{os.fspath(path)}.part")
-    # One key: several would be written in an order that differs from run to run.
-    save_file(tensors, part, metadata={KEY: json.dumps(described)})
-    os.replace(part, path)
+    try:
+        # One key: several would be written in an order that differs from run to run.
+        save_file(tensors, part, metadata={KEY: json.dumps(described)})
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"path: got {os.fspath(path)}, accepted are files that can be written: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -214,8 +222,18 @@ class _Content:
     described: dict[str, Any] | None = None
 
 
+@contextmanager
+def _naming(argument: str, path: Path) -> Iterator[None]:
+    """Names the argument in errors of the file system."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise type(error)(f"{argument}: got {path}, accepted are files that can be read: {reason}") from error
+
+
 def _read_file(path: Path) -> _Content:
-    with path.open("rb") as file:
+    with _naming("path", path), path.open("rb") as file:
         start = file.read(9)
     # A safetensors file starts with the length of its header, which is JSON.
     return _read_safetensors(path) if start[8:] == b"{" else _read_torch(path)
@@ -250,9 +268,8 @@ def _read_torch(path: Path) -> _Content:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # there is hardly a kind that no damaged file makes torch.load raise
-        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
         raise ValueError(
-            f"path: {path} is not a file of tensors and plain data alone, and nothing else is read: {reason}"
+            f"path: got {path}, accepted are safetensors files and PyTorch checkpoints of tensors and plain data"
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"path: {path} holds a {type(content).__name__}, accepted are dicts of tensors")
@@ -282,12 +299,14 @@ def _read_values(path: Path) -> Any:
     """The content of a JSON or YAML file."""
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
+        with _naming("config", path):
+            text = path.read_text()
         if kind == "JSON":
-            return json.loads(path.read_text())
+            return json.loads(text)
         import yaml  # type: ignore[import-untyped]
 
         try:
-            return yaml.safe_load(path.read_text())
+            return yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(str(error).splitlines()[0]) from error
     except ModuleNotFoundError as error:

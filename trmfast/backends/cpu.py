@@ -35,7 +35,7 @@ ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Best first.  An element that a target is not compiled for is served by the next one below it.
 TARGETS = ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable")
 # Memory for what weight gradients read, over all sequences of a backward pass.
-STORE_BYTES = 48 << 20
+STORE_BYTES = 36 << 20
 MOST_STATES, MOST_NETS, MOST_TAPS = 64, 16, 8
 PACKED_NETS = 16
 
@@ -80,10 +80,13 @@ def _target_for(element: str, forced: str | None) -> str:
     pairs = set(_cpu.compiled_pairs())
     if forced is not None:
         known = targets()
+        accepted = ", ".join(target for target, reason in known.items() if reason is None)
         if forced not in known:
-            raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, accepted are {', '.join(known)}")
-        if known[forced] is not None:
-            raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, but {known[forced]}")
+            raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, accepted are {accepted}")
+        missing = known[forced]
+        if missing is not None:
+            missing = missing.split(": ", 1)[-1]  # without the target's name
+            raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, but {missing}; accepted are {accepted}")
         candidates = TARGETS[TARGETS.index(forced) :]
     else:
         candidates = tuple(target for target in TARGETS if target != "amx_emulated")

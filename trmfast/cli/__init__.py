@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(words)
     chosen_parser: Parser = chosen.parser
     try:
+        _check_forced_target()
         status = int(chosen.run(chosen))
         sys.stdout.flush()
         return status
@@ -78,3 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{chosen_parser.prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def _check_forced_target() -> None:
+    """Refuses a TRMFAST_CPU_ISA that this machine cannot run, before any command starts."""
+    import torch
+
+    from trmfast.backends.cpu import CpuBackend, target_for
+
+    if CpuBackend().available() is None:
+        try:
+            target_for(torch.float32)
+        except ValueError as error:
+            raise UsageError(str(error)) from error

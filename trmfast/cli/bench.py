@@ -18,7 +18,7 @@ from trmfast.benchmark.report import COLUMNS, Report, cells, markdown, write_csv
 from trmfast.benchmark.suites import SUITES
 from trmfast.cli.bench_suite import run_suite
 from trmfast.cli.console import UsageError, print_json, print_table, progress
-from trmfast.cli.machine import commit, describe_machine, machine, versions
+from trmfast.cli.machine import commit, cores_of_process, describe_machine, machine, versions
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -102,10 +102,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name in names:
         if name not in CONFIGS:
             raise UsageError(f"--config: got {name!r}, accepted are {', '.join(CONFIGS)}")
-    for option in ("batch", "threads"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise UsageError(f"--{option}: got {value}, accepted are integers from 1 up")
+    if arguments.batch is not None and arguments.batch < 1:
+        raise UsageError(f"--batch: got {arguments.batch}, accepted are integers from 1 up")
+    cores = cores_of_process()
+    if arguments.threads is not None and not 1 <= arguments.threads <= cores:
+        raise UsageError(f"--threads: got {arguments.threads}, accepted are 1 to {cores}, the cores of this process")
     if not arguments.seconds > 0:
         raise UsageError(f"--seconds: got {arguments.seconds:g}, accepted are positive numbers")
     if arguments.threads is not None:
@@ -207,7 +208,10 @@ def _write(folder: Path, report: Report) -> list[str]:
 
         write_chart(folder / "bench.png", report)
     except ModuleNotFoundError:
-        return [f"{folder}/bench.csv, .json, .md; no chart: `pip install 'trmfast[bench]'` brings matplotlib"]
+        return [
+            f"{folder}/bench.csv, .json, .md; "
+            "no chart: `pip install -c constraints.txt -e '.[bench]'` brings matplotlib"
+        ]
     return [f"{folder}/bench.csv, .json, .md, .png"]
 
 

@@ -139,7 +139,10 @@ def _write(folder: Path, report: SuiteReport) -> str:
 
         names = ", ".join(write_charts(folder, report))
     except ModuleNotFoundError:
-        return f"{folder}: suite.json, .csv, .md; no charts: `pip install 'trmfast[bench]'` brings matplotlib"
+        return (
+            f"{folder}: suite.json, .csv, .md; "
+            "no charts: `pip install -c constraints.txt -e '.[bench]'` brings matplotlib"
+        )
     return f"{folder}: suite.json, .csv, .md, {names}"
 
 

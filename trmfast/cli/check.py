@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the checks; 1 if any failed."""
+    """Runs the checks; 1 if any failed, or none ran on a backend that was asked for."""
     start = time.monotonic()
     if arguments.threads is not None:
         if arguments.threads < 1:
@@ -135,13 +135,17 @@ def run(arguments: argparse.Namespace) -> int:
         for job in jobs:
             bar.step(f"{job.case.name} {job.backend} {job.target} {job.dtype}")
             rows.append(_parity(job, draws))
-    passed = all(row.passed for row in rows) and all(g["passed"] for g in gradients)
+    # Backends that were asked for and take none of the problems.
+    idle = [name for name in dict.fromkeys(arguments.backend or ()) if all(row.backend != name for row in rows)]
+    passed = bool(rows) and not idle and all(row.passed for row in rows) and all(g["passed"] for g in gradients)
     if arguments.json:
         print_json(
             {"passed": passed, "gradcheck": gradients, "parity": [asdict(row) for row in rows], "skipped": skipped}
         )
     else:
         _print(gradients, rows, skipped, time.monotonic() - start)
+    if idle or not rows:
+        print(f"trmfast check: nothing was checked on {', '.join(idle) or 'any backend'}", file=sys.stderr)
     return 0 if passed else 1
 
 
@@ -224,6 +228,11 @@ def _jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[dict[str, str]
     for name in arguments.backend or ():
         if name not in BACKENDS:
             raise UsageError(f"--backend: got {name!r}, accepted are {', '.join(BACKENDS)}")
+        off = BACKENDS[name].available()
+        if off is None and _device(BACKENDS[name], asked=True) is None:
+            off = f"it runs on {', '.join(BACKENDS[name].device_types)}"
+        if off is not None:
+            raise UsageError(f"--backend: {name} does not work here: {off}")
     small = _names(SMALL)
     jobs: list[Job] = []
     skipped: list[dict[str, str]] = []

@@ -27,7 +27,7 @@ What the tensors tell (sizes, layers, kind of mixer) needs no words; the rest is
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("input", type=Path, metavar="IN", help="the checkpoint")
-    parser.add_argument("output", type=Path, metavar="OUT", help="the safetensors file to write")
+    parser.add_argument("output", type=Path, metavar="OUT", help="the file to write, which ends in .safetensors")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with configuration keys")
     parser.add_argument(
         "--set",
@@ -51,13 +51,17 @@ def run(arguments: argparse.Namespace) -> int:
     taken = {"path", "config", "strict"} & options.keys()
     if taken:
         raise UsageError(f"--set: got {taken.pop()!r}, accepted are configuration keys")
+    _check_output(arguments.input, arguments.output)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what is missing is in the report
             found = read(arguments.input, arguments.config, strict=not arguments.partial, **options)
+    except (OSError, TypeError, ValueError) as error:
+        raise _usage_error(error, {"path": "IN", "config": "--config"}) from error
+    try:
         save(found.model, arguments.output)
     except (OSError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise _usage_error(error, {"path": "OUT"}) from error
     state = found.model.state_dict()
     model = getattr(found.model, "model", found.model)
     record: dict[str, Any] = {
@@ -84,6 +88,20 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{kind}: {', '.join(record[kind])}")
     print(f"\n{arguments.output}")
     return 0
+
+
+def _check_output(source: Path, output: Path) -> None:
+    if output.suffix != ".safetensors":
+        raise UsageError(f"OUT: got {output}, accepted are files that end in .safetensors")
+    if source.exists() and output.exists() and output.samefile(source):
+        raise UsageError(f"OUT: got {output}, accepted are other files than IN")
+
+
+def _usage_error(error: Exception, names: dict[str, str]) -> UsageError:
+    """The error in one line, an argument of load or save under its name on the command line."""
+    text = " ".join(str(error).split())
+    argument, colon, rest = text.partition(":")
+    return UsageError(names.get(argument, argument) + colon + rest)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -41,14 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", metavar="PROBLEM", help="print the launches of a problem on a GPU, which need not exist"
     )
     parser.add_argument("--batch", type=int, metavar="B", help="sequences of the plan; by default the problem's")
-    parser.add_argument("--dtype", default="bfloat16", help="compute dtype of the plan (default: bfloat16)")
-    parser.add_argument("--gpu", default="H100", help="GPU of the plan (default: H100)")
+    parser.add_argument("--dtype", help="compute dtype of the plan (default: bfloat16)")
+    parser.add_argument("--gpu", help="GPU of the plan (default: H100)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints; always 0."""
-    if arguments.plan is not None:
-        found = describe(arguments.plan, arguments.batch, arguments.dtype, arguments.gpu)
+    if arguments.plan is None:
+        for option in ("batch", "dtype", "gpu"):
+            value = getattr(arguments, option)
+            if value is not None:
+                raise UsageError(f"--{option}: got {value} without --plan, accepted with --plan alone")
+    else:
+        if arguments.program is not None:
+            raise UsageError(f"--program: got {arguments.program} with --plan, accepted is one of the two")
+        dtype = "bfloat16" if arguments.dtype is None else arguments.dtype
+        gpu = "H100" if arguments.gpu is None else arguments.gpu
+        found = describe(arguments.plan, arguments.batch, dtype, gpu)
         if arguments.json:
             print_json(found)
         else:

@@ -16,7 +16,7 @@ import trmfast
 from trmfast.backends.cpu import thread_source
 from trmfast.build_info import build_info
 
-__all__ = ["commit", "describe_machine", "machine", "versions"]
+__all__ = ["commit", "cores_of_process", "describe_machine", "machine", "versions"]
 
 # What the engine's targets ask for, and what tells processors apart.
 INSTRUCTION_SETS = (
@@ -50,6 +50,11 @@ def machine() -> dict[str, Any]:
         "memory": _memory("MemTotal") or int(_sysctl("hw.memsize") or 0) or None,
         "memory_available": _memory("MemAvailable"),
     }
+
+
+def cores_of_process() -> int:
+    """Logical CPUs that this process may run on: those of its affinity mask, or all where a system has none."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_machine(facts: dict[str, Any]) -> str:
