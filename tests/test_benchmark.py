@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from trmfast.backends.cpu import CpuBackend
 from trmfast.benchmark import recursions, rivals
@@ -106,6 +108,19 @@ def test_turns_are_shared() -> None:
     assert min(timing.peaks) > 0
     order = "".join(c for c, before in zip(calls, [*calls[1:], ""], strict=True) if c != before)
     assert order[2:] == "abbaabba".replace("bb", "b").replace("aa", "a")
+
+
+def test_counting_saved_bytes_frees_the_graph() -> None:
+    """Also where an operation keeps its own output."""
+    weight, results = torch.randn(8, requires_grad=True), []
+
+    def run() -> Tensor:
+        result = weight.exp()
+        results.append(weakref.ref(result))
+        return result
+
+    saved_bytes(run, [])
+    assert results[0]() is None
 
 
 def test_saved_bytes_are_those_of_autograd() -> None:
