@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -261,6 +262,7 @@ def test_children_of_a_busy_process_find_no_lock_taken() -> None:
         for _ in range(20):
             child = os.fork()
             if child == 0:
+                signal.alarm(60)  # rather than wait for ever
                 engine._keep(1 << 16)
                 os._exit(0 if torch.equal(forward(inputs)[0], expected) else 1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
