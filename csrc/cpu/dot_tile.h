@@ -73,7 +73,7 @@ struct TileDot {
   static constexpr int kDepthStep = Step::kDepth;
 
   // Inline: compiled as a function it moves `next` on the stack as one vector right after the caller has written its
-  // two halves, and waits for those stores to leave the store buffer: 70 cycles a call, 2 % of a training step.
+  // two halves, and waits for those stores to leave the store buffer: 2 % of the samples of a training step.
   TRMFAST_INLINE void run(const T* a, long lda, const T* b, int depth, int rows, float* c, long ldc, bool accumulate,
                           Prefetch next = {}) {
     for (int column = 0; column < kPanelColumns; column += kTileVectors * kLanes) {

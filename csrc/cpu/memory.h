@@ -1,4 +1,4 @@
-// Memory that jobs work in and that outlives them: mapping fresh pages would cost a tenth of a training step, and three
+// Memory that jobs work in and that outlives them: mapping fresh pages would cost a tenth of a training step, and some
 // milliseconds for the weights of a 7-million-parameter network after every update of an optimizer.
 #pragma once
 
