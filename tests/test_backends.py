@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trmfast import Problem, backends, recursion
-from trmfast.backends import BACKENDS, select
+from trmfast.backends import BACKENDS, ForwardCall, select
 from trmfast.backends.reference import ReferenceBackend
 from trmfast.cases import make_case, make_inputs
 
@@ -35,9 +35,9 @@ class Fake(ReferenceBackend):
     def supports(self, *_: Any) -> str | None:
         return self.unsupported
 
-    def forward(self, *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+    def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         self.calls += 1
-        return super().forward(*arguments)
+        return super().forward(call)
 
 
 @pytest.fixture(autouse=True)

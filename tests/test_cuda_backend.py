@@ -21,7 +21,7 @@ from trmfast.kernels.forward_plan import Setting
 import trmfast
 from simt_recursion import Instance, build, run_emulated
 from trmfast import backends
-from trmfast.backends import BACKENDS, cuda
+from trmfast.backends import BACKENDS, BackwardCall, cuda
 from trmfast.backends.triton import TritonBackend, interprets
 from trmfast.benchmark import cuda_engine
 from trmfast.benchmark.gpu import fill
@@ -312,18 +312,19 @@ def _hand_over(inputs: Inputs, states: Any, saved: torch.Tensor) -> Result:
     problem = inputs.problem
     count, weights = len(problem.program.states), len(inputs.weights)
     tables = [None if table is None else table[: saved.shape[2]].contiguous() for table in (inputs.cos, inputs.sin)]
-    gs, gx, gw = cuda.CudaBackend().backward(
+    call = BackwardCall(
         problem,
-        [g.contiguous() for g in inputs.grad_states],
-        saved,
-        saved.new_empty(0, dtype=torch.uint8),
-        inputs.weights,
-        tables[0],
-        tables[1],
-        [True] * count,
-        True,
-        [True] * weights,
+        grad_states=[g.contiguous() for g in inputs.grad_states],
+        saved=saved,
+        kept=saved.new_empty(0, dtype=torch.uint8),
+        weights=inputs.weights,
+        cos=tables[0],
+        sin=tables[1],
+        needs_states=[True] * count,
+        needs_x=True,
+        needs_weights=[True] * weights,
     )
+    gs, gx, gw = cuda.CudaBackend().backward(call)
     names = problem.program.states
 
     def filled(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from trmfast import Problem, RecursionProgram, recursion
-from trmfast.backends import BACKENDS
+from trmfast.backends import BACKENDS, BackwardCall
 from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
 from trmfast.reference import run_program
 
@@ -288,9 +288,9 @@ def test_needs_input_grad(frozen: str, backend: str, monkeypatch: pytest.MonkeyP
     chosen = BACKENDS[backend]
     genuine = chosen.backward
 
-    def spy(*arguments: Any) -> Any:
-        asked.append(arguments[-3:])
-        return genuine(*arguments)
+    def spy(call: BackwardCall) -> Any:
+        asked.append((call.needs_states, call.needs_x, call.needs_weights))
+        return genuine(call)
 
     monkeypatch.setattr(chosen, "backward", spy)
     groups = {"states": inputs.states, "x": [inputs.x], "weights": inputs.weights}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trmfast.backends import select
+from trmfast.backends import BackwardCall, ForwardCall, select
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram
 from trmfast.reference import wide_dtype
@@ -126,7 +126,7 @@ def _forward(
     cos, sin = _tables(problem, cos, sin, length, first.dtype)
     states = [state.contiguous() for state in states]
     x = x.contiguous() if x is not None and problem.uses_x else None
-    out, saved, kept = chosen.forward(problem, states, x, weights, cos, sin, save, recompute)
+    out, saved, kept = chosen.forward(ForwardCall(problem, states, x, weights, cos, sin, save, recompute))
     return [t.contiguous() for t in out], saved, kept
 
 
@@ -201,18 +201,8 @@ def _backward(
         chosen = select(backend, problem, saved.device, dtype, batch, length)
         cos, sin = _tables(problem, cos, sin, length, dtype)
         grads = [g.contiguous() for g in grad_states]
-        gs, gx, gw = chosen.backward(
-            problem,
-            grads,
-            saved.contiguous(),
-            kept,
-            weights,
-            cos,
-            sin,
-            needs_states,
-            needs_x and problem.uses_x,
-            needs_weights,
-        )
+        needs = needs_states, needs_x and problem.uses_x, needs_weights
+        gs, gx, gw = chosen.backward(BackwardCall(problem, grads, saved.contiguous(), kept, weights, cos, sin, *needs))
     shape = grad_states[0].shape
     results = [_result(g, need, saved, shape, dtype) for g, need in zip(gs, needs_states, strict=True)]
     results.append(_result(gx, needs_x, saved, shape, dtype))

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.backends.cpu import CpuBackend
 from trmfast.backends.cuda import CudaBackend
 from trmfast.backends.reference import ReferenceBackend
 from trmfast.backends.triton import TritonBackend
 from trmfast.problem import Problem
 
-__all__ = ["BACKENDS", "Backend", "select"]
+__all__ = ["BACKENDS", "Backend", "BackwardCall", "ForwardCall", "select"]
 
 
 class Backend(Protocol):
-    """What the operators ask of a backend.
-
-    The operators validate every tensor before they call.  They pass contiguous states, x, gradients and saved inputs of
-    at least one element, x only if an update injects it, and contiguous RoPE tables of exactly [L, head_dim] in float32
-    (float64 if the compute dtype is), only if a network attends.  Weights arrive as the caller holds them, of any float
-    dtype and strides, so that a cache can recognise them.
-    """
+    """What the operators ask of a backend.  They validate every tensor first; call.py says what they pass."""
 
     @property
     def name(self) -> str:
@@ -54,17 +48,7 @@ class Backend(Protocol):
     def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
         """Bytes of activations that forward keeps where it need not recompute; 0 if this backend always recomputes."""
 
-    def forward(
-        self,
-        problem: Problem,
-        states: Sequence[Tensor],
-        x: Tensor | None,
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        save: bool,
-        recompute: bool,
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """Runs the program.
 
         Returns:
@@ -73,19 +57,7 @@ class Backend(Protocol):
             in a form of the backend's own, none if not ``save`` or if ``recompute``.
         """
 
-    def backward(
-        self,
-        problem: Problem,
-        grad_states: Sequence[Tensor],
-        saved: Tensor,
-        kept: Tensor,
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        needs_states: Sequence[bool],
-        needs_x: bool,
-        needs_weights: Sequence[bool],
-    ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+    def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """Walks the grad updates in reverse, recomputing each from its saved input unless ``kept`` holds what it needs.
 
         Nothing that was saved or kept is changed: backward may run again.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.backends.engine import address, block_fields, update_rows
 from trmfast.build_info import build_info
 from trmfast.problem import Problem
@@ -299,84 +300,68 @@ class CpuBackend:
             for n in range(len(problem.nets))
         ]
 
-    def forward(
-        self,
-        problem: Problem,
-        states: Sequence[Tensor],
-        x: Tensor | None,
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        save: bool,
-        recompute: bool,
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """See :class:`trmfast.backends.Backend`."""
         assert _cpu is not None
-        first, engine = states[0], _engine(problem)
+        problem, first = call.problem, call.states[0]
+        engine = _engine(problem)
         shape = tuple(first.shape)
         threads = torch.get_num_threads()
-        packed = self._packed(problem, engine, first.dtype, weights, save, threads)
+        packed = self._packed(problem, engine, first.dtype, call.weights, call.save, threads)
         out = [
             torch.empty_like(state) if written else state.clone()
-            for state, written in zip(states, engine.written, strict=True)
+            for state, written in zip(call.states, engine.written, strict=True)
         ]
-        saved = first.new_empty((problem.num_grad_updates if save else 0, *shape))
-        kept = _keep(self.kept_bytes(problem, first.dtype, *shape[:2]) if save and not recompute else 0)
+        saved = first.new_empty((problem.num_grad_updates if call.save else 0, *shape))
+        kept = _keep(self.kept_bytes(problem, first.dtype, *shape[:2]) if call.save and not call.recompute else 0)
         _cpu.forward(
             engine.program,
             packed,
             shape,
-            [state.data_ptr() for state in states],
+            [state.data_ptr() for state in call.states],
             [state.data_ptr() for state in out],
-            address(x),
-            saved.data_ptr() if save and problem.num_grad_updates else 0,
+            address(call.x),
+            saved.data_ptr() if call.save and problem.num_grad_updates else 0,
             kept.data_ptr() if kept.numel() else 0,
-            address(cos),
-            address(sin),
+            address(call.cos),
+            address(call.sin),
             threads,
         )
         return out, saved, kept
 
-    def backward(
-        self,
-        problem: Problem,
-        grad_states: Sequence[Tensor],
-        saved: Tensor,
-        kept: Tensor,
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        needs_states: Sequence[bool],
-        needs_x: bool,
-        needs_weights: Sequence[bool],
-    ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+    def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """See :class:`trmfast.backends.Backend`."""
         assert _cpu is not None
-        engine, threads = _engine(problem), torch.get_num_threads()
-        shape = tuple(saved.shape[1:])
-        packed = self._packed(problem, engine, saved.dtype, weights, True, threads)
-        grads = [torch.empty(shape, dtype=torch.float32) for _ in grad_states]
-        grad_x = torch.empty(shape, dtype=torch.float32) if needs_x else None
+        problem, threads = call.problem, torch.get_num_threads()
+        engine = _engine(problem)
+        shape = tuple(call.saved.shape[1:])
+        packed = self._packed(problem, engine, call.saved.dtype, call.weights, True, threads)
+        grads = [torch.empty(shape, dtype=torch.float32) for _ in call.grad_states]
+        grad_x = torch.empty(shape, dtype=torch.float32) if call.needs_x else None
         # The engine writes the gradients of the nets that it differentiates; of others there are none.
         live = {problem.program.updates[i].net for i in problem.program.grad_updates}
         needed = [n in live for n, part in enumerate(problem.weight_slices) for _ in range(part.start, part.stop)]
         grad_weights = [
             torch.empty(weight.shape, dtype=torch.float32) if asked and written else None
-            for weight, asked, written in zip(weights, needs_weights, needed, strict=True)
+            for weight, asked, written in zip(call.weights, call.needs_weights, needed, strict=True)
         ]
         _cpu.backward(
             engine.program,
             packed,
             shape,
-            [grad.data_ptr() for grad in grad_states],
-            saved.data_ptr(),
-            kept.data_ptr() if kept.numel() else 0,
+            [grad.data_ptr() for grad in call.grad_states],
+            call.saved.data_ptr(),
+            call.kept.data_ptr() if call.kept.numel() else 0,
             [grad.data_ptr() for grad in grads],
             address(grad_x),
             [address(grad) for grad in grad_weights],
-            address(cos),
-            address(sin),
+            address(call.cos),
+            address(call.sin),
             threads,
             STORE_BYTES,
         )
-        return [grad if asked else None for grad, asked in zip(grads, needs_states, strict=True)], grad_x, grad_weights
+        return (
+            [grad if asked else None for grad, asked in zip(grads, call.needs_states, strict=True)],
+            grad_x,
+            grad_weights,
+        )

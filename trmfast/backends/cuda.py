@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.backends.engine import address, block_fields, update_rows
 from trmfast.backends.triton import TritonBackend
 from trmfast.build_info import build_info
@@ -102,20 +103,10 @@ class CudaBackend:
         """0: it always recomputes."""
         return 0
 
-    def forward(
-        self,
-        problem: Problem,
-        states: Sequence[Tensor],
-        x: Tensor | None,
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        save: bool,
-        recompute: bool,
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """See :class:`trmfast.backends.Backend`."""
         assert _cuda is not None
-        first = states[0]
+        problem, first = call.problem, call.states[0]
         device, index, element = first.device, _index(first.device), ELEMENTS[first.dtype]
         batch, length, _ = first.shape
         with torch.cuda.device(device):
@@ -123,9 +114,9 @@ class CudaBackend:
             prepared = _prepare(problem, batch, length, _limits(index))
             words = _words(problem, batch, length, index)
             stream = torch.cuda.current_stream(device).cuda_stream
-            packed = _pack(problem, weights, first.dtype, stream)
-            out = [torch.empty_like(state) for state in states]
-            saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
+            packed = _pack(problem, call.weights, first.dtype, stream)
+            out = [torch.empty_like(state) for state in call.states]
+            saved = first.new_empty((problem.num_grad_updates if call.save else 0, *first.shape))
             exchange = first.new_empty(prepared.exchange_elements)
             arrivals = torch.zeros(prepared.groups * _cuda.arrival_stride, dtype=torch.int32, device=device)
             _cuda.forward(
@@ -135,12 +126,12 @@ class CudaBackend:
                 sources=words.sources.data_ptr(),
                 runs=words.runs.data_ptr(),
                 weights=[tensor.data_ptr() for tensor in packed],
-                states_in=[state.data_ptr() for state in states],
+                states_in=[state.data_ptr() for state in call.states],
                 states_out=[state.data_ptr() for state in out],
-                x=address(x),
+                x=address(call.x),
                 saved=saved.data_ptr() if saved.numel() else 0,
-                cos=address(cos),
-                sin=address(sin),
+                cos=address(call.cos),
+                sin=address(call.sin),
                 exchange=exchange.data_ptr(),
                 arrivals=arrivals.data_ptr(),
                 failed=_failed(index).data_ptr(),
@@ -149,25 +140,11 @@ class CudaBackend:
             )
         return out, saved, first.new_empty(0, dtype=torch.uint8)
 
-    def backward(
-        self,
-        problem: Problem,
-        grad_states: Sequence[Tensor],
-        saved: Tensor,
-        kept: Tensor,
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        needs_states: Sequence[bool],
-        needs_x: bool,
-        needs_weights: Sequence[bool],
-    ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+    def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """See :class:`trmfast.backends.Backend`."""
-        if saved.is_cuda:
-            _raise_if_failed(_index(saved.device))
-        return self._triton.backward(
-            problem, grad_states, saved, kept, weights, cos, sin, needs_states, needs_x, needs_weights
-        )
+        if call.saved.is_cuda:
+            _raise_if_failed(_index(call.saved.device))
+        return self._triton.backward(call)
 
 
 # ---------------------------------------------------------------- preparation

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trmfast.problem import Problem
+from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.reference import run_net, summed_input, wide_dtype
 from trmfast.spec import NetSpec
 
@@ -34,53 +34,32 @@ class ReferenceBackend:
     def kept_bytes(self, *_: Any) -> int:
         return 0
 
-    def forward(
-        self,
-        problem: Problem,
-        states: Sequence[Tensor],
-        x: Tensor | None,
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        save: bool,
-        recompute: bool,
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        first = states[0]
-        saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
-        cast = [w.to(first.dtype) for w in weights]
-        current = list(states)
+    def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
+        problem, first = call.problem, call.states[0]
+        saved = first.new_empty((problem.num_grad_updates if call.save else 0, *first.shape))
+        cast = [w.to(first.dtype) for w in call.weights]
+        current = list(call.states)
         slot = 0
         with _plain(first):
             for update in problem.program.updates:
-                h = summed_input(update, current, x)
-                if save and update.grad:
+                h = summed_input(update, current, call.x)
+                if call.save and update.grad:
                     saved[slot] = h
                     slot += 1
                 net = problem.nets[update.net]
-                current[update.dst] = run_net(net, h, problem.net_weights(cast, update.net), cos, sin)
+                current[update.dst] = run_net(net, h, problem.net_weights(cast, update.net), call.cos, call.sin)
         # A state that no update writes is still the caller's tensor.
-        out = [z.clone() if z is state else z for z, state in zip(current, states, strict=True)]
+        out = [z.clone() if z is state else z for z, state in zip(current, call.states, strict=True)]
         return out, saved, saved.new_empty(0, dtype=torch.uint8)
 
-    def backward(
-        self,
-        problem: Problem,
-        grad_states: Sequence[Tensor],
-        saved: Tensor,
-        kept: Tensor,
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        needs_states: Sequence[bool],
-        needs_x: bool,
-        needs_weights: Sequence[bool],
-    ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+    def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+        problem, saved = call.problem, call.saved
         dtype, wide = saved.dtype, wide_dtype(saved.dtype)
-        needs_input, _ = problem.live_updates(needs_states, needs_x, needs_weights)
-        cast = [w.to(dtype) for w in weights]
-        gs: list[Tensor | None] = [g.to(wide, copy=True) for g in grad_states]  # added to in place
+        needs_input, _ = problem.live_updates(call.needs_states, call.needs_x, call.needs_weights)
+        cast = [w.to(dtype) for w in call.weights]
+        gs: list[Tensor | None] = [g.to(wide, copy=True) for g in call.grad_states]  # added to in place
         gx: Tensor | None = None
-        gw: list[Tensor | None] = [None] * len(weights)
+        gw: list[Tensor | None] = [None] * len(call.weights)
         slot = problem.num_grad_updates
         with _plain(saved):
             for position in reversed(range(len(needs_input))):
@@ -96,11 +75,11 @@ class ReferenceBackend:
                     problem.nets[update.net],
                     saved[slot],
                     cast[part],
-                    cos,
-                    sin,
+                    call.cos,
+                    call.sin,
                     g.to(dtype),
                     needs_input[position],
-                    needs_weights[part],
+                    call.needs_weights[part],
                 )
                 for i, d in zip(range(part.start, part.stop), dw, strict=True):
                     gw[i] = _add(gw[i], d, wide)

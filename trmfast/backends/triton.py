@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.problem import Problem
 
 if TYPE_CHECKING:
@@ -132,49 +133,29 @@ class TritonBackend:
         """0: it always recomputes."""
         return 0
 
-    def forward(
-        self,
-        problem: Problem,
-        states: Sequence[Tensor],
-        x: Tensor | None,
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        save: bool,
-        recompute: bool,
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """See :class:`trmfast.backends.Backend`."""
-        first = states[0]
-        setting = _setting(problem, first, cos is not None)
-        plan = _forward_plan(setting, save)
-        inputs: dict[str, Tensor] = {f"states.{s}": state for s, state in enumerate(states)}
-        if x is not None:
-            inputs["x"] = x
-        results = _run((setting, save), plan, {**inputs, **_constants(weights, cos, sin)})
+        first = call.states[0]
+        setting = _setting(call.problem, first, call.cos is not None)
+        plan = _forward_plan(setting, call.save)
+        inputs: dict[str, Tensor] = {f"states.{s}": state for s, state in enumerate(call.states)}
+        if call.x is not None:
+            inputs["x"] = call.x
+        results = _run((setting, call.save), plan, {**inputs, **_constants(call.weights, call.cos, call.sin)})
         # A state that no update writes is still the caller's tensor.
-        out = [results[f"out.{s}"] if f"out.{s}" in results else state.clone() for s, state in enumerate(states)]
+        out = [results[f"out.{s}"] if f"out.{s}" in results else state.clone() for s, state in enumerate(call.states)]
         saved = results["saved"] if "saved" in results else first.new_empty((0, *first.shape))
         return out, saved, first.new_empty(0, dtype=torch.uint8)
 
-    def backward(
-        self,
-        problem: Problem,
-        grad_states: Sequence[Tensor],
-        saved: Tensor,
-        kept: Tensor,
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        needs_states: Sequence[bool],
-        needs_x: bool,
-        needs_weights: Sequence[bool],
-    ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
+    def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """See :class:`trmfast.backends.Backend`."""
-        setting = _setting(problem, grad_states[0], cos is not None, saved.dtype)
-        key = (setting, tuple(needs_states), needs_x, tuple(needs_weights))
+        setting = _setting(call.problem, call.grad_states[0], call.cos is not None, call.saved.dtype)
+        key = (setting, tuple(call.needs_states), call.needs_x, tuple(call.needs_weights))
         backward = _backward_plan(*key)
-        inputs = {f"grad.{s}": gradient for s, gradient in enumerate(grad_states)}
-        results = _run(key, backward.plan, {"saved": saved, **inputs, **_constants(weights, cos, sin)})
+        inputs = {f"grad.{s}": gradient for s, gradient in enumerate(call.grad_states)}
+        results = _run(
+            key, backward.plan, {"saved": call.saved, **inputs, **_constants(call.weights, call.cos, call.sin)}
+        )
 
         def of(buffer: Buffer | None) -> Tensor | None:
             return None if buffer is None else results[buffer.name]
