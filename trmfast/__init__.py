@@ -26,6 +26,7 @@ __all__ = [
 # Imported on first use: the models need packages that the operators do not.
 _LAZY = {
     "HRM": "trmfast.models",
+    "Solver": "trmfast.solving",
     "TRM": "trmfast.models",
     "URM": "trmfast.models",
     "UnsupportedModelError": "trmfast.dropin",
