@@ -325,3 +325,13 @@ def test_bad_tensors_are_refused_here_too() -> None:
     inputs = make_inputs(case)
     with pytest.raises(ValueError, match=r"^states: got 1, accepted are 2 \(z_H, z_L\)$"):
         run_program(case.problem, inputs.states[:1], inputs.x, inputs.weights)
+
+
+@pytest.mark.parametrize("batch, length", [(0, 3), (2, 0)])
+def test_tensors_without_elements(batch: int, length: int) -> None:
+    inputs = make_inputs(make_case("empty", window="all", batch=batch, length=length))
+    states = [state.requires_grad_() for state in inputs.states]
+    out = run_program(inputs.problem, states, inputs.x, inputs.weights, inputs.cos, inputs.sin)
+    assert [z.shape for z in out] == [(batch, length, 64)] * 2
+    (gradient,) = torch.autograd.grad(out[0].sum(), states[:1], allow_unused=True, materialize_grads=True)
+    assert gradient.shape == (batch, length, 64)

@@ -64,7 +64,7 @@ def attention(
         k, v = (t.repeat_interleave(heads // kv_heads, dim=2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=block.causal)
-    return F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), o_proj.to(h.dtype))
+    return F.linear(mixed.transpose(1, 2).flatten(2), o_proj.to(h.dtype))
 
 
 def swiglu(h: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
