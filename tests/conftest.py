@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from fuzz.poison import poisoned_allocations
 from trmfast.backends import BACKENDS
 from trmfast.cases import Case
 
@@ -29,26 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is False"))
 
 
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(allocate)
-    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = allocate(*args, **kwargs)
-        if tensor.is_floating_point():
-            with torch.no_grad():
-                tensor.fill_(float("nan"))
-        return tensor
-
-    return wrapper
-
-
 @pytest.fixture(scope="session", autouse=True)
-def poisoned_allocations() -> Iterator[None]:
+def _poisoned_memory() -> Iterator[None]:
     """Uninitialised memory holds NaN, so that an output which nobody wrote cannot look right by chance."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("empty", "empty_like", "empty_strided"):
-            patch.setattr(torch, name, _poisoned(getattr(torch, name)))
-        for name in ("new_empty", "new_empty_strided"):
-            patch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+    with poisoned_allocations():
         yield
 
 
