@@ -22,7 +22,7 @@ import torch
 from adam_atan2_pytorch import AdamAtan2
 from torch import Tensor
 
-from trmfast.eager import EagerTRM
+from trmfast.benchmark.eager import EagerTRM
 from trmfast.models import TRM, ACTLossHead
 from trmfast.puzzles import sudoku_batch
 

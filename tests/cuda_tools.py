@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from trmfast.benchmark.cuda_kernels import find_cuobjdump, find_nvcc
+from benchmarks.offline.cuda import find_cuobjdump, find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"

@@ -1,6 +1,6 @@
 """Runs the CUDA kernel of the forward recursion in the SIMT emulator (tests/simt/recursion_harness.cpp).
 
-``python tests/simt_recursion.py trm-sudoku-att`` counts a whole supervision step of one sequence, some minutes.
+``PYTHONPATH=. python tests/simt_recursion.py trm-sudoku-att`` counts a supervision step of one sequence, in minutes.
 """
 
 from __future__ import annotations

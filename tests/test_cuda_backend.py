@@ -19,12 +19,12 @@ from trmfast.kernels.configurations import Configuration
 from trmfast.kernels.forward_plan import Setting
 
 import trmfast
+from benchmarks.offline import tables
+from benchmarks.offline.tables import fill
 from simt_recursion import Instance, build, run_emulated
 from trmfast import backends
 from trmfast.backends import BACKENDS, BackwardCall, cuda
 from trmfast.backends.triton import TritonBackend, interprets
-from trmfast.benchmark import cuda_engine
-from trmfast.benchmark.gpu import fill
 from trmfast.cases import Case, Inputs, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
@@ -270,10 +270,10 @@ def test_a_tie_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("extension")
 def test_the_document_has_the_plans_and_bytes_of_these_sources() -> None:
-    """docs/gpu.md, written by ``python -m trmfast.benchmark.cuda_engine --write docs/gpu.md``."""
+    """docs/gpu.md, written by ``python -m benchmarks.offline.tables --write docs/gpu.md``."""
     text = (Path(__file__).resolve().parent.parent / "docs" / "gpu.md").read_text()
-    assert fill(text, "cuda-traffic", cuda_engine.traffic_section()) == text
-    winning = {line.split("|")[2].strip() for line in cuda_engine.model_section() if "**" in line}
+    assert fill(text, "cuda-traffic", tables.cuda_traffic_section()) == text
+    winning = {line.split("|")[2].strip() for line in tables.cuda_model_section() if "**" in line}
     assert winning, "auto takes this engine for nothing"
     assert winning <= {"L40S", "RTX 4090"}
 
@@ -282,8 +282,8 @@ def test_without_the_extension_there_is_no_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cuda, "_cuda", None)
-    assert cuda_engine.main([]) == 2
-    assert capsys.readouterr().err.startswith("the engine was not built: ")
+    assert tables.main(["--section", "cuda-model"]) == 2
+    assert capsys.readouterr().err.startswith("no cuda-traffic, no cuda-model: the engine was not built: ")
 
 
 # ---------------------------------------------------------------- hand-over

@@ -21,8 +21,8 @@ import torch
 from trmfast.kernels.architectures import ARCHITECTURES
 from trmfast.kernels.persistent import persistent_traffic
 
+from benchmarks.offline.cuda import CUDA_ARCHITECTURES
 from simt_recursion import Instance, Plan, Run, Schedule, build, listed_instances, plan, run_emulated
-from trmfast.benchmark.cuda_kernels import CUDA_ARCHITECTURES
 from trmfast.cases import PUBLISHED, Case, Inputs, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update

@@ -1,6 +1,6 @@
 """Every kernel of the CUDA engine compiled for GPUs that are not there, and its machine code inspected.
 
-Two architectures stand for the rest here; ``python -m trmfast.benchmark.cuda_kernels`` compiles for all.
+Two architectures stand for the rest here; ``python -m benchmarks.offline.cuda`` compiles for all.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import cuda_tools
+from benchmarks.offline import cuda as cuda_kernels
+from benchmarks.offline.cuda import CUDA_ARCHITECTURES, Compiled, Instance, compile_all, markdown
 from simt_recursion import listed_instances
-from trmfast.benchmark import cuda_kernels
-from trmfast.benchmark.cuda_kernels import CUDA_ARCHITECTURES, Compiled, Instance, compile_all, markdown
 
 FIRST = (80, 90)
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "cuda_kernels.md"

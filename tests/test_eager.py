@@ -9,8 +9,8 @@ import torch
 
 from trmfast.benchmark.accuracy import measure_accuracy
 from trmfast.benchmark.configs import CONFIGS
+from trmfast.benchmark.eager import EagerRecursion
 from trmfast.cases import SMALL, Case, make_inputs
-from trmfast.eager import EagerRecursion
 from trmfast.models import ACTLossHead, ACTModel
 from trmfast.testing import run_truth
 

@@ -10,7 +10,7 @@ import pytest
 from tensor_layouts import atoms_nv
 
 import cuda_tools
-from trmfast.benchmark.cuda_kernels import CUDA_ARCHITECTURES, machine_code
+from benchmarks.offline.cuda import CUDA_ARCHITECTURES, machine_code
 
 SOURCES = [cuda_tools.SIMT / "test_simt.cpp", cuda_tools.SIMT / "test_misuse.cpp"]
 CASES = [case for source in SOURCES for case in re.findall(r'^    \{"(\w+)", ', source.read_text(), re.MULTILINE)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trmfast.benchmark.traffic import bytes_touched, compiled_kernels, count_traffic
+from benchmarks.offline.traffic import bytes_touched, compiled_kernels, count_traffic
 
 
 def test_each_operand_and_each_result_once() -> None:

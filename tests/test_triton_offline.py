@@ -12,8 +12,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 from trmfast.kernels.architectures import ARCHITECTURES
-from trmfast.kernels.offline import Compiled, Job, compile_all, markdown, production_jobs, specialise
 from trmfast.kernels.plan import Buffer, Launch, Tile, resolve
+
+from benchmarks.offline.triton import Compiled, Job, compile_all, markdown, production_jobs, specialise, summary
 
 pytestmark = pytest.mark.compile
 
@@ -90,6 +91,8 @@ def test_faults_are_found() -> None:
     assert any("spills" in fault for fault in found.faults), found
     assert any("shared memory" in fault for fault in found.faults)
     assert "too large" in markdown([found])
+    assert f"| sm_80 | 1 | 1 | {found.spills} | mma |" in summary([found])
+    assert f"| projection | {found.registers} / {found.shared / 1024:.0f} / {found.occupancy} |" in summary([found])
 
 
 def test_each_fault() -> None:

@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from trmfast.benchmark.eager import EagerInner
 from trmfast.cases import Inputs
-from trmfast.eager import EagerInner
 from trmfast.models import ACTModel
 from trmfast.nn import Net
 from trmfast.problem import Problem

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trmfast.eager import EagerHRM, EagerTRM
+from trmfast.benchmark.eager import EagerHRM, EagerTRM
 from trmfast.models import HRM, TRM, ACTModel
 from trmfast.puzzles import ARC_SIDE, arc_batch, sudoku_batch
 

@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from trmfast.benchmark.eager import EagerRecursion, Stack, apply_updates, with_own_code
 from trmfast.cases import Inputs
-from trmfast.eager import EagerRecursion, Stack, apply_updates, with_own_code
 from trmfast.ops import recursion
 from trmfast.program import RecursionProgram
 

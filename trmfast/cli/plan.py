@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trmfast.cases import PUBLISHED, SMALL, Case
+from trmfast.cases import PUBLISHED, SMALL
 from trmfast.cli.console import UsageError, print_table
 
 if TYPE_CHECKING:
     from trmfast.kernels.architectures import Gpu
     from trmfast.kernels.plan import Plan
 
-__all__ = ["describe", "plans", "print_plan"]
+__all__ = ["describe", "print_plan"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COLUMNS = ("kernel", "launches", "programs", "tile", "warps", "MB", "GFLOP", "model us")
@@ -40,13 +40,14 @@ def describe(name: str, batch: int | None, dtype: str, gpu: str) -> dict[str, An
     if importlib.util.find_spec("triton") is None:
         raise UsageError("--plan: needs Triton, `pip install -c constraints.txt -e '.[triton]'` brings it on Linux")
     from trmfast.kernels.architectures import GPUS
+    from trmfast.kernels.plans import plans
 
     if gpu not in GPUS:
         raise UsageError(f"--gpu: got {gpu!r}, accepted are {', '.join(GPUS)}")
     if batch is not None and batch < 1:
         raise UsageError(f"--batch: got {batch}, accepted are numbers from 1 up")
     case = cases[name] if batch is None else replace(cases[name], batch=batch)
-    forward, backward = plans(case, DTYPES[dtype], GPUS[gpu])
+    forward, backward = plans(GPUS[gpu], case.problem, case.batch, case.length, DTYPES[dtype], rope=case.rope)
     return {
         "problem": name,
         "batch": case.batch,
@@ -56,25 +57,6 @@ def describe(name: str, batch: int | None, dtype: str, gpu: str) -> dict[str, An
         "forward": _summary(forward, GPUS[gpu]),
         "backward": _summary(backward, GPUS[gpu]),
     }
-
-
-def plans(case: Case, dtype: torch.dtype, gpu: Gpu, needs_states: bool = False) -> tuple[Plan, Plan]:
-    """The forward plan that saves, and the backward plan of everything that is trained.
-
-    Args:
-        case, dtype, gpu: what for.
-        needs_states: whether the incoming states need gradients; in training they come from a carry and need none.
-    """
-    from trmfast.kernels.backward_plan import backward_plan
-    from trmfast.kernels.configurations import Configuration
-    from trmfast.kernels.forward_plan import Setting, forward_plan
-
-    problem = case.problem
-    configuration = Configuration(gpu.architecture, gpu.multiprocessors)
-    setting = Setting(problem, case.batch, case.length, dtype, case.rope, configuration, tf32=True)
-    needs = [needs_states] * len(problem.program.states)
-    backward = backward_plan(setting, needs, problem.uses_x, [True] * problem.num_weights)
-    return forward_plan(setting, save=True).packed(), backward.plan.packed()
 
 
 def _summary(plan: Plan, gpu: Gpu) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Compiles the CUDA engine for GPUs that are not there, and reads its machine code.
+"""Compiles the CUDA engine without a GPU, and reads its machine code.
 
-``python -m trmfast.benchmark.cuda_kernels --write docs/cuda_kernels.md``, in a source tree.  Needs nvcc and cuobjdump
+``python -m benchmarks.offline.cuda --write docs/cuda_kernels.md``.  Needs nvcc and cuobjdump
 (of the toolkit, or the one that Triton's wheel brings); no GPU.
 """
 
@@ -107,7 +107,7 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
-        """What must not be, one phrase each."""
+        """Faults, one phrase each."""
         found = []
         if self.spills or self.stack or self.local:
             found.append(f"{self.spills} loads and stores of local memory, {self.stack + self.local} bytes of it")
@@ -256,7 +256,7 @@ def markdown(found: Sequence[Compiled], compiler: str) -> str:
     lines = [
         "# Compiled CUDA kernels",
         "",
-        "Written by `python -m trmfast.benchmark.cuda_kernels --write docs/cuda_kernels.md` "
+        "Written by `python -m benchmarks.offline.cuda --write docs/cuda_kernels.md` "
         f"with {compiler}, without a GPU: every kernel of csrc/cuda.  Where bf16 and fp16 differ both are given.  "
         "Registers are those of a thread, of 256 in a block; spills are bytes of local memory of a thread; shared "
         "memory is that of the largest block an instance runs (heads of 64).  Blocks are those that a multiprocessor "
@@ -286,7 +286,7 @@ def _cells(one: Compiled) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles all and prints what is wrong; 1 if anything is."""
-    parser = argparse.ArgumentParser(prog="python -m trmfast.benchmark.cuda_kernels", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline.cuda", description=__doc__)
     parser.add_argument("--architecture", type=int, action="append", choices=CUDA_ARCHITECTURES, help="by default all")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table as Markdown")
     options = parser.parse_args(arguments)

@@ -1,35 +1,36 @@
-"""Writes the counted and modelled parts of docs/gpu.md: ``python -m trmfast.benchmark.gpu --write docs/gpu.md``.
+"""Writes the counted and modelled tables of docs/gpu.md: ``python -m benchmarks.offline.tables --write docs/gpu.md``.
 
-Launches and bytes of the Triton backend come from its plans, those of eager and compiled PyTorch are counted while it
-runs on the CPU (traffic.py), times are those of a model (kernels/roofline.py).  No GPU is needed, and nothing is
-measured.
+Launches and bytes of the Triton backend come from its plans; those of eager and compiled PyTorch are counted on the CPU
+(traffic.py); bytes of the CUDA engine come from kernels/persistent.py, which tests/test_cuda_emulated.py compares with
+what the emulator counts.  Times are modelled (kernels/roofline.py).  Nothing is measured, and no GPU is needed; the
+tables of the CUDA engine need the engine (``TRMFAST_CUDA=1``), which makes the plans.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from trmfast.benchmark.traffic import compiled_kernels, count_traffic
-from trmfast.cases import PUBLISHED, Case, make_case, make_inputs
-from trmfast.cli.plan import plans
-from trmfast.flops import forward_flops, window_flops
 from trmfast.kernels.architectures import GPUS, Gpu
 from trmfast.kernels.configurations import TILES, Configuration
 from trmfast.kernels.forward_plan import Setting, forward_plan, weight_buffers
+from trmfast.kernels.persistent import GAIN, persistent_traffic
 from trmfast.kernels.plan import Launch, Plan
+from trmfast.kernels.plans import plans, setting_on
 from trmfast.kernels.roofline import plan_time, program_bytes
-from trmfast.reference import run_program
 
-__all__ = ["SECTIONS", "eager_traffic", "fill"]
+from benchmarks.offline.traffic import compiled_launches, eager_traffic, forward_of, training_of
+from trmfast.backends import BACKENDS, cuda
+from trmfast.cases import MEASURED, PUBLISHED, Case, make_case
+from trmfast.flops import forward_flops, window_flops
+
+__all__ = ["CUDA_SECTIONS", "SECTIONS", "cuda_model_section", "cuda_traffic_section", "fill"]
 
 SHOWN = ("A100", "H100", "L40S", "RTX 4090", "MI300X")
 # Batches of one GPU: latency, a small batch, and the published global batch over the published number of GPUs.
@@ -41,52 +42,27 @@ BATCHES = {
     "hrm-arc": (1, 8, 96),
     "urm-arc": (1, 8, 96),
 }
-TRAINING = {name: batches[-1] for name, batches in BATCHES.items()}
+CUDA_SHOWN = ("A100", "L40S", "RTX 4090", "H100")
+CUDA_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 768)
+# The published problems that the CUDA engine takes, and narrower ones.
+CUDA_CASES = (
+    *(case for case in PUBLISHED if case.name != "urm-arc"),
+    *(case for case in MEASURED if case.name.startswith("trm-small")),
+    make_case("trm-256-att", H_cycles=3, L_cycles=6, batch=1, length=97, hidden_size=256, num_heads=4),
+)
 
 
-@dataclass(frozen=True)
-class Eager:
-    """Bytes of eager PyTorch, which are a constant and so much for each sequence."""
-
-    constant: int
-    sequence: int
-
-    def nbytes(self, batch: int) -> int:
-        """Bytes for a batch."""
-        return self.constant + batch * self.sequence
+def setting_of(case: Case, gpu: Gpu) -> Setting:
+    """The setting of a case in bf16."""
+    return setting_on(gpu, case.problem, case.batch, case.length, torch.bfloat16, rope=case.rope)
 
 
-def forward_of(case: Case) -> Callable[[], object]:
-    """One supervision step forward in plain PyTorch, without gradients."""
-    inputs = make_inputs(case, torch.bfloat16)
-
-    def run() -> object:
-        with torch.no_grad():
-            return run_program(inputs.problem, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin)
-
-    return run
+def plans_of(case: Case, gpu: Gpu) -> tuple[Plan, Plan]:
+    """The plans of a case in bf16."""
+    return plans(gpu, case.problem, case.batch, case.length, torch.bfloat16, rope=case.rope)
 
 
-def training_of(case: Case) -> Callable[[], object]:
-    """The same with gradients of x and all weights, from the gradient of the first state, on which the heads sit."""
-    inputs = make_inputs(case, torch.bfloat16)
-    weights = [weight.requires_grad_() for weight in inputs.weights]
-    x = None if inputs.x is None else inputs.x.clone().requires_grad_()
-
-    def run() -> None:
-        out = run_program(inputs.problem, inputs.states, x, weights, inputs.cos, inputs.sin)
-        out[0].backward(inputs.grad_states[0])
-
-    return run
-
-
-def eager_traffic(case: Case, step: Callable[[Case], Callable[[], object]]) -> Eager:
-    """Counts one and two sequences: every operation's operands are constant or grow with the batch."""
-    one, two = (count_traffic(step(replace(case, batch=batch))).nbytes for batch in (1, 2))
-    return Eager(2 * one - two, two - one)
-
-
-# ---------------------------------------------------------------- sections
+# ---------------------------------------------------------------- the Triton backend
 
 
 def launches_section() -> list[str]:
@@ -103,7 +79,7 @@ def launches_section() -> list[str]:
     )
     for title, options in blocks:
         case = make_case(title, "urm", window="all", **{**sizes, **options})
-        forward, backward = plans(case, torch.bfloat16, GPUS["H100"])
+        forward, backward = plans_of(case, GPUS["H100"])
         # The last block of two: the first one ends with the gradients of states.
         per_layer = len(forward) // 2
         names = [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in forward.launches[:per_layer]]
@@ -124,7 +100,7 @@ def counts_section() -> list[str]:
         compiled = compiled_launches(case)
         for batch in BATCHES[case.name]:
             sized = replace(case, batch=batch)
-            forward, backward = plans(sized, torch.bfloat16, GPUS["H100"])
+            forward, backward = plans_of(sized, GPUS["H100"])
             for step, parts in (("forward", [forward]), ("training", [forward, backward])):
                 nbytes = sum(part.nbytes for part in parts) + len(parts) * cast_bytes(case)
                 plain = eager[step].nbytes(batch)
@@ -137,28 +113,6 @@ def counts_section() -> list[str]:
                 )
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
-
-
-def compiled_launches(case: Case) -> dict[str, int]:
-    """Kernel launches of compiled PyTorch at least, for the whole recursion as one graph."""
-    inputs = make_inputs(replace(case, batch=1), torch.bfloat16)
-    weights = [weight.requires_grad_() for weight in inputs.weights]
-
-    def function(states: Sequence[Tensor], x: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return run_program(inputs.problem, states, x, weights, inputs.cos, inputs.sin)
-
-    def forward(compiled: Callable[..., Any]) -> None:
-        with torch.no_grad():
-            compiled(inputs.states, inputs.x, weights)
-
-    def training(compiled: Callable[..., Any]) -> None:
-        x = None if inputs.x is None else inputs.x.clone().requires_grad_()
-        compiled(inputs.states, x, weights)[0].backward(inputs.grad_states[0])
-
-    return {
-        "forward": compiled_kernels(forward, function).launches,
-        "training": compiled_kernels(training, function).launches,
-    }
 
 
 def cast_bytes(case: Case) -> int:
@@ -205,7 +159,7 @@ def roofline_section() -> list[str]:
 
 def modelled(case: Case, gpu: Gpu, step: str, flops: int) -> str:
     """Milliseconds, and the share of the tensor cores' peak by the published count of FLOP."""
-    forward, backward = plans(case, torch.bfloat16, gpu)
+    forward, backward = plans_of(case, gpu)
     seconds = plan_time(gpu, forward) + (plan_time(gpu, backward) if step == "training" else 0.0)
     return f"{seconds * 1e3:.3g} ({flops / seconds / gpu.tensor_flops:.0%})"
 
@@ -219,7 +173,7 @@ def mixer_section() -> list[str]:
         for count in tokens:
             case = make_case("mixer", "urm", H_cycles=1, L_cycles=1, batch=count // 97, length=97, hidden_size=512,
                              num_heads=8, num_layers=1)  # fmt: skip
-            forward, _ = plans(case, torch.bfloat16, gpu)
+            forward, _ = plans_of(case, gpu)
             row.append("one" if forward.launches[-1].kernel.startswith("swiglu") else "two")
         lines.append(f"| {gpu.name} | {' | '.join(row)} |")
     return lines
@@ -238,7 +192,7 @@ def fusion_section() -> list[str]:
 
             def block(fusion: str, gpu: Gpu = gpu, case: Case = case) -> tuple[Launch, ...]:
                 configuration = Configuration(gpu.architecture, gpu.multiprocessors, fusion)
-                setting = Setting(case.problem, case.batch, case.length, torch.bfloat16, case.rope, configuration)
+                setting = replace(setting_of(case, gpu), configuration=configuration)
                 return forward_plan(setting, save=False).launches
 
             least, most = block("least"), block("most")
@@ -266,6 +220,53 @@ def _tile_text(tile: Any) -> str:
     return f"{blocks}, {tile.num_warps} x {tile.num_stages}"
 
 
+# ---------------------------------------------------------------- the CUDA engine
+
+
+def cuda_traffic_section() -> list[str]:
+    """Bytes of one sequence in one supervision step, at the batch of most sequences."""
+    lines = [
+        "| problem | GPU | blocks x tokens of a sequence | weights MB | RoPE tables MB | exchange MB | states MB "
+        "| compulsory MB | exchange and states / compulsory |",
+        "| --- | --- | --- |" + " ---: |" * 6,
+    ]
+    for case in CUDA_CASES:
+        for name in CUDA_SHOWN:
+            prepared = cuda._prepare(case.problem, CUDA_BATCHES[-1], case.length, cuda.limits_of(GPUS[name]))
+            grid = cuda.grid_of(prepared)
+            one = persistent_traffic(case.problem, 1, case.length, grid, rope=case.rope)
+            amounts = (one.weights, one.tables, one.exchange, one.states, one.compulsory)
+            cells = [f"{nbytes / 1e6:.3g}" for nbytes in amounts]
+            cells.append(f"{one.activations / one.compulsory:.1f}")
+            lines.append(f"| {case.name} | {name} | {grid.group_blocks} x {grid.rows} | {' | '.join(cells)} |")
+    return lines
+
+
+def cuda_model_section() -> list[str]:
+    """Milliseconds of one launch, and how many times faster than Triton's launches that is."""
+    lines = [
+        f"| problem | GPU | {' | '.join(f'B = {batch}' for batch in CUDA_BATCHES)} |",
+        f"| --- | --- |{' ---: |' * len(CUDA_BATCHES)}",
+    ]
+    for case in CUDA_CASES:
+        for name in CUDA_SHOWN:
+            cells = [_compared(replace(case, batch=batch), name) for batch in CUDA_BATCHES]
+            lines.append(f"| {case.name} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _compared(case: Case, name: str) -> str:
+    gpu = GPUS[name]
+    times = cuda.modelled_times(case.problem, case.batch, case.length, setting_of(case, gpu), cuda.limits_of(gpu))
+    if times is None:
+        return "-"
+    one, launches = times
+    text = f"{one * 1e3:.3g} ({launches / one:.2f})"
+    return f"**{text}**" if launches >= GAIN * one else text
+
+
+# ---------------------------------------------------------------- command
+
 SECTIONS: dict[str, Callable[[], list[str]]] = {
     "launches": launches_section,
     "counts": counts_section,
@@ -273,8 +274,12 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "mixer": mixer_section,
     "fusion": fusion_section,
     "tiles": tiles_section,
+    "cuda-traffic": cuda_traffic_section,
+    "cuda-model": cuda_model_section,
 }
 """What stands between ``<!-- name -->`` and ``<!-- /name -->`` in docs/gpu.md."""
+CUDA_SECTIONS = ("cuda-traffic", "cuda-model")
+"""Those that need the CUDA engine."""
 
 
 def fill(text: str, name: str, lines: Sequence[str]) -> str:
@@ -291,31 +296,23 @@ def fill(text: str, name: str, lines: Sequence[str]) -> str:
     return f"{head}{begin}" + "\n".join(lines) + f"\n{end}{tail}"
 
 
-Sections = Mapping[str, Callable[[], list[str]]]
-
-
-def parse(parser: argparse.ArgumentParser, sections: Sections, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a command that writes sections of a document."""
-    parser.add_argument("--section", action="append", choices=list(sections), help="by default all")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints sections, or writes them into a document; 2 if a section is asked for that needs the missing engine."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline.tables", description=__doc__)
+    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="by default all that can be made")
     parser.add_argument("--write", type=Path, metavar="FILE", help="the document; by default sections are printed")
-    return parser.parse_args(arguments)
-
-
-def put(sections: Sections, options: argparse.Namespace) -> None:
-    """Prints the sections that options ask for, or writes them into the document."""
-    for name in options.section or sections:
-        lines = sections[name]()
+    options = parser.parse_args(arguments)
+    missing = CUDA_SECTIONS if cuda._cuda is None else ()
+    if missing:
+        print(f"no {', no '.join(missing)}: {BACKENDS['cuda'].available()}", file=sys.stderr)
+    if set(missing) & set(options.section or ()):
+        return 2
+    for name in options.section or [name for name in SECTIONS if name not in missing]:
+        lines = SECTIONS[name]()
         if options.write is None:
             print(f"{name}\n\n" + "\n".join(lines) + "\n")
         else:
             options.write.write_text(fill(options.write.read_text(), name, lines))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints sections, or writes them into a document."""
-    parser = argparse.ArgumentParser(prog="python -m trmfast.benchmark.gpu", description=__doc__)
-    options = parse(parser, SECTIONS, arguments)
-    put(SECTIONS, options)
     return 0
 
 

@@ -1,17 +1,15 @@
-"""Compiles launches for GPUs that are not there, and reads registers, spills, shared memory and instructions.
+"""Compiles the Triton kernels without a GPU, and reads registers, spills, shared memory and instructions.
 
-Needs Triton, which ships the compilers and disassemblers; no GPU.  Compilation runs in processes of its own, so that it
-works from a process in which Triton interprets.
+``python -m benchmarks.offline.triton --write build/gpu_kernels.md --summary docs/gpu_kernels.md``.  Triton ships the
+compilers and disassemblers.  Compilation runs in processes of its own, so that it works from a process in which Triton
+interprets.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -26,9 +24,10 @@ from trmfast.kernels.configurations import Configuration
 from trmfast.kernels.forward_plan import Setting, forward_plan
 from trmfast.kernels.plan import Buffer, Launch, resolve
 
+from benchmarks.offline.machine_code import read_amd, read_nvidia
 from trmfast.cases import PUBLISHED, make_case
 
-__all__ = ["Compiled", "Job", "compile_all", "compile_one", "production_jobs", "specialise"]
+__all__ = ["Compiled", "Job", "compile_all", "compile_one", "markdown", "production_jobs", "specialise", "summary"]
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -158,7 +157,7 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
-        """What must not be: spills, too much shared memory, products without tensor cores, no wide loads."""
+        """Faults, one phrase each: spills, too much shared memory, no tensor cores in products, no wide loads."""
         if self.error is not None:
             return [self.error]
         found = []
@@ -237,7 +236,7 @@ def compile_one(job: Job) -> Compiled:
         return Compiled(
             launch.kernel, architecture.name, job.label, error=f"{type(error).__name__}: {lines[-1].strip()}"
         )
-    read = _read_amd(compiled.asm["amdgcn"]) if amd else _read_nvidia(compiled.asm["cubin"])
+    read = read_amd(compiled.asm["amdgcn"]) if amd else read_nvidia(compiled.asm["cubin"])
     read["shared"] = max(read.get("shared", 0), compiled.metadata.shared)
     # Warp specialisation may add warps.
     num_warps = compiled.metadata.num_warps
@@ -276,96 +275,37 @@ def _compile(job: Job) -> Compiled:
     return compile_one(job)
 
 
-# ---------------------------------------------------------------- machine code
-
-_NVIDIA_MATRIX = (
-    ("tcgen05", re.compile(r"\bU?T?C(?:H|Q|OM|I)MMA\b|\bUTC\w*MMA\b")),
-    ("wgmma", re.compile(r"\b[HIQ]GMMA\b")),
-    ("mma", re.compile(r"\b[HIQD]MMA\b")),
-)
-_NVIDIA_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*")
-_NVIDIA_SPILL = re.compile(r"\b(?:STL|LDL)\b")
-
-
-def _read_nvidia(cubin: bytes) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage, code = (_cuobjdump(option, file) for option in ("-res-usage", "-sass"))
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage: got {usage!r}, expected a line with REG, STACK, SHARED and LOCAL")
-    loads = _NVIDIA_LOAD.findall(code)
-    wide = sum(".128" in load for load in loads)
-    # Bulk copies by the tensor memory accelerator have no width for a thread.
-    wide += len(re.findall(r"\bUBLKCP\b|\bUTMALDG\b", code))
-    tensor, kind = 0, ""
-    for name, pattern in _NVIDIA_MATRIX:
-        count = len(pattern.findall(code))
-        if count:
-            tensor, kind = count, name
-            break
-    return {
-        "registers": int(found[1]),
-        "shared": int(found[3]),
-        "spills": len(_NVIDIA_SPILL.findall(code)),
-        "tensor": tensor,
-        "instructions": kind,
-        "wide_loads": wide,
-        "narrow_loads": len(loads) - sum(".128" in load for load in loads),
-    }
-
-
-def _cuobjdump(option: str, file: Path) -> str:
-    import triton
-
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([program, option, file], capture_output=True, text=True, check=True).stdout
-
-
-def _read_amd(assembly: str) -> dict[str, Any]:
-    def metadata(name: str) -> int:
-        found = re.search(rf"^\s*\.{name}:\s+(\d+)", assembly, re.MULTILINE)
-        if found is None:
-            raise RuntimeError(f"amdgcn: no .{name} in the metadata of the kernel")
-        return int(found[1])
-
-    loads = re.findall(r"^\s*((?:global|buffer|flat)_load_\w+)", assembly, re.MULTILINE)
-    wide = sum(load.endswith("dwordx4") for load in loads)
-    tensor = len(re.findall(r"^\s*v_mfma_", assembly, re.MULTILINE))
-    return {
-        # The count covers accumulation registers too: they share one file.
-        "registers": metadata("vgpr_count"),
-        "shared": metadata("group_segment_fixed_size"),
-        "spills": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
-        "tensor": tensor,
-        "instructions": "mfma" if tensor else "",
-        "wide_loads": wide,
-        "narrow_loads": len(loads) - wide,
-    }
-
-
 # ---------------------------------------------------------------- report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles all and prints what is wrong; 1 if anything is."""
-    parser = argparse.ArgumentParser(prog="python -m trmfast.kernels.offline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline.triton", description=__doc__)
     parser.add_argument("--architecture", action="append", choices=list(ARCHITECTURES), help="by default all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write every program as Markdown")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the extremes of each kernel as Markdown")
     options = parser.parse_args(arguments)
     names = options.architecture or list(ARCHITECTURES)
     jobs = [job for name in names for job in production_jobs(name, getattr(torch, options.dtype))]
     found = compile_all(jobs)
     if options.write is not None:
+        options.write.parent.mkdir(parents=True, exist_ok=True)
         options.write.write_text(markdown(found))
+    if options.summary is not None:
+        options.summary.write_text(summary(found))
     faulty = [compiled for compiled in found if compiled.faults]
     for compiled in faulty:
         faults = "; ".join(compiled.faults)
         print(f"{compiled.kernel} for {compiled.architecture}, {compiled.label}: {faults}")
     print(f"{len(found)} programs compiled, {len(faulty)} with faults")
     return 1 if faulty else 0
+
+
+SIZES = (
+    "at the published sizes (D = 512, inner width 1536, 8 heads of 64) and with 4 heads of 128, with each tile that "
+    "the table in kernels/configurations.py allows"
+)
 
 
 def markdown(found: Sequence[Compiled]) -> str:
@@ -376,24 +316,70 @@ def markdown(found: Sequence[Compiled]) -> str:
     lines = [
         "# Compiled Triton kernels",
         "",
-        f"Written by `python -m trmfast.kernels.offline --write docs/gpu_kernels.md` with Triton {triton.__version__}, "
-        "without a GPU: every kernel at the published sizes (D = 512, inner width 1536, 8 heads of 64, bf16) and with "
-        "4 heads of 128, with each tile that the table in kernels/configurations.py allows.  Registers are those of a "
-        "thread; spills are instructions that use local memory, on AMD registers; loads are counted in the code; warps "
-        "are those that a multiprocessor (compute unit) holds.",
+        f"Written by `python -m benchmarks.offline.triton --write FILE` with Triton {triton.__version__}, without a "
+        f"GPU: every kernel {SIZES}.  Registers are those of a thread; spills are instructions that use local memory, "
+        "on AMD registers; loads are counted in the code; warps are those that a multiprocessor (compute unit) holds.",
     ]
     for name in dict.fromkeys(compiled.architecture for compiled in found):
         lines += ["", f"## {name}", "", f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
         for c in (compiled for compiled in found if compiled.architecture == name):
-            kernel = c.kernel.split(".")[1].removesuffix("_kernel")
             cells = (
-                *(kernel, c.label, c.registers, c.spills, f"{c.shared / 1024:.0f}"),
+                *(_stem(c), c.label, c.registers, c.spills, f"{c.shared / 1024:.0f}"),
                 *(f"{c.instructions} {c.tensor}" if c.tensor else "-", c.wide_loads, c.narrow_loads, c.occupancy),
             )
             lines.append(
-                f"| {' | '.join(map(str, cells))} |" if c.error is None else f"| {kernel} | {c.label} | {c.error} |"
+                f"| {' | '.join(map(str, cells))} |" if c.error is None else f"| {_stem(c)} | {c.label} | {c.error} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def summary(found: Sequence[Compiled]) -> str:
+    """One row for each kernel: the extremes over its programs on each architecture."""
+    import triton
+
+    names = list(dict.fromkeys(compiled.architecture for compiled in found))
+    lines = [
+        "# Compiled Triton kernels",
+        "",
+        f"Every Triton kernel {SIZES}, compiled with Triton {triton.__version__}, without a GPU.  This page gives the "
+        "extremes of each kernel.  This command writes it, and every program with its instructions to build/:",
+        "",
+        "    python -m benchmarks.offline.triton --write build/gpu_kernels.md --summary docs/gpu_kernels.md",
+        "",
+        "It exits with 1 if a program spills, exceeds a block's shared memory, multiplies without tensor cores, or "
+        "has no 16-byte loads; `pytest -m compile` checks the same.  `--architecture sm_90` compiles for one alone.",
+        "",
+        "| architecture | programs | with faults | spills | matrix instructions |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for name in names:
+        own = [c for c in found if c.architecture == name]
+        kinds = sorted({c.instructions for c in own if c.instructions})
+        faulty = sum(bool(c.faults) for c in own)
+        lines.append(f"| {name} | {len(own)} | {faulty} | {sum(c.spills for c in own)} | {', '.join(kinds)} |")
+    lines += [
+        "",
+        "Most registers a thread / most KB of shared memory / fewest warps that a multiprocessor (compute unit) holds:",
+        "",
+        f"| kernel | {' | '.join(names)} |",
+        f"| --- |{' ---: |' * len(names)}",
+    ]
+    for stem in dict.fromkeys(map(_stem, found)):
+        cells = [_extremes([c for c in found if (c.architecture, _stem(c)) == (name, stem)]) for name in names]
+        lines.append(f"| {stem} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _stem(compiled: Compiled) -> str:
+    return compiled.kernel.split(".")[1].removesuffix("_kernel")
+
+
+def _extremes(programs: Sequence[Compiled]) -> str:
+    compiled = [c for c in programs if c.error is None]
+    if not compiled:
+        return "-"
+    shared = max(c.shared for c in compiled) / 1024
+    return f"{max(c.registers for c in compiled)} / {shared:.0f} / {min(c.occupancy for c in compiled)}"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +22,9 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from trmfast.cases import Case, make_inputs
+from trmfast.reference import run_program
 
 __all__ = ["CompiledKernels", "Traffic", "TrafficCounter", "bytes_touched", "compiled_kernels", "count_traffic"]
 
@@ -182,3 +185,70 @@ def compiled_kernels(run: Callable[[Callable[..., Any]], object], function: Call
     return CompiledKernels(
         sum(len(_GENERATED.findall(call)) for call in calls), sum(len(_LIBRARY.findall(call)) for call in calls)
     )
+
+
+# ---------------------------------------------------------------- supervision steps
+
+
+@dataclass(frozen=True)
+class Eager:
+    """Bytes of eager PyTorch, which are a constant and so much for each sequence."""
+
+    constant: int
+    sequence: int
+
+    def nbytes(self, batch: int) -> int:
+        """Bytes for a batch."""
+        return self.constant + batch * self.sequence
+
+
+def forward_of(case: Case) -> Callable[[], object]:
+    """One supervision step forward in plain PyTorch, without gradients."""
+    inputs = make_inputs(case, torch.bfloat16)
+
+    def run() -> object:
+        with torch.no_grad():
+            return run_program(inputs.problem, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin)
+
+    return run
+
+
+def training_of(case: Case) -> Callable[[], object]:
+    """The same with gradients of x and all weights, from the gradient of the first state, on which the heads sit."""
+    inputs = make_inputs(case, torch.bfloat16)
+    weights = [weight.requires_grad_() for weight in inputs.weights]
+    x = None if inputs.x is None else inputs.x.clone().requires_grad_()
+
+    def run() -> None:
+        out = run_program(inputs.problem, inputs.states, x, weights, inputs.cos, inputs.sin)
+        out[0].backward(inputs.grad_states[0])
+
+    return run
+
+
+def eager_traffic(case: Case, step: Callable[[Case], Callable[[], object]]) -> Eager:
+    """Counts one and two sequences: every operation's operands are constant or grow with the batch."""
+    one, two = (count_traffic(step(replace(case, batch=batch))).nbytes for batch in (1, 2))
+    return Eager(2 * one - two, two - one)
+
+
+def compiled_launches(case: Case) -> dict[str, int]:
+    """Kernel launches of compiled PyTorch at least, for the whole recursion as one graph."""
+    inputs = make_inputs(replace(case, batch=1), torch.bfloat16)
+    weights = [weight.requires_grad_() for weight in inputs.weights]
+
+    def function(states: Sequence[Tensor], x: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return run_program(inputs.problem, states, x, weights, inputs.cos, inputs.sin)
+
+    def forward(compiled: Callable[..., Any]) -> None:
+        with torch.no_grad():
+            compiled(inputs.states, inputs.x, weights)
+
+    def training(compiled: Callable[..., Any]) -> None:
+        x = None if inputs.x is None else inputs.x.clone().requires_grad_()
+        compiled(inputs.states, x, weights)[0].backward(inputs.grad_states[0])
+
+    return {
+        "forward": compiled_kernels(forward, function).launches,
+        "training": compiled_kernels(training, function).launches,
+    }

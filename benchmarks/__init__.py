@@ -1,0 +1,1 @@
+"""Benchmarks and analysis that run from a source tree; nothing here is installed."""
