@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import trmfast
-from trmfast.backends import cpu
+from trmfast import targets
 from trmfast.backends.cpu import CpuBackend
 from trmfast.backends.reference import ReferenceBackend
 from trmfast.backends.triton import TritonBackend
@@ -125,9 +125,9 @@ def test_a_target_that_does_not_run_here_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = {"amx": "amx: the processor lacks AMX-TILE or AMX-BF16", "portable": None}
-    monkeypatch.setattr(cpu, "_forced", target)
-    monkeypatch.setattr(cpu, "targets", lambda: found)
-    cpu._target_for.cache_clear()
+    monkeypatch.setattr(targets, "_forced", target)
+    monkeypatch.setattr(targets, "targets", lambda: found)
+    targets._target_of.cache_clear()
     assert refusal(command, capsys).startswith(f"trmfast {command[0]}: TRMFAST_CPU_ISA: {expected}")
 
 

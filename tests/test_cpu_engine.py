@@ -22,6 +22,7 @@ import trmfast
 from trmfast.backends import BACKENDS
 from trmfast.backends import cpu as engine
 from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
+from trmfast.targets import TARGETS
 from trmfast.testing import Draw, check_case, check_draws, draw_case, require, run_fused, run_truth
 
 _reason = BACKENDS["cpu"].available()
@@ -62,7 +63,7 @@ def _drawn(case: Case, dtype: torch.dtype) -> list[Draw]:
 
 
 # The target varies fastest, so that all of them share the draws.
-@pytest.mark.parametrize("target", engine.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case",
@@ -109,7 +110,7 @@ BATCHES = [
 
 
 @pytest.mark.parametrize("store", [None, 200_000])
-@pytest.mark.parametrize("target", engine.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_kept_activations_give_the_bits_of_recomputed_ones(
     target: str, store: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trmfast.file_format import KEY, VERSION, described, naming
 from trmfast.layouts import LAYOUTS, Layout, find_layout, inferred, inner_names
 from trmfast.models import ACTLossHead, ACTModel
 from trmfast.models.losses import LOSSES
 
 __all__ = ["Loaded", "load", "read", "save"]
 
-KEY = "trmfast"  # of the safetensors metadata
-VERSION = 1
 # What only training reads (and the rows of a puzzle embedding that is not there), where nothing else is said.
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "halt_exploration_prob": 0.1, "num_puzzle_identifiers": 1}
 
@@ -101,12 +99,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     )
     kept = asdict(now)
     del kept["backend"]  # a property of the machine
-    described = {"version": VERSION, "model": layout.name, "config": kept, "window": bare.window, "loss": loss}
+    about = {"version": VERSION, "model": layout.name, "config": kept, "window": bare.window, "loss": loss}
     tensors = {name: tensor.detach().contiguous() for name, tensor in bare.state_dict().items()}
     part = Path(f"{os.fspath(path)}.part")
     try:
         # One key: several would be written in an order that differs from run to run.
-        save_file(tensors, part, metadata={KEY: json.dumps(described)})
+        save_file(tensors, part, metadata={KEY: json.dumps(about)})
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"path: got {os.fspath(path)}, accepted are files that can be written: {error}") from error
@@ -137,11 +135,11 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
     content = _read_file(Path(path))
     tensors = inner_names(content.tensors)
     layout = find_layout(tensors)
-    described = content.described
-    if described is not None and described["model"] != layout.name:
-        raise ValueError(f"path: the tensors are those of {layout.name}, the metadata says {described['model']}")
+    about = content.described
+    if about is not None and about["model"] != layout.name:
+        raise ValueError(f"path: the tensors are those of {layout.name}, the metadata says {about['model']}")
     beside = Path(path).parent / "all_config.yaml"
-    if config is None and described is None and beside.is_file():
+    if config is None and about is None and beside.is_file():
         config = beside
     given = layout.translate({**content.config, **_read_config(config), **options})
 
@@ -162,9 +160,9 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
     with torch.random.fork_rng(devices=[]):
         model: ACTModel = layout.model(values)
     missing, unexpected = _fill(model, tensors, strict)
-    if described is not None:
-        model.window = described["window"]
-    loss = described["loss"] if described is not None else None
+    if about is not None:
+        model.window = about["window"]
+    loss = about["loss"] if about is not None else None
     result = model if loss is None else ACTLossHead(model, loss)
     return Loaded(result, content.form, layout, told, missing, unexpected)
 
@@ -222,18 +220,8 @@ class _Content:
     described: dict[str, Any] | None = None
 
 
-@contextmanager
-def _naming(argument: str, path: Path) -> Iterator[None]:
-    """Names the argument in errors of the file system."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise type(error)(f"{argument}: got {path}, accepted are files that can be read: {reason}") from error
-
-
 def _read_file(path: Path) -> _Content:
-    with _naming("path", path), path.open("rb") as file:
+    with naming("path", path), path.open("rb") as file:
         start = file.read(9)
     # A safetensors file starts with the length of its header, which is JSON.
     return _read_safetensors(path) if start[8:] == b"{" else _read_torch(path)
@@ -249,19 +237,10 @@ def _read_safetensors(path: Path) -> _Content:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"path: {path} is not a whole safetensors file: {error}") from error
-    if KEY not in metadata:
+    found = described(path, metadata)
+    if found is None:
         return _Content("safetensors", tensors)
-    try:
-        described = json.loads(metadata[KEY])
-    except ValueError as error:
-        raise ValueError(f"path: the metadata of {path} is not JSON: {error}") from error
-    version = described.get("version") if isinstance(described, dict) else None
-    if version != VERSION:
-        raise ValueError(f"path: {path} is of format version {version}, this trmfast reads version {VERSION}")
-    absent = [name for name in ("model", "config", "window", "loss") if name not in described]
-    if absent:
-        raise ValueError(f"path: the metadata of {path} has no {', '.join(absent)}")
-    return _Content("safetensors of trmfast", tensors, described["config"], described)
+    return _Content("safetensors of trmfast", tensors, found["config"], found)
 
 
 def _read_torch(path: Path) -> _Content:
@@ -299,7 +278,7 @@ def _read_values(path: Path) -> Any:
     """The content of a JSON or YAML file."""
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        with _naming("config", path):
+        with naming("config", path):
             text = path.read_text()
         if kind == "JSON":
             return json.loads(text)

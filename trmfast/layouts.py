@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trmfast.config import own_names
 from trmfast.models import HRM, TRM, URM, ACTModel, TRMHier6, TRMSingleZ
-from trmfast.models.urm import own_names
 from trmfast.spec import swiglu_width
 
 __all__ = ["LAYOUTS", "Layout", "find_layout", "inferred", "inner_names"]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from trmfast.models.losses import IGNORE_LABEL_ID
+from trmfast.sudoku import count_solutions, sudoku_puzzle, symmetric
 
-__all__ = ["ARC_SIDE", "arc_batch", "arc_tokens", "sudoku_batch", "sudoku_puzzle"]
+__all__ = ["ARC_SIDE", "arc_batch", "arc_tokens", "count_solutions", "sudoku_batch", "sudoku_puzzle"]
 
 ARC_SIDE = 30
 ARC_PAD, ARC_END, ARC_FIRST_COLOUR = 0, 1, 2
@@ -88,7 +89,7 @@ def sudoku_batch(rows: int, seed: int = 0) -> dict[str, Tensor]:
     _check_rows(rows)
     generator = random.Random(seed)
     base = [sudoku_puzzle(generator) for _ in range(min(rows, 8))]
-    pairs = [base[i] if i < len(base) else _symmetric(base[i % len(base)], generator) for i in range(rows)]
+    pairs = [base[i] if i < len(base) else symmetric(base[i % len(base)], generator) for i in range(rows)]
     inputs, labels = (np.array([pair[side] for pair in pairs], dtype=np.int32) + 1 for side in (0, 1))
     return _batch(inputs, labels, [0] * rows)
 
@@ -104,95 +105,3 @@ def _batch(inputs: np.ndarray, labels: np.ndarray, identifiers: Sequence[int]) -
         "labels": torch.from_numpy(labels.astype(np.int32)),
         "puzzle_identifiers": torch.tensor(identifiers, dtype=torch.int32),
     }
-
-
-# ---------------------------------------------------------------- Sudoku
-
-Grid = list[int]
-"""81 digits row by row, 0 for an empty cell."""
-
-_CELLS = range(81)
-_PEERS = tuple(
-    tuple(
-        other
-        for other in _CELLS
-        if other != cell
-        and (
-            other // 9 == cell // 9
-            or other % 9 == cell % 9
-            or (other // 27 == cell // 27 and other % 9 // 3 == cell % 9 // 3)
-        )
-    )
-    for cell in _CELLS
-)
-
-
-def sudoku_puzzle(generator: random.Random, givens: int = 26) -> tuple[Grid, Grid]:
-    """A puzzle and its only solution.
-
-    Digits are taken from a random solution, each if the solution stays the only one, until ``givens`` are left or no
-    more can be taken.
-    """
-    solution = _symmetric(
-        ([0] * 81, [(3 * (r % 3) + r // 3 + c) % 9 + 1 for r in range(9) for c in range(9)]), generator
-    )[1]
-    puzzle = list(solution)
-    left = 81
-    for cell in generator.sample(_CELLS, 81):
-        if left == givens:
-            break
-        digit, puzzle[cell] = puzzle[cell], 0
-        if count_solutions(puzzle) == 1:
-            left -= 1
-        else:
-            puzzle[cell] = digit
-    return puzzle, solution
-
-
-def count_solutions(puzzle: Grid, most: int = 2) -> int:
-    """The number of solutions, counted up to ``most``."""
-    # One bit for each digit that a cell may still hold.
-    free = [0] * 81
-    for cell in _CELLS:
-        if not puzzle[cell]:
-            free[cell] = 0x3FE
-            for peer in _PEERS[cell]:
-                free[cell] &= ~(1 << puzzle[peer])
-    grid = list(puzzle)
-
-    def search() -> int:
-        empty = [cell for cell in _CELLS if not grid[cell]]
-        if not empty:
-            return 1
-        cell = min(empty, key=lambda c: free[c].bit_count())
-        found = 0
-        for digit in range(1, 10):
-            if not free[cell] >> digit & 1:
-                continue
-            bit = 1 << digit
-            changed = [peer for peer in _PEERS[cell] if not grid[peer] and free[peer] & bit]
-            grid[cell] = digit
-            for peer in changed:
-                free[peer] &= ~bit
-            found += search()
-            for peer in changed:
-                free[peer] |= bit
-            grid[cell] = 0
-            if found >= most:
-                break
-        return found
-
-    return search()
-
-
-def _symmetric(pair: tuple[Grid, Grid], generator: random.Random) -> tuple[Grid, Grid]:
-    """The pair after a random exchange of digits, bands, rows, stacks and columns, and perhaps a transposition."""
-
-    def line() -> list[int]:
-        return [3 * group + i for group in generator.sample(range(3), 3) for i in generator.sample(range(3), 3)]
-
-    digits = [0, *generator.sample(range(1, 10), 9)]
-    rows, columns, transpose = line(), line(), generator.random() < 0.5
-    cells = [9 * c + r if transpose else 9 * r + c for r in rows for c in columns]
-    puzzle, solution = ([digits[grid[cell]] for cell in cells] for grid in pair)
-    return puzzle, solution

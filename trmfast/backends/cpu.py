@@ -6,95 +6,34 @@ import ctypes
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from trmfast.backends.call import BackwardCall, ForwardCall
-from trmfast.backends.engine import address, block_fields, update_rows
 from trmfast.build_info import build_info
+from trmfast.engine import address, block_fields, update_rows
 from trmfast.problem import Problem
-
-try:
-    from trmfast import _cpu as _extension
-except ImportError as error:
-    _cpu: ModuleType | None = None
-    _import_error = str(error)
-else:
-    _cpu = _extension
-    _import_error = ""
+from trmfast.targets import extension, force_target, import_error, target_of, targets
 
 __all__ = ["CpuBackend", "force_target", "release_memory", "target_for", "targets", "thread_source"]
 
 ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-# Best first.  An element that a target is not compiled for is served by the next one below it.
-TARGETS = ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable")
 # Memory for what weight gradients read, over all sequences of a backward pass.
 STORE_BYTES = 36 << 20
 MOST_STATES, MOST_NETS, MOST_TAPS = 64, 16, 8
 PACKED_NETS = 16
 
-_forced: str | None = os.environ.get("TRMFAST_CPU_ISA") or None
-
-
-def targets() -> dict[str, str | None]:
-    """Every target of this build, best first, with None if this machine runs it or else the reason why not."""
-    if _cpu is None:
-        return {}
-    compiled = {target for target, _ in _cpu.compiled_pairs()}
-    return {target: _cpu.missing_reason(target) for target in TARGETS if target in compiled}
-
-
-@contextmanager
-def force_target(target: str | None) -> Iterator[None]:
-    """Runs the engine on one target inside a ``with`` block; None lets it choose again.
-
-    The environment variable ``TRMFAST_CPU_ISA`` does the same for a process.
-
-    Raises:
-        ValueError: the target is not compiled or the machine cannot run it.
-    """
-    global _forced
-    before, _forced = _forced, target
-    try:
-        if target is not None:
-            target_for(torch.float32)
-        yield
-    finally:
-        _forced = before
+_cpu = extension
 
 
 def target_for(dtype: torch.dtype) -> str:
     """The target that computes in a dtype: the best that this machine runs, or the one forced."""
-    return _target_for(ELEMENTS[dtype], _forced)
-
-
-@lru_cache(maxsize=32)
-def _target_for(element: str, forced: str | None) -> str:
-    assert _cpu is not None
-    pairs = set(_cpu.compiled_pairs())
-    if forced is not None:
-        known = targets()
-        accepted = ", ".join(target for target, reason in known.items() if reason is None)
-        if forced not in known:
-            raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, accepted are {accepted}")
-        missing = known[forced]
-        if missing is not None:
-            missing = missing.split(": ", 1)[-1]  # without the target's name
-            raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, but {missing}; accepted are {accepted}")
-        candidates = TARGETS[TARGETS.index(forced) :]
-    else:
-        candidates = tuple(target for target in TARGETS if target != "amx_emulated")
-    for target in candidates:
-        if (target, element) in pairs and _cpu.missing_reason(target) is None:
-            return target
-    raise ValueError(f"TRMFAST_CPU_ISA: got {forced!r}, accepted are targets compiled for {element}")
+    return target_of(ELEMENTS[dtype])
 
 
 # ---------------------------------------------------------------- threads
@@ -251,7 +190,7 @@ class CpuBackend:
         """None, or why there is no engine in this installation."""
         if _cpu is not None:
             return None
-        return f"the engine was not built: {build_info().error or _import_error}"
+        return f"the engine was not built: {build_info().error or import_error}"
 
     def supports(
         self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int

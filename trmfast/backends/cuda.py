@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from trmfast.backends.call import BackwardCall, ForwardCall
-from trmfast.backends.engine import address, block_fields, update_rows
 from trmfast.backends.triton import TritonBackend
 from trmfast.build_info import build_info
+from trmfast.engine import address, block_fields, update_rows
 from trmfast.problem import Problem
 
 if TYPE_CHECKING:

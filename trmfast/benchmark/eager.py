@@ -281,7 +281,7 @@ class EagerInner(Inner):
         """As :meth:`Inner.forward`."""
         identifiers = batch["puzzle_identifiers"] if self.config.puzzle_emb_ndim > 0 else None
         states = self.recur(self._states(carry), self._input_embeddings(batch["inputs"], identifiers))
-        head = states[self.family.head]
+        head = states[0]
         q = self.q_head(head[:, 0]).to(torch.float32)
         logits = self.lm_head(head)[:, self.puzzle_emb_len :]
         return self.family.carry(*(z.detach() for z in states)), logits, (q[..., 0], q[..., 1])

@@ -83,12 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_forced_target() -> None:
     """Refuses a TRMFAST_CPU_ISA that this machine cannot run, before any command starts."""
-    import torch
+    from trmfast.targets import extension, target_of
 
-    from trmfast.backends.cpu import CpuBackend, target_for
-
-    if CpuBackend().available() is None:
+    if extension is not None:
         try:
-            target_for(torch.float32)
+            target_of("f32")
         except ValueError as error:
             raise UsageError(str(error)) from error

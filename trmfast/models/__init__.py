@@ -1,13 +1,13 @@
 """The published models with a fused recursion: constructors, state_dicts, carries and outputs as upstream's classes."""
 
+from trmfast.config import HRMConfig, ModelConfig, TRMConfig, URMConfig
 from trmfast.models.act import ACTModel
 from trmfast.models.carry import Carry, Hier6InnerCarry, InnerCarry, SingleZInnerCarry
-from trmfast.models.config import HRMConfig, ModelConfig, TRMConfig
 from trmfast.models.hrm import HRM
 from trmfast.models.losses import IGNORE_LABEL_ID, ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
 from trmfast.models.sparse_embedding import CastedSparseEmbedding, CastedSparseEmbeddingSignSGD_Distributed
 from trmfast.models.trm import TRM, TRMHier6, TRMSingleZ
-from trmfast.models.urm import URM, URMCarry, URMConfig
+from trmfast.models.urm import URM, URMCarry
 
 __all__ = [
     "HRM",

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trmfast.config import ModelConfig
 from trmfast.models.carry import Carry
-from trmfast.models.config import ModelConfig
 from trmfast.models.inner import Family, Inner
 from trmfast.models.sparse_embedding import CastedSparseEmbedding
 from trmfast.program import GradientWindow

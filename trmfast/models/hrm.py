@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from trmfast.architectures import ARCHITECTURES
+from trmfast.config import HRMConfig
 from trmfast.models.act import ACTModel
 from trmfast.models.carry import InnerCarry
-from trmfast.models.config import HRMConfig
 from trmfast.models.inner import Family
-from trmfast.program import RecursionProgram
 
 __all__ = ["HRM"]
-
-NETS = (("H_level", "H_layers"), ("L_level", "L_layers"))
 
 
 class HRM(ACTModel):
@@ -20,4 +18,4 @@ class HRM(ACTModel):
     """
 
     config_type = HRMConfig
-    family = Family(RecursionProgram.hrm, "one_step", NETS, ("H_init", "L_init"), InnerCarry)
+    family = Family.of(ARCHITECTURES["HRM"], InnerCarry)

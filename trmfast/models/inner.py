@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trmfast import ops
+from trmfast.architectures import Architecture
 from trmfast.backends import BACKENDS
-from trmfast.models.config import ModelConfig
+from trmfast.config import ModelConfig
 from trmfast.models.embedding import CastedEmbedding
 from trmfast.models.sparse_embedding import CastedSparseEmbedding
 from trmfast.nn import CastedLinear, Net, RotaryEmbedding, trunc_normal_init_
@@ -29,15 +30,11 @@ def _net(spec: NetSpec, _dtype: torch.dtype) -> nn.Module:
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one recursive model from another.
+    """An architecture with its PyTorch parts.
 
     Attributes:
-        program: makes the program from H_cycles, L_cycles and a gradient window.
-        window: the gradient window of the published model.
-        nets: (module name, config key of its depth), in the order of the program's nets.
-        inits: names of the buffers that hold the initial states, in the order of the program's states.
+        program, window, nets, inits: as in :class:`trmfast.architectures.Architecture`.
         carry: dataclass of the states, its fields in the order of the program's states.
-        head: index of the state that the heads read.
         net: makes a network from its spec and the compute dtype.
     """
 
@@ -46,8 +43,12 @@ class Family:
     nets: tuple[tuple[str, str], ...]
     inits: tuple[str, ...]
     carry: type
-    head: int = 0
     net: Callable[[NetSpec, torch.dtype], nn.Module] = _net
+
+    @classmethod
+    def of(cls, kind: Architecture, carry: type, net: Callable[[NetSpec, torch.dtype], nn.Module] = _net) -> Family:
+        """The family of an architecture."""
+        return cls(kind.program, kind.window, kind.nets, kind.inits, carry, net)
 
 
 class Inner(nn.Module):
@@ -173,7 +174,7 @@ class Inner(nn.Module):
             backend=self.backend,
             recompute=self.config.recompute,
         )
-        head = states[self.family.head]
+        head = states[0]
         logits = self.lm_head(head)[:, self.puzzle_emb_len :]
         q = self.q_head(head[:, 0]).to(torch.float32)
         return self.family.carry(*(z.detach() for z in states)), logits, (q[..., 0], q[..., 1])

@@ -3,58 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch.export
 from torch import Tensor, nn
 
+from trmfast.architectures import ARCHITECTURES
+from trmfast.config import URMConfig
 from trmfast.models.act import ACTModel, check_carry
 from trmfast.models.carry import Carry
-from trmfast.models.config import ModelConfig
 from trmfast.models.inner import Family
 from trmfast.nn import Block, ConvSwiGLU
-from trmfast.program import RecursionProgram
 from trmfast.spec import NetSpec
 
-__all__ = ["URM", "URMCarry", "URMConfig", "own_names"]
-
-UPSTREAM_KEYS = {"num_layers": "L_layers", "loops": "halt_max_steps"}
-
-
-def own_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration of upstream's URM by trmfast's keys."""
-    return {UPSTREAM_KEYS.get(key, key): value for key, value in config.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class URMConfig(ModelConfig):
-    """Configuration of URM.
-
-    Takes upstream's names ``num_layers`` for L_layers and ``loops`` for halt_max_steps.  Positions are always rotated;
-    the dropout keys of upstream's configuration are not read there either.
-    """
-
-    aliases = UPSTREAM_KEYS
-
-    H_layers: int = 0
-    pos_encodings: str = "rope"
-    halt_exploration_prob: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._accept("pos_encodings", self.pos_encodings == "rope", "rope")
-        self._accept("mlp_t", not self.mlp_t, "False")
-
-    @property
-    def no_ACT_continue(self) -> bool:
-        """A row halts when ``q_halt > 0``; nothing is bootstrapped."""
-        return True
-
-    def net_spec(self, num_layers: int) -> NetSpec:
-        """The network of ``num_layers`` blocks, with a convolution of two taps in their SwiGLUs."""
-        spec = super().net_spec(num_layers)
-        return replace(spec, block=replace(spec.block, channel_mixer="conv_swiglu", conv_kernel=2))
+__all__ = ["URM", "URMCarry"]
 
 
 @dataclass
@@ -107,9 +69,7 @@ class URM(ACTModel):
     """
 
     config_type = URMConfig
-    family = Family(
-        RecursionProgram.urm, "last_cycle", (("layers", "L_layers"),), ("init_hidden",), HiddenCarry, net=Blocks
-    )
+    family = Family.of(ARCHITECTURES["URM"], HiddenCarry, Blocks)
 
     def initial_carry(self, batch: Mapping[str, Tensor]) -> URMCarry:  # type: ignore[override]
         """As :meth:`ACTModel.initial_carry`."""

@@ -1,13 +1,14 @@
-"""A problem as the C++ engines take it: what cpu.py and cuda.py have in common."""
+"""A problem as the C++ engines take it.  Imports no PyTorch."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from trmfast.program import RecursionProgram
 from trmfast.spec import BlockSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["address", "block_fields", "update_rows"]
 

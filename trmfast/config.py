@@ -1,23 +1,28 @@
-"""Configurations of the published models: the same keys, types and defaults as their YAML files, checked one by one."""
+"""Configurations of the published models: the same keys, types and defaults as their YAML files, checked one by one.
+
+Imports no PyTorch.
+"""
 
 from __future__ import annotations
 
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, ClassVar, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from trmfast.spec import BlockSpec, NetSpec, swiglu_width
 
-__all__ = ["HRMConfig", "ModelConfig", "TRMConfig"]
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
+__all__ = ["HRMConfig", "ModelConfig", "TRMConfig", "URMConfig", "own_names"]
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 MAY_BE_ZERO = ("puzzle_emb_ndim", "puzzle_emb_len", "H_layers")
 POSITIONS = ("rope", "learned", "none")
+UPSTREAM_KEYS = {"num_layers": "L_layers", "loops": "halt_max_steps"}
 # Keys of published training configurations that look like a model's.
 NOT_MISSPELT = ("puzzle_emb_lr",)
 
@@ -123,7 +128,10 @@ class ModelConfig:
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        return DTYPES[self.forward_dtype]
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.forward_dtype)
+        return dtype
 
     @property
     def head_dim(self) -> int:
@@ -206,6 +214,41 @@ class HRMConfig(ModelConfig):
     def no_ACT_continue(self) -> bool:
         """HRM always learns when to continue."""
         return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class URMConfig(ModelConfig):
+    """Configuration of URM.
+
+    Takes upstream's names ``num_layers`` for L_layers and ``loops`` for halt_max_steps.  Positions are always rotated;
+    the dropout keys of upstream's configuration are not read there either.
+    """
+
+    aliases = UPSTREAM_KEYS
+
+    H_layers: int = 0
+    pos_encodings: str = "rope"
+    halt_exploration_prob: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._accept("pos_encodings", self.pos_encodings == "rope", "rope")
+        self._accept("mlp_t", not self.mlp_t, "False")
+
+    @property
+    def no_ACT_continue(self) -> bool:
+        """A row halts when ``q_halt > 0``; nothing is bootstrapped."""
+        return True
+
+    def net_spec(self, num_layers: int) -> NetSpec:
+        """The network of ``num_layers`` blocks, with a convolution of two taps in their SwiGLUs."""
+        spec = super().net_spec(num_layers)
+        return replace(spec, block=replace(spec.block, channel_mixer="conv_swiglu", conv_kernel=2))
+
+
+def own_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of upstream's URM by trmfast's keys."""
+    return {UPSTREAM_KEYS.get(key, key): value for key, value in config.items()}
 
 
 def _misspelt(config: Iterable[Any], known: Iterable[str]) -> dict[str, str]:
