@@ -117,6 +117,7 @@ void attention_forward(const Team& team, const BlockShape& block, int sequences,
     pack_rows(rows + heads.value(kv_head), stride, length, heads.v_width, scratch.values);
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int i = 0; i < tiles.count; ++i) {
+        if (team.stopped()) return;
         const int row = tiles.begin(i), n = tiles.size(i);
         attention_exponentials(block, length, rows + heads.query(head), stride, row, n, scratch.weights,
                                scratch.weight_stride, sums, scratch);

@@ -126,6 +126,7 @@ void attention_backward(const Team& team, const BlockShape& block, const Rope& r
         pack_rows(query + row0 * stride, stride, block_rows, qk, scratch.query_rows);
         pack_rows(grad + row0 * grad_stride, grad_stride, block_rows, heads.head_dim, scratch.grad_rows);
         for (int i = from; i < to; ++i) {
+          if (team.stopped()) return;
           const int row = tiles.begin(i), n = tiles.size(i);
           attention_grad_scores(block, length, query, stride, grad, grad_stride, row, n, row - row0, scratch);
           for (int c = 0; c < qk; c += kPanel) {

@@ -118,33 +118,42 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
   const HeadLayout heads(block);
   const int rows = sequences * length, D = block.width;
   if (block.attention) {
+    team.begin("qkv");
     project_qkv(team, block, weights, rope, rows, length, act, scratch);
     team.sync();
+    team.begin("attention");
     attention_forward(team, block, sequences, length, act.qkv, strides.qkv, act.attended, strides.attended,
                       scratch.attention);
     team.sync();
+    team.begin("attention output");
     gemm(team, act.attended, strides.attended, rows, weights.output, heads.output_columns(), D, scratch.tile,
          [&](int row, int n, int panel, const float* tile) {
            add_residual(row, n, panel, tile, act.h, strides.h, u, strides.u);
          });
     team.sync();
+    team.begin("norm");
     norm_rows(team, rows, block, u, strides.u, act.h1, strides.h, act.r1);
   } else {
+    team.begin("sequence mlp");
     sequence_mlp_forward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h, strides.h, act.h1,
                          act.sequence_mlp, scratch.sequence_mlp);
   }
   team.sync();
+  team.begin("gate and up");
   project_gate_up(team, block, weights, rows, act, scratch);
   team.sync();
   if (block.conv_taps) {
+    team.begin("convolution");
     convolve_rows(team, block, weights.conv, rows, length, act.gated, act.hidden, strides.hidden);
     team.sync();
   }
+  team.begin("down");
   gemm(team, act.hidden, strides.hidden, rows, weights.down, block.inner, D, scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          add_residual(row, n, panel, tile, act.h1, strides.h, u, strides.u);
        });
   team.sync();
+  team.begin("norm");
   norm_rows(team, rows, block, u, strides.u, out, out_stride, act.r2);
   team.sync();
 }

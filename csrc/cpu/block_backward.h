@@ -78,8 +78,10 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
   const int rows = sequences * length, D = block.width, gate_columns = GateLayout{block.inner}.columns();
   const auto add = [&](int row, int n, int panel, const float* tile) { add_tile(row, n, panel, tile, dy, strides.u); };
 
+  team.begin("norm backward");
   norm_rows_backward(team, rows, block, out, strides.h, act.r2, dy, strides.u, grads.du2, strides.h);
   team.sync();
+  team.begin("down backward");
   gemm(team, grads.du2, strides.h, rows, weights.down, D, gate_columns / 2, scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          if (block.conv_taps)
@@ -90,20 +92,25 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
        });
   team.sync();
   if (block.conv_taps) {
+    team.begin("convolution backward");
     gate_rows_backward(team, block, weights.conv, rows, length, grads.dconvolved, strides.hidden, act.gate_up,
                        grads.gate_up, strides.gate_up);
     team.sync();
   }
+  team.begin("gate and up backward");
   gemm(team, grads.gate_up, strides.gate_up, rows, weights.gate_up, gate_columns, D, scratch.tile, add);
   team.sync();
   if (!block.attention) {
+    team.begin("sequence mlp backward");
     sequence_mlp_backward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h1, strides.h, dy,
                           strides.u, grads.du1, act.sequence_mlp, grads.sequence_gate_up, scratch.sequence_mlp);
     team.sync();
     return;
   }
+  team.begin("norm backward");
   norm_rows_backward(team, rows, block, act.h1, strides.h, act.r1, dy, strides.u, grads.du1, strides.h);
   team.sync();
+  team.begin("attention output backward");
   gemm(team, grads.du1, strides.h, rows, weights.output, D, heads.output_columns(), scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          for_rows(row, n, tile, [&](int t, const float* in) {
@@ -111,9 +118,11 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
          });
        });
   team.sync();
+  team.begin("attention backward");
   attention_backward(team, block, rope, sequences, length, act.qkv, grads.qkv, strides.qkv, grad_attended,
                      strides.attended, scratch.attention);
   team.sync();
+  team.begin("qkv backward");
   gemm(team, grads.qkv, strides.qkv, rows, weights.qkv, heads.columns(), D, scratch.tile, add);
   team.sync();
 }

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "isa.h"
+#include "monitor.h"
 #include "thread_pool.h"
 
 namespace trmfast {
@@ -55,6 +56,7 @@ template <class SomeJob> void run_region(SomeJob job, size_t bytes, void (*body)
   job.job.barriers = barriers.get();
   const Workspace workspace(bytes);
   parallel(job.job.threads, [&](int thread) { body(job, workspace.get(), thread); });
+  if (job.job.monitor) job.job.monitor->end();
 }
 
 } // namespace

@@ -38,7 +38,7 @@ private:
   std::optional<PooledMemory> backward_;
 };
 
-// Run on job.threads threads; job.barriers is filled in here.
+// Run on job.threads threads; job.barriers is filled in here.  Of a job that is stopped the results are unfinished.
 void run(const Engine& engine, const ForwardJob& job);
 void run(const Engine& engine, const BackwardJob& job);
 

@@ -10,6 +10,7 @@
 
 namespace trmfast {
 
+class Monitor;
 class SpinBarrier;
 
 // One block (trmfast/spec.py).  Sizes in elements.
@@ -67,6 +68,7 @@ struct Job {
   const float* sin;
   int threads;
   SpinBarrier* barriers; // threads + 1: one for all, then one for every team that can be
+  Monitor* monitor;      // or null
 };
 
 struct ForwardJob {

@@ -41,7 +41,7 @@ void gemm(const Team& team, const T* a, long a_stride, int rows, const T* panels
   const int padded = padded_depth<T>(depth);
   const long elements = panel_elements<T>(depth), share = elements / tiles.count;
   const Range range = team.split(ceil_div(columns, kPanel));
-  for (int p = range.begin; p < range.end; ++p) {
+  for (int p = range.begin; p < range.end && !team.stopped(); ++p) {
     const T* panel = panels + p * elements;
     for (int i = 0; i < tiles.count; ++i) {
       const int row = tiles.begin(i), n = tiles.size(i);

@@ -33,10 +33,13 @@ void make_poison([[maybe_unused]] const Memory& memory) {
 
 } // namespace
 
-Memory::Memory(size_t bytes) : bytes_(bytes) {
+OutOfMemory::OutOfMemory(size_t bytes, const char* what)
+    : message_("out of memory: " + std::to_string(bytes) + " bytes of " + what) {}
+
+Memory::Memory(size_t bytes, const char* what) : bytes_(bytes) {
   const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kCacheLine;
   void* memory = nullptr;
-  if (posix_memalign(&memory, alignment, std::max(bytes, kCacheLine)) != 0) throw std::bad_alloc();
+  if (posix_memalign(&memory, alignment, std::max(bytes, kCacheLine)) != 0) throw OutOfMemory(bytes, what);
   memory_.reset(memory);
 #if defined(__linux__)
   if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
@@ -54,7 +57,7 @@ std::atomic<Memory*> kept_workspace{nullptr};
 Workspace::Workspace(size_t bytes) : memory_(kept_workspace.exchange(nullptr)) {
   if (!memory_ || memory_->bytes() < bytes) {
     memory_.reset(); // before there are two
-    memory_ = std::make_unique<Memory>(bytes);
+    memory_ = std::make_unique<Memory>(bytes, "workspace");
   }
   make_poison(*memory_);
 }
@@ -63,7 +66,9 @@ Workspace::~Workspace() { delete kept_workspace.exchange(memory_.release()); }
 
 class MemoryPool {
 public:
-  explicit MemoryPool(size_t most) : most_(most) { waiting_.reserve(most); } // so that give() cannot fail
+  MemoryPool(size_t most, const char* what) : most_(most), what_(what) {
+    waiting_.reserve(most);
+  } // so that give() cannot fail
 
   // Waiting memory of at most twice the size, or new.
   std::unique_ptr<Memory> take(size_t bytes) {
@@ -78,7 +83,7 @@ public:
         return memory;
       }
     }
-    return std::make_unique<Memory>(bytes);
+    return std::make_unique<Memory>(bytes, what_);
   }
 
   // What waits longest is freed when there is too much.
@@ -98,14 +103,15 @@ public:
 
 private:
   const size_t most_;
+  const char* const what_;
   std::vector<std::unique_ptr<Memory>> waiting_;
 };
 
 namespace {
 
 // Never destroyed, nor is the lock: an object that gives memory back may outlive every other static object.
-MemoryPool& packed_weights = *new MemoryPool(4); // two networks, forward and backward
-MemoryPool& kept_activations = *new MemoryPool(2);
+MemoryPool& packed_weights = *new MemoryPool(4, "packed weights"); // two networks, forward and backward
+MemoryPool& kept_activations = *new MemoryPool(2, "activations kept for backward");
 
 } // namespace
 

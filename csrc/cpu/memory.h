@@ -4,13 +4,25 @@
 
 #include <cstddef>
 #include <memory>
+#include <new>
+#include <string>
 
 namespace trmfast {
 
-// Uninitialised memory, aligned to cache lines, and to huge pages when it is large.
+class OutOfMemory : public std::bad_alloc {
+public:
+  OutOfMemory(size_t bytes, const char* what);
+  const char* what() const noexcept override { return message_.c_str(); }
+
+private:
+  std::string message_;
+};
+
+// Uninitialised memory, aligned to cache lines, and to huge pages when it is large.  Throws OutOfMemory.
 class Memory {
 public:
-  explicit Memory(size_t bytes);
+  // what: the name of its use, for the error.
+  Memory(size_t bytes, const char* what);
   void* get() const { return memory_.get(); }
   size_t bytes() const { return bytes_; }
 

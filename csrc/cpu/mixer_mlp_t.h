@@ -87,6 +87,7 @@ void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* ga
     pack_rows(x, stride, L, kPanel, scratch.input);
 
     for (int i = 0; i < features.count; ++i) {
+      if (team.stopped()) return;
       const int row = features.begin(i), n = features.size(i);
       multiply(gate_up + row * in_stride, in_stride, scratch.input, padded_depth<T>(L), n, scratch.gate, kPanel);
       multiply(gate_up + (inner + row) * in_stride, in_stride, scratch.input, padded_depth<T>(L), n, scratch.up,

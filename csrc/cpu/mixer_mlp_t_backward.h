@@ -52,6 +52,7 @@ void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* g
     pack_rows(sum_grad, stride, L, kPanel, scratch.grad_sum);
 
     for (int i = 0; i < features.count; ++i) {
+      if (team.stopped()) return;
       const int row = features.begin(i), n = features.size(i);
       multiply(down + row * down_stride, down_stride, scratch.grad_sum, padded_depth<T>(L), n, scratch.tile, kPanel);
       const long at = (static_cast<long>(sequence) * 2 * inner + row) * stride + c;

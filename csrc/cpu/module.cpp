@@ -3,11 +3,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <tuple>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 #include "dispatch.h"
 #include "fingerprint.h"
 #include "isa.h"
+#include "monitor.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -50,7 +59,7 @@ struct OwnedJob {
   Job job;
 
   OwnedJob(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets, std::tuple<int, int, int> shape,
-           Address cos, Address sin, int threads) {
+           Address cos, Address sin, int threads, Monitor* monitor) {
     for (const PackedWeights* net : nets) {
       shapes.push_back(net->net);
       packed.push_back(net->view());
@@ -65,19 +74,70 @@ struct OwnedJob {
            reinterpret_cast<const float*>(cos),
            reinterpret_cast<const float*>(sin),
            threads,
-           nullptr};
+           nullptr,
+           monitor};
   }
+};
+
+// Python runs the handlers of signals on this thread alone.
+bool on_main_thread() {
+#if defined(__linux__)
+  return getpid() == static_cast<pid_t>(syscall(SYS_gettid));
+#elif defined(__APPLE__)
+  return pthread_main_np() != 0;
+#else
+  return false;
+#endif
+}
+
+// What Python does while a job runs: the handlers of signals, such as Ctrl-C's, whose exception stops the job; and
+// `phases`, called with the name of every phase and in the end with None, unless it is None itself.
+class PythonMonitor {
+public:
+  explicit PythonMonitor(const py::object& phases)
+      : phases_(phases), monitor(&handle_signals, phases.is_none() ? nullptr : &tell_phase, this) {}
+
+  void rethrow() const {
+    if (error_) throw py::error_already_set(*error_);
+  }
+
+private:
+  static bool handle_signals(void* context) {
+    auto& self = *static_cast<PythonMonitor*>(context);
+    if (!self.error_ && on_main_thread()) {
+      const py::gil_scoped_acquire acquired;
+      if (PyErr_CheckSignals() != 0) self.error_.emplace();
+    }
+    return self.error_.has_value();
+  }
+  static void tell_phase(void* context, const char* name) {
+    auto& self = *static_cast<PythonMonitor*>(context);
+    const py::gil_scoped_acquire acquired;
+    try {
+      self.phases_(name ? py::object(py::str(name)) : py::object(py::none()));
+    } catch (const py::error_already_set& error) {
+      if (!self.error_) self.error_.emplace(error);
+    }
+  }
+
+  const py::object& phases_;
+  std::optional<py::error_already_set> error_;
+
+public:
+  Monitor monitor;
 };
 
 void forward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
              std::tuple<int, int, int> shape, const std::vector<Address>& states_in,
              const std::vector<Address>& states_out, Address x, Address saved, Address kept, Address cos, Address sin,
-             int threads) {
-  const OwnedJob owned(program, nets, shape, cos, sin, threads);
+             int threads, const py::object& phases) {
+  PythonMonitor python(phases);
+  const OwnedJob owned(program, nets, shape, cos, sin, threads, &python.monitor);
   const auto in = pointers<const void>(states_in);
   const auto out = pointers<void>(states_out);
   run(nets[0]->engine, ForwardJob{owned.job, in.data(), out.data(), reinterpret_cast<const void*>(x),
                                   reinterpret_cast<void*>(saved), reinterpret_cast<void*>(kept)});
+  python.rethrow();
 }
 
 // The size of the activations that forward keeps.
@@ -96,14 +156,16 @@ size_t kept_bytes(const OwnedProgram& program, const std::string& target, const 
 void backward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
               std::tuple<int, int, int> shape, const std::vector<Address>& grad_states_out, Address saved, Address kept,
               const std::vector<Address>& grad_states, Address grad_x, const std::vector<Address>& grad_weights,
-              Address cos, Address sin, int threads, size_t store_bytes) {
-  const OwnedJob owned(program, nets, shape, cos, sin, threads);
+              Address cos, Address sin, int threads, size_t store_bytes, const py::object& phases) {
+  PythonMonitor python(phases);
+  const OwnedJob owned(program, nets, shape, cos, sin, threads, &python.monitor);
   const auto from = pointers<const void>(grad_states_out);
   const auto states = pointers<float>(grad_states);
   const auto weights = pointers<float>(grad_weights);
   run(nets[0]->engine,
       BackwardJob{owned.job, from.data(), reinterpret_cast<const void*>(saved), reinterpret_cast<const void*>(kept),
                   states.data(), reinterpret_cast<float*>(grad_x), weights.data(), store_bytes});
+  python.rethrow();
 }
 
 } // namespace

@@ -111,6 +111,7 @@ void slot_forward(const BackwardWorkspace<T>& workspace, const Team& team, const
   const int L = job.length, D = job.width;
   const Range rows = team.split(L);
   T* h = workspace.activations.layer(0, slot).h;
+  team.begin("saved input");
   for (int t = rows.begin; t < rows.end; ++t)
     __builtin_memcpy(h + t * strides.h, saved + static_cast<long>(t) * D, sizeof(T) * static_cast<size_t>(D));
   team.sync();
@@ -135,6 +136,7 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   const Range rows = team.split(L);
   if (workspace.recompute) slot_forward(workspace, team, update, saved + first, slot.activations, shared, mine);
 
+  team.begin("gradient of the output");
   float* dy = shared.buffers.dy;
   float* dst = backward.grad_states[update.dst] + first;
   for (int t = rows.begin; t < rows.end; ++t) {
@@ -151,6 +153,7 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
                    workspace.gradients.layer(layer, slot.gradients, act), shared.buffers.grad_attended,
                    mine.backward_scratch);
   }
+  team.begin("gradients of the sources");
   const auto add = [&](float* to) {
     for (int t = rows.begin; t < rows.end; ++t)
       for (int j = 0; j < D; j += kLanes) {
@@ -245,12 +248,13 @@ template <class T> void start_backward(const BackwardWorkspace<T>& workspace, co
   all.sync();
 }
 
-template <class T> void backward(const BackwardJob& backward, void* memory, int thread) {
+template <class T> void program_backward(const BackwardJob& backward, void* memory, int thread) {
   const Job& job = backward.job;
   Arena arena(memory);
   const BackwardWorkspace<T> workspace(arena, backward);
   const Team all = everyone(job, thread);
   const BackwardThread<T> mine = workspace.thread(thread);
+  all.begin("start");
   start_backward(workspace, all, mine);
 
   const long elements = static_cast<long>(job.batch) * job.length * job.width;
@@ -260,6 +264,7 @@ template <class T> void backward(const BackwardJob& backward, void* memory, int 
   int used = 0, net = 0;
   Slots first = {0, 0}; // of the `used` slots
   const auto add_up = [&] {
+    all.begin("weight gradients");
     store_weight_gradients(workspace, all, net, first, used, !summed[net], mine);
     summed[net] = true;
     if (!workspace.recompute) first.activations += used;
@@ -284,9 +289,10 @@ template <class T> void backward(const BackwardJob& backward, void* memory, int 
       net = update.net;
       const int wave = smaller(job.batch - sequence, workspace.slots - used);
       const Division division(wave, job.threads);
-      for (int k = 0; k < division.each; ++k) {
+      const Team self = alone(job, thread);
+      for (int k = 0; k < division.each && !self.stopped(); ++k) {
         const int index = thread * division.each + k;
-        slot_backward(workspace, kAlone, update, saved, sequence + index, first + (used + index), mine, mine);
+        slot_backward(workspace, self, update, saved, sequence + index, first + (used + index), mine, mine);
       }
       const RestTeam rest(job, division, thread);
       if (!rest.idle) {
@@ -295,12 +301,16 @@ template <class T> void backward(const BackwardJob& backward, void* memory, int 
         slot_backward(workspace, rest.team, update, saved, sequence + index, first + (used + index),
                       workspace.thread(rest.first_thread), mine);
       }
-      all.sync();
+      if (!all.sync()) return;
       used += wave;
       sequence += wave;
     }
   }
   if (used > 0) add_up();
+}
+
+template <class T> void backward(const BackwardJob& backward, void* memory, int thread) {
+  program_backward<T>(backward, memory, thread);
   Dot<T>::release();
 }
 

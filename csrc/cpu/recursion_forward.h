@@ -135,6 +135,7 @@ void net_forward_kept(const Team& team, const NetShape& net, const void* packed,
   for (int layer = 0; layer < net.layers; ++layer)
     block_forward(team, net.block, ForwardWeights<T>(weights, net.block), rope, sequences, length,
                   store.layer(layer, slot), u, store.output(layer, net.layers, slot), stride, scratch);
+  team.begin("copy of the output");
   const Range rows = team.split(sequences * length);
   for (int t = rows.begin; t < rows.end; ++t)
     __builtin_memcpy(out + static_cast<long>(t) * D, store.out(slot) + t * stride, sizeof(T) * static_cast<size_t>(D));
@@ -158,10 +159,11 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
     const NetShape& net = job.nets[update.net];
     const bool save = saved && update.grad, keep = forward.kept && update.grad;
     if (keep) slot -= job.batch;
+    team.begin("sum of the sources");
     sum_sources(team, job, update, states, static_cast<const T*>(forward.x), first_row, rows,
                 keep ? store.layer(0, slot).h : buffers.act.h, BlockStrides(net.block).h, save ? saved : nullptr);
     if (save) saved += elements;
-    team.sync();
+    if (!team.sync()) return;
     T* out = static_cast<T*>(forward.states_out[update.dst]);
     if (keep)
       net_forward_kept(team, net, job.packed[update.net].forward, rope, sequences, job.length, store, slot, buffers.u,
@@ -190,6 +192,7 @@ template <class T> void forward(const ForwardJob& forward, void* memory, int thr
   Arena arena(memory);
   const ForwardWorkspace<T> workspace(arena, forward);
   const Team all = everyone(job, thread);
+  all.begin("start");
   workspace.tables.pack(job, all);
   if (forward.kept) {
     Arena kept(forward.kept);
@@ -203,7 +206,7 @@ template <class T> void forward(const ForwardJob& forward, void* memory, int thr
   const auto mine = workspace.thread(job, thread);
   clear_activation_padding(job.nets[0].block, workspace.together * job.length, mine.buffers.act);
   for (int done = 0; done < division.each; done += workspace.together)
-    program_forward(forward, kAlone, rope, thread * division.each + done,
+    program_forward(forward, alone(job, thread), rope, thread * division.each + done,
                     smaller(workspace.together, division.each - done), mine.buffers, mine.scratch, states);
 
   // The rest: a team to a sequence, in the buffers of its first thread.

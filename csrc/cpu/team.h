@@ -1,9 +1,14 @@
 // A team: the threads that work on one group of sequences together.  A phase of work is a range of items, divided by
 // rank; sync() ends a phase.  A team of one never waits.
+//
+// A job that is stopped: long phases look at stopped() between their items and skip the rest, each thread by itself, so
+// that they still meet at every barrier.  A team leaves a program only by what sync() returns, which is the same for
+// all of it.
 #pragma once
 
 #include "engine.h"
 #include "layout.h"
+#include "monitor.h"
 #include "thread_pool.h"
 
 namespace trmfast {
@@ -16,9 +21,14 @@ struct Range {
 struct Team {
   int rank, size;
   SpinBarrier* barrier;
+  Monitor* monitor; // or null
+  bool caller;      // this is the thread that called
 
-  void sync() const {
-    if (size > 1) barrier->wait(size);
+  bool stopped() const { return monitor && monitor->stopped(caller); }
+  // Whether to go on: not if one of the team has seen that the job is stopped.
+  bool sync() const { return size > 1 ? barrier->wait(size, !stopped()) : !stopped(); }
+  void begin(const char* phase) const {
+    if (monitor && caller) monitor->begin_phase(phase);
   }
   Range split(int items) const {
     return {static_cast<int>(static_cast<long>(items) * rank / size),
@@ -26,8 +36,11 @@ struct Team {
   }
 };
 
-inline Team everyone(const Job& job, int thread) { return {thread, job.threads, job.barriers}; }
-constexpr Team kAlone{0, 1, nullptr};
+inline Team everyone(const Job& job, int thread) {
+  return {thread, job.threads, job.barriers, job.monitor, thread == 0};
+}
+inline Team alone(const Job& job, int thread) { return {0, 1, nullptr, job.monitor, thread == 0}; }
+constexpr Team kAlone{0, 1, nullptr, nullptr, false};
 
 // The team that takes one of the `rest` sequences of a division, and which one.
 struct RestTeam {
@@ -40,7 +53,7 @@ struct RestTeam {
     if (idle) return;
     index = thread / division.team_size;
     first_thread = index * division.team_size;
-    team = {thread - first_thread, division.team_size, job.barriers + 1 + index};
+    team = {thread - first_thread, division.team_size, job.barriers + 1 + index, job.monitor, thread == 0};
   }
 };
 

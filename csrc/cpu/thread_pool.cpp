@@ -296,22 +296,26 @@ void spin_pause() {
 #endif
 }
 
-SpinBarrier::SpinBarrier(int count) : count_(count), arrived_(0), phase_(0) {}
+SpinBarrier::SpinBarrier(int count) : count_(count), arrived_(0), agreed_(true), phase_(0) {}
 
-void SpinBarrier::wait(int count) {
-  const unsigned phase = phase_.load(std::memory_order_relaxed);
+bool SpinBarrier::wait(int count, bool agree) {
+  const unsigned before = phase_.load(std::memory_order_relaxed) / 2;
+  if (!agree) agreed_.store(false, std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
     arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    return;
+    const bool agreed = agreed_.load(std::memory_order_relaxed);
+    phase_.store(2 * (before + 1) + agreed, std::memory_order_release);
+    return agreed;
   }
-  for (int pauses = 0; phase_.load(std::memory_order_acquire) == phase; ++pauses) {
+  unsigned phase;
+  for (int pauses = 0; (phase = phase_.load(std::memory_order_acquire)) / 2 == before; ++pauses) {
     if (pauses < kBarrierPauses) {
       spin_pause();
     } else {
       sched_yield();
     }
   }
+  return phase % 2 == 1;
 }
 
 } // namespace trmfast

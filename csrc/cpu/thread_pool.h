@@ -53,14 +53,17 @@ public:
   explicit SpinBarrier(int count = 0);
   SpinBarrier(const SpinBarrier&) = delete;
   SpinBarrier& operator=(const SpinBarrier&) = delete;
-  void wait() { wait(count_); }
-  // With another number of threads than before; the caller knows that no earlier wait is still going on.
-  void wait(int count);
+  void wait() { wait(count_, true); }
+  // With another number of threads than before; the caller knows that no earlier wait is still going on.  Whether all
+  // of them, and of those that waited before, brought `agree`.
+  bool wait(int count, bool agree);
 
 private:
   const int count_;
   alignas(64) std::atomic<int> arrived_;
-  alignas(64) std::atomic<unsigned> phase_; // in a line of its own: waiters poll it while others arrive
+  std::atomic<bool> agreed_;
+  // Twice the number of phases, plus one if all agreed; in a line of its own: waiters poll it while others arrive.
+  alignas(64) std::atomic<unsigned> phase_;
 };
 
 } // namespace trmfast

@@ -87,10 +87,10 @@ void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs,
     pack_rows(x + p * kPanel, x_stride, tokens, smaller(kPanel, inputs - p * kPanel), panels + p * elements);
   team.sync();
   const Range blocks = team.split(ceil_div(outputs, kGradientRows));
-  for (int block = blocks.begin; block < blocks.end; ++block) {
+  for (int block = blocks.begin; block < blocks.end && !team.stopped(); ++block) {
     const int first = block * kGradientRows, n = smaller(kGradientRows, outputs - first);
     transpose(dy + first, dy_stride, tokens, n, scratch.rows, scratch.stride);
-    for (int p = 0; p < num_panels; ++p) {
+    for (int p = 0; p < num_panels && !team.stopped(); ++p) {
       multiply_chunks<T>(
           n, ceil_div(depth, kGradientChunk), scratch.stride, scratch,
           [&](int chunk) { return scratch.rows + chunk * kGradientChunk; },
@@ -118,9 +118,9 @@ void sequence_weight_gradient(const Team& team, const T* dy, int outputs, const 
   }
   team.sync();
   const Range blocks = team.split(ceil_div(outputs, kGradientRows));
-  for (int block = blocks.begin; block < blocks.end; ++block) {
+  for (int block = blocks.begin; block < blocks.end && !team.stopped(); ++block) {
     const int first = block * kGradientRows, n = smaller(kGradientRows, outputs - first);
-    for (int p = 0; p < num_panels; ++p) {
+    for (int p = 0; p < num_panels && !team.stopped(); ++p) {
       multiply_chunks<T>(
           n, sequences, stride, scratch,
           [&](int sequence) { return dy + (static_cast<long>(sequence) * outputs + first) * stride; },

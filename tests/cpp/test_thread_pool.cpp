@@ -145,6 +145,16 @@ void barrier_oversubscribed() {
   barrier_separates_phases(4 * static_cast<int>(std::thread::hardware_concurrency()), 50);
 }
 
+// What one thread does not agree with, all learn at that barrier and at every later one.
+void barrier_tells_whether_all_agree() {
+  constexpr int kThreads = 3, kPhases = 300, kLast = 200;
+  trmfast::SpinBarrier barrier;
+  trmfast::parallel(kThreads, [&](int thread) {
+    for (int phase = 0; phase < kPhases; ++phase)
+      CHECK(barrier.wait(kThreads, thread != 1 || phase != kLast) == (phase < kLast));
+  });
+}
+
 int in_child(void (*test)()) {
   const pid_t child = fork();
   CHECK(child >= 0);
@@ -289,6 +299,7 @@ const Test kTests[] = {
     {"misuse_is_refused", misuse_is_refused},
     {"barrier", barrier},
     {"barrier_oversubscribed", barrier_oversubscribed},
+    {"barrier_tells_whether_all_agree", barrier_tells_whether_all_agree},
     {"fork_while_idle", fork_while_idle},
     {"fork_while_busy", fork_while_busy},
     {"affinity_follows_the_caller", affinity_follows_the_caller},

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import record_function
 
 from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.build_info import build_info
@@ -68,6 +69,25 @@ _use_threads_of_pytorch()
 def thread_source() -> str:
     """Whose threads the engine runs on: ``"pytorch"`` or ``"own"``."""
     return "pytorch" if _cpu is not None and _cpu.uses_openmp() else "own"
+
+
+# ---------------------------------------------------------------- profiler
+
+PROFILE = os.environ.get("TRMFAST_PROFILE") == "1"
+
+
+class _Ranges:
+    """Told by the engine which phase its first thread begins: a range of torch.profiler for each."""
+
+    def __init__(self) -> None:
+        self._open: record_function | None = None
+
+    def __call__(self, phase: str | None) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+        self._open = None if phase is None else record_function(f"trmfast::cpu: {phase}")
+        if self._open is not None:
+            self._open.__enter__()
 
 
 # ---------------------------------------------------------------- packed weights
@@ -265,6 +285,7 @@ class CpuBackend:
             address(call.cos),
             address(call.sin),
             threads,
+            _Ranges() if PROFILE else None,
         )
         return out, saved, kept
 
@@ -298,6 +319,7 @@ class CpuBackend:
             address(call.sin),
             threads,
             STORE_BYTES,
+            _Ranges() if PROFILE else None,
         )
         return (
             [grad if asked else None for grad, asked in zip(grads, call.needs_states, strict=True)],

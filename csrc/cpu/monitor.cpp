@@ -1,0 +1,39 @@
+#include "monitor.h"
+
+namespace trmfast {
+namespace {
+
+using std::chrono::milliseconds;
+
+constexpr milliseconds kInterval(50);
+// The clock is read at one check of so many, and at every check where they are far apart.
+constexpr int kChecks = 16;
+constexpr milliseconds kFarApart(1);
+
+} // namespace
+
+Monitor::Monitor(Stop stop, Phase phase, void* context)
+    : stop_(stop), phase_(phase), context_(context), checks_left_(kChecks),
+      last_look_(std::chrono::steady_clock::now()), last_asked_(last_look_), stopped_(false) {}
+
+bool Monitor::stopped(bool caller) {
+  if (caller && --checks_left_ <= 0) ask();
+  return stopped_.load(std::memory_order_relaxed);
+}
+
+void Monitor::ask() {
+  const auto now = std::chrono::steady_clock::now();
+  checks_left_ = now - last_look_ < kFarApart ? kChecks : 1;
+  last_look_ = now;
+  if (now - last_asked_ < kInterval) return;
+  if (stop_(context_)) stopped_.store(true, std::memory_order_relaxed);
+  last_look_ = last_asked_ = std::chrono::steady_clock::now();
+}
+
+void Monitor::begin_phase(const char* name) {
+  if (phase_) phase_(context_, name);
+}
+
+void Monitor::end() { begin_phase(nullptr); }
+
+} // namespace trmfast

@@ -1,0 +1,155 @@
+"""Ctrl-C in the middle of a call: all threads leave the engine, KeyboardInterrupt is raised, the next call is right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from trmfast.backends import BACKENDS
+
+_reason = BACKENDS["cpu"].available()
+pytestmark = [
+    pytest.mark.skipif(_reason is not None, reason=f"backend cpu: {_reason}"),
+    pytest.mark.skipif(sys.platform == "win32", reason="it sends signals to a process"),
+]
+
+MOST_SECONDS = 0.3
+# Updates, sequences, tokens, token mixer; about 30 GFLOP forward each.  Two threads: with an odd number of sequences a
+# team shares one of them, and of a single one every phase.
+DEPTHS = [(2, 17, 1024, "attention"), (21, 33, 97, "mlp_t"), (210, 3, 97, "attention"), (2100, 1, 32, "attention")]
+
+PREPARE = """
+import json, os, signal, sys, threading, time, types
+import torch, trmfast
+from trmfast.backends import cpu
+from trmfast.cases import make_case, make_inputs
+
+torch.set_num_threads(2)
+
+def prepare(updates, batch, length, mixer):
+    case = make_case(
+        "deep", "urm", H_cycles=1, L_cycles=updates, window="all", batch=batch, length=length, hidden_size=128,
+        num_heads=2, intermediate_size=384, num_layers=1, token_mixer=mixer,
+    )
+    inputs = make_inputs(case)
+    weights = [weight.requires_grad_() for weight in inputs.weights]
+
+    def forward():
+        return trmfast.recursion(
+            case.problem.program, case.problem.nets, inputs.states, inputs.x, weights, inputs.cos, inputs.sin,
+            backend="cpu",
+        )
+
+    return inputs, weights, forward
+
+armed, sent = threading.Event(), []
+
+def send():
+    time.sleep(0.1)
+    sent.append(time.perf_counter())
+    os.kill(os.getpid(), signal.SIGINT)
+
+def entering(function):
+    def enter(*arguments):
+        if armed.is_set():
+            armed.clear()
+            threading.Thread(target=send).start()
+        return function(*arguments)
+    return enter
+
+# The signal is sent 0.1 s after the call has entered the engine.
+engine = dict(vars(cpu._cpu))
+cpu._cpu = types.SimpleNamespace(**engine)
+cpu._cpu.forward, cpu._cpu.backward = entering(engine["forward"]), entering(engine["backward"])
+"""
+
+INTERRUPT = (
+    PREPARE
+    + """
+def seconds_to_interrupt(call):
+    # The best of three: what else the machine does is no property of the engine.
+    best = float("inf")
+    for _ in range(3):
+        armed.set()
+        try:
+            call()
+        except KeyboardInterrupt:
+            best = min(best, time.perf_counter() - sent[-1])
+        else:
+            raise AssertionError("the call ended")
+        if best < most_seconds:
+            break
+    return best
+
+def small_gradients():
+    inputs, weights, forward = prepare(3, 3, 16, "attention")
+    return torch.autograd.grad(forward(), weights, inputs.grad_states)
+
+expected = small_gradients()
+times = []
+depths, most_seconds = map(json.loads, sys.argv[1:])
+for depth in depths:
+    inputs, weights, forward = prepare(*depth)
+    times.append(seconds_to_interrupt(forward))
+    outputs = forward()
+    backward = lambda: torch.autograd.grad(outputs, weights, inputs.grad_states, retain_graph=True)
+    times.append(seconds_to_interrupt(backward))
+    for gradient, right in zip(small_gradients(), expected, strict=True):
+        assert torch.equal(gradient, right), "the call after it is wrong"
+print(json.dumps(times))
+"""
+)
+
+HANDLED = (
+    PREPARE
+    + """
+inputs, weights, forward = prepare(210, 3, 97, "attention")
+with torch.no_grad():
+    expected = forward()[0]
+    handled = []
+    signal.signal(signal.SIGINT, lambda *_: handled.append(time.perf_counter()))
+    armed.set()
+    start = time.perf_counter()
+    output, end = forward()[0], time.perf_counter()
+    assert torch.equal(output, expected)
+    during = bool(handled) and handled[0] < end - (end - start) / 4
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    results, finished = [], threading.Event()
+    def work():
+        with torch.no_grad():
+            results.append(forward()[0])
+        finished.set()
+    threading.Thread(target=work).start()
+    armed.set()
+    try:
+        finished.wait()
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = not results
+    finished.wait()
+print(json.dumps([during, interrupted, torch.equal(results[0], expected)]))
+"""
+)
+
+
+def run(program: str, *arguments: str) -> Any:
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_call_is_interrupted_at_any_depth() -> None:
+    times = run(INTERRUPT, json.dumps(DEPTHS), json.dumps(MOST_SECONDS))
+    names = [f"{updates} updates, {way}" for updates, *_ in DEPTHS for way in ("forward", "backward")]
+    slow = {name: seconds for name, seconds in zip(names, times, strict=True) if seconds > MOST_SECONDS}
+    assert not slow
+
+
+def test_a_handler_that_returns_and_a_call_of_another_thread() -> None:
+    """The handler runs during the call, which goes on; a worker's call ends while the main thread is interrupted."""
+    assert run(HANDLED) == [True, True, True]
