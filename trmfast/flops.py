@@ -6,20 +6,32 @@ passes plus twice the gradient window, and what backward recomputes is not count
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trmfast.problem import Problem
 from trmfast.spec import BlockSpec
 
-__all__ = ["block_flops", "forward_flops", "window_flops"]
+__all__ = ["backward_flops", "block_flops", "forward_flops", "window_flops"]
 
 
 def block_flops(block: BlockSpec, length: int) -> int:
     """Of one block on one sequence of ``length`` tokens."""
+    return _weight_flops(block, length) + _attention_flops(block, length)
+
+
+def _attention_flops(block: BlockSpec, length: int) -> int:
+    """Of the products without a weight: queries with keys, and their softmax with values."""
+    if block.token_mixer != "attention":
+        return 0
+    pairs = length * (length + 1) // 2 if block.causal else length * length
+    return 4 * pairs * block.num_heads * block.head_dim
+
+
+def _weight_flops(block: BlockSpec, length: int) -> int:
     macs = 0
     if block.token_mixer == "attention":
         query, kv = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
         macs += length * block.hidden_size * (2 * query + 2 * kv)
-        pairs = length * (length + 1) // 2 if block.causal else length * length
-        macs += 2 * pairs * query
     else:
         macs += 3 * block.hidden_size * block.seq_len * block.seq_intermediate_size
     macs += 3 * length * block.hidden_size * block.intermediate_size
@@ -36,6 +48,22 @@ def forward_flops(problem: Problem, batch: int, length: int) -> int:
 def window_flops(problem: Problem, batch: int, length: int) -> int:
     """Of one forward pass through the gradient window."""
     return _updates(problem, batch, length, grad_only=True)
+
+
+def backward_flops(problem: Problem, batch: int, length: int, needs_weights: Sequence[bool]) -> int:
+    """Of the backward pass: gradients of all activations in the window, and of the weights of networks that train.
+
+    Args:
+        needs_weights: whether each weight needs a gradient.
+    """
+    total = 0
+    for update in problem.program.updates:
+        if update.grad:
+            net = problem.nets[update.net]
+            trained = any(needs_weights[problem.weight_slices[update.net]])
+            products = _weight_flops(net.block, length) * (2 if trained else 1)
+            total += net.num_layers * (products + 2 * _attention_flops(net.block, length))
+    return batch * total
 
 
 def _updates(problem: Problem, batch: int, length: int, grad_only: bool) -> int:

@@ -147,5 +147,7 @@ def run_program(
         with torch.set_grad_enabled(update.grad and torch.is_grad_enabled()):
             h = summed_input(update, current, x)
             used = problem.net_weights(weights, update.net)
-            current[update.dst] = run_net(problem.nets[update.net], h, used, cos, sin)
+            z = run_net(problem.nets[update.net], h, used, cos, sin)
+        # torch.no_grad cuts gradients alone; tangents are cut by detach().
+        current[update.dst] = z if update.grad else z.detach()
     return tuple(current)
