@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import trmfast
 from trmfast.backends import BACKENDS, cpu
+from trmfast.benchmark.eager import EagerRecursion
 from trmfast.cases import make_case, make_inputs
-from trmfast.eager import EagerRecursion
 from trmfast.flops import backward_flops, forward_flops, window_flops
 
 CASE = make_case("tiny", L_cycles=2, batch=2, length=3, hidden_size=8, num_heads=1, intermediate_size=16, num_layers=1)

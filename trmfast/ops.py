@@ -364,13 +364,13 @@ def _refuse_double_backward(*_: Any) -> Any:
 def _forward_flops(states: list[Sequence[int]], *rest: Any, **_: Any) -> int:
     """For torch.utils.flop_counter, which passes the shape of every tensor."""
     _, _, _, _, program, nets = rest[:6]
-    batch, length, _ = states[0]
+    batch, length = states[0][:2]
     return forward_flops(Problem.from_keys(program, tuple(nets)), batch, length)
 
 
 def _backward_flops(grad_states: list[Sequence[int]], *rest: Any, **_: Any) -> int:
     program, nets, needs_weights = rest[5], rest[6], rest[-1]
-    batch, length, _ = grad_states[0]
+    batch, length = grad_states[0][:2]
     return backward_flops(Problem.from_keys(program, tuple(nets)), batch, length, needs_weights)
 
 

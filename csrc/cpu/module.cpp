@@ -234,8 +234,13 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("parallel"), py::arg("num_threads"), py::arg("thread_num"));
   m.def("uses_openmp", &uses_openmp);
   m.def("kept_bytes", &kept_bytes, Released());
-  m.def("forward", &forward, Released());
-  m.def("backward", &backward, Released());
+  m.def("forward", &forward, py::arg("program"), py::arg("nets"), py::arg("shape"), py::arg("states_in"),
+        py::arg("states_out"), py::arg("x"), py::arg("saved"), py::arg("kept"), py::arg("cos"), py::arg("sin"),
+        py::arg("threads"), py::arg("phases") = py::none(), Released());
+  m.def("backward", &backward, py::arg("program"), py::arg("nets"), py::arg("shape"), py::arg("grad_states_out"),
+        py::arg("saved"), py::arg("kept"), py::arg("grad_states"), py::arg("grad_x"), py::arg("grad_weights"),
+        py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("store_bytes"), py::arg("phases") = py::none(),
+        Released());
   m.def(
       "fingerprint",
       [](const std::vector<Address>& arrays, const std::vector<int64_t>& sizes, int threads) {
