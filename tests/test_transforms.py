@@ -177,6 +177,14 @@ def test_tracing_is_refused() -> None:
         torch.jit.trace(Module(), INPUTS.x)
 
 
+def test_export_for_onnx_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the exporter on torch.export does before it looks for ONNX operators, here without its packages."""
+    torch.export.export(Module(), (INPUTS.x,))
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(Exception, match=REFUSED):
+        torch.export.export(Module(), (INPUTS.x,))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 def test_onnx_exporters_refuse(dynamo: bool) -> None:

@@ -16,7 +16,7 @@ from trmfast.problem import Problem
 from trmfast.program import RecursionProgram
 from trmfast.reference import wide_dtype
 from trmfast.spec import NetSpec
-from trmfast.transforms import inside_transform, refuse_tangents, refuse_tracing, run_plainly
+from trmfast.transforms import inside_transform, refuse_onnx, refuse_tangents, refuse_tracing, run_plainly
 
 __all__ = ["recursion"]
 
@@ -151,6 +151,7 @@ def _forward_fake(
     save: bool,
     recompute: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    refuse_onnx()
     problem = Problem.from_keys(program, tuple(nets))
     problem.validate(states, x, weights, cos, sin)
     first = states[0]
@@ -361,14 +362,14 @@ def _refuse_double_backward(*_: Any) -> Any:
     raise RuntimeError("trmfast::recursion: double backward is not supported, the backward pass is differentiable once")
 
 
-def _forward_flops(states: list[Sequence[int]], *rest: Any, **_: Any) -> int:
+def _forward_flops(states: list[Sequence[int]], *rest: Any, **_ignored: Any) -> int:
     """For torch.utils.flop_counter, which passes the shape of every tensor."""
     _, _, _, _, program, nets = rest[:6]
     batch, length = states[0][:2]
     return forward_flops(Problem.from_keys(program, tuple(nets)), batch, length)
 
 
-def _backward_flops(grad_states: list[Sequence[int]], *rest: Any, **_: Any) -> int:
+def _backward_flops(grad_states: list[Sequence[int]], *rest: Any, **_ignored: Any) -> int:
     program, nets, needs_weights = rest[5], rest[6], rest[-1]
     batch, length = grad_states[0][:2]
     return backward_flops(Problem.from_keys(program, tuple(nets)), batch, length, needs_weights)

@@ -18,7 +18,12 @@ from trmfast.program import RecursionProgram
 from trmfast.reference import run_program
 from trmfast.spec import NetSpec
 
-__all__ = ["inside_transform", "refuse_tangents", "refuse_tracing", "run_plainly"]
+__all__ = ["inside_transform", "refuse_onnx", "refuse_tangents", "refuse_tracing", "run_plainly"]
+
+_NO_SUCH_OPERATOR = (
+    "trmfast.recursion: got a call under torch.jit.trace or an ONNX exporter, accepted are torch.compile and "
+    "torch.export; TorchScript and ONNX have no such operator"
+)
 
 
 def inside_transform() -> bool:
@@ -73,7 +78,10 @@ def refuse_tangents(tensors: Sequence[Tensor]) -> None:
 def refuse_tracing() -> None:
     """Raises RuntimeError while torch.jit.trace or an ONNX exporter records."""
     if torch._C._get_tracing_state() is not None:
-        raise RuntimeError(
-            "trmfast.recursion: got a call under torch.jit.trace or an ONNX exporter, accepted are torch.compile and "
-            "torch.export; TorchScript and ONNX have no such operator"
-        )
+        raise RuntimeError(_NO_SUCH_OPERATOR)
+
+
+def refuse_onnx() -> None:
+    """The same for the exporter that goes through torch.export; for fake kernels."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(_NO_SUCH_OPERATOR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -123,7 +124,8 @@ class _PackedCache:
 
     def get(
         self, engine: _Engine, net: int, dtype: torch.dtype, weights: list[Tensor], backward: bool, threads: int
-    ) -> object:
+    ) -> tuple[int, object]:
+        """The fingerprint of the weights of a network, and their pack."""
         assert _cpu is not None
         weights = [weight.contiguous() for weight in weights]
         addresses = [weight.data_ptr() for weight in weights]
@@ -135,7 +137,7 @@ class _PackedCache:
             entry = self._entries.pop(key, None)
             if entry is not None and entry.fingerprint == fingerprint and (entry.backward or not backward):
                 self._entries[key] = entry  # at the end
-                return entry.weights
+                return fingerprint, entry.weights
             # The memory of what is stale goes to the packs that take its place.
             del entry
             for stale in [k for k, e in self._entries.items() if any(s.expired() for s in e.storages)]:
@@ -145,16 +147,46 @@ class _PackedCache:
             target, element, engine.blocks[net], engine.layers[net], [w.data_ptr() for w in floats], backward, threads
         )
         if _cpu.fingerprint(addresses, sizes, threads) != fingerprint:
-            return packed  # another thread wrote meanwhile: not to be kept for weights of this fingerprint
+            return fingerprint, packed  # another thread wrote meanwhile: not to be kept for weights of this fingerprint
         storages = tuple(StorageWeakRef(weight.untyped_storage()) for weight in weights)
         with self._lock:
             self._entries[key] = _Packed(fingerprint, backward, packed, storages)
             while len(self._entries) > PACKED_NETS:
                 self._entries.popitem(last=False)
-        return packed
+        return fingerprint, packed
 
 
 _cache = _PackedCache()
+CHECK_WEIGHTS = os.environ.get("TRMFAST_CHECK_WEIGHTS") != "0"
+
+
+class _SeenWeights:
+    """The fingerprints of the weights that a forward pass saw, for as long as the inputs that it saved live."""
+
+    def __init__(self) -> None:
+        # By the address of a storage, which is not given to another one while there is a weak reference to it.
+        self._entries: dict[int, tuple[StorageWeakRef, list[int]]] = {}
+
+    def note(self, saved: Tensor, fingerprints: list[int]) -> None:
+        for key, (storage, _) in list(self._entries.items()):
+            if storage.expired():
+                self._entries.pop(key, None)
+        storage = StorageWeakRef(saved.untyped_storage())
+        self._entries[storage.cdata] = (storage, fingerprints)
+
+    def check(self, problem: Problem, saved: Tensor, fingerprints: list[int]) -> None:
+        """Raises RuntimeError if the weights are others; copies of ``saved``, as hooks make them, are not known."""
+        _, seen = self._entries.get(saved.untyped_storage()._cdata, (None, fingerprints))
+        for name, before, now in zip(problem.program.nets, seen, fingerprints, strict=True):
+            if before != now:
+                raise RuntimeError(
+                    f"weights: those of {name} were changed after the forward pass, through .data or in another way "
+                    "that no version counter sees, accepted are those of the forward pass; TRMFAST_CHECK_WEIGHTS=0 "
+                    "skips the check"
+                )
+
+
+_seen = _SeenWeights()
 
 
 def release_memory() -> None:
@@ -196,6 +228,22 @@ def _keep(size: int) -> Tensor:
     assert _cpu is not None
     return (
         torch.frombuffer(_cpu.KeptActivations(size), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+    )
+
+
+def _explained(error: Exception, problem: Problem, state: Tensor) -> Exception:
+    """Of an error for want of memory, one with the sizes and what would need less; every other one as it is."""
+    reason = str(error)
+    if not isinstance(error, MemoryError):
+        bytes_of_pytorch = re.search(r"you tried to allocate (\d+) bytes", reason)
+        if bytes_of_pytorch is None:
+            return error
+        reason = f"out of memory: {bytes_of_pytorch[1]} bytes of saved inputs, states or gradients"
+    batch, length, width = state.shape
+    less = "recompute=True or a smaller batch" if "kept" in reason else "a smaller batch, or shorter sequences,"
+    return MemoryError(
+        f"{reason}, for {batch} sequences of {length} tokens, D = {width}, {problem.num_grad_updates} updates with "
+        f"gradient, {torch.get_num_threads()} threads; {less} needs less"
     )
 
 
@@ -253,25 +301,34 @@ class CpuBackend:
         weights: Sequence[Tensor],
         backward: bool,
         threads: int,
-    ) -> list[object]:
-        return [
+    ) -> tuple[list[int], list[object]]:
+        found = [
             _cache.get(engine, n, dtype, problem.net_weights(weights, n), backward, threads)
             for n in range(len(problem.nets))
         ]
+        return [fingerprint for fingerprint, _ in found], [pack for _, pack in found]
 
     def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """See :class:`trmfast.backends.Backend`."""
+        try:
+            return self._forward(call)
+        except (MemoryError, RuntimeError) as error:
+            raise _explained(error, call.problem, call.states[0]) from None
+
+    def _forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         assert _cpu is not None
         problem, first = call.problem, call.states[0]
         engine = _engine(problem)
         shape = tuple(first.shape)
         threads = torch.get_num_threads()
-        packed = self._packed(problem, engine, first.dtype, call.weights, call.save, threads)
+        fingerprints, packed = self._packed(problem, engine, first.dtype, call.weights, call.save, threads)
         out = [
             torch.empty_like(state) if written else state.clone()
             for state, written in zip(call.states, engine.written, strict=True)
         ]
         saved = first.new_empty((problem.num_grad_updates if call.save else 0, *shape))
+        if CHECK_WEIGHTS and saved.numel():
+            _seen.note(saved, fingerprints)
         kept = _keep(self.kept_bytes(problem, first.dtype, *shape[:2]) if call.save and not call.recompute else 0)
         _cpu.forward(
             engine.program,
@@ -291,11 +348,19 @@ class CpuBackend:
 
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """See :class:`trmfast.backends.Backend`."""
+        try:
+            return self._backward(call)
+        except (MemoryError, RuntimeError) as error:
+            raise _explained(error, call.problem, call.grad_states[0]) from None
+
+    def _backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         assert _cpu is not None
         problem, threads = call.problem, torch.get_num_threads()
         engine = _engine(problem)
         shape = tuple(call.saved.shape[1:])
-        packed = self._packed(problem, engine, call.saved.dtype, call.weights, True, threads)
+        fingerprints, packed = self._packed(problem, engine, call.saved.dtype, call.weights, True, threads)
+        if CHECK_WEIGHTS:
+            _seen.check(problem, call.saved, fingerprints)
         grads = [torch.empty(shape, dtype=torch.float32) for _ in call.grad_states]
         grad_x = torch.empty(shape, dtype=torch.float32) if call.needs_x else None
         # The engine writes the gradients of the nets that it differentiates; of others there are none.
