@@ -240,10 +240,13 @@ def _for_ever() -> Any:
 @pytest.mark.parametrize(
     "behave, expected",
     [
-        (lambda: _raises(KeyError("config")), "load: raises KeyError, which it does not list: 'config'"),
+        (
+            lambda: _raises(KeyError("config")),
+            "load: raises KeyError in test_fuzz.py _raises, which it does not list: 'config'",
+        ),
         (lambda: _raises(ValueError("two\nlines")), "load: ValueError of 2 lines, 9 characters: two lines"),
         (_for_ever, "load: takes more than 0.2 s"),
-        (lambda: torch.zeros(2**30), "load: raises RuntimeError, which it does not list: "),
+        (lambda: torch.zeros(2**30), "load: raises RuntimeError in test_fuzz.py <lambda>, which it does not list: "),
     ],
     ids=["another error", "two lines", "for ever", "memory"],
 )

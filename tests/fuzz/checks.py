@@ -248,11 +248,11 @@ def _isolated(run: Run, value: float) -> list[str]:
         return []
     wrong = []
     sick = run.trial.seed % batch
+    clean = run.engine(plain=True)
     for group in ("x", "states", "grads"):
         poisoned = poison(run.inputs, group, sick, value, run.trial.seed)
         if poisoned is None:
             continue
-        clean = run.engine(plain=True)
         found = run.engine(poisoned, plain=True)
         for rows in (slice(0, sick), slice(sick + 1, batch)):
             if rows.start < rows.stop:

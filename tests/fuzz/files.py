@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,8 @@ def _judged(function: Callable[..., Any], *arguments: Any, **options: Any) -> tu
     except Exception as error:
         text = str(error)
         if not isinstance(error, _listed(function)):
-            return None, [f"{name}: raises {type(error).__name__}, which it does not list: {_short(text)}"]
+            what = f"{type(error).__name__} in {_place(error)}"
+            return None, [f"{name}: raises {what}, which it does not list: {_short(text)}"]
         lines = len(text.splitlines())
         if lines != 1 or len(text) > LONGEST:
             what = f"{type(error).__name__} of {lines} lines, {len(text)} characters"
@@ -81,7 +83,7 @@ def _convert(path: Path, out: Path, trial: FileTrial) -> list[str]:
     except TooLongError:
         return [f"convert: takes more than {CPU_SECONDS:g} s"]
     except Exception as error:
-        return [f"convert: raises {type(error).__name__}: {_short(str(error))}"]
+        return [f"convert: raises {type(error).__name__} in {_place(error)}: {_short(str(error))}"]
     lines = complained.getvalue().splitlines()
     if status not in (0, 2) or len(lines) != (status == 2):
         return [f"convert: ends with {status} and {len(lines)} lines: {_short(complained.getvalue())}"]
@@ -115,6 +117,14 @@ def _bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+
+
+def _place(error: Exception) -> str:
+    """The innermost function of trmfast that the error went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    home = str(Path(trmfast.__file__).parent)
+    inside = [frame for frame in frames if frame.filename.startswith(home)] or frames
+    return f"{Path(inside[-1].filename).name} {inside[-1].name}"
 
 
 def _short(text: str) -> str:

@@ -190,8 +190,8 @@ def _fewer_edits(trial: FileTrial, kind: str) -> FileTrial:
 
 
 def _file_kind(text: str) -> str:
-    """The function and the error, without what came."""
-    return re.sub(r"(/\S+|'.*|\"|[0-9]+).*", "", text)[:90].strip()
+    """The function, the error and where it was raised, without what came."""
+    return re.sub(r" (?=\d).*", "", text.partition(",")[0])
 
 
 def _file_test(seed: int, number: int, trial: FileTrial) -> str:
