@@ -10,7 +10,7 @@ tolerance policy against float64, and by invariants of bits (checks.py).  Damage
     from fuzz.setting import Setting
     from fuzz.trial import Trial
 
-and the fuzzer goes on.  Number i of a seed is the same on every machine: ``--seed 1 --number i`` runs it alone.
+and the fuzzer goes on.  Problem i of a seed is the same on every machine: ``--seed 1 --number i`` runs it alone.
 
 What it leaves out, and why:
 

@@ -8,6 +8,8 @@ import os
 import sys
 import time
 
+from trmfast.backends import cpu
+
 from .checks import CHECKS
 from .pool import Outcome, run_jobs
 from .worker import Failure, Job
@@ -63,6 +65,12 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.problems < 0 or options.files < 0 or options.problems + options.files < 1 or options.jobs < 1:
         parser.error("--problems, --files, --jobs: accepted are counts, at least one of them of work")
+    here = [target for target, reason in cpu.targets().items() if reason is None]
+    if options.problems and not here:
+        parser.error("--problems: there is no CPU engine here, accepted is 0")
+    for target in options.targets or ():
+        if target not in here:
+            parser.error(f"--targets: got {target!r}, accepted are {', '.join(here)}")
     return options
 
 
