@@ -66,7 +66,7 @@ def _fields(plain: T) -> Iterator[T]:
 
 
 def _programs(program: Program) -> Iterator[Program]:
-    """Fewer cycles; the updates in place of a constructor; fewer updates, sources and injections."""
+    """Fewer cycles; the updates in place of a constructor; fewer states, updates, sources and injections."""
     if isinstance(program[0], str):
         name, H_cycles, L_cycles, window = program
         if program != ("urm", 1, 1, "all"):
@@ -81,6 +81,9 @@ def _programs(program: Program) -> Iterator[Program]:
             yield tuple((u.dst, u.sources, u.inject_x, u.net, u.grad) for u in updates)
         return
     yield ("urm", 1, 1, "all")
+    used = sorted({state for dst, sources, *_ in program for state in (dst, *sources)})
+    if used != list(range(len(used))):
+        yield tuple((used.index(dst), tuple(map(used.index, sources)), *rest) for dst, sources, *rest in program)
     for i, (dst, sources, inject, net, grad) in enumerate(program):
         if len(program) > 1:
             yield program[:i] + program[i + 1 :]
