@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Bottom to top.  A module may import what is in its own layer and below.
 LAYERS = (
     ("version", "build_info", "spec", "program", "problem"),
+    ("config", "architectures", "engine", "targets", "file_format", "sudoku"),
     ("kernels",),
     ("reference", "recompute", "flops"),
     ("backends",),
@@ -20,6 +21,8 @@ LAYERS = (
     ("nn", "foreign"),
     ("cases", "testing", "models", "layouts", "checkpoint", "puzzles"),
     ("dropin",),
+    ("solving",),
+    ("runtime",),
     ("",),  # the package itself: trmfast/__init__.py
     ("benchmark",),
     ("cli", "__main__"),
@@ -28,7 +31,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Kernels know the shape of a problem and nothing else of the package.
 KERNELS_MAY_USE = {"kernels", "spec", "problem"}
 # Extension modules, which backends load.
-EXTENSIONS = {"_cpu": "backends", "_cuda": "backends"}
+EXTENSIONS = {"_cpu": "targets", "_cuda": "backends"}
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:

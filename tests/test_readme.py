@@ -36,15 +36,22 @@ def test_accelerate() -> None:
     assert all(p.grad is not None for p in found["model"].network.parameters())
 
 
+def test_solver(capsys: pytest.CaptureFixture[str]) -> None:
+    execute(EXAMPLES[2])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [int(row[0]) for row in rows] == list(range(8))
+    assert {int(row[1]) for row in rows} == {16}  # a new Q head says -5
+
+
 def test_program(capsys: pytest.CaptureFixture[str]) -> None:
-    found = execute(EXAMPLES[2])
+    found = execute(EXAMPLES[3])
     assert found["z_H"].shape == (2, 81, 128)
     assert found["z_H"].isfinite().all()
     assert "z_H <- f(z_H + z_L)" in capsys.readouterr().out
 
 
 def test_every_example_is_tested() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
 
 
 def test_links_exist() -> None:

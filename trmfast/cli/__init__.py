@@ -1,4 +1,4 @@
-"""The command ``trmfast``: info, check, bench and convert."""
+"""The command ``trmfast``: info, check, bench, convert and solve."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "check": "gradients, and parity of every backend that works here with the reference",
     "bench": "eager PyTorch, torch.compile and trmfast on real ARC-AGI tasks and Sudoku puzzles",
     "convert": "a checkpoint of the published training scripts as safetensors that describe themselves",
+    "solve": "Sudoku puzzles with a trained model, without PyTorch",
 }
 
 EXAMPLES = """\
@@ -28,6 +29,7 @@ examples:
   trmfast check                     exit status 1 if any result is outside the tolerance policy
   trmfast bench                     the published configurations, under five minutes on two cores
   trmfast convert step_65100 sudoku.safetensors --config all_config.yaml --set seq_len=81
+  trmfast solve --model sudoku.safetensors --random 20
   trmfast bench --help              the options of a command
 """
 

@@ -9,7 +9,7 @@ Nothing here imports PyTorch.  The solving loop is the one of :class:`trmfast.So
         print(result.prediction, result.steps, result.confidence)
 """
 
-from trmfast.runtime.model import Model, load
+from trmfast.runtime.model import Model, cores, load
 from trmfast.solving import Confident, Never, Puzzle, Result, Solver, Unchanged
 
-__all__ = ["Confident", "Model", "Never", "Puzzle", "Result", "Solver", "Unchanged", "load"]
+__all__ = ["Confident", "Model", "Never", "Puzzle", "Result", "Solver", "Unchanged", "cores", "load"]

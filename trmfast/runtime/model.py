@@ -20,7 +20,7 @@ from trmfast.solving.evaluator import Step
 from trmfast.spec import NetSpec
 from trmfast.targets import extension, import_error, target_of
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "cores", "load"]
 
 ELEMENTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -74,7 +74,7 @@ class Model:
         self.dtype = config.forward_dtype if dtype is None else dtype
         if self.dtype not in ELEMENTS:
             raise ValueError(f"dtype: got {self.dtype!r}, accepted are {', '.join(ELEMENTS)}")
-        self.threads = _cores() if threads is None else integer("threads", threads, 1)
+        self.threads = cores() if threads is None else integer("threads", threads, 1)
         self.element = ELEMENTS[self.dtype]
         self.learns_to_continue = not config.no_ACT_continue
         self.seq_len, self.vocab_size = config.seq_len, config.vocab_size
@@ -220,5 +220,6 @@ def _rope(length: int, dim: int, base: float) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles), np.sin(angles)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The cores of this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
