@@ -53,12 +53,12 @@ def attend(
     HEAD_DIM: tl.constexpr,
     SCALE: tl.constexpr,
     CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """Adds one tile of keys to the running softmax; SCALE includes log2(e), and row_max is in its units."""
     k = load_rows(k_base, first_key, length, ROW, HEAD_DIM, BLOCK_N, BLOCK_D)
@@ -120,7 +120,7 @@ def attention_kernel(
     if ONE_TILE:
         mixed, row_max, row_sum = attend(
             q, k_base, v_base, first_query, 0, length, mixed, row_max, row_sum,
-            ROW, HEAD_DIM, SCALE, CAUSAL, True, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+            ROW, HEAD_DIM, SCALE, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=True, FIRST=True,
         )  # fmt: skip
     else:
         if CAUSAL:
@@ -132,12 +132,12 @@ def attention_kernel(
         for first_key in range(0, masked_from, BLOCK_N):
             mixed, row_max, row_sum = attend(
                 q, k_base, v_base, first_query, first_key, length, mixed, row_max, row_sum,
-                ROW, HEAD_DIM, SCALE, CAUSAL, False, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+                ROW, HEAD_DIM, SCALE, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=False, FIRST=False,
             )  # fmt: skip
         for first_key in range(masked_from, end, BLOCK_N):
             mixed, row_max, row_sum = attend(
                 q, k_base, v_base, first_query, first_key, length, mixed, row_max, row_sum,
-                ROW, HEAD_DIM, SCALE, CAUSAL, True, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+                ROW, HEAD_DIM, SCALE, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=True, FIRST=False,
             )  # fmt: skip
 
     rows = first_query + tl.arange(0, BLOCK_M)
@@ -185,4 +185,5 @@ def attention(
         },
         tile=tile,
         flops=4 * batch * block.num_heads * pairs * block.head_dim,
+        loads=2 * (tile["BLOCK_M"] + length) * block.head_dim,
     )

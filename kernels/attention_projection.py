@@ -75,7 +75,7 @@ def attention_projection_kernel(
         if ONE_TILE:
             mixed, row_max, row_sum = attend(
                 q, k_base, v_base, first_query, 0, length, mixed, row_max, row_sum,
-                ROW, HEAD_DIM, SCALE, CAUSAL, True, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_H,
+                ROW, HEAD_DIM, SCALE, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_H, MASKED=True, FIRST=True,
             )  # fmt: skip
         else:
             if CAUSAL:
@@ -85,7 +85,7 @@ def attention_projection_kernel(
             for first_key in range(0, end, BLOCK_N):
                 mixed, row_max, row_sum = attend(
                     q, k_base, v_base, first_query, first_key, length, mixed, row_max, row_sum,
-                    ROW, HEAD_DIM, SCALE, CAUSAL, True, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_H,
+                    ROW, HEAD_DIM, SCALE, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_H, MASKED=True, FIRST=False,
                 )  # fmt: skip
         rounded = narrow(mixed / row_sum[:, None], out.dtype.element_ty)
         if mixed_out is not None:
@@ -169,4 +169,5 @@ def attention_projection(
         },
         tile=tile,
         flops=4 * batch * heads * pairs * head_dim + 2 * prod(qkv.shape[:-1]) * heads * head_dim * width,
+        loads=(tile["BLOCK_M"] + 2 * length + width) * heads * head_dim + 2 * tile["BLOCK_M"] * width,
     )

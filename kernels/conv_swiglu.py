@@ -157,4 +157,5 @@ def conv_projection(
         },
         tile=tile,
         flops=2 * tokens * inter * (width + taps),
+        loads=(taps * tile["BLOCK_M"] + width) * inter + 2 * tile["BLOCK_M"] * width,
     )

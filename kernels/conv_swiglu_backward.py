@@ -245,6 +245,7 @@ def conv_swiglu_backward(
         constants={"DEPTH": depth, "INNER": inner, "TAPS": conv.shape[-1], "PRECISION": precision},
         tile=tile,
         flops=2 * rows * depth * inner,
+        loads=(tile["BLOCK_M"] + tile["BLOCK_N"]) * depth + (conv.shape[-1] + 2) * tile["BLOCK_M"] * tile["BLOCK_N"],
     )
 
 
@@ -289,6 +290,8 @@ def gate_up_backward(
         constants={"DEPTH": depth, "INNER": inner, "TAPS": conv.shape[-1], "PRECISION": precision},
         tile=tile,
         flops=4 * rows * depth * inner,
+        loads=(tile["BLOCK_M"] + 2 * tile["BLOCK_N"]) * depth
+        + (conv.shape[-1] + 2) * tile["BLOCK_M"] * tile["BLOCK_N"],
     )
 
 

@@ -53,7 +53,7 @@ import triton
 import triton.language as tl
 from trmfast.kernels.dot import narrow
 
-__all__ = ["add_to_target", "norm_gradient", "swiglu_gradient"]
+__all__ = ["norm_gradient", "store_targets", "swiglu_gradient"]
 
 
 @triton.jit
@@ -73,9 +73,11 @@ def swiglu_gradient(gate, up, gradient):
 
 
 @triton.jit
-def add_to_target(target, offsets, mask, value, ADD: tl.constexpr):
-    """Adds to a target, or overwrites it; an absent target is None."""
-    if target is not None:
-        if ADD:
-            value += tl.load(target + offsets, mask, 0.0).to(tl.float32)
-        tl.store(target + offsets, narrow(value, target.dtype.element_ty), mask)
+def store_targets(added, overwritten, offsets, mask, value):
+    """Adds a value to every tensor of one tuple, and stores it in every tensor of the other."""
+    for i in tl.static_range(len(overwritten)):
+        tl.store(overwritten[i] + offsets, narrow(value, overwritten[i].dtype.element_ty), mask)
+    for i in tl.static_range(len(added)):
+        target = added[i] + offsets
+        total = value + tl.load(target, mask, 0.0).to(tl.float32)
+        tl.store(target, narrow(total, added[i].dtype.element_ty), mask)

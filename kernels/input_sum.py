@@ -12,17 +12,20 @@ import triton.language as tl
 from trmfast.kernels.dot import narrow
 from trmfast.kernels.plan import Buffer
 
-__all__ = ["MAX_TERMS", "TERM_NAMES", "load_sum", "term_arguments"]
+__all__ = ["MAX_TERMS", "checked_terms", "load_sum"]
 
 MAX_TERMS = 8
-TERM_NAMES = tuple(f"term{i}" for i in range(MAX_TERMS))
 
 
-def term_arguments(terms: Sequence[Buffer]) -> dict[str, Buffer | None]:
-    """The arguments ``term0`` to ``term7`` of a kernel; those beyond the terms are None."""
+def checked_terms(terms: Sequence[Buffer]) -> tuple[Buffer, ...]:
+    """The terms as a kernel takes them.
+
+    Raises:
+        ValueError: their number.
+    """
     if not 1 <= len(terms) <= MAX_TERMS:
         raise ValueError(f"terms: got {len(terms)}, accepted are 1 to {MAX_TERMS}")
-    return {name: terms[i] if i < len(terms) else None for i, name in enumerate(TERM_NAMES)}
+    return tuple(terms)
 
 
 @triton.jit
@@ -39,53 +42,13 @@ def _add(term, start, offsets, mask, total, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_sum(
-    term0,
-    term1,
-    term2,
-    term3,
-    term4,
-    term5,
-    term6,
-    term7,
-    start,
-    offsets,
-    mask,
-    TERMS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """The sum of the first TERMS terms at ``start + offsets``; where MASKED, zero outside of the mask.
+def load_sum(terms, start, offsets, mask, MASKED: tl.constexpr):
+    """The sum of a tuple of terms at ``start + offsets``; where MASKED, zero outside of the mask.
 
     ``start`` is a 64-bit scalar, ``offsets`` a tile of 32-bit offsets.
     """
-    if TERMS == 1:
-        total = _load(term0, start, offsets, mask, MASKED)
-    elif TERMS == 2:
-        total = _load(term1, start, offsets, mask, MASKED)
-    elif TERMS == 3:
-        total = _load(term2, start, offsets, mask, MASKED)
-    elif TERMS == 4:
-        total = _load(term3, start, offsets, mask, MASKED)
-    elif TERMS == 5:
-        total = _load(term4, start, offsets, mask, MASKED)
-    elif TERMS == 6:
-        total = _load(term5, start, offsets, mask, MASKED)
-    elif TERMS == 7:
-        total = _load(term6, start, offsets, mask, MASKED)
-    else:
-        total = _load(term7, start, offsets, mask, MASKED)
-    if TERMS > 7:
-        total = _add(term6, start, offsets, mask, total, MASKED)
-    if TERMS > 6:
-        total = _add(term5, start, offsets, mask, total, MASKED)
-    if TERMS > 5:
-        total = _add(term4, start, offsets, mask, total, MASKED)
-    if TERMS > 4:
-        total = _add(term3, start, offsets, mask, total, MASKED)
-    if TERMS > 3:
-        total = _add(term2, start, offsets, mask, total, MASKED)
-    if TERMS > 2:
-        total = _add(term1, start, offsets, mask, total, MASKED)
-    if TERMS > 1:
-        total = _add(term0, start, offsets, mask, total, MASKED)
+    LAST: tl.constexpr = len(terms) - 1
+    total = _load(terms[LAST], start, offsets, mask, MASKED)
+    for i in tl.static_range(LAST):
+        total = _add(terms[LAST - 1 - i], start, offsets, mask, total, MASKED)
     return total

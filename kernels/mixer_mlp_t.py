@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
-from trmfast.kernels.input_sum import TERM_NAMES, load_sum, term_arguments
+from trmfast.kernels.input_sum import checked_terms, load_sum
 from trmfast.kernels.pairs import CHAINED, GROUP, pair_of, part_columns, part_rows
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.swiglu import silu
@@ -41,14 +41,7 @@ def padded_length(length: int) -> int:
 
 @triton.jit
 def mlp_t_kernel(
-    term0,
-    term1,
-    term2,
-    term3,
-    term4,
-    term5,
-    term6,
-    term7,
+    terms,
     gate_up,
     down,
     total,
@@ -59,7 +52,6 @@ def mlp_t_kernel(
     WIDTH: tl.constexpr,  # of the rows of gate_up
     D: tl.constexpr,
     INTER: tl.constexpr,
-    TERMS: tl.constexpr,
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -76,7 +68,7 @@ def mlp_t_kernel(
     mask = (rows < LENGTH)[:, None]
     if D % BLOCK_C != 0:
         mask = mask & (channels < D)[None, :]
-    h = load_sum(term0, term1, term2, term3, term4, term5, term6, term7, start, offsets, mask, TERMS, True)
+    h = load_sum(terms, start, offsets, mask, MASKED=True)
     if total is not None:
         tl.store(total + start + offsets, h, mask=mask)
     h = tl.trans(h)  # [BLOCK_C, BLOCK_L]
@@ -120,14 +112,7 @@ def mlp_t_kernel(
 
 @triton.jit
 def gate_up_t_kernel(
-    term0,
-    term1,
-    term2,
-    term3,
-    term4,
-    term5,
-    term6,
-    term7,
+    terms,
     gate_up,
     total,
     activation,
@@ -137,7 +122,6 @@ def gate_up_t_kernel(
     WIDTH: tl.constexpr,  # of the rows of gate_up
     D: tl.constexpr,
     INTER: tl.constexpr,
-    TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -167,7 +151,7 @@ def gate_up_t_kernel(
         # Rows beyond the sequence repeat its last one, and meet the zeros beyond L in the weight.
         rows = k + depth
         b_offsets = tl.minimum(rows, LENGTH - 1)[:, None] * D + near_channels[None, :]
-        b = load_sum(term0, term1, term2, term3, term4, term5, term6, term7, start, b_offsets, None, TERMS, False)
+        b = load_sum(terms, start, b_offsets, None, MASKED=False)
         if total is not None:
             mine = (rows < LENGTH)[:, None] & channel_in_range & (k // BLOCK_K % INNER_TILES == pid % INNER_TILES)
             tl.store(total + start + b_offsets, b, mask=mine)
@@ -283,7 +267,7 @@ def mlp_t(
     Raises:
         ValueError: a longer sequence, or the number of terms.
     """
-    arguments = term_arguments(terms)
+    terms = checked_terms(terms)
     (batch, length, width), inter = terms[0].shape, down.shape[1]
     if length > LONGEST:
         raise ValueError(f"terms: got length {length}, accepted are lengths up to {LONGEST}")
@@ -291,7 +275,7 @@ def mlp_t(
         "mixer_mlp_t.mlp_t_kernel",
         (batch * triton.cdiv(width, tile["BLOCK_C"]),),
         {
-            **arguments,
+            "terms": terms,
             "gate_up": gate_up,
             "down": down,
             "total": total,
@@ -299,20 +283,20 @@ def mlp_t(
             "rstd": rstd,
             "end": inter,
         },
-        reads=(*TERM_NAMES, "gate_up", "down"),
+        reads=("terms", "gate_up", "down"),
         writes=("total", "out", "rstd"),
         constants={
             "LENGTH": length,
             "WIDTH": gate_up.shape[1],
             "D": width,
             "INTER": inter,
-            "TERMS": len(terms),
             "EPS": eps,
             "PRECISION": precision,
             "BLOCK_L": max(16, triton.next_power_of_2(length)),
         },
         tile=tile,
         flops=6 * batch * length * width * inter,
+        loads=((len(terms) + 1) * tile["BLOCK_C"] + 3 * inter) * length,
     )
 
 
@@ -341,31 +325,31 @@ def gate_up_t(
     Raises:
         ValueError: the number of terms.
     """
-    arguments = term_arguments(terms)
+    terms = checked_terms(terms)
     (batch, length, width), inter = terms[0].shape, activation.shape[-2]
     return Launch.of(
         "mixer_mlp_t.gate_up_t_kernel",
         (batch * triton.cdiv(inter, tile["BLOCK_I"]) * triton.cdiv(width, tile["BLOCK_C"]),),
         {
-            **arguments,
+            "terms": terms,
             "gate_up": gate_up,
             "total": total,
             "activation": activation,
             "gates": gates,
             "end": length,
         },
-        reads=(*TERM_NAMES, "gate_up"),
+        reads=("terms", "gate_up"),
         writes=("total", "activation", "gates"),
         constants={
             "LENGTH": length,
             "WIDTH": gate_up.shape[1],
             "D": width,
             "INTER": inter,
-            "TERMS": len(terms),
             "PRECISION": precision,
         },
         tile=tile,
         flops=4 * batch * length * width * inter,
+        loads=(2 * tile["BLOCK_I"] + len(terms) * tile["BLOCK_C"]) * length + tile["BLOCK_I"] * tile["BLOCK_C"],
     )
 
 
@@ -402,4 +386,5 @@ def down_t(
         constants={"LENGTH": length, "D": width, "INTER": inter, "EPS": eps, "PRECISION": precision},
         tile=tile,
         flops=2 * batch * length * width * inter,
+        loads=(triton.cdiv(length, tile["BLOCK_L"]) * tile["BLOCK_C"] + length) * inter + 4 * tile["BLOCK_C"] * length,
     )

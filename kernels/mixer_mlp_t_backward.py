@@ -23,9 +23,9 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
-from trmfast.kernels.gradients import add_to_target, norm_gradient, swiglu_gradient
+from trmfast.kernels.gradients import norm_gradient, store_targets, swiglu_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.projection_backward import target_arguments
+from trmfast.kernels.projection_backward import part_targets
 
 __all__ = ["mlp_t_backward", "mlp_t_norm_backward", "mlp_t_weight_gradient"]
 
@@ -63,20 +63,13 @@ def mlp_t_backward_kernel(
     down,
     grad_sum,
     out,
-    target0,
-    target1,
-    target2,
-    target3,
-    target4,
-    target5,
-    target6,
-    target7,
+    added,
+    overwritten,
     end,  # INNER, at run time: a constant number of steps would be unrolled, into more registers
     WIDTH: tl.constexpr,
     LENGTH: tl.constexpr,
     INNER: tl.constexpr,
     STRIDE: tl.constexpr,
-    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -119,14 +112,7 @@ def mlp_t_backward_kernel(
     total = tl.trans(total)
     if out is not None:
         tl.store(out + at, narrow(total, out.dtype.element_ty), mask)
-    add_to_target(target0, at, mask, total, ADD & 1)
-    add_to_target(target1, at, mask, total, ADD & 2)
-    add_to_target(target2, at, mask, total, ADD & 4)
-    add_to_target(target3, at, mask, total, ADD & 8)
-    add_to_target(target4, at, mask, total, ADD & 16)
-    add_to_target(target5, at, mask, total, ADD & 32)
-    add_to_target(target6, at, mask, total, ADD & 64)
-    add_to_target(target7, at, mask, total, ADD & 128)
+    store_targets(added, overwritten, at, mask, total)
 
 
 @triton.jit
@@ -263,7 +249,7 @@ def mlp_t_backward(
     """
     batch, length, width = hidden.shape
     inner = down.shape[1]
-    arguments, read, written, add = target_arguments(targets)
+    added, overwritten = part_targets(targets)
     return Launch.of(
         "mixer_mlp_t_backward.mlp_t_backward_kernel",
         (triton.cdiv(width, tile["BLOCK_N"]), batch),
@@ -276,22 +262,23 @@ def mlp_t_backward(
             "down": down,
             "grad_sum": grad_sum,
             "out": out,
-            **arguments,
+            "added": added,
+            "overwritten": overwritten,
             "end": inner,
         },
-        reads=("hidden", "gradient", "norm_output", "rstd", "gate_up", "down", *read),
-        writes=("grad_sum", "out", *written),
+        reads=("hidden", "gradient", "norm_output", "rstd", "gate_up", "down", "added"),
+        writes=("grad_sum", "out", "added", "overwritten"),
         constants={
             "WIDTH": width,
             "LENGTH": length,
             "INNER": inner,
             "STRIDE": gate_up.shape[1],
-            "ADD": add,
             "PRECISION": precision,
             "BLOCK_L": _block_l(length),
         },
         tile=tile,
         flops=10 * batch * width * length * inner,
+        loads=(5 * tile["BLOCK_N"] + 3 * inner) * length,
     )
 
 
@@ -353,6 +340,7 @@ def mlp_t_weight_gradient(
         },
         tile=tile,
         flops=2 * (3 + wanted) * batch * width * length * inner,
+        loads=2 * length * width * batch // splits + 12 * tile["BLOCK_I"] * length,
     )
 
 

@@ -7,7 +7,7 @@ into a CUDA graph, compiled offline for an architecture, counted and printed.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Buffer", "Launch", "Plan", "Tile", "resolve", "run"]
+__all__ = ["Argument", "Buffer", "Launch", "Plan", "Tile", "map_buffers", "resolve", "run"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ class Buffer:
         return whole.view(-1)[self.offset : self.offset + self.numel].view(self.shape)
 
 
+Argument = Buffer | int | float | None | tuple[Buffer, ...]
+"""What a kernel is launched with: None stands for an absent buffer."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """A kernel's tile sizes (its ``BLOCK_*`` constants by name) and launch options."""
@@ -83,16 +87,17 @@ class Launch:
 
     Attributes:
         kernel: ``"stem.function"``: a ``triton.jit`` function of ``kernels/stem.py``.
-        arguments: run-time arguments by parameter name: buffers, integers, floats, or None for an absent buffer.
+        arguments: run-time arguments by parameter name.
         reads, writes: names of the arguments that are read and written; in both if updated in place.
         constants: ``tl.constexpr`` parameters by name, tile sizes among them.
         grid: programs along each axis.
         num_warps, num_stages: launch options.
         flops: multiplications and additions of its matrix products, at true sizes (no padding).
+        loads: elements of the compute dtype that one program loads and stores; 0 if no operand is loaded twice.
     """
 
     kernel: str
-    arguments: tuple[tuple[str, Buffer | int | float | None], ...]
+    arguments: tuple[tuple[str, Argument], ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     constants: tuple[tuple[str, Any], ...]
@@ -100,19 +105,21 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
     flops: int = 0
+    loads: int = 0
 
     @classmethod
     def of(
         cls,
         kernel: str,
         grid: tuple[int, ...],
-        arguments: Mapping[str, Buffer | int | float | None],
+        arguments: Mapping[str, Argument],
         *,
         reads: Iterable[str],
         writes: Iterable[str],
         constants: Mapping[str, Any],
         tile: Tile,
         flops: int = 0,
+        loads: int = 0,
     ) -> Launch:
         """A launch whose constants are ``constants`` and the tile's sizes."""
         return cls(
@@ -125,12 +132,17 @@ class Launch:
             tile.num_warps,
             tile.num_stages,
             flops,
+            loads,
         )
 
     def buffers(self, names: Iterable[str]) -> list[Buffer]:
-        """The buffers of some arguments."""
+        """The buffers of some arguments, those of tuples among them."""
         arguments = dict(self.arguments)
-        return [buffer for name in names if isinstance(buffer := arguments[name], Buffer)]
+        found: list[Buffer] = []
+        for name in names:
+            value = arguments[name]
+            found += value if isinstance(value, tuple) else [value] if isinstance(value, Buffer) else []
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -202,20 +214,27 @@ class Plan:
             spans = [(-(-sizes[name][0] // step) * step, *lives[name]) for name in names]
             places.update((name, (arena, at)) for name, at in zip(names, _place(spans), strict=True))
 
-        def move(value: Buffer | int | float | None) -> Buffer | int | float | None:
-            if isinstance(value, Buffer) and value.name in places:
-                arena, at = places[value.name]
-                return replace(value, name=arena, offset=at + value.offset)
-            return value
+        def move(buffer: Buffer) -> Buffer:
+            if buffer.name not in places:
+                return buffer
+            arena, at = places[buffer.name]
+            return replace(buffer, name=arena, offset=at + buffer.offset)
 
         launches = tuple(
-            replace(launch, arguments=tuple((name, move(value)) for name, value in launch.arguments))
+            replace(launch, arguments=tuple((name, map_buffers(move, value)) for name, value in launch.arguments))
             for launch in self.launches
         )
         return replace(self, launches=launches)
 
 
 _ALIGNMENT = 256
+
+
+def map_buffers(function: Callable[[Buffer], Any], value: Argument) -> Any:
+    """An argument with a function applied to each of its buffers."""
+    if isinstance(value, tuple):
+        return tuple(function(buffer) for buffer in value)
+    return function(value) if isinstance(value, Buffer) else value
 
 
 def _place(spans: list[tuple[int, int, int]]) -> list[int]:
@@ -250,8 +269,7 @@ def run(launches: Iterable[Launch], tensors: Mapping[str, Tensor]) -> None:
     """
     for launch in launches:
         arguments = {
-            name: value.of(tensors[value.name]) if isinstance(value, Buffer) else value
-            for name, value in launch.arguments
+            name: map_buffers(lambda buffer: buffer.of(tensors[buffer.name]), value) for name, value in launch.arguments
         }
         resolve(launch.kernel)[launch.grid](
             **arguments, **dict(launch.constants), num_warps=launch.num_warps, num_stages=launch.num_stages

@@ -168,4 +168,5 @@ def projection(
         },
         tile=tile,
         flops=2 * tokens * width * depth,
+        loads=(tile["BLOCK_M"] + width) * depth + 2 * tile["BLOCK_M"] * width,
     )

@@ -25,10 +25,10 @@ from math import prod
 import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
-from trmfast.kernels.gradients import add_to_target
+from trmfast.kernels.gradients import store_targets
 from trmfast.kernels.plan import Buffer, Launch, Tile
 
-__all__ = ["MAX_TARGETS", "projection_backward", "target_arguments"]
+__all__ = ["MAX_TARGETS", "part_targets", "projection_backward"]
 
 MAX_TARGETS = 8
 
@@ -41,21 +41,14 @@ def projection_backward_kernel(
     norm_output,
     rstd,
     out,
-    target0,
-    target1,
-    target2,
-    target3,
-    target4,
-    target5,
-    target6,
-    target7,
+    added,
+    overwritten,
     rows,
     end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,  # of the rows of weight
     CHANNELS: tl.constexpr,  # D if transposed, otherwise 0
-    ADD: tl.constexpr,  # bit i: target i is added to
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -118,34 +111,21 @@ def projection_backward_kernel(
         total = scale[:, None] * (total - y * mean[:, None])
     if out is not None:
         tl.store(out + result + result_offsets, narrow(total, out.dtype.element_ty), mask)
-    add_to_target(target0, result + result_offsets, mask, total, ADD & 1)
-    add_to_target(target1, result + result_offsets, mask, total, ADD & 2)
-    add_to_target(target2, result + result_offsets, mask, total, ADD & 4)
-    add_to_target(target3, result + result_offsets, mask, total, ADD & 8)
-    add_to_target(target4, result + result_offsets, mask, total, ADD & 16)
-    add_to_target(target5, result + result_offsets, mask, total, ADD & 32)
-    add_to_target(target6, result + result_offsets, mask, total, ADD & 64)
-    add_to_target(target7, result + result_offsets, mask, total, ADD & 128)
+    store_targets(added, overwritten, result + result_offsets, mask, total)
 
 
-def target_arguments(
-    targets: Sequence[tuple[Buffer, bool]],
-) -> tuple[dict[str, Buffer | None], tuple[str, ...], tuple[str, ...], int]:
-    """Arguments ``target0`` to ``target7``, the names of those read and of those written, and the constant ADD.
+def part_targets(targets: Sequence[tuple[Buffer, bool]]) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
+    """Those that a gradient is added to, and those that it overwrites.
 
     Args:
-        targets: buffers, and whether the gradient is added to what they hold; without, it overwrites them.
+        targets: buffers, and whether to add to what they hold.
 
     Raises:
         ValueError: more than 8.
     """
     if len(targets) > MAX_TARGETS:
         raise ValueError(f"targets: got {len(targets)}, accepted are at most {MAX_TARGETS}")
-    arguments: dict[str, Buffer | None] = {f"target{i}": None for i in range(MAX_TARGETS)}
-    arguments.update((f"target{i}", buffer) for i, (buffer, _) in enumerate(targets))
-    written = tuple(f"target{i}" for i in range(len(targets)))
-    read = tuple(name for name, (_, add) in zip(written, targets, strict=True) if add)
-    return arguments, read, written, sum(1 << i for i, (_, add) in enumerate(targets) if add)
+    return tuple(buffer for buffer, add in targets if add), tuple(buffer for buffer, add in targets if not add)
 
 
 def projection_backward(
@@ -190,7 +170,7 @@ def projection_backward(
             f"norm_output: got transposed {transposed}, {len(targets)} targets and BLOCK_N {tile['BLOCK_N']}, "
             f"accepted are False, 0 and at least {width}"
         )
-    arguments, read, written, add = target_arguments(targets)
+    added, overwritten = part_targets(targets)
     return Launch.of(
         "projection_backward.projection_backward_kernel",
         (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]), batch),
@@ -201,20 +181,21 @@ def projection_backward(
             "norm_output": norm_output,
             "rstd": rstd,
             "out": out,
-            **arguments,
+            "added": added,
+            "overwritten": overwritten,
             "rows": rows,
             "end": depth,
         },
-        reads=("gradient", "weight", "residual", "norm_output", "rstd", *read),
-        writes=("out", *written),
+        reads=("gradient", "weight", "residual", "norm_output", "rstd", "added"),
+        writes=("out", "added", "overwritten"),
         constants={
             "DEPTH": depth,
             "WIDTH": width,
             "STRIDE": weight.shape[1],
             "CHANNELS": rows if transposed else 0,
-            "ADD": add,
             "PRECISION": precision,
         },
         tile=tile,
         flops=2 * batch * rows * depth * width,
+        loads=(tile["BLOCK_M"] + tile["BLOCK_N"]) * depth + 2 * tile["BLOCK_M"] * tile["BLOCK_N"],
     )

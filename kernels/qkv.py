@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from trmfast.kernels import pairs
 from trmfast.kernels.dot import dot, narrow
-from trmfast.kernels.input_sum import TERM_NAMES, load_sum, term_arguments
+from trmfast.kernels.input_sum import checked_terms, load_sum
 from trmfast.kernels.pairs import pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
 
@@ -33,14 +33,7 @@ __all__ = ["qkv"]
 
 @triton.jit
 def qkv_kernel(
-    term0,
-    term1,
-    term2,
-    term3,
-    term4,
-    term5,
-    term6,
-    term7,
+    terms,
     weight,
     cos,
     sin,
@@ -54,7 +47,6 @@ def qkv_kernel(
     ROTATED: tl.constexpr,  # columns of queries and keys; 0: no rotation
     HALF: tl.constexpr,  # half of the width of a head
     GROUP: tl.constexpr,
-    TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,9 +76,7 @@ def qkv_kernel(
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, end, BLOCK_K):
         inside = (k + depth < D)[None, :]
-        a = load_sum(
-            term0, term1, term2, term3, term4, term5, term6, term7, start + k, a_offsets, inside, TERMS, MASKED
-        )
+        a = load_sum(terms, start + k, a_offsets, inside, MASKED)
         if total is not None:
             mine = row_in_range[:, None] & (k // BLOCK_K % COLUMN_TILES == column_tile)
             if MASKED:
@@ -157,7 +147,7 @@ def qkv(
     Raises:
         ValueError: the number of terms, or a rotation of an odd head_dim.
     """
-    arguments = term_arguments(terms)
+    terms = checked_terms(terms)
     length, width = terms[0].shape[-2:]
     tokens, columns = prod(terms[0].shape[:-1]), weight.shape[0]
     half = 0
@@ -169,7 +159,7 @@ def qkv(
         "qkv.qkv_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),),
         {
-            **arguments,
+            "terms": terms,
             "weight": weight,
             "cos": cos,
             "sin": sin,
@@ -179,7 +169,7 @@ def qkv(
             "length": length,
             "end": width,
         },
-        reads=(*TERM_NAMES, "weight", "cos", "sin"),
+        reads=("terms", "weight", "cos", "sin"),
         writes=("total", "out"),
         constants={
             "D": width,
@@ -187,9 +177,9 @@ def qkv(
             "ROTATED": (block.num_heads + block.num_kv_heads) * block.head_dim if half else 0,
             "HALF": half,
             "GROUP": pairs.group_of(half) if half else 1,
-            "TERMS": len(terms),
             "PRECISION": precision,
         },
         tile=tile,
         flops=2 * tokens * columns * width,
+        loads=(len(terms) * tile["BLOCK_M"] + tile["BLOCK_N"]) * width + tile["BLOCK_M"] * tile["BLOCK_N"],
     )

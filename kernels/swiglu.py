@@ -182,6 +182,7 @@ def swiglu(
         constants={"D": width, "INTER": inter, "EPS": eps, "PRECISION": precision, "BLOCK_D": block_width(width)},
         tile=tile,
         flops=6 * tokens * width * inter,
+        loads=(tile["BLOCK_M"] * (triton.cdiv(inter, tile["BLOCK_I"]) + 2) + 3 * inter) * width,
     )
 
 
@@ -215,4 +216,5 @@ def gate_up(
         constants={"D": width, "INTER": inter, "PRECISION": precision},
         tile=tile,
         flops=4 * tokens * width * inter,
+        loads=(tile["BLOCK_M"] + 2 * tile["BLOCK_I"]) * width + tile["BLOCK_M"] * tile["BLOCK_I"],
     )

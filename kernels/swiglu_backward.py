@@ -169,4 +169,5 @@ def swiglu_backward(
         },
         tile=tile,
         flops=6 * batch * rows * depth * inner,
+        loads=(2 * tile["BLOCK_M"] + 3 * tile["BLOCK_N"]) * depth + 3 * tile["BLOCK_M"] * tile["BLOCK_N"],
     )

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from trmfast.kernels.plan import Buffer, Launch, Plan, run
+from trmfast.kernels.plan import Launch, Plan, run
 
 __all__ = ["Tuner", "cache_file", "time_launch"]
 
@@ -55,11 +55,9 @@ class Tuner:
     def _key(self, launches: Sequence[Launch]) -> str:
         text = [self.device, _source()]
         for launch in launches:
-            arguments = [
-                (name, value.shape, str(value.dtype)) if isinstance(value, Buffer) else (name, value)
-                for name, value in launch.arguments
-                if value is not None and (name in launch.reads or not isinstance(value, Buffer))
-            ]
+            numbers = [(name, value) for name, value in launch.arguments if isinstance(value, int | float)]
+            read = [(buffer.shape, str(buffer.dtype)) for buffer in launch.buffers(launch.reads)]
+            arguments = [*numbers, *read]
             text.append(repr((launch.kernel, arguments, launch.constants, launch.num_warps, launch.num_stages)))
         return hashlib.sha256("\n".join(text).encode()).hexdigest()
 

@@ -98,90 +98,32 @@ def _accumulate(
 
 @triton.jit
 def weight_gradient_kernel(
-    gradient0,
-    source0,
-    total0,
-    gradient1,
-    source1,
-    total1,
-    gradient2,
-    source2,
-    total2,
-    gradient3,
-    source3,
-    total3,
+    gradients,
+    sources,
+    totals,
     rows,
-    OUT0: tl.constexpr,
-    IN0: tl.constexpr,
-    SPLITS0: tl.constexpr,
-    OUT1: tl.constexpr,
-    IN1: tl.constexpr,
-    SPLITS1: tl.constexpr,
-    OUT2: tl.constexpr,
-    IN2: tl.constexpr,
-    SPLITS2: tl.constexpr,
-    OUT3: tl.constexpr,
-    IN3: tl.constexpr,
-    SPLITS3: tl.constexpr,
+    OUT: tl.constexpr,  # tuples like the next three: of each product
+    IN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FIRST: tl.constexpr,  # its first program, and at last the number of programs
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    END0: tl.constexpr = tl.cdiv(OUT0, BLOCK_M) * tl.cdiv(IN0, BLOCK_N) * SPLITS0
-    END1: tl.constexpr = END0 + tl.cdiv(OUT1, BLOCK_M) * tl.cdiv(IN1, BLOCK_N) * SPLITS1
-    END2: tl.constexpr = END1 + tl.cdiv(OUT2, BLOCK_M) * tl.cdiv(IN2, BLOCK_N) * SPLITS2
-    i = tl.program_id(0)
-    if i < END0:
-        _accumulate(
-            gradient0, source0, total0, i, rows, OUT0, IN0, SPLITS0, CHANNELS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-        )
-    if total1 is not None:  # noqa: SIM102 (known when compiled, the next one is not)
-        if (i >= END0) & (i < END1):
+    pid = tl.program_id(0)
+    for i in tl.static_range(len(totals)):
+        if (pid >= FIRST[i]) & (pid < FIRST[i + 1]):
             _accumulate(
-                gradient1,
-                source1,
-                total1,
-                i - END0,
+                gradients[i],
+                sources[i],
+                totals[i],
+                pid - FIRST[i],
                 rows,
-                OUT1,
-                IN1,
-                SPLITS1,
-                CHANNELS,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
-    if total2 is not None:  # noqa: SIM102 (known when compiled, the next one is not)
-        if (i >= END1) & (i < END2):
-            _accumulate(
-                gradient2,
-                source2,
-                total2,
-                i - END1,
-                rows,
-                OUT2,
-                IN2,
-                SPLITS2,
-                CHANNELS,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
-    if total3 is not None:  # noqa: SIM102 (known when compiled, the next one is not)
-        if i >= END2:
-            _accumulate(
-                gradient3,
-                source3,
-                total3,
-                i - END2,
-                rows,
-                OUT3,
-                IN3,
-                SPLITS3,
+                OUT[i],
+                IN[i],
+                SPLITS[i],
                 CHANNELS,
                 PRECISION,
                 BLOCK_M,
@@ -221,32 +163,34 @@ def weight_gradient(
     """
     if not 1 <= len(products) <= MAX_PRODUCTS:
         raise ValueError(f"products: got {len(products)}, accepted are 1 to {MAX_PRODUCTS}")
-    arguments: dict[str, Buffer | int | float | None] = {}
-    constants: dict[str, int | str] = {}
-    programs, flops = 0, 0
-    shape = products[0][0].shape
+    gradients, sources, totals = zip(*products, strict=True)
+    shape = gradients[0].shape
     rows = shape[0] if transposed else prod(shape[:-1])
     channels = shape[-1] if transposed else 0
-    for i in range(MAX_PRODUCTS):
-        gradient, source, total = products[i] if i < len(products) else (None, None, None)
-        arguments.update({f"gradient{i}": gradient, f"source{i}": source, f"total{i}": total})
-        out, inner, splits = 0, 0, 1
-        if total is not None:
-            out, inner = total.shape[-2:]
-            splits = total.shape[0] if len(total.shape) == 3 else 1
-            programs += triton.cdiv(out, tile["BLOCK_M"]) * triton.cdiv(inner, tile["BLOCK_N"]) * splits
-            flops += 2 * rows * (channels or 1) * out * inner
-        constants.update({f"OUT{i}": out, f"IN{i}": inner, f"SPLITS{i}": splits})
-    totals = [f"total{i}" for i in range(len(products))]
+    outs, inners = zip(*(total.shape[-2:] for total in totals), strict=True)
+    splits = tuple(total.shape[0] if len(total.shape) == 3 else 1 for total in totals)
+    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
+    first = [0]
+    for out, inner, parts in zip(outs, inners, splits, strict=True):
+        first.append(first[-1] + triton.cdiv(out, block_m) * triton.cdiv(inner, block_n) * parts)
+    depth = rows * (channels or 1)
     return Launch.of(
         "weight_gradient.weight_gradient_kernel",
-        (programs,),
-        {**arguments, "rows": rows},
-        reads=(*(name for name in arguments if not name.startswith("total")), *totals),
-        writes=totals,
-        constants={**constants, "CHANNELS": channels, "PRECISION": precision},
+        (first[-1],),
+        {"gradients": gradients, "sources": sources, "totals": totals, "rows": rows},
+        reads=("gradients", "sources", "totals"),
+        writes=("totals",),
+        constants={
+            "OUT": outs,
+            "IN": inners,
+            "SPLITS": splits,
+            "FIRST": tuple(first),
+            "CHANNELS": channels,
+            "PRECISION": precision,
+        },
         tile=tile,
-        flops=flops,
+        flops=sum(2 * depth * out * inner for out, inner in zip(outs, inners, strict=True)),
+        loads=(block_m + block_n) * depth // max(splits) + 4 * block_m * block_n,
     )
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 from trmfast.kernels.architectures import ARCHITECTURES
-from trmfast.kernels.plan import Buffer, Launch, Tile, resolve
+from trmfast.kernels.plan import Buffer, Launch, Tile, map_buffers, resolve
 
 from benchmarks.offline.triton import Compiled, Job, compile_all, markdown, production_jobs, specialise, summary
 
@@ -119,9 +119,9 @@ def test_specialisation_is_triton_s_own() -> None:
     for kernel, launch in jobs.items():
         function = JITFunction(resolve(kernel).fn)
         bind = create_function_from_signature(function.signature, function.params, backend)
-        values: dict[str, Any] = {}
-        for name, value in (*launch.arguments, *launch.constants):
-            values[name] = MockTensor(value.dtype) if isinstance(value, Buffer) else value
+        values: dict[str, Any] = dict(launch.constants)
+        for name, value in launch.arguments:
+            values[name] = map_buffers(lambda buffer: MockTensor(buffer.dtype), value)
         bound, specialisation, options = bind(**values, num_warps=4)
         _, signature, constants, attributes = function._pack_args(backend, {}, bound, specialisation, options)
         ours = specialise(launch, function.params, amd=False)

@@ -66,13 +66,16 @@ class Job:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for launches that are the same program: of other values of run-time integers, for example."""
-        values = tuple(
-            (name, value.dtype, value.offset * value.dtype.itemsize % 16 == 0)
-            if isinstance(value, Buffer)
-            else (name, value if value in (None, 1) else type(value), isinstance(value, int) and value % 16 == 0)
-            for name, value in self.launch.arguments
-        )
+
+        def kind(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(kind(item) for item in value)
+            if isinstance(value, Buffer):
+                return value.dtype, value.offset * value.dtype.itemsize % 16 == 0
+            return value if value in (None, 1) else type(value), isinstance(value, int) and value % 16 == 0
+
         launch = self.launch
+        values = tuple((name, kind(value)) for name, value in launch.arguments)
         return launch.kernel, launch.constants, values, launch.num_warps, launch.num_stages, self.architecture
 
 
@@ -178,7 +181,7 @@ class Compiled:
 
 def specialise(
     launch: Launch, params: Sequence[Any], amd: bool
-) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Signature, constants and attributes of a launch as Triton would find them at run time.
 
     Triton makes constants of absent buffers and of integers that are 1; it notes pointers and integers that are
@@ -190,14 +193,14 @@ def specialise(
         amd: whether for AMD.
     """
     values = {**dict(launch.arguments), **dict(launch.constants)}
-    signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
-    for i, param in enumerate(params):
-        value = values.get(param.name, param.default)
-        where = (i,)
+
+    def kind(value: Any, param: Any, where: tuple[int, ...]) -> Any:
+        """The type of a value, or of each element of a tuple, at a place among the arguments."""
+        if isinstance(value, tuple) and not param.is_constexpr:
+            return tuple(kind(item, param, (*where, i)) for i, item in enumerate(value))
         if isinstance(value, Buffer):
-            signature[param.name] = _TYPES[value.dtype]
             found = []
             if value.offset * value.dtype.itemsize % 16 == 0:
                 found.append(["tt.divisibility", 16])
@@ -205,15 +208,17 @@ def specialise(
                 found.append(["tt.pointer_range", 32])
             if found:
                 attributes[where] = found
-        elif param.is_constexpr or value is None or (value == 1 and not param.do_not_specialize):
-            signature[param.name] = "constexpr"
+            return _TYPES[value.dtype]
+        if param.is_constexpr or value is None or (value == 1 and not param.do_not_specialize):
             constants[where] = value
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
-        else:
-            signature[param.name] = "i32" if -_INT32 <= value < _INT32 else "i64"
-            if value % 16 == 0 and not param.do_not_specialize and not param.do_not_specialize_on_alignment:
-                attributes[where] = [["tt.divisibility", 16]]
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and not param.do_not_specialize and not param.do_not_specialize_on_alignment:
+            attributes[where] = [["tt.divisibility", 16]]
+        return "i32" if -_INT32 <= value < _INT32 else "i64"
+
+    signature = {param.name: kind(values.get(param.name, param.default), param, (i,)) for i, param in enumerate(params)}
     return signature, constants, attributes
 
 

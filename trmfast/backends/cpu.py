@@ -321,7 +321,9 @@ class CpuBackend:
         engine = _engine(problem)
         shape = tuple(first.shape)
         threads = torch.get_num_threads()
-        fingerprints, packed = self._packed(problem, engine, first.dtype, call.weights, call.save, threads)
+        fingerprints, packed = self._packed(
+            problem, engine, first.dtype, call.weights, backward=call.save, threads=threads
+        )
         out = [
             torch.empty_like(state) if written else state.clone()
             for state, written in zip(call.states, engine.written, strict=True)
@@ -358,7 +360,9 @@ class CpuBackend:
         problem, threads = call.problem, torch.get_num_threads()
         engine = _engine(problem)
         shape = tuple(call.saved.shape[1:])
-        fingerprints, packed = self._packed(problem, engine, call.saved.dtype, call.weights, True, threads)
+        fingerprints, packed = self._packed(
+            problem, engine, call.saved.dtype, call.weights, backward=True, threads=threads
+        )
         if CHECK_WEIGHTS:
             _seen.check(problem, call.saved, fingerprints)
         grads = [torch.empty(shape, dtype=torch.float32) for _ in call.grad_states]
