@@ -81,7 +81,7 @@ class CannotBuildError(Exception):
 
 
 @dataclass
-class Plan:
+class Build:
     """Everything that decides the bytes of the extension."""
 
     compiler: list[str]
@@ -152,7 +152,7 @@ def compiler_problem(compiler: list[str], flags: list[str] | tuple[str, ...], so
     return next((line.strip() for line in done.stderr.splitlines() if "error" in line), "it fails without a message")
 
 
-def make_plan() -> Plan:
+def make_build() -> Build:
     for name in (PER_TARGET_SOURCE, "module.cpp"):
         if not (SOURCE / name).exists():
             raise CannotBuildError(f"csrc/cpu/{name} is not in this source tree")
@@ -173,20 +173,20 @@ def make_plan() -> Plan:
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     link += ["-pthread", *([f"-fsanitize={sanitize}"] if sanitize else []), *shlex.split(os.environ.get("LDFLAGS", ""))]
 
-    plan = Plan(compiler, version, find_ninja(), common, find_headers(), link, sanitize=sanitize)
+    build = Build(compiler, version, find_ninja(), common, find_headers(), link, sanitize=sanitize)
     if platform.machine().lower() in ("x86_64", "amd64"):
         emulated = (EMULATED_AMX,) if os.environ.get("TRMFAST_EMULATE_AMX", "") == "1" else ()
         for target in (*X86_TARGETS, *emulated):
             problem = compiler_problem(compiler, target.flags, "#include <immintrin.h>\nint probe;\n")
             if problem is None:
-                plan.targets.append(target)
+                build.targets.append(target)
             else:
-                plan.left_out[target.name] = f"{version} does not take its flags: {problem}"
-                print(f"trmfast: leaving out {target.name}: {plan.left_out[target.name]}", file=sys.stderr)
-    plan.targets.append(PORTABLE)
-    list_of_pairs = " ".join(f"X({target.name},{element})" for target, element in plan.pairs())
-    plan.baseline_flags.append(f"-DTRMFAST_TARGETS={list_of_pairs}")
-    return plan
+                build.left_out[target.name] = f"{version} does not take its flags: {problem}"
+                print(f"trmfast: leaving out {target.name}: {build.left_out[target.name]}", file=sys.stderr)
+    build.targets.append(PORTABLE)
+    list_of_pairs = " ".join(f"X({target.name},{element})" for target, element in build.pairs())
+    build.baseline_flags.append(f"-DTRMFAST_TARGETS={list_of_pairs}")
+    return build
 
 
 def quote(words: list[str]) -> str:
@@ -199,19 +199,19 @@ def ninja_path(file: Path) -> str:
     return str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_text(plan: Plan, output_name: str) -> str:
+def ninja_text(build: Build, output_name: str) -> str:
     """build.ninja: one object per file, one per (target, element) for the per-target file, and the link."""
     lines = [
         "ninja_required_version = 1.8",
-        f"cxx = {quote(plan.compiler)}",
-        f"common = {quote(plan.common_flags)}",
+        f"cxx = {quote(build.compiler)}",
+        f"common = {quote(build.common_flags)}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $common $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        f"  command = $cxx $in -o $out {quote(plan.link_flags)}",
+        f"  command = $cxx $in -o $out {quote(build.link_flags)}",
         "  description = link $out",
     ]
     objects = []
@@ -222,8 +222,8 @@ def ninja_text(plan: Plan, output_name: str) -> str:
 
     for source in sorted(SOURCE.glob("*.cpp")):
         if source.name != PER_TARGET_SOURCE:
-            compile_one(source, f"{source.stem}.o", plan.baseline_flags)
-    for target, element in plan.pairs():
+            compile_one(source, f"{source.stem}.o", build.baseline_flags)
+    for target, element in build.pairs():
         flags = [*target.flags, f"-DTRMFAST_TARGET={target.name}", f"-DTRMFAST_ELEMENT={element}"]
         compile_one(SOURCE / PER_TARGET_SOURCE, f"engine_{target.name}_{element}.o", flags)
     lines += [f"build {output_name}: link {' '.join(objects)}", f"default {output_name}"]
@@ -231,7 +231,7 @@ def ninja_text(plan: Plan, output_name: str) -> str:
 
 
 @dataclass
-class CudaPlan:
+class CudaBuild:
     """Everything that decides the bytes of the CUDA extension."""
 
     nvcc: Path
@@ -250,7 +250,7 @@ def has_driver() -> bool:
     return shutil.which("nvidia-smi") is not None
 
 
-def make_cuda_plan() -> CudaPlan:
+def make_cuda_build() -> CudaBuild:
     asked = os.environ.get("TRMFAST_CUDA", "").strip()
     if asked == "0":
         raise CannotBuildError("TRMFAST_CUDA=0 when it was installed")
@@ -280,22 +280,22 @@ def make_cuda_plan() -> CudaPlan:
         raise CannotBuildError(f"no cuda_runtime_api.h in {toolkit}/include: install the CUDA runtime's headers")
     headers = [*find_headers(), "-isystem", str(toolkit / "include")]
     version = f"nvcc {version}, {host_version}"
-    return CudaPlan(Path(found), compiler, version, find_ninja(), toolkit, architectures, headers)
+    return CudaBuild(Path(found), compiler, version, find_ninja(), toolkit, architectures, headers)
 
 
-def cuda_ninja_text(plan: CudaPlan, output_name: str) -> str:
+def cuda_ninja_text(build: CudaBuild, output_name: str) -> str:
     """build.ninja: launch.cu once per element, by nvcc; module.cpp, by the host compiler; and the link."""
     common = ["-std=c++17", "-O3", "-DNDEBUG"]
     host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
-    code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in plan.architectures]
-    newest = plan.architectures[-1]
+    code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in build.architectures]
+    newest = build.architectures[-1]
     code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # PTX for GPUs to come
-    device = [*common, f"-Xcompiler={','.join(host)}", "-Xptxas=-warn-spills", f"-ccbin={plan.compiler[0]}", *code]
-    names = ", ".join(f"sm_{number}" for number in plan.architectures)
-    module = [*common, *host, *plan.headers, f'-DTRMFAST_ARCHITECTURES="{names}"']
+    device = [*common, f"-Xcompiler={','.join(host)}", "-Xptxas=-warn-spills", f"-ccbin={build.compiler[0]}", *code]
+    names = ", ".join(f"sm_{number}" for number in build.architectures)
+    module = [*common, *host, *build.headers, f'-DTRMFAST_ARCHITECTURES="{names}"']
     libraries = [
-        f"-L{plan.toolkit / 'lib64'}",
-        f"-L{plan.toolkit / 'lib'}",
+        f"-L{build.toolkit / 'lib64'}",
+        f"-L{build.toolkit / 'lib'}",
         "-lcudart_static",
         "-ldl",
         "-lrt",
@@ -304,17 +304,17 @@ def cuda_ninja_text(plan: CudaPlan, output_name: str) -> str:
     lines = [
         "ninja_required_version = 1.8",
         "rule device",
-        f"  command = {quote([str(plan.nvcc), *device])} $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = {quote([str(build.nvcc), *device])} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
         "rule host",
-        f"  command = {quote([*plan.compiler, *module])} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {quote([*build.compiler, *module])} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        f"  command = {quote([*plan.compiler, '-shared'])} $in -o $out {quote(libraries)}",
+        f"  command = {quote([*build.compiler, '-shared'])} $in -o $out {quote(libraries)}",
         "  description = link $out",
         f"build module.o: host {ninja_path(CUDA_SOURCE / 'module.cpp')}",
     ]
@@ -392,18 +392,18 @@ class BuildEngines(build_ext):
     @staticmethod
     def build_cpu(output: Path, info: dict[str, object]) -> None:
         info["targets"] = []
-        plan = make_plan()
-        info.update(compiler=plan.compiler_version, left_out=plan.left_out, sanitize=plan.sanitize)
-        kind = f"cpu-{plan.sanitize.replace(',', '-') or 'release'}"
-        compile_extension(kind, plan.ninja, plan.compiler_version, ninja_text(plan, output.name), output)
-        info["targets"] = [f"{target.name}/{element}" for target, element in plan.pairs()]
+        build = make_build()
+        info.update(compiler=build.compiler_version, left_out=build.left_out, sanitize=build.sanitize)
+        kind = f"cpu-{build.sanitize.replace(',', '-') or 'release'}"
+        compile_extension(kind, build.ninja, build.compiler_version, ninja_text(build, output.name), output)
+        info["targets"] = [f"{target.name}/{element}" for target, element in build.pairs()]
 
     @staticmethod
     def build_cuda(output: Path, info: dict[str, object]) -> None:
-        plan = make_cuda_plan()
-        info["compiler"] = plan.compiler_version
-        compile_extension("cuda", plan.ninja, plan.compiler_version, cuda_ninja_text(plan, output.name), output)
-        info["targets"] = [f"sm_{architecture}" for architecture in plan.architectures]
+        build = make_cuda_build()
+        info["compiler"] = build.compiler_version
+        compile_extension("cuda", build.ninja, build.compiler_version, cuda_ninja_text(build, output.name), output)
+        info["targets"] = [f"sm_{architecture}" for architecture in build.architectures]
 
     def finalize_options(self) -> None:
         super().finalize_options()

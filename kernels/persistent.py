@@ -38,7 +38,7 @@ of a few percent is less than either model knows."""
 
 @dataclass(frozen=True)
 class Grid:
-    """How the engine runs a problem, as csrc/cuda/plan.h decides.
+    """How the engine runs a problem, as csrc/cuda/launch_shape.h decides.
 
     Attributes:
         groups, group_blocks: groups of the grid, and blocks in each.

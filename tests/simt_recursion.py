@@ -98,8 +98,8 @@ class Run:
         return Traffic(counted["weights"], counted.get("tables", 0), counted["exchange"], states, compulsory=0)
 
 
-class Plan(NamedTuple):
-    """How a device runs a problem, as made by csrc/cuda/plan.h."""
+class LaunchShape(NamedTuple):
+    """How a device runs a problem, as made by csrc/cuda/launch_shape.h."""
 
     instance: Instance
     groups: int
@@ -152,7 +152,7 @@ def _request(problem: Problem, batch: int, length: int, **fields: Any) -> _Reque
     )
 
 
-def plan(library: ctypes.CDLL, case: Case, architecture: str, multiprocessors: int = 108) -> Plan | str:
+def plan(library: ctypes.CDLL, case: Case, architecture: str, multiprocessors: int = 108) -> LaunchShape | str:
     """The plan for a problem on a device of some architecture, or why there is none."""
     block = case.problem.nets[0].block
     taps = block.conv_kernel if block.channel_mixer == "conv_swiglu" else 0
@@ -162,7 +162,7 @@ def plan(library: ctypes.CDLL, case: Case, architecture: str, multiprocessors: i
     request = _request(case.problem, case.batch, case.length)
     if library.trmfast_plan(ctypes.byref(request), taps, *limits, words, reason, len(reason)):
         return reason.value.decode()
-    return Plan(Instance(*words[:5]), *words[5:])
+    return LaunchShape(Instance(*words[:5]), *words[5:])
 
 
 def run_emulated(

@@ -22,7 +22,7 @@ from trmfast.kernels.architectures import ARCHITECTURES
 from trmfast.kernels.persistent import persistent_traffic
 
 from benchmarks.offline.cuda import CUDA_ARCHITECTURES
-from simt_recursion import Instance, Plan, Run, Schedule, build, listed_instances, plan, run_emulated
+from simt_recursion import Instance, LaunchShape, Run, Schedule, build, listed_instances, plan, run_emulated
 from trmfast.cases import PUBLISHED, Case, Inputs, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
@@ -291,7 +291,7 @@ def test_plans(wide: ctypes.CDLL, device: str) -> None:
         if case.name == "urm-arc":
             continue
         made = plan(wide, case, device)
-        assert isinstance(made, Plan), f"{case}: {made}"
+        assert isinstance(made, LaunchShape), f"{case}: {made}"
         assert made.shared_bytes <= shared
         assert made.group_blocks * made.instance.row_tiles * 16 >= case.length
         assert made.instance in listed_instances()
@@ -308,7 +308,7 @@ def test_every_instance_is_the_plan_of_something(wide: ctypes.CDLL) -> None:
                 "some", batch=batch, hidden_size=width, num_heads=width // 64, length=length, token_mixer=mixer
             )
             made = plan(wide, case, device)
-            assert isinstance(made, Plan), made
+            assert isinstance(made, LaunchShape), made
             planned.add(made.instance)
     assert planned == set(listed_instances())
 
@@ -319,7 +319,7 @@ def test_plan_takes_more_rows_for_more_sequences(wide: ctypes.CDLL, device: str)
     few = make_case("few", batch=1, length=97, hidden_size=512, num_heads=8)
     many = make_case("many", batch=768, length=97, hidden_size=512, num_heads=8)
     plans = [plan(wide, case, device) for case in (few, many)]
-    assert [made.instance.row_tiles for made in plans if isinstance(made, Plan)] == [2, 4]
+    assert [made.instance.row_tiles for made in plans if isinstance(made, LaunchShape)] == [2, 4]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 import cuda_tools
 from benchmarks.offline import cuda as cuda_kernels
-from benchmarks.offline.cuda import CUDA_ARCHITECTURES, Compiled, Instance, compile_all, markdown
+from benchmarks.offline.cuda import CUDA_ARCHITECTURES, Instance, InstanceCode, compile_all, markdown
 from simt_recursion import listed_instances
 
 FIRST = (80, 90)
@@ -42,7 +42,7 @@ CODE = Counter({
     "HMMA": 40, "HMMA.16816.F32.BF16": 40, "LDSM": 8, "LDGSTS": 6, "LDGSTS.E.BYPASS.LTC128B.128": 6,
     "LDG": 9, "LDG.E.128": 4, "STG": 5, "STG.E.128": 5, "MEMBAR.ALL.GPU": 1, "CCTL.IVALL": 2,
 })  # fmt: skip
-GOOD = Compiled("bf16", "sm_89", INSTANCE, registers=255, stack=0, local=0, shared=0, counts=CODE)
+GOOD = InstanceCode("bf16", "sm_89", INSTANCE, registers=255, stack=0, local=0, shared=0, counts=CODE)
 
 
 @pytest.mark.compile

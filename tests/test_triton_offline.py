@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction, MockTensor, create_function_from_sig
 from trmfast.kernels.architectures import ARCHITECTURES
 from trmfast.kernels.plan import Buffer, Launch, Tile, map_buffers, resolve
 
-from benchmarks.offline.triton import Compiled, Job, compile_all, markdown, production_jobs, specialise, summary
+from benchmarks.offline.triton import Job, KernelCode, compile_all, markdown, production_jobs, specialise, summary
 
 pytestmark = pytest.mark.compile
 
@@ -38,7 +38,7 @@ def one_of_each_tile(jobs: list[Job]) -> list[Job]:
     return list(found.values())
 
 
-def check(jobs: list[Job], mode: str) -> list[Compiled]:
+def check(jobs: list[Job], mode: str) -> list[KernelCode]:
     """No spills, shared memory within the limit, tensor cores, loads of 16 bytes; wgmma on sm_90.
 
     float32 products without TF32 have no tensor cores on NVIDIA.
@@ -96,7 +96,7 @@ def test_faults_are_found() -> None:
 
 
 def test_each_fault() -> None:
-    good = Compiled(
+    good = KernelCode(
         "a.b", "sm_90", "tile", products=True, rows=64, registers=100, tensor=4, wide_loads=4, instructions="wgmma"
     )
     assert good.faults == []

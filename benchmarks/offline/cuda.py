@@ -27,8 +27,8 @@ __all__ = [
     "CUDA_ARCHITECTURES",
     "ELEMENTS",
     "RESIDENT",
-    "Compiled",
     "Instance",
+    "InstanceCode",
     "compile_all",
     "find_cuobjdump",
     "find_nvcc",
@@ -44,7 +44,7 @@ WARPS = 8
 RESERVED_SHARED = 1024
 """Bytes that CUDA takes of every block's shared memory; cuobjdump counts them as the kernel's own."""
 RESIDENT = 1
-"""Blocks of the grid that a multiprocessor must hold: what csrc/cuda/plan.h counts on when it makes groups of them."""
+"""Blocks of the grid that a multiprocessor must hold; csrc/cuda/launch_shape.h counts on it when it makes groups."""
 
 
 class Instance(NamedTuple):
@@ -66,7 +66,7 @@ class Instance(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Compiled:
+class InstanceCode:
     """One kernel for one architecture.
 
     Attributes:
@@ -175,7 +175,7 @@ def machine_code(cubin: Path) -> dict[str, Counter[str]]:
 
 
 def instances(source: Path = SOURCE) -> list[Instance]:
-    """The instances of instances.h, in its order, with shared memory as plan.h computes it.
+    """The instances of instances.h, in its order, with shared memory as launch_shape.h computes it.
 
     Args:
         source: the folder csrc/cuda.
@@ -187,7 +187,7 @@ def instances(source: Path = SOURCE) -> list[Instance]:
         return [Instance(*map(int, line.split())) for line in _run([str(program)]).splitlines()]
 
 
-def compile_all(architectures: Iterable[int], source: Path = SOURCE) -> list[Compiled]:
+def compile_all(architectures: Iterable[int], source: Path = SOURCE) -> list[InstanceCode]:
     """All kernels of both elements for some architectures, one compiler for each CPU that this process may use.
 
     Args:
@@ -204,7 +204,7 @@ def compile_all(architectures: Iterable[int], source: Path = SOURCE) -> list[Com
         return [one for found in results for one in found]
 
 
-def _compile(number: int, element: str, known: Sequence[Instance], source: Path) -> list[Compiled]:
+def _compile(number: int, element: str, known: Sequence[Instance], source: Path) -> list[InstanceCode]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         flags = ["-std=c++17", "-O3", "-DNDEBUG", f"-arch=sm_{number}", "-cubin", "--Werror=all-warnings"]
@@ -220,7 +220,7 @@ def _compile(number: int, element: str, known: Sequence[Instance], source: Path)
         sizes = tuple(map(int, re.findall(r"Li(\d+)E", name)))
         instance = by_sizes[sizes] if "recursion_forward" in name else None  # type: ignore[index]
         static = max(0, shared - RESERVED_SHARED)
-        found.append(Compiled(element, f"sm_{number}", instance, registers, stack, local, static, code[name]))
+        found.append(InstanceCode(element, f"sm_{number}", instance, registers, stack, local, static, code[name]))
     order = [*known, None]
     found.sort(key=lambda one: order.index(one.instance))
     if [one.instance for one in found] != order:
@@ -245,7 +245,7 @@ def _run(command: Sequence[str], silent: bool = False) -> str:
 # ---------------------------------------------------------------- report
 
 
-def markdown(found: Sequence[Compiled], compiler: str) -> str:
+def markdown(found: Sequence[InstanceCode], compiler: str) -> str:
     """The table of every kernel and architecture.
 
     Args:
@@ -266,7 +266,7 @@ def markdown(found: Sequence[Compiled], compiler: str) -> str:
     ]
     for name in dict.fromkeys(one.architecture for one in found):
         lines += ["", f"## {name}", "", f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
-        rows: dict[Instance | None, list[Compiled]] = {}
+        rows: dict[Instance | None, list[InstanceCode]] = {}
         for one in found:
             if one.architecture == name:
                 rows.setdefault(one.instance, []).append(one)
@@ -277,7 +277,7 @@ def markdown(found: Sequence[Compiled], compiler: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(one: Compiled) -> tuple[str, ...]:
+def _cells(one: InstanceCode) -> tuple[str, ...]:
     wanted = one.shared + (one.instance.shared if one.instance else 0)
     counts = (one.counts["HMMA"], one.counts["LDSM"], one.counts["LDGSTS"], one.spills)
     resident = str(one.resident) if one.fits else "-"

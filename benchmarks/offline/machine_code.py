@@ -20,7 +20,7 @@ _NVIDIA_SPILL = re.compile(r"\b(?:STL|LDL)\b")
 
 
 def read_nvidia(cubin: bytes) -> dict[str, Any]:
-    """The fields of ``Compiled`` that are found in a cubin."""
+    """The fields of ``KernelCode`` that are found in a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
@@ -57,7 +57,7 @@ def _cuobjdump(option: str, file: Path) -> str:
 
 
 def read_amd(assembly: str) -> dict[str, Any]:
-    """The fields of ``Compiled`` that are found in AMD assembly."""
+    """The fields of ``KernelCode`` that are found in AMD assembly."""
 
     def metadata(name: str) -> int:
         found = re.search(rf"^\s*\.{name}:\s+(\d+)", assembly, re.MULTILINE)

@@ -27,7 +27,7 @@ from trmfast.kernels.plan import Buffer, Launch, resolve
 from benchmarks.offline.machine_code import read_amd, read_nvidia
 from trmfast.cases import PUBLISHED, make_case
 
-__all__ = ["Compiled", "Job", "compile_all", "compile_one", "markdown", "production_jobs", "specialise", "summary"]
+__all__ = ["Job", "KernelCode", "compile_all", "compile_one", "markdown", "production_jobs", "specialise", "summary"]
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -121,7 +121,7 @@ def production_jobs(
 
 
 @dataclass(frozen=True)
-class Compiled:
+class KernelCode:
     """One kernel, compiled for one architecture.
 
     Attributes:
@@ -222,7 +222,7 @@ def specialise(
     return signature, constants, attributes
 
 
-def compile_one(job: Job) -> Compiled:
+def compile_one(job: Job) -> KernelCode:
     """Compiles in this process, in which Triton must not interpret."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -238,7 +238,7 @@ def compile_one(job: Job) -> Compiled:
         compiled = triton.compile(source, target=target, options=options)
     except Exception as error:  # whatever the compiler throws is a result to be shown
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return Compiled(
+        return KernelCode(
             launch.kernel, architecture.name, job.label, error=f"{type(error).__name__}: {lines[-1].strip()}"
         )
     read = read_amd(compiled.asm["amdgcn"]) if amd else read_nvidia(compiled.asm["cubin"])
@@ -247,7 +247,7 @@ def compile_one(job: Job) -> Compiled:
     num_warps = compiled.metadata.num_warps
     occupancy = architecture.occupancy(read["registers"], num_warps, read["shared"])
     rows = max((size for name, size in launch.constants if name in _ROWS), default=0)
-    return Compiled(
+    return KernelCode(
         *(launch.kernel, architecture.name, job.label),
         products=launch.flops > 0,
         rows=rows,
@@ -257,7 +257,7 @@ def compile_one(job: Job) -> Compiled:
     )
 
 
-def compile_all(jobs: Iterable[Job], processes: int | None = None) -> list[Compiled]:
+def compile_all(jobs: Iterable[Job], processes: int | None = None) -> list[KernelCode]:
     """Compiles many, in order.
 
     Args:
@@ -275,7 +275,7 @@ def compile_all(jobs: Iterable[Job], processes: int | None = None) -> list[Compi
             os.environ["TRITON_INTERPRET"] = interpret
 
 
-def _compile(job: Job) -> Compiled:
+def _compile(job: Job) -> KernelCode:
     torch.set_num_threads(1)
     return compile_one(job)
 
@@ -313,7 +313,7 @@ SIZES = (
 )
 
 
-def markdown(found: Sequence[Compiled]) -> str:
+def markdown(found: Sequence[KernelCode]) -> str:
     """The table of every kernel, tile and architecture."""
     import triton
 
@@ -338,7 +338,7 @@ def markdown(found: Sequence[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(found: Sequence[Compiled]) -> str:
+def summary(found: Sequence[KernelCode]) -> str:
     """One row for each kernel: the extremes over its programs on each architecture."""
     import triton
 
@@ -375,11 +375,11 @@ def summary(found: Sequence[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _stem(compiled: Compiled) -> str:
+def _stem(compiled: KernelCode) -> str:
     return compiled.kernel.split(".")[1].removesuffix("_kernel")
 
 
-def _extremes(programs: Sequence[Compiled]) -> str:
+def _extremes(programs: Sequence[KernelCode]) -> str:
     compiled = [c for c in programs if c.error is None]
     if not compiled:
         return "-"

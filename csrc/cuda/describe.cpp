@@ -1,17 +1,17 @@
-// Prints the instances of the kernel with the shared memory of the largest block that each runs, as plan.h decides it:
-// row tiles, stages, width tiles, token tiles, strip tiles, bytes.  For tools; no CUDA header, no device.
+// Prints the instances of the kernel with the shared memory of the largest block that each runs, as launch_shape.h
+// decides it: row tiles, stages, width tiles, token tiles, strip tiles, bytes.  For tools; no CUDA header, no device.
 #include "instances.h"
-#include "plan.h"
+#include "launch_shape.h"
 
 #include <cstdio>
 
 using namespace trmfast::gpu;
 
 int main() {
-#define LISTED(...) Configuration{__VA_ARGS__},
-  const Configuration instances[] = {TRMFAST_INSTANCES(LISTED)};
+#define LISTED(...) InstanceSizes{__VA_ARGS__},
+  const InstanceSizes instances[] = {TRMFAST_INSTANCES(LISTED)};
 #undef LISTED
-  for (const Configuration& c : instances) {
+  for (const InstanceSizes& c : instances) {
     BlockShape block{};
     block.width = 8 * kWarps * c.width_tiles;
     block.inner = 3 * block.width;

@@ -1,6 +1,6 @@
 // The instances of recursion_forward that are compiled: row tiles, stages, width tiles, token tiles, strip tiles
-// (Configuration in plan.h).  A device runs those that fit its shared memory: with 99 KB (sm_86, 89, 120) up to 32 rows
-// of width 512, with 163 KB (sm_80) 64 rows and a short ring, with 227 KB (sm_90, 100) 64 rows and a long one.
+// (InstanceSizes in shape.h).  A device runs those that fit its shared memory: with 99 KB (sm_86, 89, 120) up to
+// 32 rows of width 512, with 163 KB (sm_80) 64 rows and a short ring, with 227 KB (sm_90, 100) 64 rows and a long one.
 #pragma once
 
 #ifndef TRMFAST_INSTANCES

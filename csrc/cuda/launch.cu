@@ -40,21 +40,20 @@ std::string pack_weights(const PackRequest& request) {
   return text(cudaGetLastError(), "packing weights");
 }
 
-template <class I> constexpr Configuration configuration() {
+template <class I> constexpr InstanceSizes sizes_of() {
   return {I::kRowTiles, I::kRingStages, I::kWidthTiles, I::kTokenTiles, I::kStripTiles};
 }
 
-bool same(const Configuration& a, const Configuration& b) {
+bool same(const InstanceSizes& a, const InstanceSizes& b) {
   return a.row_tiles == b.row_tiles && a.stages == b.stages && a.width_tiles == b.width_tiles &&
          a.token_tiles == b.token_tiles && a.strip_tiles == b.strip_tiles;
 }
 
 using Kernel = void (*)(ForwardParams<T>);
 
-Kernel find(const Configuration& wanted) {
+Kernel find(const InstanceSizes& wanted) {
 #define TRY(...)                                                                                                       \
-  if (same(wanted, configuration<Instance<T, __VA_ARGS__>>()))                                                         \
-    return recursion_forward_kernel<Instance<T, __VA_ARGS__>>;
+  if (same(wanted, sizes_of<Instance<T, __VA_ARGS__>>())) return recursion_forward_kernel<Instance<T, __VA_ARGS__>>;
   TRMFAST_INSTANCES(TRY)
 #undef TRY
   return nullptr;
@@ -64,23 +63,23 @@ std::string allow_shared(Kernel kernel, int bytes) {
   return text(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
 }
 
-std::string occupancy(const Configuration& configuration, int shared_bytes, int* blocks) {
-  const Kernel kernel = find(configuration);
+std::string occupancy(const InstanceSizes& sizes, int shared_bytes, int* blocks) {
+  const Kernel kernel = find(sizes);
   const std::string error = allow_shared(kernel, shared_bytes);
   if (!error.empty()) return error;
   return text(cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, kThreads, shared_bytes), "occupancy");
 }
 
 std::string forward(const ForwardRequest& r) {
-  const Kernel kernel = find(r.plan.configuration);
-  const std::string error = allow_shared(kernel, r.plan.shared_bytes);
+  const Kernel kernel = find(r.shape.sizes);
+  const std::string error = allow_shared(kernel, r.shape.shared_bytes);
   if (!error.empty()) return error;
   ForwardParams<T> p{};
   p.layout = LayerLayout(r.block);
   p.batch = r.batch;
   p.length = r.length;
-  p.groups = r.plan.groups;
-  p.group_blocks = r.plan.group_blocks;
+  p.groups = r.shape.groups;
+  p.group_blocks = r.shape.group_blocks;
   p.num_steps = r.num_steps;
   p.num_runs = r.num_runs;
   p.unwritten = r.unwritten;
@@ -97,7 +96,7 @@ std::string forward(const ForwardRequest& r) {
   p.cos = {pointer<const float>(r.cos)};
   p.sin = {pointer<const float>(r.sin)};
   p.exchange = {pointer<T>(r.exchange)};
-  p.exchange_elements = r.plan.exchange_elements;
+  p.exchange_elements = r.shape.exchange_elements;
   p.arrivals = {pointer<uint32_t>(r.arrivals)};
   p.failed = {pointer<uint32_t>(r.failed)};
   p.timeout_ns = r.timeout_ns;
@@ -107,12 +106,12 @@ std::string forward(const ForwardRequest& r) {
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(r.plan.groups * r.plan.group_blocks));
+  launch.gridDim = dim3(static_cast<unsigned>(r.shape.groups * r.shape.group_blocks));
   launch.blockDim = dim3(kThreads);
-  launch.dynamicSmemBytes = static_cast<size_t>(r.plan.shared_bytes);
+  launch.dynamicSmemBytes = static_cast<size_t>(r.shape.shared_bytes);
   launch.stream = stream_of(r.stream);
   launch.attrs = &cooperative;
-  launch.numAttrs = r.plan.group_blocks > 1 ? 1 : 0;
+  launch.numAttrs = r.shape.group_blocks > 1 ? 1 : 0;
   return text(cudaLaunchKernelEx(&launch, kernel, p), "launching the recursion");
 }
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "plan.h"
+#include "launch_shape.h"
 
 namespace trmfast {
 namespace gpu {
@@ -21,9 +21,9 @@ struct PackRequest {
   Address stream;
 };
 
-// See ForwardParams; `plan` is of the same block, batch and length.
+// See ForwardParams; `shape` is of the same block, batch and length.
 struct ForwardRequest {
-  Plan plan;
+  LaunchShape shape;
   BlockShape block;
   int batch, length;
   int num_steps, num_runs;
@@ -41,10 +41,10 @@ struct Element {
   std::string (*pack)(const PackRequest& request);
   std::string (*forward)(const ForwardRequest& request);
   // Blocks of an instance that a multiprocessor runs at the same time.
-  std::string (*occupancy)(const Configuration& configuration, int shared_bytes, int* blocks);
+  std::string (*occupancy)(const InstanceSizes& sizes, int shared_bytes, int* blocks);
 };
 
-std::vector<Configuration> instances();
+std::vector<InstanceSizes> instances();
 
 } // namespace gpu
 } // namespace trmfast

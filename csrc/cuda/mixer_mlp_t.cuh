@@ -22,8 +22,7 @@ namespace gpu {
 // h1 = norm(h + mlp_t(h)) over tokens, in place.  shared: the CTA's shared memory from h on, which the strip takes
 // over; layers_done: by this kernel so far.  False: a barrier of the group timed out.
 template <class I, class T, int kStages>
-DEVICE bool sequence_mixer(const ForwardParams<T>& p, SharedPtr<T> shared, int layers_done,
-                           WeightStream<T, kStages>& stream) {
+DEVICE bool mlp_t(const ForwardParams<T>& p, SharedPtr<T> shared, int layers_done, WeightStream<T, kStages>& stream) {
   constexpr int kChannels = 16 * I::kStripTiles, kLanes = kChannels / 8, kStride = kChannels + kPad;
   constexpr int kTokens = 8 * kWarps * I::kTokenTiles;
   const LayerLayout& layout = p.layout;

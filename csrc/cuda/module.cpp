@@ -17,11 +17,11 @@ namespace gpu {
 
 extern const Element element_bf16, element_fp16;
 
-std::vector<Configuration> instances() {
+std::vector<InstanceSizes> instances() {
   return {
-#define CONFIGURATION(...) Configuration{__VA_ARGS__},
-      TRMFAST_INSTANCES(CONFIGURATION)
-#undef CONFIGURATION
+#define SIZES(...) InstanceSizes{__VA_ARGS__},
+      TRMFAST_INSTANCES(SIZES)
+#undef SIZES
   };
 }
 
@@ -49,10 +49,10 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// What a launch needs besides tensors: the plan and the program as lists of words.
+// What a launch needs besides tensors: the shape and the program as lists of words.
 struct Prepared {
   BlockShape block;
-  Plan plan;
+  LaunchShape shape;
   int batch, length;
   Schedule schedule;
 };
@@ -63,15 +63,15 @@ py::object prepare(const BlockShape& block, const std::vector<int>& layers, int 
                    int length, const Device& device) {
   if (num_states > kMostStates || static_cast<int>(layers.size()) > kMostNets)
     return py::str("it takes up to " + number(kMostStates) + " states and " + number(kMostNets) + " networks");
-  Plan plan{};
-  const std::string reason = make_plan(instances(), block, batch, length, device, &plan);
+  LaunchShape shape{};
+  const std::string reason = choose_launch(instances(), block, batch, length, device, &shape);
   if (!reason.empty()) return py::str(reason);
   std::vector<Update> updates;
   for (const auto& [dst, sources, inject_x, net, grad] : program)
     updates.push_back({dst, net, sources, inject_x, grad});
   const LayerLayout layout(block);
-  return py::cast(Prepared{block, plan, batch, length,
-                           Schedule(plan.configuration, layout, plan.group_blocks, num_states, updates, layers)});
+  return py::cast(Prepared{block, shape, batch, length,
+                           Schedule(shape.sizes, layout, shape.group_blocks, num_states, updates, layers)});
 }
 
 } // namespace
@@ -119,19 +119,19 @@ PYBIND11_MODULE(_cuda, m) {
       .def_property_readonly("steps", [](const Prepared& p) { return p.schedule.steps; })
       .def_property_readonly("sources", [](const Prepared& p) { return p.schedule.sources; })
       .def_property_readonly("runs", [](const Prepared& p) { return p.schedule.runs; })
-      .def_property_readonly("groups", [](const Prepared& p) { return p.plan.groups; })
-      .def_property_readonly("group_blocks", [](const Prepared& p) { return p.plan.group_blocks; })
-      .def_property_readonly("shared_bytes", [](const Prepared& p) { return p.plan.shared_bytes; })
-      .def_property_readonly("rows", [](const Prepared& p) { return 16 * p.plan.configuration.row_tiles; })
-      .def_property_readonly("channels", [](const Prepared& p) { return 16 * p.plan.configuration.strip_tiles; })
+      .def_property_readonly("groups", [](const Prepared& p) { return p.shape.groups; })
+      .def_property_readonly("group_blocks", [](const Prepared& p) { return p.shape.group_blocks; })
+      .def_property_readonly("shared_bytes", [](const Prepared& p) { return p.shape.shared_bytes; })
+      .def_property_readonly("rows", [](const Prepared& p) { return 16 * p.shape.sizes.row_tiles; })
+      .def_property_readonly("channels", [](const Prepared& p) { return 16 * p.shape.sizes.strip_tiles; })
       .def_property_readonly("packed", [](const Prepared& p) { return LayerLayout(p.block).elements(); })
       .def_property_readonly("token_packed", [](const Prepared& p) { return LayerLayout(p.block).token_elements(); })
       .def_property_readonly("head_width", [](const Prepared& p) { return LayerLayout(p.block).head_width; })
       .def_property_readonly("exchange_elements",
-                             [](const Prepared& p) { return p.plan.groups * p.plan.exchange_elements; })
+                             [](const Prepared& p) { return p.shape.groups * p.shape.exchange_elements; })
       .def("resident_blocks", [](const Prepared& p, const std::string& element) {
         int blocks = 0;
-        check(find_element(element).occupancy(p.plan.configuration, p.plan.shared_bytes, &blocks));
+        check(find_element(element).occupancy(p.shape.sizes, p.shape.shared_bytes, &blocks));
         return blocks;
       });
   m.def("prepare", &prepare, py::arg("block"), py::arg("layers"), py::arg("num_states"), py::arg("program"),
@@ -148,7 +148,7 @@ PYBIND11_MODULE(_cuda, m) {
          const std::vector<Address>& weights, const std::vector<Address>& states_in,
          const std::vector<Address>& states_out, Address x, Address saved, Address cos, Address sin, Address exchange,
          Address arrivals, Address failed, uint64_t timeout_ns, Address stream) {
-        check(find_element(element).forward({p.plan,
+        check(find_element(element).forward({p.shape,
                                              p.block,
                                              p.batch,
                                              p.length,

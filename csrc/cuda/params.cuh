@@ -7,7 +7,7 @@
 namespace trmfast {
 namespace gpu {
 
-// One layer of one update (Schedule in plan.h): what a CTA does between two barriers, as four words.
+// One layer of one update (Schedule in launch_shape.h): what a CTA does between two barriers, as four words.
 struct Step {
   DEVICE explicit Step(const U32x4& words) : words_(words) {}
   DEVICE int dst() const { return static_cast<int>(words_.v[0] & 0xff); }
@@ -28,7 +28,7 @@ template <class T> struct ForwardParams {
   int groups, group_blocks; // the grid: groups * group_blocks blocks
   int num_steps, num_runs;
   uint32_t unwritten;                    // bit s: state s is never written, it goes from states_in to states_out
-  GlobalPtr<const U32x4> steps;          // the program (Schedule in plan.h): num_steps
+  GlobalPtr<const U32x4> steps;          // the program (Schedule in launch_shape.h): num_steps
   GlobalPtr<const uint32_t> sources;     // of its updates
   GlobalPtr<const U32x4> runs;           // num_runs: which weights come after which
   GlobalPtr<const T> weights[kMostNets]; // packed layers of a net, one after the other
@@ -44,7 +44,7 @@ template <class T> struct ForwardParams {
   uint64_t timeout_ns;
 };
 
-// An instance of the kernel (Configuration in plan.h); kTokens and kStrips are 0 for attention.
+// An instance of the kernel (InstanceSizes in shape.h); kTokens and kStrips are 0 for attention.
 template <class Element, int kRows, int kStages, int kWidth, int kTokens, int kStrips> struct Instance {
   using T = Element;
   static constexpr int kRowTiles = kRows, kRingStages = kStages, kWidthTiles = kWidth, kTokenTiles = kTokens,

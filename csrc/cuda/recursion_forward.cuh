@@ -110,7 +110,7 @@ template <class I> DEVICE void recursion_forward(const ForwardParams<typename I:
     }
     bool in_step;
     if constexpr (I::kTokenTiles > 0)
-      in_step = sequence_mixer<I>(p, h, done, stream);
+      in_step = mlp_t<I>(p, h, done, stream);
     else
       in_step = attention_mixer<I>(p, h, work, done, stream);
     if (!in_step) {

@@ -27,7 +27,7 @@ constexpr int kMostNets = 8;
 
 constexpr int kArrivalStride = 32; // words between the counters of two groups: different lines of the cache
 
-// Bits of the first word of a step, and of a source (Schedule in plan.h).
+// Bits of the first word of a step, and of a source (Schedule in launch_shape.h).
 constexpr uint32_t kFirstLayer = 1u << 8, kLastLayer = 1u << 9;
 constexpr uint32_t kSourceIsX = 1u << 8, kSourceIsWritten = 1u << 9;
 
@@ -53,7 +53,7 @@ TRMFAST_BOTH constexpr int padded_head(int head_dim) { return head_dim <= 32 ? 3
 
 // An instance of the kernel.  Row and strip tiles have 16 elements; width and token tiles have 8 for each warp.
 // token_tiles and strip_tiles are 0 for attention.
-struct Configuration {
+struct InstanceSizes {
   int row_tiles, stages, width_tiles, token_tiles, strip_tiles;
 };
 

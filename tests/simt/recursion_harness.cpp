@@ -1,7 +1,7 @@
 // Runs csrc/cuda's forward recursion in the emulator: a shared library for ctypes (tests/simt_recursion.py).
 #include "instances.h"
+#include "launch_shape.h"
 #include "pack.cuh"
-#include "plan.h"
 #include "recursion_forward.cuh"
 #include "simt.h"
 
@@ -35,7 +35,7 @@ struct Request {
   const float* sin;
 };
 
-template <class I> constexpr Configuration configuration() {
+template <class I> constexpr InstanceSizes sizes_of() {
   return {I::kRowTiles, I::kRingStages, I::kWidthTiles, I::kTokenTiles, I::kStripTiles};
 }
 
@@ -52,7 +52,7 @@ std::string text(const char* name, const simt::Accesses& a) {
 template <class I> std::string run(const Request& r) {
   using T = typename I::T;
   const BlockShape block = block_of(r);
-  const Configuration c = configuration<I>();
+  const InstanceSizes c = sizes_of<I>();
   if (!matches(c, block)) throw simt::Error("the instance does not run such a block");
   const LayerLayout layout(block);
   const size_t elements = static_cast<size_t>(r.batch) * r.length * r.width;
@@ -193,15 +193,15 @@ template <class I> std::string run(const Request& r) {
   return report + "}}";
 }
 
-bool same(const Configuration& a, const Configuration& b) {
+bool same(const InstanceSizes& a, const InstanceSizes& b) {
   return a.row_tiles == b.row_tiles && a.stages == b.stages && a.width_tiles == b.width_tiles &&
          a.token_tiles == b.token_tiles && a.strip_tiles == b.strip_tiles;
 }
 
 std::string dispatch(const Request& r) {
-  const Configuration wanted{r.row_tiles, r.stages, r.width_tiles, r.token_tiles, r.strip_tiles};
+  const InstanceSizes wanted{r.row_tiles, r.stages, r.width_tiles, r.token_tiles, r.strip_tiles};
 #define TRY(...)                                                                                                       \
-  if (same(wanted, configuration<Instance<bf16, __VA_ARGS__>>()))                                                      \
+  if (same(wanted, sizes_of<Instance<bf16, __VA_ARGS__>>()))                                                           \
     return r.is_bf16 ? run<Instance<bf16, __VA_ARGS__>>(r) : run<Instance<fp16, __VA_ARGS__>>(r);
   TRMFAST_INSTANCES(TRY)
 #undef TRY
@@ -228,15 +228,15 @@ extern "C" int trmfast_forward(const Request* request, char* report, int capacit
 // group, bytes of shared memory}.  1: there is none, for the reason given.
 extern "C" int trmfast_plan(const Request* request, int conv_taps, int major, int minor, int shared,
                             int multiprocessors, int32_t* plan, char* reason, int capacity) {
-#define LISTED(...) Configuration{__VA_ARGS__},
-  const std::vector<Configuration> instances{TRMFAST_INSTANCES(LISTED)};
+#define LISTED(...) InstanceSizes{__VA_ARGS__},
+  const std::vector<InstanceSizes> instances{TRMFAST_INSTANCES(LISTED)};
 #undef LISTED
   BlockShape block = block_of(*request);
   block.conv_taps = conv_taps;
-  Plan made{};
+  LaunchShape made{};
   const Device device = make_device(major, minor, shared, multiprocessors);
-  const std::string refused = make_plan(instances, block, request->batch, request->length, device, &made);
-  const Configuration& c = made.configuration;
+  const std::string refused = choose_launch(instances, block, request->batch, request->length, device, &made);
+  const InstanceSizes& c = made.sizes;
   const int32_t words[8] = {c.row_tiles,   c.stages,    c.width_tiles,     c.token_tiles,
                             c.strip_tiles, made.groups, made.group_blocks, made.shared_bytes};
   std::memcpy(plan, words, sizeof words);

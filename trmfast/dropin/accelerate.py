@@ -10,7 +10,7 @@ from trmfast import foreign
 from trmfast.backends import BACKENDS
 from trmfast.dropin import probe
 from trmfast.dropin.structure import UnsupportedModelError, find, inner_modules
-from trmfast.dropin.swap import Plan, is_swapped, plan_of, swap, swap_back
+from trmfast.dropin.swap import Swap, is_swapped, swap, swap_back, swap_of
 
 __all__ = ["accelerate", "restore"]
 
@@ -45,7 +45,7 @@ def accelerate(model: M, backend: str = "auto") -> M:
     swapped = [module for module in model.modules() if is_swapped(module)]
     if swapped and len(inner_modules(model)) == len(swapped):
         for module in swapped:
-            plan_of(module).backend = backend
+            swap_of(module).backend = backend
         return model
     other = _foreign(model)
     if other is not None:
@@ -57,7 +57,7 @@ def accelerate(model: M, backend: str = "auto") -> M:
     differences = probe.differences(found)
     if differences:
         raise UnsupportedModelError(differences)
-    swap(found.inner, Plan(found.family, found.nets, backend))
+    swap(found.inner, Swap(found.family, found.nets, backend))
     return model
 
 

@@ -24,14 +24,14 @@ from trmfast.dropin.structure import blocks_of, hooked
 from trmfast.nn import block_weights
 from trmfast.spec import NetSpec
 
-__all__ = ["Plan", "fused_step", "is_swapped", "plan_of", "swap", "swap_back"]
+__all__ = ["Swap", "fused_step", "is_swapped", "swap", "swap_back", "swap_of"]
 
-PLAN = "_trmfast_plan"
+SWAP = "_trmfast_swap"
 BASE = "_trmfast_base"
 
 
 @dataclass
-class Plan:
+class Swap:
     """What a swapped inner module knows about itself.
 
     Attributes:
@@ -55,12 +55,12 @@ def fused_step(self: Any, carry: Any, batch: dict[str, Tensor]) -> tuple[Any, Te
     Returns:
         The carry with new states without gradient, logits [B, S, V], and the q head's float32 [B] outputs.
     """
-    plan: Plan = self._trmfast_plan
-    family = FAMILIES[plan.family]
+    own: Swap = self._trmfast_swap
+    family = FAMILIES[own.family]
     rope = getattr(self, family.rope, None)
     cos, sin = rope() if rope is not None else (None, None)
     x = self._input_embeddings(batch[family.inputs], batch["puzzle_identifiers"])
-    states = _recur(self, plan, family, [getattr(carry, name) for name in family.states], x, cos, sin)
+    states = _recur(self, own, family, [getattr(carry, name) for name in family.states], x, cos, sin)
     carried = {name: z.detach() for name, z in zip(family.states, states, strict=True)}
     new_carry = dataclasses.replace(carry, **carried)
     logits = self.lm_head(states[0])[:, self.puzzle_emb_len :]
@@ -70,7 +70,7 @@ def fused_step(self: Any, carry: Any, batch: dict[str, Tensor]) -> tuple[Any, Te
 
 def _recur(
     inner: Any,
-    plan: Plan,
+    own: Swap,
     family: Family,
     states: Sequence[Tensor],
     x: Tensor,
@@ -78,7 +78,7 @@ def _recur(
     sin: Tensor | None,
 ) -> Sequence[Tensor]:
     settings = getattr(inner, family.settings)
-    program = _program(plan.family, *(getattr(settings, name) for name in family.cycles))
+    program = _program(own.family, *(getattr(settings, name) for name in family.cycles))
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         *current, injected = tensors
@@ -88,19 +88,19 @@ def _recur(
             dtype = torch.promote_types(dtype, state.dtype)
         weights = [
             weight
-            for net, spec in zip(family.nets, plan.nets, strict=True)
+            for net, spec in zip(family.nets, own.nets, strict=True)
             for block in blocks_of(inner, net)
             for weight in block_weights(block, spec.block)
         ]
         out = ops.recursion(
             program,
-            plan.nets,
+            own.nets,
             [state.to(dtype) for state in current],
             injected.to(dtype),
             weights,
             cos,
             sin,
-            plan.backend,
+            own.backend,
         )
         return tuple(state.to(dtype) for state in out)  # autocast computes in another dtype
 
@@ -191,7 +191,7 @@ def _swapped_class(base: Any, method: str) -> type:
 
 def _reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
     """For copies and pickles: the class is made again from the model's own, which can be imported."""
-    base, family = getattr(type(self), BASE), FAMILIES[self._trmfast_plan.family]
+    base, family = getattr(type(self), BASE), FAMILIES[self._trmfast_swap.family]
     _, (_, *arguments), *rest = base.__reduce_ex__(self, max(protocol, 2))
     return _rebuild, (base, family.method, *arguments), *rest
 
@@ -203,25 +203,25 @@ def _rebuild(base: type, method: str, *arguments: Any) -> Any:
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether a module runs the fused recursion."""
-    return PLAN in module.__dict__
+    return SWAP in module.__dict__
 
 
-def plan_of(module: nn.Module) -> Plan:
-    """The plan of a swapped module."""
-    return cast(Plan, module.__dict__[PLAN])
+def swap_of(module: nn.Module) -> Swap:
+    """What a swapped module knows about itself."""
+    return cast(Swap, module.__dict__[SWAP])
 
 
-def swap(inner: nn.Module, plan: Plan) -> None:
+def swap(inner: nn.Module, own: Swap) -> None:
     """Gives an inner module the fused recursion."""
-    inner.__dict__[PLAN] = plan
+    inner.__dict__[SWAP] = own
     base: Any = type(inner)
-    inner.__class__ = _swapped_class(base, FAMILIES[plan.family].method)
+    inner.__class__ = _swapped_class(base, FAMILIES[own.family].method)
 
 
 def swap_back(inner: nn.Module) -> None:
     """Undoes :func:`swap`."""
     inner.__class__ = _without_swap(type(inner))
-    del inner.__dict__[PLAN]
+    del inner.__dict__[SWAP]
 
 
 def _without_swap(cls: type) -> type:

@@ -14,11 +14,11 @@ from trmfast.solving.halting import Confident, Halting, Unchanged
 from trmfast.solving.noise import gaussian
 from trmfast.solving.puzzle import Puzzle, Result
 
-__all__ = ["Plan", "Row", "run"]
+__all__ = ["Row", "Search", "run"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Search:
     """The settings of a :class:`trmfast.solving.Solver` that the loop reads."""
 
     evaluator: Evaluator
@@ -73,29 +73,29 @@ class _Job:
     finished: list[Row] = field(default_factory=list)
 
 
-def run(plan: Plan, puzzles: Iterator[Puzzle], in_order: bool) -> Iterator[Result]:
+def run(search: Search, puzzles: Iterator[Puzzle], in_order: bool) -> Iterator[Result]:
     """The results of a stream of checked puzzles.
 
     Raises:
         ValueError: the stream is empty.  What the stream raises is raised after the results of all puzzles before it.
     """
-    batch, source = plan.evaluator.new_batch(), _Source(plan, puzzles)
+    batch, source = search.evaluator.new_batch(), _Source(search, puzzles)
     rows: list[tuple[_Job, Row]] = []
     keep: list[int] = []  # where the rows lie in the batch, which has `width` of them
     width = 0
     held: dict[int, Result] = {}
     following = 0
     while True:
-        new = source.take(plan.batch_size - len(rows))
+        new = source.take(search.batch_size - len(rows))
         if new or len(keep) < width:
             inputs = np.array([job.puzzle.inputs for job, _ in new], dtype=np.int32)
             identifiers = np.array([job.puzzle.identifier for job, _ in new], dtype=np.int32)
-            batch.update(keep, inputs.reshape(len(new), plan.evaluator.seq_len), identifiers)
+            batch.update(keep, inputs.reshape(len(new), search.evaluator.seq_len), identifiers)
             rows += new
         width = len(rows)
         if not rows:
             break
-        _record(plan, rows, batch.step(_noise(plan, rows)))
+        _record(search, rows, batch.step(_noise(search, rows)))
         keep = [i for i, (job, row) in enumerate(rows) if not _leaves(job, row)]
         for i in sorted({*range(width)}.difference(keep)):
             job, row = rows[i]
@@ -103,7 +103,7 @@ def run(plan: Plan, puzzles: Iterator[Puzzle], in_order: bool) -> Iterator[Resul
             job.finished.append(row)
             if job.running or job.waiting:
                 continue
-            result = _result(plan, job)
+            result = _result(search, job)
             if not in_order:
                 yield result
                 continue
@@ -121,8 +121,8 @@ def run(plan: Plan, puzzles: Iterator[Puzzle], in_order: bool) -> Iterator[Resul
 class _Source:
     """Hands out trajectories, puzzle by puzzle; reads the stream when it needs one."""
 
-    def __init__(self, plan: Plan, puzzles: Iterator[Puzzle]) -> None:
-        self.plan, self.puzzles = plan, puzzles
+    def __init__(self, search: Search, puzzles: Iterator[Puzzle]) -> None:
+        self.search, self.puzzles = search, puzzles
         self.job: _Job | None = None
         self.count = 0
         self.ended = False
@@ -136,7 +136,7 @@ class _Source:
                 if self.job is None:
                     break
             job = self.job
-            new.append((job, Row(job.index, self.plan.trajectories - job.waiting)))
+            new.append((job, Row(job.index, self.search.trajectories - job.waiting)))
             job.waiting -= 1
             job.running += 1
         return new
@@ -152,19 +152,19 @@ class _Source:
             self.ended = True
             return None
         self.count += 1
-        return _Job(self.count - 1, puzzle, self.plan.trajectories)
+        return _Job(self.count - 1, puzzle, self.search.trajectories)
 
 
-def _noise(plan: Plan, rows: list[tuple[_Job, Row]]) -> np.ndarray | None:
-    if not plan.noise:
+def _noise(search: Search, rows: list[tuple[_Job, Row]]) -> np.ndarray | None:
+    if not search.noise:
         return None
-    noise = np.empty((len(rows), *plan.evaluator.noise_shape), dtype=np.float32)
+    noise = np.empty((len(rows), *search.evaluator.noise_shape), dtype=np.float32)
     for i, (_, row) in enumerate(rows):
-        noise[i] = gaussian(plan.seed, row.index, row.trajectory, row.steps, noise.shape[1:], plan.noise)
+        noise[i] = gaussian(search.seed, row.index, row.trajectory, row.steps, noise.shape[1:], search.noise)
     return noise
 
 
-def _record(plan: Plan, rows: list[tuple[_Job, Row]], step: Step) -> None:
+def _record(search: Search, rows: list[tuple[_Job, Row]], step: Step) -> None:
     """Writes a step into its rows, and which of them the halting rule ends."""
     for i, (job, row) in enumerate(rows):
         prediction = step.predictions[i]
@@ -174,19 +174,19 @@ def _record(plan: Plan, rows: list[tuple[_Job, Row]], step: Step) -> None:
         row.steps += 1
         if step.q_halt is not None:
             row.q_halt = float(step.q_halt[i])
-        if plan.history:
+        if search.history:
             row.history.append(prediction)
         assert job.puzzle.min_steps is not None
         if row.steps >= job.puzzle.min_steps:
-            if isinstance(plan.halt, Confident):
+            if isinstance(search.halt, Confident):
                 assert step.margin is not None
-                row.halted = bool(step.margin[i] > plan.halt.threshold)
-            elif isinstance(plan.halt, Unchanged):
-                row.halted = row.unchanged >= plan.halt.steps
-        if row.halted and plan.choose == "first":
+                row.halted = bool(step.margin[i] > search.halt.threshold)
+            elif isinstance(search.halt, Unchanged):
+                row.halted = row.unchanged >= search.halt.steps
+        if row.halted and search.choose == "first":
             job.first = min(row.steps, job.first or row.steps)
-        if plan.on_step is not None:
-            plan.on_step(row)
+        if search.on_step is not None:
+            search.on_step(row)
 
 
 def _leaves(job: _Job, row: Row) -> bool:
@@ -198,17 +198,17 @@ def _leaves(job: _Job, row: Row) -> bool:
     return row.halted or row.steps >= min(job.puzzle.max_steps, job.first or job.puzzle.max_steps)
 
 
-def _result(plan: Plan, job: _Job) -> Result:
+def _result(search: Search, job: _Job) -> Result:
     rows = sorted(job.finished, key=lambda row: row.trajectory)
     total = sum(min(row.steps, job.first or row.steps) for row in rows)
     if job.first is not None:
         rows = [row for row in rows if row.halted and row.steps == job.first]
-    elif plan.choose == "majority":
+    elif search.choose == "majority":
         votes = Counter(row.prediction.tobytes() for row in rows)
         most = max(votes.values())
         rows = [row for row in rows if votes[row.prediction.tobytes()] == most]
     best = max(rows, key=lambda row: -math.inf if row.q_halt is None or math.isnan(row.q_halt) else row.q_halt)
-    history = np.stack(best.history) if plan.history else None
+    history = np.stack(best.history) if search.history else None
     return Result(
         index=job.index,
         prediction=best.prediction,

@@ -10,7 +10,7 @@ from trmfast.solving.checks import integer, number
 from trmfast.solving.evaluator import Evaluator
 from trmfast.solving.halting import Confident, Halting, Never, Unchanged
 from trmfast.solving.puzzle import MOST_STEPS, Result, checked, puzzles_in
-from trmfast.solving.schedule import Plan, Row, run
+from trmfast.solving.schedule import Row, Search, run
 
 __all__ = ["CHOICES", "Solver"]
 
@@ -102,7 +102,7 @@ class Solver:
                 raised after the results of all puzzles before it.
         """
         stream = puzzles_in(puzzles)
-        plan = Plan(
+        search = Search(
             self.evaluator,
             self.halt,
             self.batch_size,
@@ -117,7 +117,7 @@ class Solver:
             checked(index, puzzle, self.evaluator, self.min_steps, self.max_steps)
             for index, puzzle in enumerate(stream)
         )
-        return run(plan, complete, in_order)
+        return run(search, complete, in_order)
 
 
 def _evaluator(model: Any) -> Evaluator:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trmfast.dropin.families import FAMILIES
-from trmfast.dropin.swap import is_swapped, plan_of
+from trmfast.dropin.swap import is_swapped, swap_of
 from trmfast.models.inner import Inner
 from trmfast.solving.evaluator import Step
 
@@ -57,11 +57,11 @@ class TorchEvaluator:
             self.state_names, self.inputs, method, settings = inner.state_names, "inputs", "forward", inner.config
             self.learns_to_continue = not settings.no_ACT_continue
         else:
-            family = FAMILIES[plan_of(inner).family]
+            family = FAMILIES[swap_of(inner).family]
             self.state_names, self.inputs, method = family.states, family.inputs, family.method
             settings = getattr(inner, family.settings)
             # HRM and the baseline compare their logits unless told otherwise.
-            learns = plan_of(inner).family in ("HRM", "transformer baseline")
+            learns = swap_of(inner).family in ("HRM", "transformer baseline")
             self.learns_to_continue = not getattr(settings, "no_ACT_continue", not learns)
         self._method = method
         wrapper: Any = next((m for m in model.modules() if isinstance(getattr(m, "halt_max_steps", None), int)), None)

@@ -12,7 +12,7 @@ namespace trmfast {
 namespace gpu {
 
 // What an instance needs in shared memory.
-inline int shared_bytes(const Configuration& c, const BlockShape& block) {
+inline int shared_bytes(const InstanceSizes& c, const BlockShape& block) {
   const int rows = 16 * c.row_tiles, channels = 16 * c.strip_tiles;
   const int chunks = 2 * rows * (kPassInner + kPad);
   const int q = block.attention ? rows * (block.heads * padded_head(block.head_dim) + kPad) : 0;
@@ -22,7 +22,7 @@ inline int shared_bytes(const Configuration& c, const BlockShape& block) {
 }
 
 // Elements that a group exchanges through global memory.
-inline int64_t exchange_elements(const Configuration& c, const BlockShape& block, int length) {
+inline int64_t exchange_elements(const InstanceSizes& c, const BlockShape& block, int length) {
   const int64_t rows = round_up(length, 16 * c.row_tiles);
   return block.attention ? rows * 4 * block.kv_heads * padded_head(block.head_dim) : int64_t{2} * length * block.width;
 }
@@ -42,8 +42,8 @@ inline Device make_device(int major, int minor, int shared_bytes, int multiproce
   return {shared_bytes, multiprocessors, major == 10 ? 32 : 16, multiprocessors};
 }
 
-struct Plan {
-  Configuration configuration;
+struct LaunchShape {
+  InstanceSizes sizes;
   int groups, group_blocks, shared_bytes;
   int64_t exchange_elements; // of one group
 };
@@ -63,27 +63,27 @@ inline std::string refuse_block(const BlockShape& b) {
 }
 
 // Whether an instance computes such a block.
-inline bool matches(const Configuration& c, const BlockShape& block) {
+inline bool matches(const InstanceSizes& c, const BlockShape& block) {
   const LayerLayout layout(block);
   return c.width_tiles == layout.width_tiles && c.token_tiles == layout.token_tiles;
 }
 
 // A model of the time of a launch, to choose among instances (kernels/persistent.py has it in seconds): rounds of the
 // resident groups, times what a block of the grid takes in a round, which is its products or the weights.
-inline int64_t cost(const Configuration& c, int groups, int group_blocks, int batch, const Device& device) {
+inline int64_t cost(const InstanceSizes& c, int groups, int group_blocks, int batch, const Device& device) {
   const int64_t products = int64_t{16} * c.row_tiles * device.cache_blocks;
   const int64_t weights = int64_t{device.stream_rows} * larger(device.cache_blocks, groups * group_blocks);
   return ceil_div(batch, groups) * (products > weights ? products : weights);
 }
 
 // The best of the instances for a problem, or why there is none.
-inline std::string make_plan(const std::vector<Configuration>& instances, const BlockShape& block, int batch,
-                             int length, const Device& device, Plan* plan) {
+inline std::string choose_launch(const std::vector<InstanceSizes>& instances, const BlockShape& block, int batch,
+                                 int length, const Device& device, LaunchShape* shape) {
   std::string reason = refuse_block(block);
   if (!reason.empty()) return reason;
   reason = "no instance of the kernel for hidden_size " + number(block.width);
   int64_t best = -1;
-  for (const Configuration& c : instances) {
+  for (const InstanceSizes& c : instances) {
     if (!matches(c, block)) continue;
     const int bytes = shared_bytes(c, block), group_blocks = ceil_div(length, 16 * c.row_tiles);
     if (bytes > device.shared_bytes) {
@@ -101,12 +101,12 @@ inline std::string make_plan(const std::vector<Configuration>& instances, const 
     const int groups = smaller(batch, device.multiprocessors / group_blocks);
     const int64_t now = cost(c, groups, group_blocks, batch, device);
     // Of equals the one with more rows (less traffic), then with the longer ring.
-    const Configuration& chosen = plan->configuration;
+    const InstanceSizes& chosen = shape->sizes;
     if (best >= 0 && (now > best || (now == best && (c.row_tiles < chosen.row_tiles ||
                                                      (c.row_tiles == chosen.row_tiles && c.stages < chosen.stages)))))
       continue;
     best = now;
-    *plan = {c, groups, group_blocks, bytes, exchange_elements(c, block, length)};
+    *shape = {c, groups, group_blocks, bytes, exchange_elements(c, block, length)};
   }
   return best < 0 ? reason : "";
 }
@@ -128,7 +128,7 @@ struct Schedule {
   uint32_t unwritten = 0; // bit s: no update writes state s
   int saved = 0;          // updates with gradient
 
-  Schedule(const Configuration& c, const LayerLayout& layout, int group_blocks, int num_states,
+  Schedule(const InstanceSizes& c, const LayerLayout& layout, int group_blocks, int num_states,
            const std::vector<Update>& updates, const std::vector<int>& layers) {
     uint32_t written = 0;
     for (const Update& update : updates) {
@@ -152,7 +152,7 @@ private:
     (to.push_back(static_cast<uint32_t>(words)), ...);
   }
 
-  void add_runs(const Configuration& c, const LayerLayout& layout, int group_blocks, int net, int layers) {
+  void add_runs(const InstanceSizes& c, const LayerLayout& layout, int group_blocks, int net, int layers) {
     if (layout.block.attention) return append(runs, net, 0, layers * layout.stages, group_blocks);
     const int strips = ceil_div(layout.block.width, 16 * c.strip_tiles);
     for (int layer = 0; layer < layers; ++layer) {
