@@ -174,7 +174,7 @@ def _differentiate(
     ]
     top = layers[-1]
     grad_sum = writer.state("grad_sum")
-    writer.add("norm_backward", norm_backward, gradient, top.output, top.output_rstd, grad_sum)
+    writer.add("norm_backward", norm_backward, gradient, top.output, top.rstd2, grad_sum)
     for layer in reversed(range(len(blocks))):
         below = layers[layer - 1] if layer else None
         next_sum = blocks[layer].differentiate(grad_sum, below, needed_below[layer], targets if layer == 0 else ())
@@ -227,18 +227,18 @@ class BlockBackward:
         if total is not None:
             self.products.append((gradient, source, total))
 
-    def _channel_mixer(self, grad_sum: Buffer, need_hidden: bool) -> Buffer | None:
+    def _channel_mixer(self, grad_sum: Buffer, need_h1: bool) -> Buffer | None:
         """From ds2 [B, L, D] to the gradient of gate and up [B, L, 2I]; None if nothing needs it."""
         writer, values, add = self.writer, self.values, self.writer.add_product
         batch, length, _ = writer.setting.shape
         inner, gate_up, down = self.block.intermediate_size, self.weights[2], self.weights[-1]
-        need_gate_up = need_hidden or self.needs[2]
+        need_gate_up = need_h1 or self.needs[2]
         if not need_gate_up and not any(self.needs[3:]):
             return None
         grad_gate_up = writer.scratch("grad_gate_up", (batch, length, 2 * inner))
         if self.block.channel_mixer == "swiglu":
             activation = writer.scratch("activation", (batch, length, inner)) if self.needs[3] else None
-            add("swiglu_backward", swiglu_backward, values.hidden, grad_sum, gate_up, down, grad_gate_up, activation)
+            add("swiglu_backward", swiglu_backward, values.h1, grad_sum, gate_up, down, grad_gate_up, activation)
             if activation is not None:
                 self._product(3, grad_sum, activation)
         else:
@@ -252,9 +252,9 @@ class BlockBackward:
                 writer.add("conv_gradient", conv_gradient, sums, self._total(3), self._total(4))
             self._product(5, grad_sum, convolved)
             if need_gate_up:
-                add("gate_up_backward", gate_up_backward, values.hidden, gate_up, grad_conv, conv, grad_gate_up)
+                add("gate_up_backward", gate_up_backward, values.h1, gate_up, grad_conv, conv, grad_gate_up)
         if self.needs[2]:
-            self._product(2, grad_gate_up, values.hidden)
+            self._product(2, grad_gate_up, values.h1)
         return grad_gate_up if need_gate_up else None
 
     def _convolution(self, partials: str | None, *arguments: Buffer, tile: Tile, precision: str) -> Launch:
@@ -273,14 +273,12 @@ class BlockBackward:
         assert values.qkv is not None
         assert values.mixed is not None
         batch, length, _ = writer.setting.shape
-        grad_hidden_sum = self._projection_and_norm(
-            grad_gate_up, self.weights[2], grad_sum, values.hidden, values.hidden_rstd
-        )
-        self._product(1, grad_hidden_sum, values.mixed)
+        grad_s1 = self._projection_and_norm(grad_gate_up, self.weights[2], grad_sum, values.h1, values.rstd1)
+        self._product(1, grad_s1, values.mixed)
         if not need_input and not self.needs[0]:
             return None
         grad_mixed = writer.scratch("grad_mixed", values.mixed.shape)
-        add("projection_backward", projection_backward, grad_hidden_sum, self.weights[1], grad_mixed)
+        add("projection_backward", projection_backward, grad_s1, self.weights[1], grad_mixed)
         grad_qkv = writer.scratch("grad_qkv", values.qkv.shape)
         rotation = {"cos": writer.cos, "sin": writer.sin}
         if writer.setting.configuration.keeps_sequences_whole(writer.sizes):
@@ -293,8 +291,8 @@ class BlockBackward:
             add(f"attention_backward_queries{wide}", attention_backward_queries, *inputs, **sums)
             keys = (block, values.qkv, grad_mixed, grad_qkv)
             add(f"attention_backward_keys{wide}", attention_backward_keys, *keys, **sums)
-        self._product(0, grad_qkv, values.input)
-        return self._input(grad_qkv, grad_hidden_sum, below, targets) if need_input else None
+        self._product(0, grad_qkv, values.h)
+        return self._input(grad_qkv, grad_s1, below, targets) if need_input else None
 
     def _input(self, grad_qkv: Buffer, residual: Buffer, below: BlockValues | None, targets: Targets) -> Buffer | None:
         """The gradient of the block's input: into the targets, or through the last norm of the block below."""
@@ -305,7 +303,7 @@ class BlockBackward:
                 targets=targets,
             )
             return None
-        return self._projection_and_norm(grad_qkv, self.weights[0], residual, below.output, below.output_rstd)
+        return self._projection_and_norm(grad_qkv, self.weights[0], residual, below.output, below.rstd2)
 
     def _projection_and_norm(
         self, gradient: Buffer, weight: Buffer, residual: Buffer, norm_output: Buffer, rstd: Buffer | None
@@ -333,42 +331,42 @@ class BlockBackward:
         writer, values, add = self.writer, self.values, self.writer.add_product
         batch, length, width = writer.setting.shape
         gate_up, down = self.weights[:2]
-        h, h1, rstd = values.input, values.hidden, values.hidden_rstd
-        grad_hidden, grad_hidden_sum = writer.state("grad_hidden"), writer.state("grad_hidden_sum")
-        add("projection_backward", projection_backward, grad_gate_up, self.weights[2], grad_hidden, residual=grad_sum)
+        h, h1, rstd = values.h, values.h1, values.rstd1
+        grad_h1, grad_s1 = writer.state("grad_h1"), writer.state("grad_s1")
+        add("projection_backward", projection_backward, grad_gate_up, self.weights[2], grad_h1, residual=grad_sum)
         gradient = writer.state("grad_input") if need_input and below is not None else None
         totals = [self.totals.split(self.first + i) for i in (0, 1)]
         trained = any(total is not None for total in totals)
         if writer.setting.configuration.keeps_sequences_whole(writer.sizes):
-            kept = grad_hidden_sum if trained else None
+            kept = grad_s1 if trained else None
             if need_input:
-                shared = (h, grad_hidden, h1, rstd, gate_up, down, kept, gradient)
+                shared = (h, grad_h1, h1, rstd, gate_up, down, kept, gradient)
                 add("mlp_t_backward", mlp_t_backward, *shared, targets=targets)
             else:
-                writer.add("mlp_t_norm_backward", mlp_t_norm_backward, grad_hidden, h1, rstd, grad_hidden_sum)
+                writer.add("mlp_t_norm_backward", mlp_t_norm_backward, grad_h1, h1, rstd, grad_s1)
             if trained:
-                add("mlp_t_weight_gradient", mlp_t_weight_gradient, h, grad_hidden_sum, gate_up, down, *totals)
+                add("mlp_t_weight_gradient", mlp_t_weight_gradient, h, grad_s1, gate_up, down, *totals)
         else:
             inner = self.block.seq_intermediate_size
             grad_gates = writer.scratch("grad_gate_up_t", (batch, 2 * inner, width))
             activation = writer.scratch("activation_t", (batch, inner, width)) if totals[1] is not None else None
-            writer.add("mlp_t_norm_backward", mlp_t_norm_backward, grad_hidden, h1, rstd, grad_hidden_sum)
-            recomputed = (h, grad_hidden_sum, gate_up, down, grad_gates, activation)
+            writer.add("mlp_t_norm_backward", mlp_t_norm_backward, grad_h1, h1, rstd, grad_s1)
+            recomputed = (h, grad_s1, gate_up, down, grad_gates, activation)
             add("swiglu_backward_t", swiglu_backward, *recomputed, transposed=True)
             if need_input:
                 add(
                     *("projection_backward_t", projection_backward, grad_gates, gate_up, gradient),
-                    residual=grad_hidden_sum,
+                    residual=grad_s1,
                     targets=targets,
                     transposed=True,
                     width=length,
                 )
-            products = [(grad_gates, h, totals[0]), (grad_hidden_sum, activation, totals[1])]
+            products = [(grad_gates, h, totals[0]), (grad_s1, activation, totals[1])]
             products = [product for product in products if product[2] is not None]
             if products:
                 add("weight_gradient_t", weight_gradient, products, transposed=True)
         if gradient is None or below is None:
             return None
         below_sum = writer.state("grad_sum")
-        writer.add("norm_backward", norm_backward, gradient, below.output, below.output_rstd, below_sum)
+        writer.add("norm_backward", norm_backward, gradient, below.output, below.rstd2, below_sum)
         return below_sum

@@ -1,7 +1,7 @@
 """URM's ConvSwiGLU after its activation: depthwise convolution, bias, SiLU, down projection, residual, norm.
 
-    mixed = silu(bias + sum_t activation[l + t - taps // 2] * conv[t])     [B, L, I], zero beyond a sequence's ends
-    out   = rms_norm(residual + mixed @ down^T)                            [B, L, D]
+    convolved = silu(bias + sum_t activation[l + t - taps // 2] * conv[t])     [B, L, I], zero beyond a sequence's ends
+    out   = rms_norm(residual + convolved @ down^T)                            [B, L, D]
 
 ``swiglu.gate_up`` makes the activation.  Here the convolution is the prologue of the down product: a program loads each
 tile of the activation once for every tap (from L1 or L2, all but the first time), so the convolved tensor never exists
@@ -88,10 +88,10 @@ def conv_projection_kernel(
     b_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + depth[None, :]
     h = begin_sum(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
     for k in range(0, end, BLOCK_K):
-        mixed = load_convolved(
+        convolved = load_convolved(
             activation, conv, bias, first_row, near_rows, place, k + depth, length, INTER, TAPS, BLOCK_T, MASKED
         )
-        a = narrow(silu(mixed), activation.dtype.element_ty)
+        a = narrow(silu(convolved), activation.dtype.element_ty)
         if MASKED:
             b = tl.load(down + k + b_offsets, mask=(k + depth < INTER)[None, :], other=0.0)
         else:

@@ -42,7 +42,7 @@ def conv_swiglu_backward_kernel(
     conv,
     bias,
     grad_conv,
-    mixed,
+    convolved,
     partials,
     rows,
     length,
@@ -82,7 +82,7 @@ def conv_swiglu_backward_kernel(
     mask = (row < rows - first_row)[:, None]
     if INNER % BLOCK_N != 0:
         mask = mask & column_inside[None, :]
-    dtype: tl.constexpr = mixed.dtype.element_ty
+    dtype: tl.constexpr = convolved.dtype.element_ty
     c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + tl.load(bias + column, column_inside, 0.0).to(tl.float32)[None, :]
     for tap in tl.static_range(TAPS):
         weight = tl.load(conv + column * TAPS + tap, column_inside, 0.0).to(tl.float32)
@@ -91,7 +91,7 @@ def conv_swiglu_backward_kernel(
     z = c * sigmoid
     grad_c = tl.where(mask, total * (sigmoid + z * (1.0 - sigmoid)), 0.0)
     at = first_row.to(tl.int64) * INNER + (row[:, None] * INNER + column[None, :])
-    tl.store(mixed + at, narrow(z, dtype), mask)
+    tl.store(convolved + at, narrow(z, dtype), mask)
     tl.store(grad_conv + at, narrow(grad_c, dtype), mask)
     if partials is not None:
         sums = partials + row_tile.to(tl.int64) * (TAPS + 1) * INNER + column
@@ -103,7 +103,7 @@ def conv_swiglu_backward_kernel(
 
 @triton.jit
 def gate_up_backward_kernel(
-    hidden,
+    h1,
     gate_up,
     grad_conv,
     conv,
@@ -132,12 +132,12 @@ def gate_up_backward_kernel(
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, end, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
-            h = tl.load(hidden + (start + k) + offsets)
+            h = tl.load(h1 + (start + k) + offsets)
             gate_tile = tl.load(gate_up + k + gate_offsets)
             up_tile = tl.load(gate_up + INNER * DEPTH + k + gate_offsets)
         else:
             left = (step < DEPTH - k)[None, :]
-            h = tl.load(hidden + (start + k) + offsets, left, 0.0)
+            h = tl.load(h1 + (start + k) + offsets, left, 0.0)
             gate_tile = tl.load(gate_up + k + gate_offsets, left, 0.0)
             up_tile = tl.load(gate_up + INNER * DEPTH + k + gate_offsets, left, 0.0)
         gate = dot(h, tl.trans(gate_tile), gate, PRECISION)
@@ -201,7 +201,7 @@ def conv_swiglu_backward(
     conv: Buffer,
     bias: Buffer,
     grad_conv: Buffer,
-    mixed: Buffer,
+    convolved: Buffer,
     partials: Buffer | None = None,
     *,
     tile: Tile,
@@ -216,7 +216,7 @@ def conv_swiglu_backward(
         conv: taps [I, 1, k].
         bias: [I].
         grad_conv: result [B, L, I], the gradient of the convolution's output.
-        mixed: result z [B, L, I], the input of the down projection.
+        convolved: result z [B, L, I], the input of the down projection.
         partials: result float32 of :func:`conv_partials_shape`, for :func:`conv_gradient`; None if neither conv nor
             bias needs a gradient.
         tile: BLOCK_M tokens, BLOCK_N inner columns, BLOCK_K.
@@ -234,14 +234,14 @@ def conv_swiglu_backward(
             "conv": conv,
             "bias": bias,
             "grad_conv": grad_conv,
-            "mixed": mixed,
+            "convolved": convolved,
             "partials": partials,
             "rows": rows,
             "length": length,
             "end": depth,
         },
         reads=("gradient", "down", "activation", "conv", "bias"),
-        writes=("grad_conv", "mixed", "partials"),
+        writes=("grad_conv", "convolved", "partials"),
         constants={"DEPTH": depth, "INNER": inner, "TAPS": conv.shape[-1], "PRECISION": precision},
         tile=tile,
         flops=2 * rows * depth * inner,
@@ -250,7 +250,7 @@ def conv_swiglu_backward(
 
 
 def gate_up_backward(
-    hidden: Buffer,
+    h1: Buffer,
     gate_up: Buffer,
     grad_conv: Buffer,
     conv: Buffer,
@@ -262,7 +262,7 @@ def gate_up_backward(
     """From the gradient of the convolution's output to those of gate and up.
 
     Args:
-        hidden: input of the channel mixer, h1 [B, L, D].
+        h1: input of the channel mixer, [B, L, D].
         gate_up: [2I, D].
         grad_conv: [B, L, I], from :func:`conv_swiglu_backward`.
         conv: taps [I, 1, k].
@@ -270,13 +270,13 @@ def gate_up_backward(
         tile: BLOCK_M tokens, BLOCK_N inner columns, BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
-    (length, depth), rows = hidden.shape[-2:], prod(hidden.shape[:-1])
+    (length, depth), rows = h1.shape[-2:], prod(h1.shape[:-1])
     inner = grad_conv.shape[-1]
     return Launch.of(
         "conv_swiglu_backward.gate_up_backward_kernel",
         (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(inner, tile["BLOCK_N"]),),
         {
-            "hidden": hidden,
+            "h1": h1,
             "gate_up": gate_up,
             "grad_conv": grad_conv,
             "conv": conv,
@@ -285,7 +285,7 @@ def gate_up_backward(
             "length": length,
             "end": depth,
         },
-        reads=("hidden", "gate_up", "grad_conv", "conv"),
+        reads=("h1", "gate_up", "grad_conv", "conv"),
         writes=("grad_gate_up",),
         constants={"DEPTH": depth, "INNER": inner, "TAPS": conv.shape[-1], "PRECISION": precision},
         tile=tile,

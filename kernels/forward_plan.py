@@ -141,23 +141,23 @@ class BlockValues:
     """What the forward of a block left behind.
 
     Attributes:
-        input: h [B, L, D], the sum that entered the block.
-        hidden: what lies between the mixers, [B, L, D].
+        h: the sum that entered the block, [B, L, D].
+        h1: what lies between the mixers, [B, L, D].
         output: of the block, [B, L, D].
         qkv, mixed, lse: of attention: [B, L, (Hq + 2 Hkv) d], [B, L, Hq d], [B, Hq, L].
         activation: ``silu(gate) * up`` [B, L, I], where it went through memory.
-        hidden_rstd, output_rstd: of the two norms.
+        rstd1, rstd2: of the two norms.
     """
 
-    input: Buffer
-    hidden: Buffer
+    h: Buffer
+    h1: Buffer
     output: Buffer
     qkv: Buffer | None = None
     mixed: Buffer | None = None
     lse: Buffer | None = None
     activation: Buffer | None = None
-    hidden_rstd: Buffer | None = None
-    output_rstd: Buffer | None = None
+    rstd1: Buffer | None = None
+    rstd2: Buffer | None = None
 
 
 def forward_block(
@@ -187,12 +187,12 @@ def forward_block(
     if total is None and len(terms) > 1:
         raise ValueError(f"total: got None with {len(terms)} terms, accepted with one")
     source = terms[0] if total is None else total
-    hidden = writer.state("hidden")
-    hidden_rstd = output_rstd = lse = qkv_out = mixed = None
+    h1 = writer.state("h1")
+    rstd1 = rstd2 = lse = qkv_out = mixed = None
     if keep:
         over = (batch, length) if block.token_mixer == "attention" else (batch, width)
-        hidden_rstd = writer.scratch("hidden_rstd", over, torch.float32)
-        output_rstd = writer.scratch("output_rstd", (batch, length), torch.float32)
+        rstd1 = writer.scratch("rstd1", over, torch.float32)
+        rstd2 = writer.scratch("rstd2", (batch, length), torch.float32)
 
     if block.token_mixer == "attention":
         heads, head_dim = block.num_heads, block.head_dim
@@ -203,40 +203,40 @@ def forward_block(
         kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
         product(kernel, qkv, block, terms, weights[0], qkv_out, cos=writer.cos, sin=writer.sin, total=total)
         attend = "attention_wide" if head_dim > 64 else "attention" if length <= LONGEST else "attention_long"
-        rest = (weights[1], source, hidden)
+        rest = (weights[1], source, h1)
         two = [
             make(attend, attention, block, qkv_out, mixed, lse=lse),
-            make("projection", projection, mixed, *rest, eps=eps, rstd=hidden_rstd),
+            make("projection", projection, mixed, *rest, eps=eps, rstd=rstd1),
         ]
         # Its share of the weight, D rows of a head's width, must fit the shared memory.
         if head_dim <= 64 and setting.configuration.offers("attention_projection", writer.sizes):
-            results = {"mixed": mixed if keep else None, "lse": lse, "rstd": hidden_rstd}
+            results = {"mixed": mixed if keep else None, "lse": lse, "rstd": rstd1}
             one = make("attention_projection", attention_projection, block, qkv_out, *rest, eps=eps, **results)
             writer.launches += setting.configuration.choose([one], two)
         else:
             writer.launches += two
     elif length <= LONGEST:
-        product("mlp_t", mlp_t, terms, *weights[:2], hidden, eps=eps, total=total, rstd=hidden_rstd)
+        product("mlp_t", mlp_t, terms, *weights[:2], h1, eps=eps, total=total, rstd=rstd1)
     else:
         activation_t = writer.scratch("activation_t", (batch, block.seq_intermediate_size, width))
         product("gate_up_t", gate_up_t, terms, weights[0], activation_t, total=total)
-        product("down_t", down_t, activation_t, weights[1], source, hidden, eps=eps, rstd=hidden_rstd)
+        product("down_t", down_t, activation_t, weights[1], source, h1, eps=eps, rstd=rstd1)
 
     inner, (gate_up_weight, *conv, down) = block.intermediate_size, weights[2:]
     activation = writer.scratch("activation", (batch, length, inner))
-    options = {"eps": eps, "rstd": output_rstd}
+    options = {"eps": eps, "rstd": rstd2}
     name, build = ("conv_projection", conv_projection) if conv else ("projection", projection)
     two = [
-        make("gate_up", gate_up, hidden, gate_up_weight, activation),
-        make(name, build, activation, *conv, down, hidden, out, **options),
+        make("gate_up", gate_up, h1, gate_up_weight, activation),
+        make(name, build, activation, *conv, down, h1, out, **options),
     ]
     chosen: Sequence[Launch] = two
     if not conv and setting.configuration.offers("swiglu", writer.sizes):
-        one = make("swiglu", swiglu, hidden, gate_up_weight, down, out, **options)
+        one = make("swiglu", swiglu, h1, gate_up_weight, down, out, **options)
         chosen = setting.configuration.choose([one], two)
     writer.launches += chosen
     kept = activation if chosen is two else None
-    return BlockValues(source, hidden, out, qkv_out, mixed, lse, kept, hidden_rstd, output_rstd)
+    return BlockValues(source, h1, out, qkv_out, mixed, lse, kept, rstd1, rstd2)
 
 
 def forward_net(

@@ -55,7 +55,7 @@ def _load_weights(
 
 @triton.jit
 def mlp_t_backward_kernel(
-    hidden,
+    source,
     gradient,
     norm_output,
     rstd,
@@ -84,7 +84,7 @@ def mlp_t_backward_kernel(
     if WIDTH % BLOCK_N != 0:
         mask = mask & column_inside[None, :]
     at = batch * LENGTH * WIDTH + position[:, None] * WIDTH + column[None, :]
-    dtype: tl.constexpr = hidden.dtype.element_ty
+    dtype: tl.constexpr = source.dtype.element_ty
 
     grad = tl.load(gradient + at, mask, 0.0).to(tl.float32)
     y = tl.load(norm_output + at, mask, 0.0).to(tl.float32)
@@ -95,7 +95,7 @@ def mlp_t_backward_kernel(
     grad_s = narrow(total, dtype)
     if dtype == tl.float32:  # it comes last, as in projection.begin_sum
         total = tl.zeros((BLOCK_N, BLOCK_L), tl.float32)
-    h = tl.trans(tl.load(hidden + at, mask, 0.0))
+    h = tl.trans(tl.load(source + at, mask, 0.0))
     zero = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
     for first in range(0, end, BLOCK_I):
         inner = first + tl.arange(0, BLOCK_I)
@@ -117,7 +117,7 @@ def mlp_t_backward_kernel(
 
 @triton.jit
 def mlp_t_weight_gradient_kernel(
-    hidden,
+    source,
     grad_sum,
     gate_up,
     down,
@@ -139,7 +139,7 @@ def mlp_t_weight_gradient_kernel(
     position = tl.arange(0, BLOCK_L)
     inner = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     split = tl.program_id(1)
-    dtype: tl.constexpr = hidden.dtype.element_ty
+    dtype: tl.constexpr = source.dtype.element_ty
     gate_weight, up_weight, down_weight = _load_weights(gate_up, down, inner, INNER, LENGTH, STRIDE, EVEN, BLOCK_L)
     zero = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
     sum_gate = tl.zeros((BLOCK_L, BLOCK_I), tl.float32)
@@ -153,7 +153,7 @@ def mlp_t_weight_gradient_kernel(
         if WIDTH % BLOCK_N != 0:
             mask = mask & (column < WIDTH)[None, :]
         at = tl.cast(i // TILES, tl.int64) * LENGTH * WIDTH + position[:, None] * WIDTH + column[None, :]
-        h = tl.load(hidden + at, mask, 0.0)
+        h = tl.load(source + at, mask, 0.0)
         grad_s = tl.load(grad_sum + at, mask, 0.0)
         gate = dot(tl.trans(h), tl.trans(gate_weight), zero, PRECISION)
         up = dot(tl.trans(h), tl.trans(up_weight), zero, PRECISION)
@@ -219,7 +219,7 @@ def _block_l(length: int) -> int:
 
 
 def mlp_t_backward(
-    hidden: Buffer,
+    source: Buffer,
     gradient: Buffer,
     norm_output: Buffer,
     rstd: Buffer,
@@ -235,7 +235,7 @@ def mlp_t_backward(
     """Gradient of the block's input from that of h1, for a sequence that fits a tile.
 
     Args:
-        hidden: h, the block's input, [B, L, D].
+        source: h, the block's input, [B, L, D].
         gradient: of h1, [B, L, D].
         norm_output: h1, [B, L, D].
         rstd: of the norm over the sequence, [B, D] float32.
@@ -247,14 +247,14 @@ def mlp_t_backward(
         targets: as in :func:`projection_backward`.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
-    batch, length, width = hidden.shape
+    batch, length, width = source.shape
     inner = down.shape[1]
     added, overwritten = part_targets(targets)
     return Launch.of(
         "mixer_mlp_t_backward.mlp_t_backward_kernel",
         (triton.cdiv(width, tile["BLOCK_N"]), batch),
         {
-            "hidden": hidden,
+            "source": source,
             "gradient": gradient,
             "norm_output": norm_output,
             "rstd": rstd,
@@ -266,7 +266,7 @@ def mlp_t_backward(
             "overwritten": overwritten,
             "end": inner,
         },
-        reads=("hidden", "gradient", "norm_output", "rstd", "gate_up", "down", "added"),
+        reads=("source", "gradient", "norm_output", "rstd", "gate_up", "down", "added"),
         writes=("grad_sum", "out", "added", "overwritten"),
         constants={
             "WIDTH": width,
@@ -283,7 +283,7 @@ def mlp_t_backward(
 
 
 def mlp_t_weight_gradient(
-    hidden: Buffer,
+    source: Buffer,
     grad_sum: Buffer,
     gate_up: Buffer,
     down: Buffer,
@@ -296,7 +296,7 @@ def mlp_t_weight_gradient(
     """Adds to the gradients of the mixer's weights, for a sequence that fits a tile.
 
     Args:
-        hidden: h, the block's input, [B, L, D].
+        source: h, the block's input, [B, L, D].
         grad_sum: ds1 [B, L, D].
         gate_up: [2 It, W] with W >= L, zeros from L on.
         down: [L, It].
@@ -312,14 +312,14 @@ def mlp_t_weight_gradient(
     if len(found) != 1:
         raise ValueError(f"total_gate_up, total_down: got {sorted(found)} splits, accepted is one number for both")
     splits = found.pop()
-    batch, length, width = hidden.shape
+    batch, length, width = source.shape
     inner = down.shape[1]
     wanted = 2 * (total_gate_up is not None) + (total_down is not None)
     return Launch.of(
         "mixer_mlp_t_backward.mlp_t_weight_gradient_kernel",
         (triton.cdiv(inner, tile["BLOCK_I"]), splits),
         {
-            "hidden": hidden,
+            "source": source,
             "grad_sum": grad_sum,
             "gate_up": gate_up,
             "down": down,
@@ -327,7 +327,7 @@ def mlp_t_weight_gradient(
             "total_down": total_down,
             "batches": batch,
         },
-        reads=("hidden", "grad_sum", "gate_up", "down", "total_gate_up", "total_down"),
+        reads=("source", "grad_sum", "gate_up", "down", "total_gate_up", "total_down"),
         writes=("total_gate_up", "total_down"),
         constants={
             "WIDTH": width,

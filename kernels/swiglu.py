@@ -1,11 +1,11 @@
 """The SwiGLU channel mixer: in one kernel with its residual and norm, or its first half alone.
 
-    activation = silu(hidden @ gate^T) * (hidden @ up^T)          [T, I]
-    out        = rms_norm(hidden + activation @ down^T)           [T, D]
+    activation = silu(h1 @ gate^T) * (h1 @ up^T)          [T, I]
+    out        = rms_norm(h1 + activation @ down^T)           [T, D]
 
 ``swiglu`` does both: a program holds BLOCK_M rows, makes the activation in tiles of BLOCK_I columns and adds each one's
 share to [BLOCK_M, D] accumulators; the activation never leaves the chip.  A program reads the 3 I D elements of the
-weights from L2 once, and the hidden rows I / BLOCK_I times, for 6 BLOCK_M I D FLOP: BLOCK_M FLOP for each byte of a
+weights from L2 once, and the rows of h1 I / BLOCK_I times, for 6 BLOCK_M I D FLOP: BLOCK_M FLOP for each byte of a
 2-byte weight.  ``gate_up`` writes the activation to memory, 4 I bytes a token there and back, and its tiles may be
 larger than whole rows allow; ``projection`` does the rest.
 
@@ -36,7 +36,7 @@ def silu(value):
 
 @triton.jit
 def swiglu_kernel(
-    hidden,
+    h1,
     gate_up,
     down,
     out,
@@ -55,12 +55,12 @@ def swiglu_kernel(
     first_row = tl.program_id(0) * BLOCK_M
     rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - first_row - 1)
     depth = tl.arange(0, BLOCK_K)
-    a_base = hidden + first_row.to(tl.int64) * D
+    a_base = h1 + first_row.to(tl.int64) * D
     a_offsets = rows[:, None] * D + depth[None, :]
     pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), CHAINED)
     inner = tl.arange(0, BLOCK_I)
     down_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + inner[None, :]
-    h = begin_sum(hidden, first_row, tokens, D, BLOCK_M, BLOCK_D)
+    h = begin_sum(h1, first_row, tokens, D, BLOCK_M, BLOCK_D)
     for i in range(0, INTER, BLOCK_I):
         column = i + pair
         if INTER % BLOCK_I != 0:
@@ -82,15 +82,15 @@ def swiglu_kernel(
                 b = tl.load(gate_up + k + b_offsets, mask=inside, other=0.0)
             both = dot(a, tl.trans(b), both, PRECISION)
         gate, up = part_columns(both, CHAINED)
-        activation = narrow(silu(gate) * up, hidden.dtype.element_ty)
+        activation = narrow(silu(gate) * up, h1.dtype.element_ty)
         h = dot(activation, tl.trans(c), h, PRECISION)
-    h = end_sum(h, hidden, first_row, tokens, D, BLOCK_M, BLOCK_D)
+    h = end_sum(h, h1, first_row, tokens, D, BLOCK_M, BLOCK_D)
     store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def gate_up_kernel(
-    hidden,
+    h1,
     gate_up,
     activation,
     gates,
@@ -114,7 +114,7 @@ def gate_up_kernel(
     column = first_column + pair
     if INTER % BLOCK_I != 0:
         column = tl.minimum(column, INTER - 1)
-    a_base = hidden + first_row.to(tl.int64) * D
+    a_base = h1 + first_row.to(tl.int64) * D
     a_offsets = near_rows[:, None] * D + depth[None, :]
     b_offsets = (column + half * INTER)[:, None] * D + depth[None, :]
     both = tl.zeros((BLOCK_M, 2 * BLOCK_I), tl.float32)
@@ -142,7 +142,7 @@ def gate_up_kernel(
 
 
 def swiglu(
-    hidden: Buffer,
+    h1: Buffer,
     gate_up: Buffer,
     down: Buffer,
     out: Buffer,
@@ -155,21 +155,21 @@ def swiglu(
     """The launch of the whole channel mixer.
 
     Args:
-        hidden: [..., D].
+        h1: [..., D].
         gate_up: [2 I, D], the rows of the gate, then those of the up projection.
         down: [D, I].
-        out: [..., D]; not the buffer of ``hidden``.
+        out: [..., D]; not the buffer of ``h1``.
         eps: of the norm.
         rstd: [...] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None.
         tile: BLOCK_M, BLOCK_I (at least 16), BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
-    tokens, (width, inter) = prod(hidden.shape[:-1]), down.shape
+    tokens, (width, inter) = prod(h1.shape[:-1]), down.shape
     return Launch.of(
         "swiglu.swiglu_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]),),
         {
-            "hidden": hidden,
+            "h1": h1,
             "gate_up": gate_up,
             "down": down,
             "out": out,
@@ -177,7 +177,7 @@ def swiglu(
             "tokens": tokens,
             "end": width,
         },
-        reads=("hidden", "gate_up", "down"),
+        reads=("h1", "gate_up", "down"),
         writes=("out", "rstd"),
         constants={"D": width, "INTER": inter, "EPS": eps, "PRECISION": precision, "BLOCK_D": block_width(width)},
         tile=tile,
@@ -187,7 +187,7 @@ def swiglu(
 
 
 def gate_up(
-    hidden: Buffer,
+    h1: Buffer,
     weight: Buffer,
     activation: Buffer,
     *,
@@ -198,20 +198,20 @@ def gate_up(
     """The launch of the gate and up product and its activation.
 
     Args:
-        hidden: [..., D].
+        h1: [..., D].
         weight: [2 I, D], the rows of the gate, then those of the up projection.
         activation: [..., I], receives silu(gate) * up.
         gates: [..., 2 I], receives gate and up before the activation, or None.
         tile: BLOCK_M, BLOCK_I (columns of the activation, at least 8), BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
-    tokens, (rows, width) = prod(hidden.shape[:-1]), weight.shape
+    tokens, (rows, width) = prod(h1.shape[:-1]), weight.shape
     inter = rows // 2
     return Launch.of(
         "swiglu.gate_up_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(inter, tile["BLOCK_I"]),),
-        {"hidden": hidden, "gate_up": weight, "activation": activation, "gates": gates, "tokens": tokens, "end": width},
-        reads=("hidden", "gate_up"),
+        {"h1": h1, "gate_up": weight, "activation": activation, "gates": gates, "tokens": tokens, "end": width},
+        reads=("h1", "gate_up"),
         writes=("activation", "gates"),
         constants={"D": width, "INTER": inter, "PRECISION": precision},
         tile=tile,

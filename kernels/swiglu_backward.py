@@ -28,7 +28,7 @@ __all__ = ["swiglu_backward"]
 
 @triton.jit
 def swiglu_backward_kernel(
-    hidden,
+    source,
     gradient,
     gate_up,
     down,
@@ -78,12 +78,12 @@ def swiglu_backward_kernel(
     for k in range(0, end, BLOCK_K):
         at = start + k * pitch
         if DEPTH % BLOCK_K == 0:
-            h = tl.load(hidden + at + offsets)
+            h = tl.load(source + at + offsets)
             g = tl.load(gradient + at + offsets)
             down_tile = tl.load(down + k * INNER + down_offsets)
         else:
             left = step < DEPTH - k
-            h = tl.load(hidden + at + offsets, left[None, :], 0.0)
+            h = tl.load(source + at + offsets, left[None, :], 0.0)
             g = tl.load(gradient + at + offsets, left[None, :], 0.0)
             down_tile = tl.load(down + k * INNER + down_offsets, left[:, None], 0.0)
         if PADDED:
@@ -117,7 +117,7 @@ def swiglu_backward_kernel(
 
 
 def swiglu_backward(
-    hidden: Buffer,
+    source: Buffer,
     gradient: Buffer,
     gate_up: Buffer,
     down: Buffer,
@@ -131,8 +131,8 @@ def swiglu_backward(
     """From the gradient of a SwiGLU's output to those of gate and up.
 
     Args:
-        hidden: its input, [..., D]; transposed [B, L, D].
-        gradient: of its output, the shape of ``hidden``.
+        source: its input, [..., D]; transposed [B, L, D].
+        gradient: of its output, the shape of ``source``.
         gate_up: [2 I, D], or transposed [2 I, W] with W >= L, zeros from L on.
         down: [D, I]; transposed [L, I].
         grad_gate_up: result, [..., 2 I]; transposed [B, 2 I, D].
@@ -142,14 +142,14 @@ def swiglu_backward(
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
     depth, inner = down.shape
-    rows = hidden.shape[-1] if transposed else prod(hidden.shape[:-1])
-    batch = hidden.shape[0] if transposed else 1
+    rows = source.shape[-1] if transposed else prod(source.shape[:-1])
+    batch = source.shape[0] if transposed else 1
     tiles = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(inner, tile["BLOCK_N"])
     return Launch.of(
         "swiglu_backward.swiglu_backward_kernel",
         (tiles, batch),
         {
-            "hidden": hidden,
+            "source": source,
             "gradient": gradient,
             "gate_up": gate_up,
             "down": down,
@@ -158,7 +158,7 @@ def swiglu_backward(
             "rows": rows,
             "end": depth,
         },
-        reads=("hidden", "gradient", "gate_up", "down"),
+        reads=("source", "gradient", "gate_up", "down"),
         writes=("grad_gate_up", "activation"),
         constants={
             "DEPTH": depth,

@@ -52,13 +52,13 @@ def _projection() -> tuple[Shapes, Formula, Build]:
 
 def _swiglu() -> tuple[Shapes, Formula, Build]:
     def formula(t: Tensors) -> Tensor:
-        return rms_norm(t["hidden"] + reference.swiglu(t["hidden"], t["up_weight"], t["last_weight"]), EPS)
+        return rms_norm(t["h1"] + reference.swiglu(t["h1"], t["up_weight"], t["last_weight"]), EPS)
 
     def build(b: dict[str, Buffer], out: Buffer) -> Launch:
         tile = Tile.of(BLOCK_M=16, BLOCK_I=STEP, BLOCK_K=WIDTH)
-        return swiglu(b["hidden"], b["up_weight"], b["last_weight"], out, eps=EPS, tile=tile)
+        return swiglu(b["h1"], b["up_weight"], b["last_weight"], out, eps=EPS, tile=tile)
 
-    shapes: Shapes = {"hidden": (ROWS, WIDTH), "up_weight": (2 * INNER, WIDTH), "last_weight": (WIDTH, INNER)}
+    shapes: Shapes = {"h1": (ROWS, WIDTH), "up_weight": (2 * INNER, WIDTH), "last_weight": (WIDTH, INNER)}
     return shapes, formula, build
 
 
@@ -104,14 +104,14 @@ def _attention_projection() -> tuple[Shapes, Formula, Build]:
 
 def _mlp_t() -> tuple[Shapes, Formula, Build]:
     def formula(t: Tensors) -> Tensor:
-        h = t["hidden"].mT
+        h = t["h"].mT
         return rms_norm(h + reference.swiglu(h, t["up_weight"], t["last_weight"]), EPS).mT
 
     def build(b: dict[str, Buffer], out: Buffer) -> Launch:
         tile = Tile.of(BLOCK_C=32, BLOCK_I=STEP)
-        return mlp_t([b["hidden"]], b["up_weight"], b["last_weight"], out, eps=EPS, tile=tile)
+        return mlp_t([b["h"]], b["up_weight"], b["last_weight"], out, eps=EPS, tile=tile)
 
-    shapes = {"hidden": (1, ROWS, WIDTH), "up_weight": (2 * INNER, ROWS), "last_weight": (ROWS, INNER)}
+    shapes = {"h": (1, ROWS, WIDTH), "up_weight": (2 * INNER, ROWS), "last_weight": (ROWS, INNER)}
     return shapes, formula, build
 
 
@@ -131,18 +131,18 @@ def _mlp_t_backward() -> tuple[Shapes, Formula, Build]:
     def formula(t: Tensors) -> Tensor:
         y, g, r = t["y"], t["gradient"], t["rstd"][:, None]
         grad_s = r * (g - y * (g * y).mean(1, keepdim=True))
-        h = t["hidden"].mT.detach().requires_grad_()
+        h = t["h"].mT.detach().requires_grad_()
         mixed = reference.swiglu(h, t["up_weight"], t["last_weight"])
         (grad_h,) = torch.autograd.grad(mixed, h, grad_s.mT)
         return grad_s + grad_h.mT
 
     def build(b: dict[str, Buffer], out: Buffer) -> Launch:
         tile = Tile.of(BLOCK_N=32, BLOCK_I=STEP)
-        inputs = (b["hidden"], b["gradient"], b["y"], b["rstd"], b["up_weight"], b["last_weight"])
+        inputs = (b["h"], b["gradient"], b["y"], b["rstd"], b["up_weight"], b["last_weight"])
         return mlp_t_backward(*inputs, None, out, tile=tile)
 
     state = (1, ROWS, WIDTH)
-    shapes: Shapes = {"hidden": state, "gradient": state, "y": state, "rstd": (1, WIDTH)}
+    shapes: Shapes = {"h": state, "gradient": state, "y": state, "rstd": (1, WIDTH)}
     return {**shapes, "up_weight": (2 * INNER, ROWS), "last_weight": (ROWS, INNER)}, formula, build
 
 

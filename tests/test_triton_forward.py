@@ -267,25 +267,23 @@ def test_projection(rows: int, width: int, depth: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("rows, width, inner", [(39, 48, 80), (1, 64, 32), (5, 20, 24)])
 def test_swiglu(rows: int, width: int, inner: int, fused: bool, dtype: torch.dtype) -> None:
     def formula(t: Tensors) -> Tensors:
-        h = t["hidden"] + reference.swiglu(t["hidden"], t["up_weight"], t["down_weight"])
+        h = t["h1"] + reference.swiglu(t["h1"], t["up_weight"], t["down_weight"])
         found = {"out": rms_norm(h, EPS), "rstd": norm_factor(h)}
-        return found if fused else {**found, "gates": F.linear(t["hidden"], t["up_weight"])}
+        return found if fused else {**found, "gates": F.linear(t["h1"], t["up_weight"])}
 
     def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
         b = buffers(t)
         out, rstd = Buffer("out", (rows, width), dtype), Buffer("rstd", (rows,), torch.float32)
         if fused:
             tile = Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=32)
-            return t, [swiglu(b["hidden"], b["up_weight"], b["down_weight"], out, eps=EPS, rstd=rstd, tile=tile)]
+            return t, [swiglu(b["h1"], b["up_weight"], b["down_weight"], out, eps=EPS, rstd=rstd, tile=tile)]
         act, gates = Buffer("act", (rows, inner), dtype), Buffer("gates", (rows, 2 * inner), dtype)
         return t, [
-            gate_up(b["hidden"], b["up_weight"], act, gates=gates, tile=Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=32)),
-            projection(
-                act, b["down_weight"], b["hidden"], out, eps=EPS, rstd=rstd, tile=Tile.of(BLOCK_M=16, BLOCK_K=32)
-            ),
+            gate_up(b["h1"], b["up_weight"], act, gates=gates, tile=Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=32)),
+            projection(act, b["down_weight"], b["h1"], out, eps=EPS, rstd=rstd, tile=Tile.of(BLOCK_M=16, BLOCK_K=32)),
         ]
 
-    shapes = {"hidden": (rows, width), "up_weight": (2 * inner, width), "down_weight": (width, inner)}
+    shapes = {"h1": (rows, width), "up_weight": (2 * inner, width), "down_weight": (width, inner)}
     check(shapes, dtype, formula, kernel)
 
 
@@ -296,8 +294,8 @@ def test_conv_swiglu(batch: int, length: int, taps: int, dtype: torch.dtype) -> 
     width, inner = 48, 80
 
     def formula(t: Tensors) -> Tensors:
-        mixed = reference.conv_swiglu(t["hidden"], t["up_weight"], t["conv"], t["bias"], t["down_weight"])
-        h = t["hidden"] + mixed
+        added = reference.conv_swiglu(t["h1"], t["up_weight"], t["conv"], t["bias"], t["down_weight"])
+        h = t["h1"] + added
         return {"out": rms_norm(h, EPS), "rstd": norm_factor(h)}
 
     def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
@@ -305,15 +303,15 @@ def test_conv_swiglu(batch: int, length: int, taps: int, dtype: torch.dtype) -> 
         act = Buffer("act", (batch, length, inner), dtype)
         out, rstd = Buffer("out", (batch, length, width), dtype), Buffer("rstd", (batch, length), torch.float32)
         return t, [
-            gate_up(b["hidden"], b["up_weight"], act, tile=Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=16)),
+            gate_up(b["h1"], b["up_weight"], act, tile=Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=16)),
             conv_projection(
-                act, b["conv"], b["bias"], b["down_weight"], b["hidden"], out, eps=EPS, rstd=rstd,
+                act, b["conv"], b["bias"], b["down_weight"], b["h1"], out, eps=EPS, rstd=rstd,
                 tile=Tile.of(BLOCK_M=16, BLOCK_K=32),
             ),
         ]  # fmt: skip
 
     shapes = {
-        "hidden": (batch, length, width),
+        "h1": (batch, length, width),
         "up_weight": (2 * inner, width),
         "conv": (inner, 1, taps),
         "bias": (inner,),
