@@ -1,7 +1,7 @@
 """Which tiles a kernel uses on which GPU: one table, and the model of time (roofline.py) that picks from it.
 
-Of each kernel there are a few tiles.  Large ones load less, small ones give every multiprocessor something to do: which
-is better depends on the GPU and on the number of tokens, and so does whether the channel mixer is one kernel or two.
+A kernel has a few tiles.  Large ones load less, small ones give every multiprocessor something to do.  Which is better
+depends on the GPU and on the number of tokens, and so does whether the channel mixer is one kernel or two.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ INTERPRETER = "interpreter"
 """The architecture whose tiles are large, so that the interpreter runs few programs."""
 
 MARGIN = 1.15
-"""How much longer one kernel may take than two by the model, and is chosen still."""
+"""Fuse unless the fused kernel is modelled more than 15 % slower."""
 
 ROW = -1
-"""Stands for a tile size that holds a whole row of D elements: a power of two, at least 16."""
+"""A tile size that holds a whole row of D elements: a power of two, at least 16."""
 LENGTH = -2
-"""Stands for a tile size that holds a whole sequence."""
+"""A tile size that holds a whole sequence."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Configuration:
         return tuple(_fit(tile, sizes) for tile in table[next(special, size)])
 
     def offers(self, kernel: str, sizes: Sizes) -> bool:
-        """Whether there are tiles of a kernel that fuses two: in float32 there are none."""
+        """Whether a fused kernel has tiles; in float32 none has."""
         size = "32-bit" if sizes.dtype == torch.float32 else "16-bit"
         return self.architecture == INTERPRETER or any(key.startswith(size) for key in TILES[kernel])
 

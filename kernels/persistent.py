@@ -1,4 +1,4 @@
-"""What the CUDA engine's one launch (csrc/cuda) moves, and a model of its time, to compare with Triton's launches.
+"""The bytes that the CUDA engine's one launch (csrc/cuda) moves, and a model of its time to compare with Triton's.
 
 The bytes are exact: tests/test_cuda_emulated.py counts the same in the emulator.  The time is a model like that of
 roofline.py: nothing in it was measured.  A group of blocks takes one sequence through all layers of all updates, and a
@@ -9,9 +9,9 @@ layer takes as long as the slowest of
   tokens once for each of its strips of channels), and reads the keys and values of its sequence,
 * the loads of all resident blocks together, from the shared cache,
 
-and the barriers of the group.  One block cannot draw weights faster than its port lets them through, so a narrow
-network or a GPU with slow launches is what this engine is for; at width 512 tiles over all tokens spread one pass over
-the weights across all multiprocessors.
+and the barriers of the group.  A block cannot load weights faster than its port allows, so this
+engine is for narrow networks and for GPUs with slow launches.  At width 512, Triton's tiles over all tokens spread one
+pass over the weights across all multiprocessors.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MMA_SYNC = {"sm_90": 0.62, "sm_100": 0.25}
 """What ``mma.sync`` reaches of the tensor cores' rate where newer instructions are faster."""
 
 GAIN = 1.1
-"""How many times faster than Triton's launches it must be by the models for ``backend="auto"`` to take it: a difference
-of a few percent is less than either model knows."""
+"""``backend="auto"`` takes the engine if it is modelled this many times faster than Triton's launches: neither model
+resolves a few percent."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Tuner:
 
     Args:
         file: where winners are kept; made when the first one is found.
-        device: what tells this GPU from others, its name and the version of Triton.
+        device: identifies the GPU: its name and the version of Triton.
         timer: seconds of a launch.
     """
 
@@ -64,7 +64,7 @@ class Tuner:
     def _read(self) -> dict[str, object]:
         try:
             found = json.loads(self.file.read_text())
-        except (OSError, ValueError):  # not there yet, or another process died while it wrote
+        except (OSError, ValueError):  # no file yet, or a process died while it wrote one
             return {}
         return found if isinstance(found, dict) else {}
 

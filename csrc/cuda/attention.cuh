@@ -7,7 +7,7 @@
 //
 // Exchange of a group: [2][key, value][kv head][16 tokens][16 channels][lane][8]: squares in the order of fragments b
 // (square_words), so both are read with one 16-byte load a lane, without shared memory.  Keys keep the packed order of
-// channels: a sum over channels doesn't mind as long as queries have the same.  Values come from a transposed product.
+// channels, and so do queries: the sum over channels is the same.  Values come from a transposed product.
 // The first dimension alternates from layer to layer: a CTA that is one layer ahead doesn't overwrite what is still
 // read, and cannot be further ahead.
 #pragma once

@@ -5,7 +5,7 @@
 //
 //   straight     rows x weights: half = columns 0-7 or 8-15 of the square, fragment d = (row g [+ 8], columns 2t)
 //   transposed   weights x rows^T: half = rows 0-7 or 8-15 of the row tile, d = (column g [+ 8], rows 2t); for results
-//                that somebody reads by column
+//                that are read by column
 //
 // Rows in shared memory are stored by row [row][depth], or by depth [depth][row] with ldmatrix transposing.
 #pragma once

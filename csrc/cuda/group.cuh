@@ -6,7 +6,7 @@
 namespace trmfast {
 namespace gpu {
 
-// Which CTA this is.  It lies in shared memory: where it is needed registers are scarce, and a load cannot be hoisted.
+// Which CTA this is.  In shared memory, because registers are scarce where it is needed and a load cannot be hoisted.
 struct Place {
   int group, rank; // rank: in the group
   int sequences;   // that the group takes: group, group + groups, ...
@@ -31,8 +31,8 @@ template <class T> DEVICE GlobalPtr<T> exchange_of_group(const ForwardParams<T>&
   return p.exchange + Place::get().group * p.exchange_elements;
 }
 
-// The blocks of a group wait for each other: the `number`th time, counted from 1.  What they wrote before is then
-// visible to all of them.  False: timed out.
+// Barrier `number` of a group, counted from 1.  After it every block sees what the others wrote before it.  False:
+// timed out.
 template <class T> DEVICE bool wait_for_group(const ForwardParams<T>& p, int number) {
   if (p.group_blocks == 1) {
     block_sync();

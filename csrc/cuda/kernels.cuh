@@ -8,7 +8,7 @@
 namespace trmfast {
 namespace gpu {
 
-// One block a multiprocessor: its shared memory is full, and the registers are all its own.
+// One block per multiprocessor: it fills the shared memory and may use all registers.
 template <class I>
 __global__ void __launch_bounds__(kThreads, 1)
     recursion_forward_kernel(const __grid_constant__ ForwardParams<typename I::T> p) {

@@ -17,7 +17,7 @@ constexpr int kPackBlocks = 512;
 
 std::string text(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return "";
-  cudaGetLastError(); // the next call starts without it
+  cudaGetLastError(); // clears the error for the next call
   return std::string(doing) + ": " + cudaGetErrorString(error);
 }
 

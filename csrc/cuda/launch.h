@@ -1,6 +1,6 @@
 // The border between the kernels, which nvcc compiles once per element type (launch.cu), and the binding, which the
-// host compiler compiles (module.cpp).  Functions enqueue on a stream and never wait; they return an error, or an empty
-// text.
+// host compiler compiles (module.cpp).  Functions enqueue work on a stream and never wait; they return an error
+// text, empty on success.
 #pragma once
 
 #include <string>

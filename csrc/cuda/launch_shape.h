@@ -30,10 +30,10 @@ inline int64_t exchange_elements(const InstanceSizes& c, const BlockShape& block
 struct Device {
   int shared_bytes;    // most that a block can have: 163 KB on sm_80, 99 KB on sm_86, 89 and 120, 227 KB on 90 and 100
   int multiprocessors; // each runs one block of this kernel at a time
-  // Rows below which a block waits for weights and not for products: what a multiprocessor multiplies in a clock
-  // against the 64 bytes that its port to L2 lets through.
+  // With fewer rows a block waits for weights, not for products: what a multiprocessor multiplies in a clock against
+  // the 64 bytes that pass its port to L2.
   int stream_rows;
-  int cache_blocks; // so many blocks draw all that L2 gives: 5120 bytes a clock on sm_80 and 90, elsewhere every port
+  int cache_blocks; // this many blocks saturate L2: 5120 bytes a clock on sm_80 and 90, elsewhere one port each
 };
 
 inline Device make_device(int major, int minor, int shared_bytes, int multiprocessors) {
@@ -100,7 +100,7 @@ inline std::string choose_launch(const std::vector<InstanceSizes>& instances, co
     }
     const int groups = smaller(batch, device.multiprocessors / group_blocks);
     const int64_t now = cost(c, groups, group_blocks, batch, device);
-    // Of equals the one with more rows (less traffic), then with the longer ring.
+    // Ties go to more rows (less traffic), then to the longer ring.
     const InstanceSizes& chosen = shape->sizes;
     if (best >= 0 && (now > best || (now == best && (c.row_tiles < chosen.row_tiles ||
                                                      (c.row_tiles == chosen.row_tiles && c.stages < chosen.stages)))))

@@ -1,5 +1,5 @@
-// The SwiGLU over the sequence axis.  It mixes tokens and leaves channels alone, so for it the group divides channels
-// where it divided tokens:
+// The SwiGLU over the sequence axis.  It mixes tokens and keeps channels apart, so the blocks of a group share out
+// channels instead of tokens:
 //
 //   own tokens of h -> exchange       | group barrier
 //   for each own strip of 16 * kStripTiles channels, all tokens:

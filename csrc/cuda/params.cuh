@@ -1,4 +1,4 @@
-// What a launch of the forward recursion gets: filled by the launcher, read by every part of the kernel.
+// The parameters of one launch of the forward recursion: the launcher fills them, every part of the kernel reads them.
 #pragma once
 
 #include "layout.h"
@@ -30,7 +30,7 @@ template <class T> struct ForwardParams {
   uint32_t unwritten;                    // bit s: state s is never written, it goes from states_in to states_out
   GlobalPtr<const U32x4> steps;          // the program (Schedule in launch_shape.h): num_steps
   GlobalPtr<const uint32_t> sources;     // of its updates
-  GlobalPtr<const U32x4> runs;           // num_runs: which weights come after which
+  GlobalPtr<const U32x4> runs;           // num_runs: the order of the weights
   GlobalPtr<const T> weights[kMostNets]; // packed layers of a net, one after the other
   GlobalPtr<const T> states_in[kMostStates];
   GlobalPtr<T> states_out[kMostStates]; // each [B, L, D]; not states_in

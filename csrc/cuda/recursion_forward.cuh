@@ -8,8 +8,8 @@
 //   work                       attention: q, then its output [rows, heads * head_width + 8]; SwiGLU: two chunks.
 //                              Over tokens, a strip and its chunks take the place of h and work (mixer_mlp_t.cuh)
 //
-// States lie in global memory: an update reads its sources and x once and writes its state once.  What blocks of a
-// group tell each other goes through the exchange: keys and values once a layer, or for mlp_t the rows twice.
+// States lie in global memory: an update reads its sources and x once and writes its state once.  Blocks of a
+// group communicate through the exchange: keys and values once a layer, or for mlp_t the rows twice.
 #pragma once
 
 #include "attention.cuh"

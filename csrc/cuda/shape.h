@@ -31,7 +31,8 @@ constexpr int kArrivalStride = 32; // words between the counters of two groups: 
 constexpr uint32_t kFirstLayer = 1u << 8, kLastLayer = 1u << 9;
 constexpr uint32_t kSourceIsX = 1u << 8, kSourceIsWritten = 1u << 9;
 
-// One block (trmfast/spec.py).
+// One block (trmfast/spec.py).  Not the BlockShape of csrc/cpu/engine.h: pybind11 registers a C++ type once in a
+// process, so with a shared type the second extension module could not be imported.
 struct BlockShape {
   int width;      // D
   int inner;      // inner width of the channel SwiGLU

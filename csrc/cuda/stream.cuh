@@ -6,7 +6,7 @@
 // the stage that is overwritten is the one that the previous next() returned.  No other cp.async may be issued by a
 // kernel that has a stream: the groups are counted.
 //
-// What comes after what is a list of runs of contiguous stages, made by the launcher (add_runs in launch_shape.h).
+// Their order is a list of runs of contiguous stages that the launcher makes (add_runs in launch_shape.h).
 #pragma once
 
 #include "group.cuh"

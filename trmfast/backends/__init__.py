@@ -1,4 +1,4 @@
-"""Backends: everything that can execute a recursion, and the choice between them."""
+"""The backends that can run a recursion, and the choice between them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Backend(Protocol):
 
     @property
     def device_types(self) -> tuple[str, ...]:
-        """The types of devices it is made for; empty for all."""
+        """The device types it is made for; empty for all."""
 
     @property
     def slow_device_types(self) -> tuple[str, ...]:
-        """The types of devices on which it is interpreted or emulated: it runs there only if asked for by name."""
+        """The device types on which it is interpreted or emulated; it runs there only if asked for by name."""
 
     def available(self) -> str | None:
         """None if the backend works on this machine, else the reason in one line."""
@@ -43,10 +43,10 @@ class Backend(Protocol):
         """None if the backend can run this problem on [batch, length, D] states, else the reason in one line."""
 
     def declines(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> bool:
-        """Whether ``"auto"`` should rather take the next backend, for a problem that this one supports."""
+        """Whether ``"auto"`` should take the next backend although this one supports the problem."""
 
     def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
-        """Bytes of activations that forward keeps where it need not recompute; 0 if this backend always recomputes."""
+        """Bytes of activations that forward keeps if asked not to recompute; 0 if this backend always recomputes."""
 
     def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """Runs the program.
@@ -58,9 +58,9 @@ class Backend(Protocol):
         """
 
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
-        """Walks the grad updates in reverse, recomputing each from its saved input unless ``kept`` holds what it needs.
+        """Differentiates the grad updates in reverse; recomputes each from its saved input unless ``kept`` has it.
 
-        Nothing that was saved or kept is changed: backward may run again.
+        It changes neither ``saved`` nor ``kept``: backward may run again.
 
         Returns:
             Gradients of the incoming states and of x in the compute dtype or a wider one, and of the weights in float32

@@ -44,7 +44,7 @@ THREADS = ("pytorch", "own")
 
 
 def _use_threads_of_pytorch() -> None:
-    """Makes the engine run on PyTorch's OpenMP threads, unless there are none or ``TRMFAST_CPU_THREADS`` is ``own``.
+    """Runs the engine on PyTorch's OpenMP threads, unless it has none or ``TRMFAST_CPU_THREADS`` is ``own``.
 
     Threads of the engine's own would share the cores with PyTorch's, which spin for milliseconds after each of its
     parallel loops.
@@ -55,7 +55,7 @@ def _use_threads_of_pytorch() -> None:
     if _cpu is None or wanted == "own" or not torch.backends.openmp.is_available():
         return
     try:
-        # Symbols are looked up in the libraries that PyTorch was linked with, so this finds the runtime it uses.
+        # The loader searches the libraries that PyTorch was linked with, so this finds the runtime that it uses.
         pytorch = ctypes.CDLL(torch._C.__file__)
         names = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
         entries = [ctypes.cast(getattr(pytorch, name), ctypes.c_void_p).value for name in names]
@@ -105,8 +105,8 @@ class _Packed:
 class _PackedCache:
     """Packed weights by the addresses of the weights, valid for as long as their bytes are the same.
 
-    A version counter would not do: writes through ``p.data`` do not move it.  So every call fingerprints the bytes,
-    which costs a read of the weights at memory speed, and packs again when they differ.
+    A version counter would not work: writes through ``p.data`` do not change it.  So every call fingerprints the
+    bytes, which costs one read of the weights at memory speed, and packs again when they differ.
     """
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class _PackedCache:
             if entry is not None and entry.fingerprint == fingerprint and (entry.backward or not backward):
                 self._entries[key] = entry  # at the end
                 return fingerprint, entry.weights
-            # The memory of what is stale goes to the packs that take its place.
+            # Free stale packs first: the new ones take their memory.
             del entry
             for stale in [k for k, e in self._entries.items() if any(s.expired() for s in e.storages)]:
                 del self._entries[stale]
@@ -147,7 +147,7 @@ class _PackedCache:
             target, element, engine.blocks[net], engine.layers[net], [w.data_ptr() for w in floats], backward, threads
         )
         if _cpu.fingerprint(addresses, sizes, threads) != fingerprint:
-            return fingerprint, packed  # another thread wrote meanwhile: not to be kept for weights of this fingerprint
+            return fingerprint, packed  # another thread wrote meanwhile: don't cache them under this fingerprint
         storages = tuple(StorageWeakRef(weight.untyped_storage()) for weight in weights)
         with self._lock:
             self._entries[key] = _Packed(fingerprint, backward, packed, storages)
@@ -190,7 +190,7 @@ _seen = _SeenWeights()
 
 
 def release_memory() -> None:
-    """Frees what the engine keeps between calls: packed weights and its workspace.  Both are made again when needed."""
+    """Frees what the engine keeps between calls: packed weights and its workspace.  Later calls make both again."""
     _cache.clear()
     if _cpu is not None:
         _cpu.release_memory()
@@ -367,7 +367,7 @@ class CpuBackend:
             _seen.check(problem, call.saved, fingerprints)
         grads = [torch.empty(shape, dtype=torch.float32) for _ in call.grad_states]
         grad_x = torch.empty(shape, dtype=torch.float32) if call.needs_x else None
-        # The engine writes the gradients of the nets that it differentiates; of others there are none.
+        # The engine writes gradients only for the nets that it differentiates.
         live = {problem.program.updates[i].net for i in problem.program.grad_updates}
         needed = [n in live for n, part in enumerate(problem.weight_slices) for _ in range(part.start, part.stop)]
         grad_weights = [

@@ -1,7 +1,7 @@
 """The CUDA engine behind the backend protocol: csrc/cuda, a whole program forward in one launch.
 
-Backward is the Triton backend's.  The hand-over is `saved`, the summed input of every update with gradient: all that
-:meth:`TritonBackend.backward` asks for besides weights and tables.
+The Triton backend runs the backward pass.  It needs `saved`, the summed input of every update with gradient, and
+nothing else besides weights and tables.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ __all__ = ["CudaBackend", "Limits", "grid_of", "is_slower", "limits_of", "modell
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 OLDEST = (8, 0)
-# A group of blocks that waits longer for one of its own gives up: on a healthy device a wait takes microseconds.
+# A group gives up when it waits longer than this for one of its blocks; on a healthy device waits take microseconds.
 TIMEOUT_NS = 10_000_000_000
 
 
 class Limits(NamedTuple):
-    """What a plan asks of a device: compute capability, bytes of shared memory of a block, multiprocessors."""
+    """Of a device: its compute capability, the bytes of shared memory that a block may have, its multiprocessors."""
 
     major: int
     minor: int
@@ -179,7 +179,7 @@ def modelled_times(
 
 
 def limits_of(gpu: Gpu) -> Limits:
-    """The limits of a product that need not be there."""
+    """The limits of a GPU, without the device."""
     from trmfast.kernels.architectures import ARCHITECTURES
 
     architecture = ARCHITECTURES[gpu.architecture]
@@ -187,7 +187,7 @@ def limits_of(gpu: Gpu) -> Limits:
 
 
 def grid_of(prepared: Any) -> Grid:
-    """What the model of kernels/persistent.py asks of what is to be launched."""
+    """What the model of time in kernels/persistent.py needs to know of a launch."""
     from trmfast.kernels.persistent import Grid
 
     return Grid(**{field.name: getattr(prepared, field.name) for field in fields(Grid)})
@@ -220,7 +220,7 @@ def _block(problem: Problem) -> Any:
 
 @lru_cache(maxsize=256)
 def _prepare(problem: Problem, batch: int, length: int, limits: Limits) -> Any:
-    """What to launch on a device of these limits, or the reason in one line why nothing."""
+    """What to launch on a device of these limits, or in one line why nothing can be launched."""
     assert _cuda is not None
     if len({net.block for net in problem.nets}) > 1:
         return "it takes networks whose blocks are equal, these differ"
@@ -257,8 +257,8 @@ def _words(problem: Problem, batch: int, length: int, index: int) -> _Words:
 def _pack(problem: Problem, weights: Sequence[Tensor], dtype: torch.dtype, stream: int) -> list[Tensor]:
     """The weights of every net in the order of csrc/cuda/layout.h.
 
-    They are packed anew for every call, some tens of microseconds: nothing on the host can tell whether a write through
-    ``p.data`` has changed them.
+    Every call packs them again, which takes tens of microseconds: the host cannot tell whether a write through
+    ``p.data`` changed them.
     """
     assert _cuda is not None
     block, element = _block(problem), ELEMENTS[dtype]
@@ -286,7 +286,7 @@ def _failed(index: int) -> Tensor:
 
 
 def _raise_if_failed(index: int) -> None:
-    """Raises if a launch of an earlier call gave up.  It reads memory of the host and waits for nothing."""
+    """Raises if a launch of an earlier call gave up.  Reads host memory and does not wait."""
     failed = _failed(index)
     blocks = int(failed[0])
     if blocks:

@@ -238,7 +238,7 @@ def _run(key: tuple[Any, ...], plan: Plan, inputs: Mapping[str, Tensor]) -> dict
     if device.type != "cuda":
         return _run_eagerly(plan, inputs, device)
     with torch.cuda.device(device):
-        # Inside of somebody else's capture the launches become part of that graph.
+        # While the caller captures a graph, the launches become part of it.
         if torch.cuda.is_current_stream_capturing() or not _wants_graph(key[0].tokens):
             return _run_eagerly(plan, inputs, device)
         graph = _graphs.get((*key, device), plan, device)
@@ -269,7 +269,7 @@ def _run_eagerly(plan: Plan, inputs: Mapping[str, Tensor], device: torch.device)
 
 
 def _allocate(plan: Plan, device: torch.device, skip: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A tensor for every buffer but those to skip; zero where the plan says so."""
+    """A tensor for every buffer except those to skip; zeroed where the plan says so."""
     tensors = {
         name: torch.empty(size, dtype=dtype, device=device)
         for name, (size, dtype) in plan.sizes().items()
@@ -281,7 +281,7 @@ def _allocate(plan: Plan, device: torch.device, skip: Mapping[str, Tensor]) -> d
 
 
 def _new(buffer: Buffer, device: torch.device) -> Tensor:
-    """A tensor for an input.  Weights over the sequence have rows that end in zeros."""
+    """A zeroed tensor for an input: rows of the weights over the sequence end in zeros."""
     return torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
 
 
@@ -293,8 +293,8 @@ def _fill(target: Tensor, given: Tensor) -> None:
 class _Graph:
     """A plan as a CUDA graph, with buffers of its own.
 
-    Inputs are copied into them and outputs out of them: nobody sees a buffer that the next replay overwrites.  A call
-    waits for the copies out of the one before it, whatever stream that was on.
+    Inputs are copied in and outputs copied out, so that no caller holds a buffer that the next replay overwrites.  A
+    call waits until the previous call has copied its outputs, on whichever stream that was.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -325,7 +325,7 @@ class _Graph:
 
 
 class _Graphs:
-    """The graphs of the plans used last.  The first call of a plan gets none: it compiles the kernels."""
+    """The graphs of the most recent plans.  The first call of a plan gets none: it compiles the kernels."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -352,7 +352,7 @@ class _Graphs:
     def _drop(self) -> None:
         _, graph = self._entries.popitem(last=False)
         if graph is not None:
-            # Its buffers return to the stream that they were allocated on, and may be in use on another.
+            # Its buffers go back to the stream that allocated them and may still be in use on another.
             graph.done.synchronize()
 
 
@@ -360,5 +360,5 @@ _graphs = _Graphs()
 
 
 def release_memory() -> None:
-    """Frees the graphs and their buffers.  They are made again when needed."""
+    """Frees the graphs and their buffers; later calls make them again."""
     _graphs.clear()
