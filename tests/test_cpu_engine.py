@@ -127,9 +127,7 @@ def test_kept_activations_give_the_bits_of_recomputed_ones(
             for name, tensor in recomputed.outputs.items():
                 assert torch.equal(kept.outputs[name], tensor), (case, name)
             for name, tensor in recomputed.gradients.items():
-                # A full store is added up when it is full, and that is at other updates.
-                bound = 0.0 if store is None else 1e-2 * tensor.abs().max().item()
-                assert (kept.gradients[name] - tensor).abs().max() <= bound, (case, name)
+                assert torch.equal(kept.gradients[name], tensor), (case, name)
 
 
 def test_kept_activations_serve_two_backward_passes_and_their_memory_returns() -> None:
@@ -429,22 +427,3 @@ def test_packed_weights_of_deleted_models_are_freed() -> None:
     for seed in range(5):
         forward(make_inputs(ATTENTION, torch.float32, seed=seed))
     assert len(engine._cache._entries) <= 2
-
-
-# ---------------------------------------------------------------- sequences
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [ATTENTION, SEQUENCE_MLP], ids=str)
-def test_a_bad_sequence_does_not_reach_the_others(case: Case, dtype: torch.dtype, bad: float) -> None:
-    inputs = make_inputs(case, dtype)
-    clean = forward(inputs)
-    assert inputs.x is not None
-    x = inputs.x.clone()
-    x[2] = bad
-    spoilt = forward(Inputs(**{**inputs.__dict__, "x": x}))
-    for a, b in zip(clean, spoilt, strict=True):
-        keep = [0, 1, 3, 4]
-        assert torch.equal(a[keep], b[keep])
-        assert b[2].isnan().any()

@@ -156,6 +156,24 @@ def test_same_bits(small: ctypes.CDLL, mixer: str) -> None:
             assert torch.equal(got, want), name
 
 
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+@pytest.mark.parametrize("mixer", ("attention", "mlp_t"))
+def test_a_bad_sequence_does_not_reach_the_others(small: ctypes.CDLL, mixer: str, bad: float) -> None:
+    """One group of blocks takes all sequences through the same buffers."""
+    case = make_case(
+        "bad", H_cycles=1, batch=3, length=19, hidden_size=48, num_heads=3, token_mixer=mixer, num_layers=1
+    )
+    inputs = make_inputs(case, torch.bfloat16, weight_scale=SCALE)
+    assert inputs.x is not None
+    x = inputs.x.clone()
+    x[1, 3, 5] = bad
+    clean, spoilt = (run_emulated(small, one, instance_for(case), groups=1) for one in (inputs, replace(inputs, x=x)))
+    require(compare(inputs, clean))
+    for got, want in zip((*spoilt.states, spoilt.saved), (*clean.states, clean.saved), strict=True):
+        assert torch.equal(got[..., ::2, :, :], want[..., ::2, :, :])
+        assert not got[..., 1, :, :].isfinite().all()
+
+
 @pytest.mark.parametrize("case", (PROGRAMS[0], PROGRAMS[1], PROGRAMS[4]), ids=str)
 def test_saved_inputs(small: ctypes.CDLL, case: Case) -> None:
     """What is saved for backward is, bit by bit, the reference's sum of the states before each update with gradient."""

@@ -43,7 +43,9 @@ TRMFAST_INLINE vf largest_scores(const float* s, int valid, vf most) {
   return most;
 }
 
-// The exponential of a score less the largest of its row, and what to multiply differences with beforehand.
+// The exponential of a score less the largest of its row, and what to multiply differences with beforehand, for results
+// that are rounded to T.  In f32 that of the largest is exactly 1: backward, where P is f32, takes differences that are
+// zero in a saturated softmax.
 template <class T> TRMFAST_INLINE vf exponential(vf difference) {
   return sizeof(T) == 2 ? exp2_for_bf16(difference) : exp(difference);
 }
@@ -55,14 +57,14 @@ TRMFAST_INLINE int visible_keys(const BlockShape& block, int row_end, int length
 }
 
 // to[j] <- exponential(s[j] less top) for j < valid, zeros from there up to `padded`; returns their sum.
-template <class T, class To>
+template <class To>
 TRMFAST_INLINE float exponentials(const float* s, float top, float scale, int valid, int padded, To* to) {
-  const vf shift = broadcast(top), factor = broadcast(exponent_unit<T>() * scale);
+  const vf shift = broadcast(top), factor = broadcast(exponent_unit<To>() * scale);
   vf total[2] = {};
   int j = 0;
   for (; j + 2 * kLanes <= valid; j += 2 * kLanes) {
     for (int i = 0; i < 2; ++i) {
-      const vf e = exponential<T>((load(s + j + i * kLanes) - shift) * factor);
+      const vf e = exponential<To>((load(s + j + i * kLanes) - shift) * factor);
       store(to + j + i * kLanes, e);
       total[i] += e;
     }
@@ -70,7 +72,7 @@ TRMFAST_INLINE float exponentials(const float* s, float top, float scale, int va
   const LaneIndex index;
   for (; j < padded; j += kLanes) {
     vf e = {};
-    if (j < valid) e = index.lanes < valid - j ? exponential<T>((load(s + j) - shift) * factor) : e;
+    if (j < valid) e = index.lanes < valid - j ? exponential<To>((load(s + j) - shift) * factor) : e;
     store(to + j, e);
     total[0] += e;
   }
@@ -96,8 +98,8 @@ void attention_exponentials(const BlockShape& block, int length, const T* query,
                                visible_keys(block, row + r + 1, length) - k, most[r]);
   }
   for (int r = 0; r < n; ++r)
-    sums[r] = exponentials<T>(scratch.scores + static_cast<long>(r) * scratch.score_stride, max_of(most[r]), scale,
-                              visible_keys(block, row + r + 1, length), round_up(keys, kPanel), to + r * to_stride);
+    sums[r] = exponentials(scratch.scores + static_cast<long>(r) * scratch.score_stride, max_of(most[r]), scale,
+                           visible_keys(block, row + r + 1, length), round_up(keys, kPanel), to + r * to_stride);
 }
 
 // attended[row, head] <- softmax(q k^T / sqrt(d)) v for `sequences` sequences of `length` rows.

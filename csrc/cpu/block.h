@@ -158,7 +158,8 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
   team.sync();
 }
 
-// Zeroes what products read beyond the last column: [columns, up to) of every row.
+// Zeroes what products read beyond the last column: [columns, up to) of every row.  Buffers live longer than the
+// sequences in them, so nothing is ever written there: the 0 x NaN of one sequence would reach all that follow.
 template <class T> void clear_padding(T* x, int rows, int columns, long up_to, long stride) {
   if (!x || columns >= up_to) return;
   for (int t = 0; t < rows; ++t)

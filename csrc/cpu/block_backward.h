@@ -37,14 +37,16 @@ void norm_rows_backward(const Team& team, int rows, const BlockShape& block, con
                         float* dy, long dy_stride, T* du, long du_stride) {
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t)
-    rms_norm_backward(dy + t * dy_stride, y + t * y_stride, r[t], block.width, du + t * du_stride);
+    rms_norm_backward(dy + t * dy_stride, y + t * y_stride, r[t], block.width, block.eps, du + t * du_stride);
 }
 
-// dy[row, group] += tile
-TRMFAST_INLINE void add_tile(int row, int rows, int panel, const float* tile, float* dy, long stride) {
+// dy[row, group] += tile; the padding of dy stays zero.
+TRMFAST_INLINE void add_tile(int row, int rows, int panel, int width, const float* tile, float* dy, long stride) {
+  const int columns = smaller(kPanel, width - panel * kPanel);
   for_rows(row, rows, tile, [&](int t, const float* in) {
     float* to = dy + t * stride + panel * kPanel;
-    for (int j = 0; j < kPanel; j += kLanes) store(to + j, load(to + j) + load(in + j));
+    for (int j = 0; j < columns; j += kLanes)
+      store_lanes(to + j, load(to + j) + load(in + j), smaller(kLanes, columns - j));
   });
 }
 
@@ -76,7 +78,9 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
   const BlockStrides strides(block);
   const HeadLayout heads(block);
   const int rows = sequences * length, D = block.width, gate_columns = GateLayout{block.inner}.columns();
-  const auto add = [&](int row, int n, int panel, const float* tile) { add_tile(row, n, panel, tile, dy, strides.u); };
+  const auto add = [&](int row, int n, int panel, const float* tile) {
+    add_tile(row, n, panel, D, tile, dy, strides.u);
+  };
 
   team.begin("norm backward");
   norm_rows_backward(team, rows, block, out, strides.h, act.r2, dy, strides.u, grads.du2, strides.h);

@@ -80,7 +80,7 @@ void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWei
 
 // kernel[c, k] += sum over tokens of dconvolved[l, c] gated[l + k - taps / 2, c], bias[c] += sum of dconvolved[l, c];
 // either may be absent.  In strips of 128 channels, so that a thread owns what it adds to and reads whole cache lines;
-// 32 positions are summed by themselves first, as in mixer_mlp_t.h.
+// 32 positions of a sequence are summed by themselves first, as in mixer_mlp_t.h.
 template <class T>
 void conv_gradient(const Team& team, const BlockShape& block, const T* dconvolved, const T* gated, long stride,
                    int sequences, int length, const Gradient& kernel, const Gradient& bias) {
@@ -92,26 +92,30 @@ void conv_gradient(const Team& team, const BlockShape& block, const T* dconvolve
     const int first = strip * kStrip, n = smaller(kStrip, columns - first);
     const size_t bytes = static_cast<size_t>(num_taps + 1) * sizeof total[0];
     __builtin_memset(total, 0, bytes);
+    // fn(gradient, place in it, sum) for the channels of the strip
+    const auto for_sums = [&](auto fn) {
+      for (int c = 0; c < smaller(n, block.inner - first); ++c) {
+        for (int k = 0; k < num_taps && kernel.values; ++k)
+          fn(kernel, static_cast<long>(first + c) * num_taps + k, total[k] + c);
+        if (bias.values) fn(bias, first + c, total[num_taps] + c);
+      }
+    };
+    for_sums([](const Gradient& grad, long at, float* sum) { *sum = grad.fresh ? 0.0f : grad.values[at]; });
     for (int t = 0; t < sequences * length; ++t) {
-      if (t % kChain == 0) __builtin_memset(part, 0, bytes);
-      const TapRange taps(num_taps, t % length, length);
+      const int position = t % length;
+      if (position % kChain == 0) __builtin_memset(part, 0, bytes);
+      const TapRange taps(num_taps, position, length);
       for (int c = 0; c < n; c += kLanes) {
         const vf d = load(dconvolved + t * stride + first + c);
         for (int k = taps.begin; k < taps.end; ++k)
           store(part[k] + c, fma(d, load(gated + (t + k + taps.offset) * stride + first + c), load(part[k] + c)));
         store(part[num_taps] + c, load(part[num_taps] + c) + d);
       }
-      if (t % kChain != kChain - 1 && t + 1 < sequences * length) continue;
+      if (position % kChain != kChain - 1 && position + 1 < length) continue;
       for (int k = 0; k <= num_taps; ++k)
         for (int c = 0; c < n; c += kLanes) store(total[k] + c, load(total[k] + c) + load(part[k] + c));
     }
-    for (int c = 0; c < smaller(n, block.inner - first); ++c) {
-      const auto add = [c](const Gradient& grad, long at, const float* sums) {
-        if (grad.values) grad.values[at] = grad.fresh ? sums[c] : grad.values[at] + sums[c];
-      };
-      for (int k = 0; k < num_taps; ++k) add(kernel, static_cast<long>(first + c) * num_taps + k, total[k]);
-      add(bias, first + c, total[num_taps]);
-    }
+    for_sums([](const Gradient& grad, long at, const float* sum) { grad.values[at] = *sum; });
   }
   team.sync();
 }

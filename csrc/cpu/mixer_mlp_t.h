@@ -81,10 +81,10 @@ void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* ga
   const RowTiles positions(L, Dot<T>::kRows);
   const Range items = team.split(sequences * panels);
   for (int item = items.begin; item < items.end; ++item) {
-    const int sequence = item / panels, c = item % panels * kPanel;
+    const int sequence = item / panels, c = item % panels * kPanel, columns = smaller(kPanel, block.width - c);
     const T* x = h + static_cast<long>(sequence) * L * stride + c;
     T* y = h1 + static_cast<long>(sequence) * L * stride + c;
-    pack_rows(x, stride, L, kPanel, scratch.input);
+    pack_rows(x, stride, L, columns, scratch.input);
 
     for (int i = 0; i < features.count; ++i) {
       if (team.stopped()) return;
@@ -117,13 +117,14 @@ void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* ga
         }
       });
     }
-    for (int j = 0; j < kPanel; j += kLanes) {
+    for (int j = 0; j < columns; j += kLanes) {
       const vf squares = sum_over_positions(L, [&](int t) {
         const vf u = load(scratch.u + t * kPanel + j);
         return u * u;
       });
       const vf r = rsqrt(squares / static_cast<float>(L) + block.eps);
-      for (int t = 0; t < L; ++t) store(y + t * stride + j, load(scratch.u + t * kPanel + j) * r);
+      for (int t = 0; t < L; ++t)
+        store_lanes(y + t * stride + j, load(scratch.u + t * kPanel + j) * r, smaller(kLanes, columns - j));
       if (keep.r) store(keep.r + static_cast<long>(sequence) * round_up(block.width, kPanel) + c + j, r);
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mixer_mlp_t.h"
+#include "norm.h"
 #include "swiglu.h"
 
 namespace trmfast {
@@ -34,22 +35,25 @@ void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* g
   const RowTiles positions(L, Dot<T>::kRows);
   const Range items = team.split(sequences * panels);
   for (int item = items.begin; item < items.end; ++item) {
-    const int sequence = item / panels, c = item % panels * kPanel;
+    const int sequence = item / panels, c = item % panels * kPanel, columns = smaller(kPanel, block.width - c);
     const T* y = h1 + static_cast<long>(sequence) * L * stride + c;
     T* sum_grad = du + static_cast<long>(sequence) * L * stride + c;
     float* grad = dy + static_cast<long>(sequence) * L * dy_stride + c;
-    for (int j = 0; j < kPanel; j += kLanes) {
+    for (int j = 0; j < columns; j += kLanes) {
+      const int n = smaller(kLanes, columns - j);
       const vf r = load(kept.r + static_cast<long>(sequence) * round_up(block.width, kPanel) + c + j);
       const vf dots =
           sum_over_positions(L, [&](int t) { return load(grad + t * dy_stride + j) * load(y + t * stride + j); });
       const vf mean = dots / static_cast<float>(L);
       for (int t = 0; t < L; ++t) {
-        const vf value = r * (load(grad + t * dy_stride + j) - load(y + t * stride + j) * mean);
-        store(grad + t * dy_stride + j, value);
-        store(sum_grad + t * stride + j, value);
+        const vf dy_t = load(grad + t * dy_stride + j);
+        const vf value =
+            L == 1 ? dy_t * one_element_norm_gradient(r, block.eps) : r * (dy_t - load(y + t * stride + j) * mean);
+        store_lanes(grad + t * dy_stride + j, value, n);
+        store_lanes(sum_grad + t * stride + j, value, n);
       }
     }
-    pack_rows(sum_grad, stride, L, kPanel, scratch.grad_sum);
+    pack_rows(sum_grad, stride, L, columns, scratch.grad_sum);
 
     for (int i = 0; i < features.count; ++i) {
       if (team.stopped()) return;
@@ -76,8 +80,9 @@ void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* g
       const int row = positions.begin(i), n = positions.size(i);
       multiply(gate_up + row * gates_stride, gates_stride, scratch.grad_gates, 2 * depth, n, scratch.tile, kPanel);
       for_rows(row, n, scratch.tile, [&](int t, const float* in) {
-        for (int j = 0; j < kPanel; j += kLanes)
-          store(grad + t * dy_stride + j, load(grad + t * dy_stride + j) + load(in + j));
+        for (int j = 0; j < columns; j += kLanes)
+          store_lanes(grad + t * dy_stride + j, load(grad + t * dy_stride + j) + load(in + j),
+                      smaller(kLanes, columns - j));
       });
     }
   }

@@ -2,7 +2,7 @@
 // input by the forward code (the same values, bit for bit), unless forward kept its activations, and differentiated.
 // What the weight gradients will read goes into a store with room for many (update, sequence) slots; when it is full,
 // the gradients of the weights are added up over all of it at once, so that the f32 gradients are read and written a
-// few times in all and not once an update.
+// few times in all and not once an update.  When that happens changes no bit, see weight_gradient.h.
 #pragma once
 
 #include "recursion_forward.h"
@@ -41,7 +41,9 @@ public:
   const BackwardJob& backward;
   const BlockShape& block;
   const bool recompute;
-  int layers, slots;
+  int layers;
+  int group; // slots of a group, see weight_gradient.h; `slots` is a multiple of it, or all there are
+  int slots;
   RopeTables tables;
   ActivationStore<T> activations; // as many slots as `gradients`, or all that forward kept
   GradientStore<T> gradients;
@@ -49,18 +51,22 @@ public:
 
   BackwardWorkspace(Arena& arena, const BackwardJob& backward)
       : backward(backward), block(backward.job.nets[0].block), recompute(!backward.kept),
-        layers(most_layers(backward.job)), slots(choose_slots(backward, recompute)), tables(arena, backward.job),
+        layers(most_layers(backward.job)), group(choose_group(backward)),
+        slots(choose_slots(backward, recompute, group)), tables(arena, backward.job),
         activations(recompute ? ActivationStore<T>(arena, backward.job, slots) : kept(backward)),
         gradients(arena, backward.job, slots, recompute), panels(arena.take<T>(panels_elements())) {
     Arena one(nullptr);
-    BackwardThread<T>(one, block, backward.job.length, tokens());
+    BackwardThread<T>(one, block, backward.job.length, chunks(slots).depth());
     per_thread_ = one.used();
     first_ = arena.take<char>(static_cast<long>(per_thread_) * backward.job.threads);
   }
 
   BackwardThread<T> thread(int index) const {
     Arena arena(first_ + per_thread_ * static_cast<size_t>(index));
-    return BackwardThread<T>(arena, block, backward.job.length, tokens());
+    return BackwardThread<T>(arena, block, backward.job.length, chunks(slots).depth());
+  }
+  TokenChunks<T> chunks(int used) const {
+    return {smaller(group, slots) * backward.job.length, used * backward.job.length};
   }
 
 private:
@@ -74,18 +80,29 @@ private:
     GradientStore<T>(arena, job, 1, recompute);
     return arena.used();
   }
-  // As many (update, sequence) slots as there are, or as memory allows, then a multiple of the threads.
-  static int choose_slots(const BackwardJob& backward, bool recompute) {
+  // The most slots, a power of two, that make a chunk of a weight gradient and waste at most a quarter of the store.
+  // Of the sizes alone, not of the threads or of what forward kept: it decides the order of sums.
+  static int choose_group(const BackwardJob& backward) {
+    const long fit = static_cast<long>(backward.store_bytes / slot_bytes(backward.job, true));
+    int group = 1;
+    for (long slots = 2; slots <= fit && slots * backward.job.length <= kGradientChunk; slots *= 2)
+      if (fit % slots * 4 <= fit) group = static_cast<int>(slots);
+    return group;
+  }
+  // As many (update, sequence) slots as there are, or as memory allows, then whole groups, and if possible as many for
+  // every thread.
+  static int choose_slots(const BackwardJob& backward, bool recompute, int group) {
     const Job& job = backward.job;
     const int wanted = all_slots(job);
     const long fit = static_cast<long>(backward.store_bytes / slot_bytes(job, recompute));
     if (fit >= wanted) return larger(1, wanted);
-    return larger(1, static_cast<int>(fit >= job.threads ? fit / job.threads * job.threads : fit));
+    int equal = group;
+    while (equal % job.threads) equal += group;
+    return larger(group, static_cast<int>(fit >= equal ? fit / equal * equal : fit / group * group));
   }
-  long tokens() const { return static_cast<long>(slots) * backward.job.length; }
   long panels_elements() const {
     const int widest = larger(larger(block.width, block.inner), HeadLayout(block).output_columns());
-    const long by_token = packed_elements<T>(static_cast<int>(tokens()), widest);
+    const long by_token = chunks(slots).depth() * round_up(widest, kPanel);
     const long by_sequence =
         block.attention ? 0 : slots * packed_elements<T>(block.width, larger(block.seq_len, block.seq_inner));
     return by_token > by_sequence ? by_token : by_sequence;
@@ -176,7 +193,8 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
   const BlockStrides strides(block);
   const HeadLayout heads(block);
   const GateLayout gates{block.inner};
-  const int D = block.width, tokens = used * job.length;
+  const int D = block.width;
+  const TokenChunks<T> chunks = workspace.chunks(used);
   float* const* into = workspace.backward.grad_weights;
   for (int before = 0; before < n; ++before) into += job.nets[before].layers * block_weights(block);
   const auto same = [](int row) { return row; };
@@ -186,7 +204,7 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
     const auto by_token = [&](const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs,
                               float* grad, auto row_of) {
       if (grad)
-        weight_gradient(all, dy, dy_stride, outputs, x, x_stride, inputs, tokens, {grad, fresh}, workspace.panels,
+        weight_gradient(all, dy, dy_stride, outputs, x, x_stride, inputs, chunks, {grad, fresh}, workspace.panels,
                         mine.gradient_scratch, row_of);
     };
     const auto by_sequence = [&](const T* dy, int outputs, const T* x, int inputs, float* grad) {

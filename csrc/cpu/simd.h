@@ -152,6 +152,19 @@ TRMFAST_INLINE void store(bf16* p, vf v, int n) {
 #endif
 }
 
+// Loads and stores of n lanes, for loops in which n is nearly always kLanes.
+template <class T>
+TRMFAST_INLINE vf load_lanes(const T* p, int n) {
+  return n == kLanes ? load(p) : load(p, n);
+}
+template <class T>
+TRMFAST_INLINE void store_lanes(T* p, vf v, int n) {
+  if (n == kLanes)
+    store(p, v);
+  else
+    store(p, v, n);
+}
+
 // ---- arithmetic ----------------------------------------------------------------------------------------------------
 
 // a * b + c, rounded once where the target has such an instruction.

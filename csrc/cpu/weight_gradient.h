@@ -3,8 +3,11 @@
 //   grad[n, c] += sum over tokens of dy[t, n] x[t, c]
 //
 // x is packed into panels that all threads share; then every thread takes blocks of 64 outputs, transposes their dy and
-// multiplies in chunks of 512 tokens, so that a chunk of a panel (32 KB in bf16) is read from L1 by all tiles of the
-// block. A thread owns the rows that it adds to: no copy per thread, and the same sums for any number of threads.
+// multiplies in chunks of up to 512 tokens, so that a chunk of a panel (32 KB in bf16) is read from L1 by all tiles of
+// the block. A thread owns the rows that it adds to: no copy per thread.
+//
+// The sums are the same for any number of threads and any number of slots in the store: a chunk never leaves its group
+// of slots, groups are counted from the first update of a net on, and chunks are added to the gradient one by one.
 #pragma once
 
 #include "gemm.h"
@@ -21,24 +24,48 @@ TRMFAST_INLINE void add_sums(int n, const float* sums, float* tiles) {
   for (int j = 0; j < n * kPanel; j += kLanes) store(tiles + j, load(tiles + j) + load(sums + j));
 }
 
+// Groups of tokens, each padded to the depth that a product takes, and their chunks.  The last group may be shorter.
+template <class T> struct TokenChunks {
+  int group, tokens;   // of a whole group, and in all
+  int padded;          // depth of a whole group
+  int step, per_group; // depth of a chunk, and chunks of a whole group
+  int groups, count;   // groups and chunks in all
+
+  TokenChunks(int group, int tokens)
+      : group(group), tokens(tokens), padded(padded_depth<T>(group)),
+        step(round_up(ceil_div(padded, ceil_div(padded, kGradientChunk)), kPanel)), per_group(ceil_div(padded, step)),
+        groups(ceil_div(tokens, group)),
+        count(tokens / group * per_group + ceil_div(padded_depth<T>(tokens % group), step)) {}
+  int tokens_of(int g) const { return smaller(group, tokens - g * group); }
+  long depth() const { return static_cast<long>(groups) * padded; }
+  // A chunk's place in the depth of all groups, and its own depth.
+  long begin(int chunk) const {
+    return static_cast<long>(chunk / per_group) * padded + static_cast<long>(chunk % per_group) * step;
+  }
+  int size(int chunk) const {
+    return smaller(step, padded_depth<T>(tokens_of(chunk / per_group)) - chunk % per_group * step);
+  }
+};
+
 template <class T> struct WeightGradientScratch {
   T* rows;      // dy^T of a block, [64, stride]
   float* tiles; // [64, 32]
   float* sums;  // of one chunk, [kRows, 32]
   long stride;
 
-  WeightGradientScratch(Arena& arena, long tokens)
-      : rows(arena.take<T>(kGradientRows * row_stride(static_cast<int>(tokens)))),
+  // depth: TokenChunks::depth of a full store
+  WeightGradientScratch(Arena& arena, long depth)
+      : rows(arena.take<T>(kGradientRows * row_stride(static_cast<int>(depth)))),
         tiles(arena.take<float>(kGradientRows * kPanel)), sums(arena.take<float>(Dot<T>::kRows * kPanel)),
-        stride(row_stride(static_cast<int>(tokens))) {}
+        stride(row_stride(static_cast<int>(depth))) {}
 };
 
-// tiles[0 .. n) <- sum over chunks of left(chunk) [n, depth(chunk)] times the panel right(chunk).  Every chunk is
-// summed by itself first: one chain over all tokens would round far more often than autograd's sum over the updates
-// does.
+// tiles[0 .. n) += sum over chunks of left(chunk) [n, depth(chunk)] times the panel right(chunk); `fresh`: the tiles
+// hold nothing yet.  Every chunk is summed by itself first: one chain over all tokens would round far more often than
+// autograd's sum over the updates does.
 template <class T, class Left, class Right, class Depth>
-void multiply_chunks(int n, int chunks, long left_stride, const WeightGradientScratch<T>& scratch, Left left,
-                     Right right, Depth depth) {
+void multiply_chunks(int n, int chunks, bool fresh, long left_stride, const WeightGradientScratch<T>& scratch,
+                     Left left, Right right, Depth depth) {
   const RowTiles rows(n, Dot<T>::kRows);
   for (int chunk = 0; chunk < chunks; ++chunk)
     for (int i = 0; i < rows.count; ++i) {
@@ -47,8 +74,8 @@ void multiply_chunks(int n, int chunks, long left_stride, const WeightGradientSc
       const long elements = static_cast<long>(depth(chunk)) * kPanel, share = elements / rows.count;
       const Prefetch next{panel + elements + i * share, share * static_cast<long>(sizeof(T))};
       multiply(left(chunk) + rows.begin(i) * left_stride, left_stride, panel, depth(chunk), rows.size(i),
-               chunk == 0 ? tile : scratch.sums, kPanel, next);
-      if (chunk > 0) add_sums(rows.size(i), scratch.sums, tile);
+               fresh && chunk == 0 ? tile : scratch.sums, kPanel, next);
+      if (!fresh || chunk > 0) add_sums(rows.size(i), scratch.sums, tile);
     }
 }
 
@@ -58,46 +85,59 @@ struct Gradient {
   bool fresh;
 };
 
-// grad[row_of(first + r), c ..] += tiles[r]; rows without a place in the weight are padding.
-template <class RowOf>
-void add_to_gradient(int first, int n, int c, int columns, const float* tiles, const Gradient& grad, RowOf row_of) {
+// fn(to, tile, lanes) for the vectors of grad[row_of(first + r), c ..] and tiles[r]; rows without a place in the weight
+// are padding.
+template <class RowOf, class Fn>
+TRMFAST_INLINE void for_gradient(int first, int n, int c, int columns, float* tiles, const Gradient& grad, RowOf row_of,
+                                 Fn&& fn) {
   const int wide = smaller(kPanel, columns - c);
   for (int r = 0; r < n; ++r) {
     const int row = row_of(first + r);
     if (row < 0) continue;
     float* to = grad.values + static_cast<long>(row) * columns + c;
-    for (int j = 0; j < wide; j += kLanes) {
-      const int lanes = smaller(kLanes, wide - j);
-      const vf value = load(tiles + r * kPanel + j);
-      store(to + j, grad.fresh ? value : value + load(to + j, lanes), lanes);
-    }
+    for (int j = 0; j < wide; j += kLanes) fn(to + j, tiles + r * kPanel + j, smaller(kLanes, wide - j));
   }
 }
 
+// Adds the chunks to rows first.. (n of them) and columns c.. of a gradient.
+template <class T, class RowOf, class Left, class Right, class Depth>
+void add_chunks(int first, int n, int c, int columns, const Gradient& grad, RowOf row_of, int chunks, long left_stride,
+                const WeightGradientScratch<T>& scratch, Left left, Right right, Depth depth) {
+  if (!grad.fresh)
+    for_gradient(first, n, c, columns, scratch.tiles, grad, row_of,
+                 [](const float* from, float* tile, int lanes) { store(tile, load_lanes(from, lanes)); });
+  multiply_chunks(n, chunks, grad.fresh, left_stride, scratch, left, right, depth);
+  for_gradient(first, n, c, columns, scratch.tiles, grad, row_of,
+               [](float* to, const float* tile, int lanes) { store_lanes(to, load(tile), lanes); });
+}
+
 // dy: [tokens, outputs] in packed order, x: [tokens, inputs]; row_of(n) is the weight's row of packed output n, or -1.
-// panels: shared by the team, packed_elements(tokens, inputs).
+// panels: shared by the team, 32 x the depth of the chunks for every 32 inputs.
 template <class T, class RowOf>
 void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs,
-                     int tokens, const Gradient& grad, T* panels, const WeightGradientScratch<T>& scratch,
-                     RowOf row_of) {
-  const long elements = panel_elements<T>(tokens);
-  const int num_panels = ceil_div(inputs, kPanel), depth = padded_depth<T>(tokens);
+                     const TokenChunks<T>& chunks, const Gradient& grad, T* panels,
+                     const WeightGradientScratch<T>& scratch, RowOf row_of) {
+  const long elements = chunks.depth() * kPanel;
+  const int num_panels = ceil_div(inputs, kPanel);
   const Range packing = team.split(num_panels);
   for (int p = packing.begin; p < packing.end; ++p)
-    pack_rows(x + p * kPanel, x_stride, tokens, smaller(kPanel, inputs - p * kPanel), panels + p * elements);
+    for (int g = 0; g < chunks.groups; ++g)
+      pack_rows(x + static_cast<long>(g) * chunks.group * x_stride + p * kPanel, x_stride, chunks.tokens_of(g),
+                smaller(kPanel, inputs - p * kPanel),
+                panels + p * elements + static_cast<long>(g) * chunks.padded * kPanel);
   team.sync();
   const Range blocks = team.split(ceil_div(outputs, kGradientRows));
   for (int block = blocks.begin; block < blocks.end && !team.stopped(); ++block) {
     const int first = block * kGradientRows, n = smaller(kGradientRows, outputs - first);
-    transpose(dy + first, dy_stride, tokens, n, scratch.rows, scratch.stride);
-    for (int p = 0; p < num_panels && !team.stopped(); ++p) {
-      multiply_chunks<T>(
-          n, ceil_div(depth, kGradientChunk), scratch.stride, scratch,
-          [&](int chunk) { return scratch.rows + chunk * kGradientChunk; },
-          [&](int chunk) { return panels + p * elements + static_cast<long>(chunk) * kGradientChunk * kPanel; },
-          [&](int chunk) { return smaller(kGradientChunk, depth - chunk * kGradientChunk); });
-      add_to_gradient(first, n, p * kPanel, inputs, scratch.tiles, grad, row_of);
-    }
+    for (int g = 0; g < chunks.groups; ++g)
+      transpose(dy + static_cast<long>(g) * chunks.group * dy_stride + first, dy_stride, chunks.tokens_of(g), n,
+                scratch.rows + static_cast<long>(g) * chunks.padded, scratch.stride);
+    for (int p = 0; p < num_panels && !team.stopped(); ++p)
+      add_chunks<T>(
+          first, n, p * kPanel, inputs, grad, row_of, chunks.count, scratch.stride, scratch,
+          [&](int chunk) { return scratch.rows + chunks.begin(chunk); },
+          [&](int chunk) { return panels + p * elements + chunks.begin(chunk) * kPanel; },
+          [&](int chunk) { return chunks.size(chunk); });
   }
   team.sync();
 }
@@ -120,14 +160,12 @@ void sequence_weight_gradient(const Team& team, const T* dy, int outputs, const 
   const Range blocks = team.split(ceil_div(outputs, kGradientRows));
   for (int block = blocks.begin; block < blocks.end && !team.stopped(); ++block) {
     const int first = block * kGradientRows, n = smaller(kGradientRows, outputs - first);
-    for (int p = 0; p < num_panels && !team.stopped(); ++p) {
-      multiply_chunks<T>(
-          n, sequences, stride, scratch,
+    for (int p = 0; p < num_panels && !team.stopped(); ++p)
+      add_chunks<T>(
+          first, n, p * kPanel, inputs, grad, [](int row) { return row; }, sequences, stride, scratch,
           [&](int sequence) { return dy + (static_cast<long>(sequence) * outputs + first) * stride; },
           [&](int sequence) { return panels + (static_cast<long>(sequence) * num_panels + p) * elements; },
           [&](int) { return padded_depth<T>(width); });
-      add_to_gradient(first, n, p * kPanel, inputs, scratch.tiles, grad, [](int row) { return row; });
-    }
   }
   team.sync();
 }
