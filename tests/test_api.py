@@ -41,7 +41,7 @@ def test_public_names_are_the_modules_own(name: str) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(AttributeError, match="^module 'trmfast' has no attribute 'acelerate'$"):
+    with pytest.raises(AttributeError, match="module 'trmfast' has no attribute 'acelerate'"):
         trmfast.acelerate  # type: ignore[attr-defined]  # noqa: B018
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trmfast.kernels.persistent import Grid
 
 try:
-    from trmfast import _cuda as _extension  # type: ignore[attr-defined, unused-ignore]
+    from trmfast import _cuda as _extension
 except ImportError as error:
     _cuda: ModuleType | None = None
     _import_error = str(error)
