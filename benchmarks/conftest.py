@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trmfast.backends.cpu import CpuBackend
-from trmfast.benchmark.recursions import dtype_peak
+from trmfast.benchmark.turns import dtype_peak
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _lines: list[str] = []

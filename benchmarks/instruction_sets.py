@@ -20,8 +20,8 @@ from dataclasses import replace
 import torch
 
 from trmfast.backends.cpu import targets
-from trmfast.benchmark.recursions import Turns
 from trmfast.benchmark.rivals import RIVALS, Trained
+from trmfast.benchmark.turns import Turns
 from trmfast.cases import find_case, make_inputs
 from trmfast.cli.console import print_table
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from trmfast.benchmark.suite_charts import write_charts
-from trmfast.benchmark.suite_report import load, markdown
+from trmfast.benchmark.charts import write_charts
+from trmfast.benchmark.report import load, markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- suite -->", "<!-- /suite -->"

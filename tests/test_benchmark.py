@@ -20,13 +20,14 @@ from torch import Tensor
 
 from trmfast.backends.cpu import CpuBackend
 from trmfast.benchmark import recursions, rivals
+from trmfast.benchmark.charts import minimal_bytes, write_charts
 from trmfast.benchmark.memory import peak_bytes, saved_bytes
-from trmfast.benchmark.recursions import measure_work, take_turns
+from trmfast.benchmark.recursions import measure_work
+from trmfast.benchmark.report import load
 from trmfast.benchmark.rivals import RIVALS, Eager, Fused, missing
 from trmfast.benchmark.scaling import fit_powers, measure_sweeps
-from trmfast.benchmark.suite_charts import minimal_bytes, write_charts
-from trmfast.benchmark.suite_report import load
 from trmfast.benchmark.suites import SUITES, TITLES, Work
+from trmfast.benchmark.turns import take_turns
 from trmfast.cases import MEASURED, PUBLISHED, find_case, make_case, make_inputs
 from trmfast.cli import main
 from trmfast.testing import check_case, compare, pool, require, run_eager, run_truth
@@ -309,7 +310,8 @@ def test_micro_benchmarks_run() -> None:
     [
         (["--suite", "everything"], "everything"),
         (["--suite", "quick", "--batch", "3"], "--batch: not an option of --suite"),
-        (["--compare", "a.json"], "--compare: one file is compared with a run of --suite"),
+        (["--compare", "a.json"], "--compare: a.json: not a suite.json"),
+        (["--compare", "a.json", "b.json", "--suite", "quick"], "--compare: got two files with --suite"),
         (["--compare", "a.json", "b.json", "c.json"], "--compare: got 3 files"),
         (["--compare", "a.json", "b.json"], "--compare: a.json: not a suite.json"),
     ],

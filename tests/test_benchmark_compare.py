@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from trmfast.backends.cpu import CpuBackend
-from trmfast.benchmark import recursions
+from trmfast.benchmark import turns
 from trmfast.benchmark.compare import LIMIT, compare_rows
 from trmfast.benchmark.recursions import Row, measure_work
-from trmfast.benchmark.suite_report import SuiteReport
+from trmfast.benchmark.report import Report
 from trmfast.benchmark.suites import Work
 from trmfast.cases import make_case
 from trmfast.cli import main
@@ -76,6 +76,15 @@ def test_rivals_decide_nothing_alone_and_have_a_veto() -> None:
     assert change.slower
 
 
+def test_models_are_compared_with_rivals_alone() -> None:
+    """Training that keeps activations is trmfast too: its time says nothing of a rival's."""
+    generator = np.random.default_rng(5)
+    old = rows(generator)
+    old.append(replace(old[2], implementation="kept"))
+    (change,) = compare_rows(old, old)
+    assert {ratio.reference for ratio in change.ratios} == {"eager", "compile", "peak"}
+
+
 def test_faster_and_memory() -> None:
     generator = np.random.default_rng(3)
     old, new = rows(generator, noise=0.01), rows(generator, 0.15, noise=0.01)
@@ -124,7 +133,7 @@ def test_planted_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason is not None:
         pytest.skip(f"backend cpu: {reason}")
     # Time of this thread alone: tests share their machine.
-    monkeypatch.setattr(recursions, "clock", time.thread_time)
+    monkeypatch.setattr(turns, "clock", time.thread_time)
     old = measured()
 
     def regressed() -> bool:
@@ -141,7 +150,7 @@ def test_two_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     facts: dict[str, Any] = {"machine": {}, "versions": {"torch": "2"}, "commit": "c"}
     facts["settings"] = {"suite": "quick", "threads": 1, "tiny": True}
     found = [replace(row, step=step) for step in ("forward", "training") for row in rows(np.random.default_rng(4))]
-    SuiteReport("a machine", facts, {"memory": 1e10, "cache": 1e11}, tuple(found), (), (), 1.0).write(tmp_path)
+    Report("a machine", facts, {"memory": 1e10, "cache": 1e11}, tuple(found), (), (), 1.0).write(tmp_path)
     assert main(["bench", "--compare", str(suite), str(suite)]) == 0
     out = capsys.readouterr().out
     assert "the largest change is 0.0%" in out
@@ -155,6 +164,14 @@ def test_two_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out, err = capsys.readouterr()
     assert "slower" in err
     assert "forward" not in err
+    del record["settings"]["suite"]
+    models = tmp_path / "bench.json"
+    models.write_text(json.dumps(record))
+    assert main(["bench", "--compare", str(models), str(models)]) == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["bench", "--compare", str(models), str(suite)])
+    assert "--compare: one run is of models, the other of a suite" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:  # what it would print is no JSON
         main(["bench", "--compare", str(suite), str(slower), "--json"])
     assert ended.value.code == 2

@@ -17,6 +17,7 @@ from trmfast import targets
 from trmfast.backends.cpu import CpuBackend
 from trmfast.backends.reference import ReferenceBackend
 from trmfast.backends.triton import TritonBackend
+from trmfast.benchmark.report import load
 from trmfast.cli import machine, main
 
 
@@ -69,7 +70,7 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
         (["bench", "--batch", "some"], "--batch"),
         (["bench", "--seconds", "0"], "--seconds: got 0"),
         (["bench", "--output", "/dev/null/x"], "--output"),
-        (["bench", "--compare", "a.json"], "--compare: one file is compared with a run of --suite"),
+        (["bench", "--compare", "a.json"], "--compare: a.json: not a suite.json or bench.json"),
     ],
 )
 def test_bad_options_are_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,6 +223,7 @@ def test_check_fails_on_a_wrong_backend() -> None:
     broken = """
 import sys
 from trmfast.backends.reference import ReferenceBackend
+from trmfast.benchmark.report import load
 from trmfast.cli import main
 
 forward = ReferenceBackend.forward
@@ -271,7 +273,14 @@ def test_bench_record(bench: tuple[dict[str, Any], Path]) -> None:
 
 def test_bench_files(bench: tuple[dict[str, Any], Path]) -> None:
     record, folder = bench
-    assert json.loads((folder / "bench.json").read_text())["results"] == record["results"]
+    assert json.loads((folder / "bench.json").read_text()) == record
+    report = load(folder / "bench.json")
+    assert json.loads(json.dumps(report.record())) == record
+    for row, result in zip(report.rows, record["results"], strict=True):
+        assert (row.case, row.step, row.implementation) == tuple(
+            result[key] for key in ("config", "step", "implementation")
+        )
+        assert len(row.times) == len(row.peaks) == result["repeats"] >= 2
     with (folder / "bench.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(record["results"])

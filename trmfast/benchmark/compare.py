@@ -1,4 +1,4 @@
-"""Two runs of a suite against each other: has trmfast become slower?
+"""Two runs against each other: has trmfast become slower?
 
 Times of two runs differ with clock speed and neighbours, so ratios are compared that were measured in the same rounds:
 trmfast's rate to the machine's matrix peak, and each rival's time to trmfast's.  The first decides, with an interval
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trmfast.benchmark.recursions import Row
+from trmfast.benchmark.rivals import OURS
 
 __all__ = ["LIMIT", "Change", "compare_rows"]
 
@@ -126,7 +127,7 @@ def _references(rows: Sequence[Row]) -> dict[tuple[str, str, str, int, int], dic
             continue
         fused = group["trmfast"]
         times = np.asarray(fused.times)
-        ratios = {name: np.asarray(row.times) / times for name, row in group.items() if name != "trmfast"}
+        ratios = {name: np.asarray(row.times) / times for name, row in group.items() if name not in OURS}
         ratios["peak"] = fused.gflop / times / np.asarray(fused.peaks)
         found[key] = ratios
     return found

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from trmfast.benchmark.eager import EagerRecursion, Stack, apply_updates, with_own_code
+from trmfast.benchmark.memory import saved_bytes
 from trmfast.cases import Inputs
 from trmfast.ops import recursion
 from trmfast.program import RecursionProgram
 
-__all__ = ["RIVALS", "Runner", "Trained", "missing"]
+__all__ = ["OURS", "RIVALS", "TITLES", "Runner", "Trained", "missing"]
 
 # Above this many blocks OpenVINO would take minutes over the whole recursion; it then gets one network.
 MOST_BLOCKS = 64
@@ -39,7 +40,8 @@ class Runner(ABC):
     """
 
     title: str
-    trains = False
+    steps: tuple[str, ...] = ("forward",)
+    """What is timed of it."""
     modules: tuple[str, ...] = ()
     """What has to be installed."""
     keeps_memory = False
@@ -63,6 +65,13 @@ class Runner(ABC):
         """Forward, and backward from the gradients of the final states into x and the weights."""
         raise NotImplementedError(f"{self.title} does not train")
 
+    def change_weights(self) -> None:  # noqa: B027  # nothing to change without training
+        """Called before each training step, so that none finds weights that it has seen before."""
+
+    def saved_bytes(self) -> int | None:
+        """Bytes of activations that autograd keeps for backward; None without autograd."""
+        return None
+
     def runs(self, program: RecursionProgram) -> bool:
         """Whether it can run another program than that of the inputs."""
         return True
@@ -71,7 +80,7 @@ class Runner(ABC):
 class Trained(Runner):
     """What autograd differentiates."""
 
-    trains = True
+    steps = ("forward", "training")
 
     def __init__(self, inputs: Inputs, threads: int) -> None:
         super().__init__(inputs, threads)
@@ -105,8 +114,11 @@ class Trained(Runner):
         found |= cast(dict[str, Tensor], leaves)
         return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in found.items()}
 
+    def saved_bytes(self) -> int | None:
+        return saved_bytes(self.outputs, self.weights)
+
     def change_weights(self) -> None:
-        """A tiny step of gradient descent, so that no training step finds weights that it has seen before."""
+        """A tiny step of gradient descent."""
         with torch.no_grad():
             for weight in self.weights:
                 if weight.grad is not None:
@@ -345,7 +357,13 @@ RIVALS: dict[str, type[Runner]] = {
     "onnxruntime": OnnxRuntime,
     "trmfast": Fused,
 }
-"""Implementations by name, trmfast the last."""
+"""Implementations of a recursion by name, trmfast the last."""
+
+OURS = ("trmfast", "kept")
+"""What is no rival; ``"kept"`` is a model with ``recompute=False``."""
+
+TITLES = {**{name: kind.title for name, kind in RIVALS.items()}, "kept": "trmfast, recompute=False"}
+"""What tables and charts call an implementation, in their order."""
 
 
 def missing(name: str, dtype: torch.dtype) -> str | None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from trmfast.benchmark.recursions import take_turns
 from trmfast.benchmark.rivals import RIVALS, Runner
+from trmfast.benchmark.turns import take_turns
 from trmfast.cases import Case, make_case, make_inputs
 
 __all__ = ["Fit", "Sweep", "fit_powers", "measure_sweeps"]

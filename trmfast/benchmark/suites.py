@@ -9,7 +9,7 @@ import torch
 
 from trmfast.cases import Case, find_case, make_case
 
-__all__ = ["SUITES", "Suite", "Work", "title"]
+__all__ = ["BOTH", "SUITES", "Suite", "Work", "title"]
 
 BF16, F32 = torch.bfloat16, torch.float32
 FORWARD, BOTH = ("forward",), ("forward", "training")

@@ -7,17 +7,24 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trmfast.benchmark.compare import Change
 from trmfast.benchmark.configs import CONFIGS
-from trmfast.benchmark.measure import IMPLEMENTATIONS, OURS, Settings, matrix_peak, measure_config
-from trmfast.benchmark.report import COLUMNS, Report, cells, markdown, write_csv, write_json
+from trmfast.benchmark.models import Settings, prepare_model
+from trmfast.benchmark.recursions import Row, measure_works
+from trmfast.benchmark.report import Report, cells, columns, fit_table, group_title, load, markdown, title_of
+from trmfast.benchmark.rivals import TITLES
 from trmfast.benchmark.suites import SUITES
-from trmfast.cli.bench_suite import run_suite
-from trmfast.cli.console import UsageError, print_json, print_table, progress
+from trmfast.benchmark.turns import FEWEST_ROUNDS, VISIT_SECONDS, fastest_dtype
+from trmfast.cli.bench_compare import Again, compare_runs
+from trmfast.cli.bench_suite import measure_again, measure_suite
+from trmfast.cli.console import Progress, UsageError, print_json, print_table, progress
 from trmfast.cli.machine import commit, cores_of_process, describe_machine, machine, versions
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
@@ -35,6 +42,8 @@ examples:
   trmfast bench --suite full            with every rival that is installed, and scaling; under fifteen minutes
   trmfast bench --suite quick --compare old/suite.json
                                         exit status 1 if trmfast has become slower against its rivals and the peak
+  trmfast bench --compare old/bench.json
+                                        the same for the configurations
   trmfast bench --compare old/suite.json new/suite.json
 
 columns:
@@ -87,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="JSON",
-        help="compare with the suite.json of another run; with two, compare those",
+        help="compare with the suite.json or bench.json of another run; with two, compare those",
     )
     add("--json", action="store_true", help="print one JSON object")
     add("--markdown", action="store_true", help="print the README's table")
@@ -95,11 +104,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the benchmark; 1 if trmfast is outside the tolerance policy."""
+    """Runs the benchmark; 1 if trmfast is outside the tolerance policy or, with --compare, has become slower."""
     start = time.monotonic()
-    _check_suite_options(arguments)
-    names = arguments.config or list(CONFIGS)
-    for name in names:
+    _check_options(arguments)
+    try:
+        earlier = [load(path) for path in arguments.compare or ()]
+    except ValueError as error:
+        raise UsageError(f"--compare: {error}") from error
+    if len(earlier) == 2:
+        return int(compare_runs(earlier[0], earlier[1]))
+    again: Again
+    if arguments.suite is not None:
+        suite = SUITES[arguments.suite].tiny() if arguments.tiny else SUITES[arguments.suite]
+        report, again = measure_suite(suite, arguments), partial(measure_again, suite)
+    else:
+        report, again = _measure_models(arguments, start)
+    written = _write(arguments.output, report)
+    if arguments.json:
+        print_json(report.record())
+    elif arguments.markdown:
+        print(markdown(report))
+    else:
+        _print(report, written)
+    for row in report.failures:
+        # One verdict is that of both steps of a model.
+        if report.suite is not None or row.step == "training":
+            print(f"trmfast bench: {title_of(row.case)}, {_what(report, row)}: {row.verdict}", file=sys.stderr)
+    regressed = any(compare_runs(old, report, again) for old in earlier)
+    return 1 if report.failures or regressed else 0
+
+
+def _what(report: Report, row: Row) -> str:
+    return row.step if report.suite is not None else TITLES[row.implementation]
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    for name in arguments.config or ():
         if name not in CONFIGS:
             raise UsageError(f"--config: got {name!r}, accepted are {', '.join(CONFIGS)}")
     if arguments.batch is not None and arguments.batch < 1:
@@ -109,6 +149,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--threads: got {arguments.threads}, accepted are 1 to {cores}, the cores of this process")
     if not arguments.seconds > 0:
         raise UsageError(f"--seconds: got {arguments.seconds:g}, accepted are positive numbers")
+    if arguments.compare is not None:
+        if len(arguments.compare) > 2:
+            raise UsageError(f"--compare: got {len(arguments.compare)} files, accepted are one or two")
+        if arguments.suite is not None and len(arguments.compare) == 2:
+            raise UsageError("--compare: got two files with --suite, which are compared with each other alone")
+        if arguments.json:
+            raise UsageError("--json: not an option of --compare, which prints a table")
+    if arguments.suite is not None:
+        for option in ("quick", "config", "batch", "no_compile", "no_recompute"):
+            if getattr(arguments, option):
+                raise UsageError(f"--{option.replace('_', '-')}: not an option of --suite, whose problems are fixed")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
@@ -118,9 +169,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"--output: got {str(arguments.output)!r}, not a folder one can write to: {error.strerror}"
         ) from error
 
-    if arguments.suite is not None or arguments.compare is not None:
-        return run_suite(arguments)
+
+def _measure_models(arguments: argparse.Namespace, start: float) -> tuple[Report, Again]:
+    """Runs the configurations; and how to measure some of them once more."""
+    names = arguments.config or list(CONFIGS)
     scope = None if arguments.no_compile or arguments.quick else arguments.compile
+    peak_dtype, peak_source = fastest_dtype()
     facts: dict[str, Any] = {
         "machine": machine(),
         "versions": versions(),
@@ -133,98 +187,75 @@ def run(arguments: argparse.Namespace) -> int:
             "no_recompute": arguments.no_recompute,
             "dtype": "bfloat16",
         },
+        "peak_source": peak_source,
     }
-    peak_source = matrix_peak()[1]
-    measurements, remarks = [], []
-    with progress(4 * len(names)) as bar:
+
+    def measure(name: str, compiled: str | None, seconds: float, bar: Progress) -> tuple[list[Row], list[str]]:
+        settings = Settings(
+            compile_scope=compiled,
+            overrides=TINY if arguments.tiny else {},
+            peak_dtype=peak_dtype,
+            batch=arguments.batch,
+            check=(1, 2) if arguments.quick else None,
+            keep=arguments.no_recompute,
+        )
+        try:
+            prepared = prepare_model(CONFIGS[name], settings, bar.step)
+        except ModuleNotFoundError as error:
+            raise UsageError(str(error)) from error
+        fewest, visit = (2, 0.3) if arguments.quick else (FEWEST_ROUNDS, VISIT_SECONDS)
+        rows = measure_works([prepared], seconds, bar.step, fewest=fewest, visit_seconds=visit)
+        return rows, prepared.remarks
+
+    rows: list[Row] = []
+    remarks: list[str] = []
+    with progress(5 * len(names)) as bar:
         for i, name in enumerate(names):
             spent = time.monotonic() - start
             late = scope is not None and spent > COMPILE_SHARE * arguments.seconds
             if late:
                 remarks.append(f"{CONFIGS[name].title}: no torch.compile, {spent:.0f} s had passed (--seconds)")
-            settings = Settings(
-                compile_scope=None if late else scope,
-                repeats=2 if arguments.quick else 3,
-                # Each of two steps takes a quarter of an equal share; models, compilation and accuracy take the rest.
-                seconds=1 if arguments.quick else max(1.0, (arguments.seconds - spent) / (len(names) - i) / 4),
-                overrides=TINY if arguments.tiny else {},
-                batch=arguments.batch,
-                check=(1, 2) if arguments.quick else None,
-                keep=arguments.no_recompute,
-            )
-            try:
-                found, said = measure_config(CONFIGS[name], settings, bar.step)
-            except ModuleNotFoundError as error:
-                raise UsageError(str(error)) from error
-            measurements += found
+            # The rounds take half of an equal share; models, compilation and accuracy take the rest.
+            seconds = 2.0 if arguments.quick else max(2.0, (arguments.seconds - spent) / (len(names) - i) / 2)
+            found, said = measure(name, None if late else scope, seconds, bar)
+            rows += found
             remarks += said
-    report = Report(
-        describe_machine(facts["machine"]),
-        facts,
-        peak_source,
-        tuple(measurements),
-        tuple(remarks),
-        time.monotonic() - start,
-    )
-    written = _write(arguments.output, report)
-    if arguments.json:
-        print_json(report.record())
-    elif arguments.markdown:
-        print(markdown(report))
-    else:
-        _print(report, written)
-    for m in measurements:
-        # One verdict is that of both steps.
-        if m.implementation in OURS and m.step == "training" and m.verdict.startswith("fail"):
-            print(
-                f"trmfast bench: {CONFIGS[m.config].title}, {IMPLEMENTATIONS[m.implementation]}: {m.verdict}",
-                file=sys.stderr,
-            )
-    return 0 if report.passed else 1
+            torch.compiler.reset()
+
+    def again(suspects: Sequence[Change]) -> list[Row]:
+        silent = Progress(None, 0)
+        cases = dict.fromkeys(change.key[0] for change in suspects)
+        return [row for name in cases for row in measure(name, None, 20 * FEWEST_ROUNDS, silent)[0]]
+
+    description, seconds = describe_machine(facts["machine"]), time.monotonic() - start
+    return Report(description, facts, {}, tuple(rows), (), tuple(remarks), seconds), again
 
 
-def _check_suite_options(arguments: argparse.Namespace) -> None:
-    if arguments.compare is not None:
-        if len(arguments.compare) > 2:
-            raise UsageError(f"--compare: got {len(arguments.compare)} files, accepted are one or two")
-        if (arguments.suite is None) == (len(arguments.compare) == 1):
-            raise UsageError("--compare: one file is compared with a run of --suite, two with each other")
-        if arguments.json:
-            raise UsageError("--json: not an option of --compare, which prints a table")
-    elif arguments.suite is None:
-        return
-    for option in ("quick", "config", "batch", "no_compile", "no_recompute"):
-        if getattr(arguments, option):
-            raise UsageError(f"--{option.replace('_', '-')}: not an option of --suite, whose problems are fixed")
-
-
-def _write(folder: Path, report: Report) -> list[str]:
+def _write(folder: Path, report: Report) -> str:
     """Writes the results; returns what and where, for people."""
-    write_csv(folder / "bench.csv", report.measurements)
-    write_json(folder / "bench.json", report)
-    (folder / "bench.md").write_text(markdown(report) + "\n")
+    report.write(folder)
+    stem = "suite" if report.suite else "bench"
     try:
-        from trmfast.benchmark.chart import write_chart
+        from trmfast.benchmark.charts import write_charts
 
-        write_chart(folder / "bench.png", report)
+        charts = ", ".join(write_charts(folder, report))
     except ModuleNotFoundError:
-        return [
-            f"{folder}/bench.csv, .json, .md; "
-            "no chart: `pip install -c constraints.txt -e '.[bench]'` brings matplotlib"
-        ]
-    return [f"{folder}/bench.csv, .json, .md, .png"]
+        charts = "no chart: `pip install -c constraints.txt -e '.[bench]'` brings matplotlib"
+    return f"{folder}: {stem}.json, .csv, .md, {charts}"
 
 
-def _print(report: Report, written: list[str]) -> None:
+def _print(report: Report, written: str) -> None:
     threads = report.facts["settings"]["threads"]
-    print(f"{report.machine}; {threads} threads, bf16, PyTorch {report.facts['versions']['torch']}")
-    for config, step, group in report.groups():
-        fused = group["trmfast"]
+    dtype = "" if report.suite else "bf16, "
+    print(f"{report.machine}; {threads} threads, {dtype}PyTorch {report.facts['versions']['torch']}")
+    for group in report.groups():
         print_table(
-            f"{CONFIGS[config].title}, {step}: B={fused.batch}, L={fused.length}, {fused.gflop:.0f} GFLOP, "
-            f"{fused.repeats} rounds, peak {fused.peak:.0f} GFLOP/s",
-            COLUMNS,
-            [cells(m) for m in group.values()],
-            [i for i, m in enumerate(group.values()) if m.verdict.startswith("fail")],
+            group_title(group[0]),
+            columns(report),
+            [cells(report, row) for row in group],
+            [i for i, row in enumerate(group) if row.verdict.startswith("fail")],
         )
-    print("", *report.remarks, f"peak: {report.peak_source}", *written, f"{report.seconds:.0f} s", sep="\n")
+    if report.sweeps:
+        print("", *fit_table(report.sweeps), sep="\n")
+    peak = [] if report.suite else [f"peak: {report.facts['peak_source']}"]
+    print("", *dict.fromkeys(report.remarks), *peak, written, f"{report.seconds:.0f} s", sep="\n")

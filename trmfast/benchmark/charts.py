@@ -1,4 +1,4 @@
-"""Pictures of a suite: speed, roofline, scaling, memory."""
+"""Pictures of a run: speed; of suites also roofline, scaling and memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trmfast.benchmark.recursions import Row
-from trmfast.benchmark.rivals import RIVALS
+from trmfast.benchmark.report import Report, title_of
+from trmfast.benchmark.rivals import OURS, TITLES
 from trmfast.benchmark.scaling import Sweep
-from trmfast.benchmark.suite_report import SuiteReport
-from trmfast.benchmark.suites import title
 from trmfast.cases import find_case
 from trmfast.problem import Problem
 
@@ -23,11 +22,12 @@ COLOURS = {
     "openvino": "#e0a458",
     "onnxruntime": "#a3b18a",
     "trmfast": "#1f4e79",
+    "kept": "#5b8fc0",
 }
 STEP_TITLES = {"forward": "forward", "training": "training step"}
 
 
-def write_charts(folder: Path, report: SuiteReport) -> list[str]:
+def write_charts(folder: Path, report: Report) -> list[str]:
     """Draws what the report has numbers for; returns the names of the files.
 
     Raises:
@@ -40,25 +40,26 @@ def write_charts(folder: Path, report: SuiteReport) -> list[str]:
 
     caption = f"{report.machine}; {report.facts['settings']['threads']} threads"
     written = []
-    for name, draw, present in (
-        ("speed", _speed, bool(report.rows)),
-        ("roofline", _roofline, bool(report.rows)),
-        ("memory", _memory, any(row.step == "training" for row in report.rows)),
-        ("scaling", _scaling, bool(report.sweeps)),
+    of_suite = report.suite is not None
+    for file, draw, present in (
+        ("suite-speed.png" if of_suite else "bench.png", _speed, bool(report.rows)),
+        ("suite-roofline.png", _roofline, of_suite and bool(report.rows)),
+        ("suite-memory.png", _memory, of_suite and any(row.step == "training" for row in report.rows)),
+        ("suite-scaling.png", _scaling, bool(report.sweeps)),
     ):
         if present:
             figure = draw(pyplot, report)
             margin = 0.22 / figure.get_figheight()
             figure.get_layout_engine().set(rect=(0, margin, 1, 1 - margin))
             figure.text(0.005, 0.2 * margin, caption, ha="left", va="bottom", fontsize=7.5, color="#60656c")
-            figure.savefig(folder / f"suite-{name}.png", dpi=150)
+            figure.savefig(folder / file, dpi=150)
             pyplot.close(figure)
-            written.append(f"suite-{name}.png")
+            written.append(file)
     return written
 
 
 def _label(row: Row) -> str:
-    return f"{title(row.case)}\nB={row.batch}, L={row.length}, {row.dtype}"
+    return f"{title_of(row.case)}\nB={row.batch}, L={row.length}, {row.dtype}"
 
 
 def _clean(axis: Any, grid: str) -> None:
@@ -68,7 +69,7 @@ def _clean(axis: Any, grid: str) -> None:
         axis.spines[side].set_visible(False)
 
 
-def _speed(pyplot: Any, report: SuiteReport) -> Any:
+def _speed(pyplot: Any, report: Report) -> Any:
     """One bar for each implementation, its speed relative to eager PyTorch."""
     groups = {step: [g for g in report.groups() if g[0].step == step] for step in STEP_TITLES}
     groups = {step: found for step, found in groups.items() if found}
@@ -86,12 +87,12 @@ def _speed(pyplot: Any, report: SuiteReport) -> Any:
             if "eager" not in rows:
                 continue
             begin = position
-            for name in (name for name in RIVALS if name in rows):
+            for name in (name for name in TITLES if name in rows):
                 speed = rows["eager"].seconds / rows[name].seconds
                 longest = max(longest, speed)
                 bar = axis.barh(position, speed, 0.9, color=COLOURS[name])
                 handles.setdefault(name, bar)
-                weight = "bold" if name == "trmfast" else "normal"
+                weight = "bold" if name in OURS else "normal"
                 axis.annotate(
                     f"{speed:.2f}",
                     (speed, position),
@@ -113,8 +114,8 @@ def _speed(pyplot: Any, report: SuiteReport) -> Any:
         axis.set_title(STEP_TITLES[step], fontsize=11)
         _clean(axis, "x")
     figure.legend(
-        [handles[name] for name in RIVALS if name in handles],
-        [RIVALS[name].title for name in RIVALS if name in handles],
+        [handles[name] for name in TITLES if name in handles],
+        [TITLES[name] for name in TITLES if name in handles],
         loc="outside upper center",
         ncols=min(len(handles), 6),
         frameon=False,
@@ -148,7 +149,7 @@ def _product(shape: Sequence[int]) -> int:
     return total
 
 
-def _roofline(pyplot: Any, report: SuiteReport) -> Any:
+def _roofline(pyplot: Any, report: Report) -> Any:
     """Forward passes under the machine's matrix peaks and bandwidths."""
     import statistics
 
@@ -206,14 +207,12 @@ def _roofline(pyplot: Any, report: SuiteReport) -> Any:
             linestyle="none",
         )
         if fused:
-            label = f"{title(row.case)}, B={row.batch}, L={row.length}, {row.dtype}"
+            label = f"{title_of(row.case)}, B={row.batch}, L={row.length}, {row.dtype}"
             number = numbers.setdefault(label, len(numbers) + 1)
             axis.annotate(str(number), (x, row.gflops), fontsize=6.5, color="white", ha="center", va="center_baseline")
     for name, dtype in (("trmfast", "bf16"), ("trmfast", "fp32"), ("eager", "bf16"), ("eager", "fp32")):
         if dtype in peaks:
-            axis.plot(
-                [], [], markers[dtype], color=COLOURS[name], label=f"{RIVALS[name].title}, {dtype}", linestyle="none"
-            )
+            axis.plot([], [], markers[dtype], color=COLOURS[name], label=f"{TITLES[name]}, {dtype}", linestyle="none")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(left, right)
@@ -242,7 +241,7 @@ def _roofline(pyplot: Any, report: SuiteReport) -> Any:
     return figure
 
 
-def _memory(pyplot: Any, report: SuiteReport) -> Any:
+def _memory(pyplot: Any, report: Report) -> Any:
     """What a training step keeps, and how far resident memory rises, for eager PyTorch and trmfast."""
     groups = [{row.implementation: row for row in group} for group in report.groups() if group[0].step == "training"]
     groups = [rows for rows in groups if {"eager", "trmfast"} <= rows.keys()]
@@ -263,7 +262,7 @@ def _memory(pyplot: Any, report: SuiteReport) -> Any:
                         values[name] / 1e6,
                         0.38,
                         color=COLOURS[name],
-                        label=RIVALS[name].title if position == 0 else None,
+                        label=TITLES[name] if position == 0 else None,
                     )
                     axis.annotate(
                         f"{values[name] / 1e6:,.3g}" if values[name] < 1e9 else f"{values[name] / 1e6:,.0f}",
@@ -283,7 +282,7 @@ def _memory(pyplot: Any, report: SuiteReport) -> Any:
     return figure
 
 
-def _scaling(pyplot: Any, report: SuiteReport) -> Any:
+def _scaling(pyplot: Any, report: Report) -> Any:
     """Time of one update against batch, length and depth, with the fits."""
     panels: list[tuple[str, list[Sweep]]] = []
     for name, step, text in (
@@ -306,7 +305,7 @@ def _scaling(pyplot: Any, report: SuiteReport) -> Any:
         for sweep in sweeps:
             times = [1e3 * t for t in sweep.seconds_per_update]
             dashed = "--" if sweep.hidden_size != sweeps[0].hidden_size else "-"
-            name = f"{RIVALS[sweep.implementation].title}, D={sweep.hidden_size}"
+            name = f"{TITLES[sweep.implementation]}, D={sweep.hidden_size}"
             counts = sweep.x if sweep.name == "depth" else [sweep.updates] * len(sweep.x)
             low = [t - 1e3 * s / c for t, s, c in zip(times, sweep.low, counts, strict=True)]
             high = [1e3 * s / c - t for t, s, c in zip(times, sweep.high, counts, strict=True)]
