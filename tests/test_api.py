@@ -24,15 +24,15 @@ def names_of_type_checkers() -> dict[str, str]:
 
 
 def test_every_public_name_is_known_before_it_is_used() -> None:
-    assert names_of_type_checkers() == trmfast._MODULES
-    assert {*trmfast._MODULES, "__version__"} == set(trmfast.__all__)
+    assert names_of_type_checkers() == {**trmfast._LAZY, "nn": "trmfast"}
+    assert {*trmfast._LAZY, "nn", "__version__"} == set(trmfast.__all__)
     assert set(trmfast.__all__) <= set(dir(trmfast))
 
 
 @pytest.mark.parametrize("name", trmfast.__all__)
 def test_public_names_are_the_modules_own(name: str) -> None:
     value = getattr(trmfast, name)
-    module = trmfast._MODULES.get(name)
+    module = trmfast._LAZY.get(name)
     if name == "nn":
         assert value is import_module("trmfast.nn")
     elif module is not None:

@@ -223,7 +223,6 @@ def test_check_fails_on_a_wrong_backend() -> None:
     broken = """
 import sys
 from trmfast.backends.reference import ReferenceBackend
-from trmfast.benchmark.report import load
 from trmfast.cli import main
 
 forward = ReferenceBackend.forward
