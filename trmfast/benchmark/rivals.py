@@ -43,7 +43,7 @@ class Runner(ABC):
     steps: tuple[str, ...] = ("forward",)
     """What is timed of it."""
     modules: tuple[str, ...] = ()
-    """What has to be installed."""
+    """Packages that it needs."""
     keeps_memory = False
     """Whether it keeps weights and buffers of its own between calls, outside PyTorch."""
 
