@@ -17,7 +17,7 @@ LAYERS = (
     ("kernels",),
     ("reference", "recompute", "flops"),
     ("backends",),
-    ("ops",),
+    ("ops", "transforms"),
     ("nn", "foreign"),
     ("cases", "testing", "models", "layouts", "checkpoint", "puzzles"),
     ("dropin",),
