@@ -191,7 +191,8 @@ def _fewer_edits(trial: FileTrial, kind: str) -> FileTrial:
 
 def _file_kind(text: str) -> str:
     """The function, the error and where it was raised, without what came."""
-    return re.sub(r" (?=\d).*", "", text.partition(",")[0])
+    raised = re.match(r"\w+: raises \w+ in \S+ [^\s:,]+", text)
+    return raised[0] if raised else re.sub(r" (?=\d).*", "", text)
 
 
 def _file_test(seed: int, number: int, trial: FileTrial) -> str:
