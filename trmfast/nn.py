@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -83,7 +83,10 @@ class CastedEmbedding(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """RoPE tables [max_position_embeddings, dim] in float32, for the rotate-half convention (arXiv 2104.09864)."""
+    """RoPE tables [max_position_embeddings, dim] in float32, for the rotate-half convention (arXiv 2104.09864).
+
+    They are float32 in a module of any dtype, and are made again where they come from the meta device.
+    """
 
     cos_cached: Tensor
     sin_cached: Tensor
@@ -92,11 +95,24 @@ class RotaryEmbedding(nn.Module):
         self, dim: int, max_position_embeddings: int, base: float, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        inv_freq = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
-        positions = torch.arange(max_position_embeddings, dtype=torch.float32, device=device)
+        self.dim, self.max_position_embeddings, self.base = dim, max_position_embeddings, base
+        self.make_tables(device)
+
+    def make_tables(self, device: torch.device | str | None) -> None:
+        """Makes the tables on a device."""
+        inv_freq = 1.0 / (self.base ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device=device) / self.dim))
+        positions = torch.arange(self.max_position_embeddings, dtype=torch.float32, device=device)
         angles = torch.outer(positions, inv_freq).repeat(1, 2)
         self.register_buffer("cos_cached", angles.cos(), persistent=False)
         self.register_buffer("sin_cached", angles.sin(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        before = self.cos_cached
+        super()._apply(fn, recurse)
+        moved = self.cos_cached
+        if moved.dtype != torch.float32 or (before.is_meta and not moved.is_meta):
+            self.make_tables(moved.device)
+        return self
 
     def forward(self) -> CosSin:
         return self.cos_cached, self.sin_cached

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,14 @@ __all__ = ["Family", "Inner"]
 
 def _net(spec: NetSpec, _dtype: torch.dtype) -> nn.Module:
     return Net(spec)
+
+
+def _make_tables(inner: nn.Module, _keys: Any) -> None:
+    """Makes the RoPE tables where a model on meta was given its tensors by ``assign=True``."""
+    device = cast(Inner, inner).lm_head.weight.device
+    rope = inner._modules.get("rotary_emb")
+    if isinstance(rope, RotaryEmbedding) and rope.cos_cached.is_meta and device.type != "meta":
+        rope.make_tables(device)
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class Inner(nn.Module):
             self.add_module(name, family.net(config.net_spec(getattr(config, depth)), dtype))
         for name in family.inits:
             self.register_buffer(name, trunc_normal_init_(torch.empty(D, dtype=dtype), std=1.0))
+
+        self.register_load_state_dict_post_hook(_make_tables)
 
         with torch.no_grad():
             # A q_halt of -5 keeps every row going until the head has learned something.

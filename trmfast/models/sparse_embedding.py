@@ -62,6 +62,41 @@ class CastedSparseEmbedding(nn.Module):
             self.local_ids.copy_(inputs)
         return self.local_weights.to(self.cast_to)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CastedSparseEmbedding:
+        # nn.Module would put fn(local_weights), which is no leaf, in the place of the leaf.  The tensors stay where
+        # they can, as parameters do, and with them an optimizer that was built before.
+        with torch.no_grad():
+            for name, old in self._buffers.items():
+                assert old is not None
+                new = fn(old.detach())
+                grad = None if old.grad is None else fn(old.grad)
+                if torch._has_compatible_shallow_copy_type(old, new):
+                    # A gradient has to have the type of its tensor at every moment.
+                    old.grad = None
+                    old.data = new
+                    old.grad = grad
+                    continue
+                moved = new.detach().requires_grad_(old.requires_grad)
+                moved.grad = grad
+                self._buffers[name] = moved
+                _leave(old)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = self.weights
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.weights is before:
+            return
+        _leave(before)
+        # With assign=True a model on meta gets its table alone: what the state_dict lacks is made beside it.
+        if self.local_weights.is_meta and not self.weights.is_meta:
+            for name in ("local_weights", "local_ids"):
+                old = self._buffers[name]
+                assert old is not None
+                made = torch.zeros_like(old, device=self.weights.device, requires_grad=old.requires_grad)
+                self._buffers[name] = made
+                _leave(old)
+
 
 class CastedSparseEmbeddingSignSGD_Distributed(Optimizer):  # noqa: N801 (upstream's name)
     """Sign-SGD with decoupled weight decay on the rows that the last batch touched, over all ranks.
@@ -97,6 +132,9 @@ class CastedSparseEmbeddingSignSGD_Distributed(Optimizer):  # noqa: N801 (upstre
         Args:
             closure: recomputes the loss, with gradients, before the update.
 
+        Raises:
+            RuntimeError: the embedding was given other buffers since, as by a move from the meta device.
+
         Returns:
             What ``closure`` returned.
         """
@@ -106,6 +144,8 @@ class CastedSparseEmbeddingSignSGD_Distributed(Optimizer):  # noqa: N801 (upstre
                 loss = closure()
         for group in self.param_groups:
             table, local, ids = _buffers(group["params"])
+            if any(hasattr(buffer, "_trmfast_left") for buffer in (table, local, ids)):
+                raise RuntimeError("params: the embedding has other buffers now, build the optimizer after the move")
             if local.grad is None:
                 continue
             grad = _gather(local.grad, group["world_size"])
@@ -114,6 +154,11 @@ class CastedSparseEmbeddingSignSGD_Distributed(Optimizer):  # noqa: N801 (upstre
             lr, decay = group["lr"], group["weight_decay"]
             table[rows] = table[rows] * (1.0 - lr * decay) - lr * total.sign()
         return loss
+
+
+def _leave(buffer: Tensor) -> None:
+    """Marks a buffer whose embedding has another one now, for the optimizer that still holds it."""
+    buffer._trmfast_left = True  # type: ignore[attr-defined]
 
 
 def _buffers(params: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
