@@ -1,7 +1,7 @@
 // The parts of a block, one at a time on one thread, with the engine's own code: a library that
 // benchmarks/test_parts.py builds, loads and times.
 //
-//   g++ -std=c++17 -O3 -march=native -shared -fPIC benchmarks/parts.cpp -o parts.so
+//   g++ -std=c++17 -O3 -march=native -shared -fPIC benchmarks/parts.cpp csrc/cpu/monitor.cpp -o parts.so
 //
 // Activations and packed weights are random; the parts work on them where the engine would, tiles in L1, weights from
 // L2 or L3.  A part may be run again and again: it does not read what it writes.

@@ -16,6 +16,7 @@ from trmfast.backends.cpu import targets
 from trmfast.cases import find_case
 
 SOURCE = Path(__file__).with_name("parts.cpp")
+MONITOR = SOURCE.parent.parent / "csrc" / "cpu" / "monitor.cpp"
 PARTS = ("project qkv, rotate", "attention", "mlp_t", "norm", "project gate and up, SwiGLU", "project down, residual")
 CASES = {"att-97": "block-att-97", "att-916": "block-att-916", "mlp-97": "block-mlp-97"}
 CHOSEN = [(case, part) for case in CASES for part in PARTS if part not in (("mlp_t",) if "att" in case else PARTS[:2])]
@@ -27,7 +28,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     targets()  # on a processor with AMX this asks the system for the tile registers
     out = tmp_path_factory.mktemp("parts") / "parts.so"
     flags = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w"]
-    subprocess.run([os.environ.get("CXX", "c++"), *flags, str(SOURCE), "-o", str(out)], check=True)
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, str(SOURCE), str(MONITOR), "-o", str(out)], check=True)
     found = ctypes.CDLL(str(out))
     found.make_parts.restype = ctypes.c_void_p
     found.run_part.argtypes = [ctypes.c_void_p, ctypes.c_int]
