@@ -15,7 +15,7 @@ LAYERS = (
     ("version", "build_info", "spec", "program", "problem"),
     ("config", "architectures", "engine", "targets", "file_format", "sudoku"),
     ("kernels",),
-    ("reference", "recompute", "flops"),
+    ("reference", "recompute", "flops", "watch"),
     ("backends",),
     ("ops", "transforms"),
     ("nn", "foreign"),

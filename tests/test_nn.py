@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trmfast import BlockSpec, NetSpec, Problem, RecursionProgram, Update
+from trmfast import BlockSpec, NetSpec, Problem, RecursionProgram, Update, recursion
 from trmfast.cases import SMALL, Case, make_case
 from trmfast.nn import (
     Block,
@@ -149,3 +150,13 @@ def test_networks_that_are_no_list() -> None:
             Recursion(RecursionProgram.trm(1, 1), wrong)  # type: ignore[arg-type]
     nets: Any = torch.nn.ModuleList([Net(spec)])
     assert len(Recursion(RecursionProgram.trm(1, 1), nets).nets) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps", "mtia", "meta"])
+def test_every_device_type_has_shapes(device: str) -> None:
+    spec = BlockSpec(16, 8, num_heads=2)
+    with torch.no_grad(), FakeTensorMode():
+        weights = [torch.empty(shape, device=device) for _, shape in NetSpec(spec, 1).weight_shapes]
+        z_H, z_L, x = (torch.empty(2, 5, 16, device=device) for _ in range(3))
+        states = recursion(RecursionProgram.trm(1, 1), [NetSpec(spec, 1)], [z_H, z_L], x, weights)
+        assert [(state.shape, state.device.type) for state in states] == [((2, 5, 16), device)] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from trmfast.problem import Problem
 from trmfast.program import RecursionProgram
 from trmfast.recompute import recomputed, refusal
 from trmfast.spec import BlockSpec, NetSpec
+from trmfast.watch import Watch, hook_of, inside, is_sharded, plain, watch_of, watched_modules
 
 __all__ = [
     "Attention",
@@ -183,6 +185,8 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, cos_sin: CosSin | None = None) -> Tensor:
         """h: [B, L, D]; cos_sin: RoPE tables [>= L, head_dim]."""
+        if not torch.compiler.is_compiling():
+            watch_of(self, partial(_watch_block, self))
         cos, sin = cos_sin if cos_sin is not None else (None, None)
         return reference.run_block(self.spec, h, self.weights(), cos, sin)
 
@@ -221,10 +225,121 @@ class Net(nn.Module):
         return h
 
 
+# ---------------------------------------------------------------- what the fused recursion reads and does not call
+
+_WHY = "the fused recursion reads its weights and does not call it; torch.nn.utils.parametrize is followed"
+# As they were when this module was made: a class that is patched later differs.
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (Block, Attention, SwiGLU, ConvSwiGLU, CastedLinear, nn.Conv1d)
+}
+
+
+def _parts(spec: BlockSpec) -> dict[str, type[nn.Module]]:
+    """The modules of a block by path."""
+    mixer = "self_attn" if spec.token_mixer == "attention" else "mlp_t"
+    parts: dict[str, type[nn.Module]] = {mixer: Attention if mixer == "self_attn" else SwiGLU}
+    parts["mlp"] = SwiGLU if spec.channel_mixer == "swiglu" else ConvSwiGLU
+    for path in spec.weight_shapes:
+        owner = path.rpartition(".")[0]
+        parts[owner] = nn.Conv1d if owner.endswith("dwconv") else CastedLinear
+    return parts
+
+
+Facts = list[tuple[dict[str, Any], str, Any]]
+
+
+def _examine_block(
+    path: str, block: nn.Module, spec: BlockSpec, called: bool = False
+) -> tuple[list[tuple[nn.Module, str]], Facts]:
+    """Where the weights of a block are read from, and what must stay.
+
+    Raises:
+        RuntimeError: a part was replaced, patched or hooked; hooks of a block that is ``called`` may be.
+    """
+    parts = {"": plain(block)}
+    facts: Facts = []
+    kinds: dict[str, type[nn.Module]] = {"": Block, **_parts(spec)}
+    for name, kind in kinds.items():
+        where = f"{path}.{name}".strip(".")
+        if name:
+            parent, _, last = name.rpartition(".")
+            child = parts[parent]._modules.get(last)
+            if child is None:
+                raise RuntimeError(f"{where}: got nothing, accepted is {kind.__name__}: {_WHY}")
+            parts[name] = plain(child)
+        module = parts[name]
+        if "forward" in module.__dict__:
+            raise RuntimeError(f"{where}.forward: got another function, accepted is that of its class: {_WHY}")
+        if type(module).forward is not _FORWARDS[kind]:
+            got = f"another {kind.__name__}.forward" if type(module) is kind else type(module).__name__
+            raise RuntimeError(f"{where}: got {got}, accepted is {kind.__name__}: {_WHY}")
+        if kind is CastedLinear:
+            if module._parameters.get("bias") is not None:
+                raise RuntimeError(f"{where}.bias: got a bias, accepted is None: {_WHY}")
+            facts.append((cast(dict[str, Any], module._parameters), "bias", None))
+        if "spec" in module.__dict__:
+            if module.spec != spec:
+                raise RuntimeError(f"{where}.spec: got {module.spec}, accepted is {spec}, that of the network")
+            facts.append((module.__dict__, "spec", spec))
+    for name, module in watched_modules(block):
+        hook = None if called and not name else hook_of(module)
+        if hook is not None and not is_sharded(module):
+            where = f"{path}.{name}".strip(".")
+            raise RuntimeError(f"{where}: has {hook}, accepted are none: {_WHY}")
+    return [(parts[owner], last) for owner, _, last in (p.rpartition(".") for p in spec.weight_shapes)], facts
+
+
+def _watch_block(block: Block) -> Watch:
+    """The watch over the parts of a block that is called."""
+    readers, facts = _examine_block("", block, block.spec, called=True)
+    return Watch(block, list(block._modules.values()), readers, facts)  # type: ignore[arg-type]
+
+
+def watch_nets(owner: nn.Module, names: Sequence[str], prefix: str = "") -> Watch:
+    """The watch over networks that ``owner`` holds and does not call.
+
+    Args:
+        owner: the module.
+        names: its children that are networks: :class:`Net`, or a list of blocks with a ``spec``.
+        prefix: of their paths, in errors.
+
+    Raises:
+        RuntimeError: a module of theirs was replaced, patched or hooked, in one line with its path.
+    """
+
+    def examine() -> Watch:
+        readers: list[tuple[nn.Module, str]] = []
+        facts: Facts = []
+        networks: list[nn.Module] = []
+        for name in names:
+            path, held = f"{prefix}{name}", owner._modules[name]
+            net = plain(cast(nn.Module, held))
+            spec = cast(NetSpec, net.spec)
+            hook = hook_of(net)
+            if hook is not None and not is_sharded(net):
+                raise RuntimeError(f"{path}: has {hook}, accepted are none: {_WHY}")
+            layers = net if isinstance(net, nn.ModuleList) else plain(cast(nn.Module, net.layers))
+            blocks = path if layers is net else f"{path}.layers"
+            if len(layers._modules) != spec.num_layers:
+                got = len(layers._modules)
+                raise RuntimeError(f"{blocks}: got {got} blocks, accepted are {spec.num_layers}, as in {path}.spec")
+            facts += [(owner._modules, name, held), (net.__dict__, "spec", spec)]
+            networks.append(net)
+            for i, block in layers._modules.items():
+                more = _examine_block(f"{blocks}.{i}", cast(nn.Module, block), spec.block)
+                readers += more[0]
+                facts += more[1]
+        return Watch(owner, networks, readers, facts)
+
+    return watch_of(owner, examine)
+
+
 class Recursion(nn.Module):
     """A program over its networks.
 
-    Networks that are all :class:`Net` run as one fused operation, and hooks on their inner modules are not called.
+    Networks that are all :class:`Net` run as one fused operation, which reads their weights and does not call their
+    modules: a module of theirs that is replaced, patched or hooked is an error at the next call.
+    ``torch.nn.utils.parametrize`` is followed.
 
     Any other module that maps h [B, L, D] to a tensor like h can be a network, too.  The program then runs update by
     update, its updates without gradient under ``torch.no_grad``, and each update with gradient keeps its summed input
@@ -290,12 +405,20 @@ class Recursion(nn.Module):
         Returns:
             The final value of every state.
         """
-        program = program or self.program
-        if self.specs is None:
+        program, specs = program or self.program, self.specs
+        if specs is None:
             return self._run(program, states, x, cos_sin)
         cos, sin = cos_sin if cos_sin is not None else (None, None)
-        weights = [weight for net in self.nets for weight in cast(Net, net).weights()]
-        return recursion(program, self.specs, states, x, weights, cos, sin, self.backend, self.recompute)
+        if torch.compiler.is_compiling():
+            weights = [weight for net in self.nets for weight in cast(Net, net).weights()]
+            return recursion(program, specs, states, x, weights, cos, sin, self.backend, self.recompute)
+        watch = watch_nets(self.nets, tuple(self.nets._modules), "nets.")
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            current, injected = (tensors, None) if x is None else (tensors[:-1], tensors[-1])
+            return recursion(program, specs, current, injected, watch.weights(), cos, sin, self.backend, self.recompute)
+
+        return inside(watch.sharded, run, (*states, *(() if x is None else (x,))))
 
     def _run(
         self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None

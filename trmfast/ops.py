@@ -86,7 +86,7 @@ def recursion(
             raise TypeError(f"{name}: got {type(table).__name__}, accepted are Tensor and None")
     if states:
         device = states[0].device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             states = [_autocast(state, dtype) for state in states]
             x = None if x is None else _autocast(x, dtype)

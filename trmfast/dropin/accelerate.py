@@ -9,8 +9,9 @@ from torch import nn
 from trmfast import foreign
 from trmfast.backends import BACKENDS
 from trmfast.dropin import probe
+from trmfast.dropin.families import FAMILIES
 from trmfast.dropin.structure import UnsupportedModelError, find, inner_modules
-from trmfast.dropin.swap import Swap, is_swapped, swap, swap_back, swap_of
+from trmfast.dropin.swap import Swap, forwards_of, is_swapped, swap, swap_back, swap_of
 
 __all__ = ["accelerate", "restore"]
 
@@ -57,7 +58,8 @@ def accelerate(model: M, backend: str = "auto") -> M:
     differences = probe.differences(found)
     if differences:
         raise UnsupportedModelError(differences)
-    swap(found.inner, Swap(found.family, found.nets, backend))
+    forwards = forwards_of(found.inner, FAMILIES[found.family])
+    swap(found.inner, Swap(found.family, found.nets, backend, forwards))
     return model
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from trmfast import reference
 from trmfast.dropin.double import BLOCKS, CYCLES, SHORT, Double, device_of
 from trmfast.dropin.structure import Found, blocks_of, get
-from trmfast.dropin.swap import SWAP, Swap, fused_step
+from trmfast.dropin.swap import SWAP, Swap, forwards_of, fused_step
 from trmfast.spec import BlockSpec
 
 __all__ = ["differences"]
@@ -170,7 +170,7 @@ def _step_differences(double: Double) -> list[str]:
     _own(method, double.shorten)
     carry, batch = _own(method, double.example)
     nets = tuple(replace(net, num_layers=min(net.num_layers, BLOCKS)) for net in found.nets)
-    double.inner.__dict__[SWAP] = Swap(found.family, nets, "reference")
+    double.inner.__dict__[SWAP] = Swap(found.family, nets, "reference", forwards_of(double.inner, double.family))
     what = f"the {found.family} loop, here {CYCLES} cycles of {CYCLES} updates"
     for training in (False, True):
         double.inner.train(training)

@@ -8,13 +8,25 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from trmfast.dropin.families import FAMILIES, Family
 from trmfast.nn import Block
 from trmfast.problem import COMPUTE_DTYPES, Problem
 from trmfast.spec import BlockSpec, NetSpec
+from trmfast.watch import hook_of, is_sharded, plain
 
-__all__ = ["Found", "UnsupportedModelError", "blocks_of", "find", "get", "hooked", "inner_modules", "named_modules"]
+__all__ = [
+    "Found",
+    "UnsupportedModelError",
+    "blocks_of",
+    "find",
+    "get",
+    "inner_modules",
+    "named_modules",
+    "read_net",
+    "settings_of",
+]
 
 NET_NAMES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.nets))
 # Modules without weights that do nothing, or what the block does anyway: URM names its SiLU.
@@ -75,7 +87,7 @@ def find(model: nn.Module) -> Found:
     name = _family(inner)
     family = FAMILIES[name]
     differences = _inner_differences(inner, family)
-    nets = [_read_net(inner, net, differences) for net in family.nets]
+    nets = [read_net(inner, net, differences) for net in family.nets]
     differences += _shared(inner, family)
     dtype = getattr(inner, "forward_dtype", None)
     if dtype not in COMPUTE_DTYPES:
@@ -99,12 +111,6 @@ def inner_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in model.named_modules() if _is_inner(module)]
 
 
-def plain(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile(module)`` wraps, or the module itself."""
-    inside = module._modules.get("_orig_mod")
-    return module if inside is None else inside
-
-
 def blocks_of(inner: nn.Module, net: str) -> list[nn.Module]:
     """The blocks of a network."""
     module = plain(cast(nn.Module, getattr(inner, net)))
@@ -118,11 +124,13 @@ def named_modules(inner: nn.Module, net: str) -> Iterator[tuple[str, nn.Module]]
         yield path.replace("._orig_mod", ""), module
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether a module has a hook that a call would run."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def settings_of(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The attributes of a block that its spec was read from: (module, name)."""
+    yield block, "norm_eps"
+    mixer = block._modules.get("self_attn")
+    if mixer is not None:
+        for name in ("num_heads", "num_key_value_heads", "head_dim", "causal"):
+            yield plain(mixer), name
 
 
 # ---------------------------------------------------------------- the inner module
@@ -193,6 +201,8 @@ def _dtypes(inner: nn.Module, family: Family, forward_dtype: torch.dtype) -> lis
     seen: dict[torch.dtype, str] = {}
     for net in family.nets:
         for path, module in named_modules(inner, net):
+            if is_parametrized(module):
+                differences.append(f"{path}: is parametrized, accepted are plain weights: accelerate first")
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
@@ -220,7 +230,8 @@ def _dtypes(inner: nn.Module, family: Family, forward_dtype: torch.dtype) -> lis
 # ---------------------------------------------------------------- networks
 
 
-def _read_net(inner: nn.Module, net: str, differences: list[str]) -> NetSpec | None:
+def read_net(inner: nn.Module, net: str, differences: list[str]) -> NetSpec | None:
+    """The spec of a network; None, and lines in ``differences``, where it is not one that trmfast computes."""
     module = plain(cast(nn.Module, getattr(inner, net)))
     layers = module if net == "layers" else module._modules.get("layers")
     if layers is None or not isinstance(plain(layers), nn.ModuleList) or not len(cast(nn.ModuleList, plain(layers))):
@@ -234,10 +245,11 @@ def _read_net(inner: nn.Module, net: str, differences: list[str]) -> NetSpec | N
         if spec is not None:
             specs.append(spec)
     for path, child in named_modules(inner, net):
-        if hooked(child):
-            kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-            kind = next(kind.strip("_") for kind in kinds if getattr(child, kind))
-            differences.append(f"{path}: has {kind.replace('_', ' ')}, which a fused recursion would not call")
+        hook = hook_of(child)
+        if hook is not None and not is_sharded(child):
+            differences.append(f"{path}: has {hook}, which a fused recursion would not call")
+        if "forward" in child.__dict__ and plain(child) is child:
+            differences.append(f"{path}.forward: replaced on the instance, accepted is the method of its class")
     if net != "layers":
         _only(module, net, {"layers"}, differences)
     for i, spec in enumerate(specs[1:], start=1):
@@ -332,7 +344,10 @@ def get(module: Any, path: str) -> Any:
 def _weight(owner: nn.Module, name: str, path: str, differences: list[str]) -> tuple[int, int] | None:
     """Shape of a projection's weight [out, in]; the projection has nothing else."""
     linear = owner._modules.get(name)
+    parametrized = linear is not None and is_parametrized(linear, "weight")
     weight = None if linear is None else linear._parameters.get("weight")
+    if parametrized:
+        weight = cast(nn.Parameter, cast(Any, linear).weight)
     if linear is None or weight is None or weight.dim() != 2:
         got = "nothing" if linear is None else type(linear).__name__
         differences.append(f"{path}.{name}: got {got}, accepted is a projection with a weight of two dimensions")
@@ -341,7 +356,7 @@ def _weight(owner: nn.Module, name: str, path: str, differences: list[str]) -> t
     if bias is not None:
         differences.append(f"{path}.{name}.bias: got a bias [{bias.numel()}], accepted is none")
     extra = set(linear._parameters) | set(linear._buffers) | set(linear._modules)
-    for other in sorted(extra - {"weight", "bias"}):
+    for other in sorted(extra - {"weight", "bias", "parametrizations" if parametrized else ""}):
         if getattr(linear, other) is not None:
             differences.append(f"{path}.{name}.{other}: got an extra part, accepted is a weight alone")
     rows, columns = weight.shape

@@ -10,9 +10,9 @@ with the parameters of the original in a copy, and pickle cannot store it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from trmfast import ops
 from trmfast.dropin.families import FAMILIES, Family, program_of
-from trmfast.dropin.structure import blocks_of, hooked
+from trmfast.dropin.structure import blocks_of, get, read_net, settings_of
 from trmfast.nn import block_weights
 from trmfast.spec import NetSpec
+from trmfast.watch import KEPT, Watch, inside, watch_of, watched_modules
 
-__all__ = ["Swap", "fused_step", "is_swapped", "swap", "swap_back", "swap_of"]
+__all__ = ["Swap", "forwards_of", "fused_step", "is_swapped", "swap", "swap_back", "swap_of"]
 
 SWAP = "_trmfast_swap"
 BASE = "_trmfast_base"
@@ -38,11 +39,13 @@ class Swap:
         family: name of its family.
         nets: the specs of its networks.
         backend: the backend of its recursion.
+        forwards: what computed each module of the networks, see :func:`forwards_of`.
     """
 
     family: str
     nets: tuple[NetSpec, ...]
     backend: str
+    forwards: dict[str, str]
 
 
 def fused_step(self: Any, carry: Any, batch: dict[str, Tensor]) -> tuple[Any, Tensor, Any]:
@@ -86,12 +89,7 @@ def _recur(
         dtype = injected.dtype
         for state in current:
             dtype = torch.promote_types(dtype, state.dtype)
-        weights = [
-            weight
-            for net, spec in zip(family.nets, own.nets, strict=True)
-            for block in blocks_of(inner, net)
-            for weight in block_weights(block, spec.block)
-        ]
+        weights = watch.weights() if watch else _weights(inner, own)
         out = ops.recursion(
             program,
             own.nets,
@@ -104,8 +102,17 @@ def _recur(
         )
         return tuple(state.to(dtype) for state in out)  # autocast computes in another dtype
 
-    gathering = [] if torch.compiler.is_compiling() else _gathering(inner, family)
-    return _inside(gathering, run, (*states, x))
+    watch = None if torch.compiler.is_compiling() else watch_of(inner, partial(_examine, inner, own))
+    return inside(watch.sharded if watch else (), run, (*states, x))
+
+
+def _weights(inner: nn.Module, own: Swap) -> list[Tensor]:
+    return [
+        weight
+        for net, spec in zip(FAMILIES[own.family].nets, own.nets, strict=True)
+        for block in blocks_of(inner, net)
+        for weight in block_weights(block, spec.block)
+    ]
 
 
 @torch.compiler.assume_constant_result
@@ -113,63 +120,51 @@ def _program(name: str, *cycles: int) -> Any:
     return program_of(name, *cycles)
 
 
-# ---------------------------------------------------------------- hooks inside the networks
+# ---------------------------------------------------------------- changes inside the networks
 
 
-def _gathering(inner: Any, family: Family) -> list[nn.Module]:
-    """Modules in the networks that ``fully_shard`` was applied to: a call of theirs gathers their parameters.
-
-    Raises:
-        RuntimeError: a module has another hook, which would not be called.
-    """
-    found: list[nn.Module] = []
-    waiting = [inner._modules[net] for net in reversed(family.nets)]
-    while waiting:  # as Module.modules(), at a third of its cost
-        module = waiting.pop()
-        if hooked(module):
-            if not _is_sharded(module):
-                raise RuntimeError(
-                    f"{_path(inner, module)}: got a hook after accelerate(), which a fused recursion would not call; "
-                    "remove it or call trmfast.restore(model)"
-                )
-            found.append(module)
-        if module._modules:
-            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+def forwards_of(inner: nn.Module, family: Family) -> dict[str, str]:
+    """The function that computes each module of the networks, by path and by name: a copy or a pickle keeps them."""
+    found = {}
+    for net in family.nets:
+        for path, module in watched_modules(cast(nn.Module, inner._modules[net])):
+            forward = type(module).forward
+            found[f"{net}.{path}".rstrip(".")] = f"{forward.__module__}.{forward.__qualname__}"
     return found
 
 
-def _path(inner: nn.Module, module: nn.Module) -> str:
-    return next(path for path, other in inner.named_modules() if other is module)
+def _examine(inner: nn.Module, own: Swap) -> Watch:
+    """Compares the networks with those that were accelerated.
 
-
-def _is_sharded(module: nn.Module) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
-
-
-def _inside(
-    modules: Sequence[nn.Module], run: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """``run(*tensors)`` inside one call of every module, each inside the one before.
-
-    So the hooks of ``fully_shard`` gather the parameters of all modules before they are read, and see the outputs, on
-    which they hang the gathering for backward.
+    Raises:
+        RuntimeError: a module was replaced, patched or hooked, or computes with another setting, in one line.
     """
-    if not modules:
-        return run(*tensors)
-    first, rest = modules[0], modules[1:]
-
-    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return _inside(rest, run, inputs)
-
-    first.__dict__["forward"] = forward
-    try:
-        return cast(tuple[Tensor, ...], first(*tensors))
-    finally:
-        del first.__dict__["forward"]
+    family = FAMILIES[own.family]
+    differences: list[str] = []
+    for net, spec in zip(family.nets, own.nets, strict=True):
+        now = read_net(inner, net, differences)
+        if now is not None and now != spec:
+            new, old = asdict(now.block), asdict(spec.block)
+            changed = [f"{name} {new[name]}, accepted is {old[name]}" for name in new if new[name] != old[name]]
+            changed += [f"{now.num_layers} blocks, accepted are {spec.num_layers}"]
+            differences.append(f"{net}: got {changed[0]}")
+    for path, forward in forwards_of(inner, family).items():
+        if forward != own.forwards.get(path):
+            differences.append(f"{path}: got {forward}, accepted is {own.forwards.get(path, 'nothing')}")
+    if differences:
+        raise RuntimeError(f"{differences[0]}; this came after accelerate(): undo it, or call trmfast.restore(model)")
+    readers: list[tuple[nn.Module, str]] = []
+    facts: list[tuple[dict[str, Any], str, Any]] = []
+    for net, spec in zip(family.nets, own.nets, strict=True):
+        facts.append((cast(dict[str, Any], inner._modules), net, inner._modules[net]))
+        for block in blocks_of(inner, net):
+            for path in spec.block.weight_shapes:
+                owner, _, weight = path.rpartition(".")
+                readers.append((get(block, owner), weight))
+                parameters = cast(dict[str, Any], readers[-1][0]._parameters)
+                facts.append((parameters, "bias", parameters.get("bias")))
+            facts += [(part.__dict__, name, part.__dict__.get(name)) for part, name in settings_of(block)]
+    return Watch(inner, [cast(nn.Module, inner._modules[net]) for net in family.nets], readers, facts)
 
 
 # ---------------------------------------------------------------- classes
@@ -222,6 +217,7 @@ def swap_back(inner: nn.Module) -> None:
     """Undoes :func:`swap`."""
     inner.__class__ = _without_swap(type(inner))
     del inner.__dict__[SWAP]
+    inner.__dict__.pop(KEPT, None)
 
 
 def _without_swap(cls: type) -> type:

@@ -17,9 +17,10 @@ from trmfast.backends import BACKENDS
 from trmfast.config import ModelConfig
 from trmfast.models.embedding import CastedEmbedding
 from trmfast.models.sparse_embedding import CastedSparseEmbedding
-from trmfast.nn import CastedLinear, Net, RotaryEmbedding, trunc_normal_init_
+from trmfast.nn import CastedLinear, Net, RotaryEmbedding, trunc_normal_init_, watch_nets
 from trmfast.program import GradientWindow, RecursionProgram
 from trmfast.spec import NetSpec
+from trmfast.watch import inside
 
 __all__ = ["Family", "Inner"]
 
@@ -74,6 +75,7 @@ class Inner(nn.Module):
         self.family = family
         # torch.compile cannot look into dataclasses.fields.
         self.state_names = tuple(field.name for field in fields(family.carry))
+        self.net_names = tuple(name for name, _ in family.nets)
         self.window: GradientWindow = family.window
         self.set_backend(config.backend)
         self.set_cycles(config.H_cycles, config.L_cycles)
@@ -171,19 +173,24 @@ class Inner(nn.Module):
         """
         identifiers = batch["puzzle_identifiers"] if self.config.puzzle_emb_ndim > 0 else None
         x = self._input_embeddings(batch["inputs"], identifiers)
-        nets: list[Net] = [getattr(self, name) for name, _ in self.family.nets]
+        nets: list[Net] = [getattr(self, name) for name in self.net_names]
         cos, sin = self.rotary_emb() if self.config.uses_rope else (None, None)
-        states = ops.recursion(
-            self.program,
-            [net.spec for net in nets],
-            self._states(carry),
-            x,
-            [weight for net in nets for weight in net.weights()],
-            cos,
-            sin,
-            backend=self.backend,
-            recompute=self.config.recompute,
-        )
+        watch = None if torch.compiler.is_compiling() else watch_nets(self, self.net_names)
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return ops.recursion(
+                self.program,
+                [net.spec for net in nets],
+                tensors[:-1],
+                tensors[-1],
+                watch.weights() if watch else [weight for net in nets for weight in net.weights()],
+                cos,
+                sin,
+                backend=self.backend,
+                recompute=self.config.recompute,
+            )
+
+        states = inside(watch.sharded if watch else (), run, (*self._states(carry), x))
         head = states[0]
         logits = self.lm_head(head)[:, self.puzzle_emb_len :]
         q = self.q_head(head[:, 0]).to(torch.float32)
