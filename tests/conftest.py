@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,15 +19,39 @@ from fuzz.poison import poisoned_allocations
 from trmfast.backends import BACKENDS
 from trmfast.cases import Case
 
+LEFT_TO_CI = ("sanitizer", "grid", "compile", "breadth")  # markers that the default run deselects
+_left: Counter[str] = Counter()
 
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped without one; with one, the tests of Triton kernels run there and are marked."""
+    """Adds the markers that depend on a test's parameters or on the machine.
+
+    A case that is not ``representative`` is marked ``breadth``. Without a GPU, tests marked ``gpu`` are skipped; with
+    one, the tests of Triton kernels run there and are marked.
+    """
     found = torch.cuda.is_available()
     for item in items:
+        for mark in item.iter_markers("representative"):
+            parameters = item.callspec.params  # type: ignore[attr-defined]
+            when: Callable[..., bool] = mark.kwargs["when"]
+            if not when(**{name: parameters[name] for name in inspect.signature(when).parameters}):
+                item.add_marker(pytest.mark.breadth)
         if found and Path(str(item.fspath)).name.startswith("test_triton_"):
             item.add_marker(pytest.mark.gpu)
         if not found and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is False"))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    _left.update(next((m for m in LEFT_TO_CI if item.get_closest_marker(m)), "") for item in items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says in one line what ``.ci/run`` runs and this run did not."""
+    counts = [f"{_left[marker]} {marker}" for marker in LEFT_TO_CI if _left[marker]]
+    if counts:
+        terminalreporter.write_line(f"left to .ci/run, or to pytest -m MARKER: {', '.join(counts)}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 MODES = ("all_reduce", "ddp", "accelerate after ddp", "fsdp2 whole", "fsdp2 blocks")
 
 
+@pytest.mark.breadth
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch is built without gloo")
 def test_two_processes_have_the_gradients_of_one() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

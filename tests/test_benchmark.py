@@ -52,6 +52,7 @@ def test_engines_compute_the_recursion(name: str, problem: str, dtype: torch.dty
     require(pool(draws))
 
 
+@pytest.mark.breadth
 def test_compilers_compute_the_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **_: compile_(f, backend="aot_eager", dynamic=False))
@@ -172,6 +173,7 @@ def test_fit_finds_the_fixed_part() -> None:
     assert fit.worst > 0
 
 
+@pytest.mark.breadth
 @pytest.mark.usefixtures("one_thread")
 def test_sweeps() -> None:
     sweeps = measure_sweeps(lambda _: None, tiny=True)
@@ -203,6 +205,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.breadth
 def test_record(suite: Path) -> None:
     record = json.loads((suite / "suite.json").read_text())
     assert record["settings"] == {"suite": "blocks", "threads": 1, "tiny": True}
@@ -230,6 +233,7 @@ def test_record(suite: Path) -> None:
             assert fused.saved < eager.saved / 5
 
 
+@pytest.mark.breadth
 def test_files(suite: Path) -> None:
     with (suite / "suite.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -241,6 +245,7 @@ def test_files(suite: Path) -> None:
         assert (suite / f"suite-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.breadth
 def test_charts_of_a_whole_record(suite: Path, tmp_path: Path) -> None:
     record = json.loads((suite / "suite.json").read_text())
     record["settings"]["tiny"] = False
@@ -258,6 +263,7 @@ def test_charts_of_a_whole_record(suite: Path, tmp_path: Path) -> None:
     assert "1e+03 + 1e+03 n µs for a run" in (tmp_path / "suite.md").read_text()
 
 
+@pytest.mark.breadth
 @pytest.mark.usefixtures("one_thread")
 def test_a_missing_rival_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals, "find_spec", lambda name: None if name == "openvino" else find_spec(name))
@@ -290,6 +296,7 @@ def test_a_broken_rival_is_named_and_a_wrong_one_is_seen(monkeypatch: pytest.Mon
     assert rows[1].verdict.startswith("fail: z_H: error")
 
 
+@pytest.mark.breadth
 def test_micro_benchmarks_run() -> None:
     reason = CpuBackend().available()
     if reason is not None:

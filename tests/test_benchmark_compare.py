@@ -126,6 +126,7 @@ def measured() -> list[Row]:
     return measure_work(WORK, 3.0, lambda _: None)[0]
 
 
+@pytest.mark.breadth
 @pytest.mark.usefixtures("one_thread")
 def test_planted_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured as the command does it: a row that looks slower is measured again, and counts if it still does."""

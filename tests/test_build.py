@@ -100,6 +100,7 @@ def found(tree: Path) -> dict[str, int]:
     return json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=tree, text=True))
 
 
+@pytest.mark.breadth
 @needs_compiler
 def test_every_target_is_built_with_its_own_flags(tree: Path) -> None:
     done, record = build(tree, TRMFAST_EMULATE_AMX="1")
@@ -140,6 +141,7 @@ def test_target_that_the_compiler_does_not_know_is_left_out(tree: Path) -> None:
     assert not [name for name in found(tree) if name.startswith("amx")]
 
 
+@pytest.mark.breadth
 @needs_compiler
 def test_failed_compilation_is_recorded_and_removes_the_old_extension(tree: Path) -> None:
     assert build(tree)[0].returncode == 0

@@ -211,6 +211,7 @@ def test_check() -> None:
         assert row["tensors"] > 8
 
 
+@pytest.mark.breadth
 def test_check_gradients_and_table() -> None:
     text = run("check", "--quick", "--backend", "reference", "--threads", "1").stdout
     for name in ("trm", "trm-mlp_t", "hrm", "single_z", "hier6", "urm"):
@@ -249,6 +250,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     return json.loads(done.stdout), folder
 
 
+@pytest.mark.breadth
 def test_bench_record(bench: tuple[dict[str, Any], Path]) -> None:
     record, _ = bench
     results = {(r["config"], r["step"], r["implementation"]): r for r in record["results"]}
@@ -270,6 +272,7 @@ def test_bench_record(bench: tuple[dict[str, Any], Path]) -> None:
     assert record["settings"]["threads"] == 1
 
 
+@pytest.mark.breadth
 def test_bench_files(bench: tuple[dict[str, Any], Path]) -> None:
     record, folder = bench
     assert json.loads((folder / "bench.json").read_text()) == record
@@ -289,11 +292,13 @@ def test_bench_files(bench: tuple[dict[str, Any], Path]) -> None:
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.breadth
 def test_bench_markdown_is_the_file(tmp_path: Path) -> None:
     options = ["--quick", "--tiny", "--threads", "1", "--config", "sudoku", "--batch", "1", "--output", str(tmp_path)]
     assert run("bench", *options, "--markdown").stdout == (tmp_path / "bench.md").read_text()
 
 
+@pytest.mark.breadth
 def test_bench_no_recompute(tmp_path: Path) -> None:
     """Training with kept activations is checked, timed and counted beside training that computes them again."""
     options = ["--quick", "--tiny", "--threads", "1", "--config", "sudoku", "--batch", "1", "--output", str(tmp_path)]

@@ -60,6 +60,7 @@ def step(net: Recursion, inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(out.cos() for out in outputs)
 
 
+@pytest.mark.representative(when=lambda compiler: compiler == "aot_eager")
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
 def test_compile_fullgraph(compiler: str, backend: str) -> None:
     net, inputs = module(backend), make_inputs(CASE)

@@ -63,6 +63,11 @@ def _drawn(case: Case, dtype: torch.dtype) -> list[Draw]:
 
 
 # The target varies fastest, so that all of them share the draws.
+@pytest.mark.representative(
+    when=lambda case, dtype: (
+        case.name != "published-width" and (dtype == torch.float32 or case.name in {"trm", "trm-mlp_t"})
+    )
+)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -307,6 +312,7 @@ def run_other_threads(**environment: str) -> tuple[str, int, str]:
     return source, int(count), digest
 
 
+@pytest.mark.breadth
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
 @pytest.mark.skipif(engine.thread_source() == "own", reason="this PyTorch has no OpenMP, or TRMFAST_CPU_THREADS=own")
 def test_the_threads_are_pytorchs_or_its_own() -> None:

@@ -297,6 +297,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build(tmp_path_factory.mktemp("simt"), HAND_OVER.values())
 
 
+@pytest.mark.breadth
 @pytest.mark.skipif(not interprets(), reason="Triton does not interpret in this process")
 @pytest.mark.parametrize("token_mixer", HAND_OVER)
 def test_triton_goes_backward_from_what_cuda_saved(token_mixer: str, emulator: Any) -> None:

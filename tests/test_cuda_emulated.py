@@ -112,6 +112,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return build(tmp_path_factory.mktemp("simt_wide"))
 
 
+@pytest.mark.representative(
+    when=lambda case, dtype: (case.name, dtype) in {("trm", torch.bfloat16), ("trm-mlp_t", torch.float16)}
+)
 @pytest.mark.parametrize("dtype", HALVES, ids=("bf16", "fp16"))
 @pytest.mark.parametrize("case", PROGRAMS, ids=str)
 def test_programs(small: ctypes.CDLL, case: Case, dtype: torch.dtype) -> None:
@@ -123,6 +126,7 @@ def test_programs(small: ctypes.CDLL, case: Case, dtype: torch.dtype) -> None:
     require(pool(draws))
 
 
+@pytest.mark.representative(when=lambda case: case.name in {"causal", "odd-sizes"})
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_options(small: ctypes.CDLL, case: Case) -> None:
     draws = []
@@ -132,6 +136,7 @@ def test_options(small: ctypes.CDLL, case: Case) -> None:
         require(draws[-1])
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("mixer", ("attention", "mlp_t"))
 def test_same_bits(small: ctypes.CDLL, mixer: str) -> None:
     """States and saved inputs don't depend on the schedule, the size of the grid or the rows of a block."""
@@ -174,6 +179,7 @@ def test_a_bad_sequence_does_not_reach_the_others(small: ctypes.CDLL, mixer: str
         assert not got[..., 1, :, :].isfinite().all()
 
 
+@pytest.mark.representative(when=lambda case: case.name == "trm")
 @pytest.mark.parametrize("case", (PROGRAMS[0], PROGRAMS[1], PROGRAMS[4]), ids=str)
 def test_saved_inputs(small: ctypes.CDLL, case: Case) -> None:
     """What is saved for backward is, bit by bit, the reference's sum of the states before each update with gradient."""
@@ -216,6 +222,7 @@ def test_blocks_that_are_not_resident_together(small: ctypes.CDLL, case: Case) -
     assert run.report["failed"] >= 2
 
 
+@pytest.mark.representative(when=lambda case: case.name == "mlp_t")
 @pytest.mark.parametrize("case", TRAFFIC, ids=str)
 def test_traffic(small: ctypes.CDLL, case: Case) -> None:
     """Bytes of weights, tables, exchange and states are those of the model in kernels/persistent.py, all of them."""
@@ -253,6 +260,7 @@ def check_one_block(library: ctypes.CDLL, case: Case, instance: Instance, dtype:
     return run
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("instance", listed_instances(), ids=str)
 def test_every_instance(wide: ctypes.CDLL, instance: Instance) -> None:
     """Two blocks of the grid for a sequence, the second with few rows; long sequences of mlp_t fill more."""
@@ -261,6 +269,7 @@ def test_every_instance(wide: ctypes.CDLL, instance: Instance) -> None:
     check_one_block(wide, case_for(instance, length, intermediate_size=192), instance, dtype)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     "instance, length, dtype",
     [
@@ -276,6 +285,7 @@ def test_long_sequences(wide: ctypes.CDLL, instance: Instance, length: int, dtyp
     check_one_block(wide, case_for(instance, length, intermediate_size=256), instance, dtype)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("instance", [Instance(4, 4, 8), Instance(4, 4, 8, 2, 4)], ids=str)
 def test_full_width(wide: ctypes.CDLL, instance: Instance) -> None:
     """A block of the published width at L = 97: inner width 1536, 8 heads or a SwiGLU of 512 over the tokens."""
@@ -376,6 +386,7 @@ def test_sanitizers() -> None:
         "OMP_NUM_THREADS": "1",
     }
     tests = "test_options or test_blocks_that or test_unwritten"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", tests]
+    options = ["-q", "-p", "no:cacheprovider", "-k", tests, "-m", ""]
+    command = [sys.executable, "-m", "pytest", *options, str(Path(__file__))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-20000:]

@@ -74,6 +74,7 @@ def test_unknown_compilation() -> None:
         EagerRecursion(SMALL[0].problem, inputs.weights, None).compile_recursion("all")
 
 
+@pytest.mark.breadth
 def test_compiled_by_a_debug_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network as a function of its weights: same results, one graph with and one without gradient, no more."""
     compile_ = torch.compile

@@ -90,6 +90,7 @@ def test_packages_within_the_tolerance_policy(name: str, dtype: torch.dtype) -> 
     require(found)
 
 
+@pytest.mark.representative(when=lambda name: name == "hrm")
 @pytest.mark.parametrize("name", ["trm-mixer", "trm-dense", "hrm", "hrm-act"])
 def test_thirty_training_steps(name: str) -> None:
     """Deep supervision with carried states and AdamW: the same losses, step for step."""

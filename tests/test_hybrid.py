@@ -59,6 +59,7 @@ def test_stories(hybrid: ModuleType) -> None:
     assert pairs[1] - pairs[0]
 
 
+@pytest.mark.breadth
 def test_the_heads_learn(hybrid: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """A quarter of the example's training: enough to leave the linear layer, which cannot follow references, behind."""
     found = hybrid.compare(random_encoder, people=6, steps=150, stories=1000, hidden_size=64)

@@ -295,6 +295,7 @@ def test_a_carry_of_other_classes_with_the_same_fields_is_taken() -> None:
 # ---------------------------------------------------------------- as a PyTorch module
 
 
+@pytest.mark.representative(when=lambda name: name == "trm")
 @pytest.mark.parametrize("name", ["trm", "hrm"])
 def test_compiles_whole_with_its_loss(name: str) -> None:
     model, _ = make(name)

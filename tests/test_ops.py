@@ -63,6 +63,7 @@ def leaves(tensors: Any) -> list[Tensor]:
     return [tensor.clone().requires_grad_() for tensor in tensors]
 
 
+@pytest.mark.representative(when=lambda name, window: window == "all" if name == "trm" else window == "last_cycle")
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", GRADCHECK)
 def test_gradcheck(name: str, window: Any) -> None:
@@ -146,6 +147,9 @@ def test_opcheck_forward(case: Case, requires_grad: bool, backend: str) -> None:
     torch.library.opcheck(torch.ops.trmfast.recursion.default, sample, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.representative(
+    when=lambda case, requires_grad, recompute: requires_grad or (case is OPCHECK[0] and recompute)
+)
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no-grad"])
 @pytest.mark.parametrize("case", OPCHECK, ids=["trm", "hrm", "mlp_t"])
 @pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])

@@ -42,6 +42,7 @@ def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_guard, "run", checked_run)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, width", [(39, 48), (1, 64), (33, 512)])
 def test_norm(rows: int, width: int, dtype: torch.dtype) -> None:
@@ -67,6 +68,7 @@ def swiglu_formula(t: Tensors) -> Tensors:
     return {**found, "activation": act.detach()}
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, width, inner", [(39, 48, 80), (1, 64, 32)])
 def test_swiglu(rows: int, width: int, inner: int, dtype: torch.dtype) -> None:
@@ -86,6 +88,7 @@ def test_swiglu(rows: int, width: int, inner: int, dtype: torch.dtype) -> None:
     check(shapes, dtype, swiglu_formula, kernel)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pad", [0, 3])
 def test_swiglu_over_the_sequence(pad: int, dtype: torch.dtype) -> None:
@@ -115,6 +118,7 @@ def test_swiglu_over_the_sequence(pad: int, dtype: torch.dtype) -> None:
     check(shapes, dtype, formula, kernel)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, width, depth", [(39, 48, 80), (1, 64, 32)])
 def test_projection_and_norm(rows: int, width: int, depth: int, dtype: torch.dtype) -> None:
@@ -143,6 +147,7 @@ def test_projection_and_norm(rows: int, width: int, depth: int, dtype: torch.dty
     check(shapes, dtype, formula, kernel)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_projection_into_gradients_of_states(transposed: bool, dtype: torch.dtype) -> None:
@@ -189,6 +194,7 @@ ATTENTIONS = {
 }
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention(name: str, dtype: torch.dtype) -> None:
@@ -259,6 +265,7 @@ def test_attention_needs_row_sums_for_several_tiles() -> None:
         attention_backward_keys(block, qkv, mixed, qkv, lse=lse, tile=tile)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_gradients(dtype: torch.dtype) -> None:
     """Four weights in one launch, added to what is there, one of them in splits that are summed afterwards."""
@@ -290,6 +297,7 @@ def test_weight_gradients(dtype: torch.dtype) -> None:
     check(shapes, dtype, formula, kernel)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_gradients_over_the_sequence(dtype: torch.dtype) -> None:
     batch, width, sizes = 3, 48, [(80, 21), (21, 40)]
@@ -320,6 +328,7 @@ def test_weight_gradients_over_the_sequence(dtype: torch.dtype) -> None:
     check(shapes, dtype, formula, kernel)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("taps", [2, 3])
 def test_conv_swiglu(taps: int, dtype: torch.dtype) -> None:

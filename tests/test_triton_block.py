@@ -99,12 +99,14 @@ def check(case: Case, dtype: torch.dtype, seeds: range, configuration: Configura
     require(pool(draws))
 
 
+@pytest.mark.representative(when=lambda case, dtype: case.name in {"attention", "mlp_t"} and dtype == torch.float32)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, range(3))
 
 
+@pytest.mark.representative(when=lambda case: case is SMALL[0])
 @pytest.mark.parametrize(
     "case",
     [SMALL[0], SMALL[3], make("wide heads", BlockSpec(192, 80, num_heads=2), 2, 13)],
@@ -114,6 +116,7 @@ def test_short_sequences_in_tiles(case: Case) -> None:
     check(case, torch.float32, range(3), Apart(INTERPRETER))
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", [BlockSpec(512, 1536, num_heads=8), mixer(512, 1536, 97)], ids=["attention", "mlp_t"])
 def test_true_size(block: BlockSpec, dtype: torch.dtype) -> None:

@@ -163,6 +163,7 @@ def convert(source, target, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 # ---------------------------------------------------------------- kernels
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "heads, kv_heads, head_dim, width, length, terms, rope, tile",
@@ -211,6 +212,7 @@ def test_qkv(
     check({**shapes, "weight": (columns, width)}, dtype, formula, kernel, exact=["total"])
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
@@ -246,6 +248,7 @@ def test_attention(
     check({"qkv": (batch, length, (heads + 2 * kv_heads) * head_dim)}, dtype, formula, kernel)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, width, depth", [(39, 48, 80), (16, 64, 32), (1, 20, 12)])
 def test_projection(rows: int, width: int, depth: int, dtype: torch.dtype) -> None:
@@ -262,6 +265,7 @@ def test_projection(rows: int, width: int, depth: int, dtype: torch.dtype) -> No
     check({"source": (rows, depth), "weight": (width, depth), "residual": (rows, width)}, dtype, formula, kernel)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["one kernel", "two kernels"])
 @pytest.mark.parametrize("rows, width, inner", [(39, 48, 80), (1, 64, 32), (5, 20, 24)])
@@ -287,6 +291,7 @@ def test_swiglu(rows: int, width: int, inner: int, fused: bool, dtype: torch.dty
     check(shapes, dtype, formula, kernel)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch, length, taps", [(3, 7, 2), (2, 21, 3), (5, 1, 2), (2, 3, 4), (1, 5, 1)])
 def test_conv_swiglu(batch: int, length: int, taps: int, dtype: torch.dtype) -> None:
@@ -320,6 +325,7 @@ def test_conv_swiglu(batch: int, length: int, taps: int, dtype: torch.dtype) -> 
     check(shapes, dtype, formula, kernel)
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padded", [False, True], ids=["as it is", "padded"])
 @pytest.mark.parametrize(
@@ -405,6 +411,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block(name: str, dtype: torch.dtype) -> None:
