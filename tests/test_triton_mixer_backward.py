@@ -16,7 +16,8 @@ from trmfast.kernels.weight_gradient import sum_splits, weight_gradient
 
 import triton_guard
 from triton_bounds import checked_run
-from triton_formula import DTYPES, EPS, Tensors, buffer, buffers, check, gradients, norm_factor
+from triton_draw import Tensors, buffer, buffers
+from triton_formula import DTYPES, EPS, check, gradients, norm_factor
 from trmfast.reference import rms_norm, wide_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from trmfast.kernels.plan import Buffer
 
-__all__ = ["Tensors", "buffers", "draw"]
+__all__ = ["Tensors", "buffer", "buffers", "draw"]
 
 Tensors = dict[str, Tensor]
 
@@ -20,5 +20,9 @@ def draw(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 
     return {name: (torch.randn(shape, generator=generator) * scale[name]).to(dtype) for name, shape in shapes.items()}
 
 
+def buffer(name: str, tensor: Tensor) -> Buffer:
+    return Buffer(name, tuple(tensor.shape), tensor.dtype)
+
+
 def buffers(tensors: Tensors) -> dict[str, Buffer]:
-    return {name: Buffer(name, tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    return {name: buffer(name, tensor) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Formulas against kernels: what the tests of backward kernels draw, compare and describe."""
+"""Formulas against kernels: how the tests of backward kernels compare."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from trmfast.kernels.plan import Buffer, Launch
+from trmfast.kernels.plan import Launch
 
+from triton_draw import Tensors, draw
 from triton_guard import guarded_run
 from trmfast.testing import compare, pool, require
 
@@ -16,7 +17,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TRUTH = torch.float64
 DRAWS = 3
 
-Tensors = dict[str, Tensor]
 # From tensors in some dtype to the results that are compared; in that dtype, float32 or float64.
 Formula = Callable[[Tensors], Tensors]
 # From tensors in the compute dtype to what the launches take and the launches.
@@ -24,17 +24,10 @@ Kernel = Callable[[Tensors], tuple[Tensors, Sequence[Launch]]]
 
 
 def check(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, formula: Formula, kernel: Kernel) -> None:
-    """Draws tensors of some shapes and requires that the kernel's results are as near to the truth as the policy asks.
-
-    Names that end in ``weight`` are drawn with a standard deviation of 1 / sqrt(last axis), others with 1.
-    """
+    """Draws tensors of some shapes and requires that the kernel keeps to the tolerance policy."""
     draws = []
     for seed in range(DRAWS):
-        generator = torch.Generator().manual_seed(seed)
-        drawn = {}
-        for name, shape in shapes.items():
-            scale = shape[-1] ** -0.5 if name.endswith("weight") else 1.0
-            drawn[name] = (torch.randn(shape, generator=generator) * scale).to(dtype)
+        drawn = draw(shapes, dtype, seed)
         truth, eager = (formula({k: t.to(d) for k, t in drawn.items()}) for d in (TRUTH, dtype))
         inputs, launches = kernel(drawn)
         found = guarded_run(launches, inputs)
@@ -45,14 +38,6 @@ def check(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, formula: Fo
             ]
         )
     require(pool(draws))
-
-
-def buffer(name: str, tensor: Tensor) -> Buffer:
-    return Buffer(name, tuple(tensor.shape), tensor.dtype)
-
-
-def buffers(tensors: Tensors) -> dict[str, Buffer]:
-    return {name: buffer(name, tensor) for name, tensor in tensors.items()}
 
 
 def gradients(output: Tensor, gradient: Tensor, **of: Tensor) -> Tensors:
