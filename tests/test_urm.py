@@ -15,7 +15,7 @@ import trmfast
 from dropin_models import urm as plain_urm
 from model_cases import TINY, make_batch
 from trmfast.models import URM, ACTLossHead, URMConfig
-from trmfast.testing import compare, require
+from trmfast.testing import Comparison, compare, pool, require
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,9 +24,9 @@ CONFIG: dict[str, Any] = {
 } | {"num_layers": 2, "loops": 3, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "attn_dropout": 0.0, "L_cycles": 3}
 
 
-def make(scale: float = 0.7, **extra: Any) -> tuple[URM, plain_urm.URM]:
+def make(scale: float = 0.7, seed: int = 0, **extra: Any) -> tuple[URM, plain_urm.URM]:
     """The model and the plain one with the same weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model, eager = URM(CONFIG | extra), plain_urm.URM(CONFIG | extra)
     with torch.no_grad():
         model.inner.q_head.weight.normal_(std=0.3)
@@ -40,9 +40,9 @@ def make(scale: float = 0.7, **extra: Any) -> tuple[URM, plain_urm.URM]:
     return model, eager
 
 
-def run(model: nn.Module, steps: int = 1) -> tuple[list[dict[str, Tensor]], Any]:
+def run(model: nn.Module, steps: int = 1, seed: int = 0) -> tuple[list[dict[str, Tensor]], Any]:
     """Outputs of some supervision steps on one batch, and the last carry."""
-    batch = make_batch(0)
+    batch = make_batch(seed)
     carry = model.initial_carry(batch)  # type: ignore[operator]
     found = []
     for _ in range(steps):
@@ -53,15 +53,20 @@ def run(model: nn.Module, steps: int = 1) -> tuple[list[dict[str, Tensor]], Any]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_outputs_and_gradients_within_the_tolerance_policy(dtype: str) -> None:
+    require(pool([compare_draw(dtype, seed) for seed in range(10)]))
+
+
+def compare_draw(dtype: str, seed: int) -> list[Comparison]:
+    """The model and the plain one against the plain one in float64: state, outputs and gradients of one step."""
     extra = {"H_cycles": 1, "L_cycles": 1} if dtype == "bfloat16" else {}
-    model, eager = make(forward_dtype=dtype, **extra)
+    model, eager = make(seed=seed, forward_dtype=dtype, **extra)
     truth = plain_urm.URM(CONFIG | extra | {"forward_dtype": "float64"})
     truth.load_state_dict(model.state_dict())
     for parameter in truth.parameters():
         parameter.data = parameter.data.double()
     results = []
     for m in (model, eager, truth):
-        (outputs,), carry = run(m)
+        (outputs,), carry = run(m, seed=seed)
         loss = outputs["logits"].double().logsumexp(-1).sum() + outputs["q_halt_logits"].double().square().sum()
         loss.backward()
         grads = {name: p.grad for name, p in m.named_parameters()}
@@ -78,7 +83,7 @@ def test_outputs_and_gradients_within_the_tolerance_policy(dtype: str) -> None:
         assert truth_grad is not None
         if truth_grad.any():
             found.append(compare(name, a, b, truth_grad.double(), is_gradient=True))
-    require(found)
+    return found
 
 
 def test_halting_and_carry_are_those_of_the_plain_model() -> None:
