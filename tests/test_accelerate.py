@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -163,7 +163,7 @@ def test_backends_and_arguments() -> None:
     with pytest.raises(ValueError, match="backend: got 'quick', accepted are auto, cpu"):
         trmfast.accelerate(make("trm"), backend="quick")
     with pytest.raises(TypeError, match=r"model: got dict, accepted are torch\.nn\.Module"):
-        trmfast.accelerate({})
+        trmfast.accelerate(cast(Any, {}))
 
 
 # ---------------------------------------------------------------- wrappers
@@ -176,7 +176,7 @@ def test_inside_a_loss_head_and_a_compiled_model() -> None:
     expected = step(head.model, batch)
     assert trmfast.accelerate(head) is head
     assert_close(step(head.model, batch), expected)
-    compiled = torch.compile(ACTLossHead(make("trm")), backend="eager")
+    compiled: Any = torch.compile(ACTLossHead(make("trm")), backend="eager")
     assert trmfast.accelerate(compiled) is compiled
     assert fused_calls(compiled._orig_mod.model, batch) == 1
     averaged = torch.optim.swa_utils.AveragedModel(make("trm"))
@@ -190,7 +190,7 @@ def test_inside_a_loss_head_and_a_compiled_model() -> None:
 def test_compiles_whole_with_its_loss(name: str, when: str) -> None:
     few = {"H_cycles": 1, "L_cycles": 1} if when == "before" else {}  # the plain loop is compiled update by update
     head, batch = ACTLossHead(make(name, **few)), make_batch(name)
-    compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(head, backend="aot_eager", fullgraph=True)
     carry = head.initial_carry(batch)
     if when == "before":
         compiled(carry, batch)  # compiled code of the plain model, which has to give way

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,12 +21,12 @@ from trmfast.flops import backward_flops, forward_flops, window_flops
 
 CASE = make_case("tiny", L_cycles=2, batch=2, length=3, hidden_size=8, num_heads=1, intermediate_size=16, num_layers=1)
 # The reference backend differentiates through the operator by reverse mode, in float64.
-INPUTS = make_inputs(CASE, torch.float64)
+INPUTS: Any = make_inputs(CASE, torch.float64)  # x and the tables are there
 
 pytestmark = pytest.mark.filterwarnings("ignore:trmfast.recursion computes in plain PyTorch")
 
 
-def call(x: Tensor, weights: list[Tensor], backend: str = "auto") -> Tensor:
+def call(x: Tensor, weights: Sequence[Tensor], backend: str = "auto") -> Tensor:
     """z_H, [B, L, D]."""
     program, nets = CASE.problem.program, CASE.problem.nets
     states = trmfast.recursion(program, nets, INPUTS.states, x, weights, INPUTS.cos, INPUTS.sin, backend=backend)
@@ -86,7 +86,7 @@ def test_gradient(gradient: Callable[..., Tensor], weights: list[Tensor], jacobi
 def test_tangents_of_weights(weights: list[Tensor]) -> None:
     """Forward and reverse mode agree: <g, J v> = <J^T g, v>."""
     v, g = torch.randn_like(weights[0]), torch.randn_like(INPUTS.x)
-    _, along = func.jvp(lambda w: call(INPUTS.x, [w, *weights[1:]]), (weights[0].detach(),), (v,))
+    along = func.jvp(lambda w: call(INPUTS.x, [w, *weights[1:]]), (weights[0].detach(),), (v,))[1]
     trained = [weight.detach().requires_grad_() for weight in weights]
     (back,) = torch.autograd.grad(call(INPUTS.x, trained, "reference"), trained[0], g)
     torch.testing.assert_close((along * g).sum().detach(), (back * v).sum())
@@ -142,7 +142,8 @@ def test_the_operator_itself_refuses_dual_numbers() -> None:
 def test_flop_counter() -> None:
     """As many as it counts in eager PyTorch."""
     case = make_case("counted", length=12, batch=3)
-    inputs, problem = make_inputs(case), case.problem
+    inputs: Any = make_inputs(case)
+    problem = case.problem
     weights = [weight.requires_grad_() for weight in inputs.weights]
     x, states = inputs.x.requires_grad_(), [state.requires_grad_() for state in inputs.states]
     with FlopCounterMode(display=False) as counter:
