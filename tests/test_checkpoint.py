@@ -84,7 +84,7 @@ def test_a_loaded_model_does_not_lie_in_its_file(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     trmfast.save(make("trm"), path)
     code = (
-        "import pathlib, sys, trmfast; path = pathlib.Path(sys.argv[1]); model = load(path); "
+        "import pathlib, sys, trmfast; path = pathlib.Path(sys.argv[1]); model = trmfast.load(path); "
         "path.write_bytes(b''); assert all(p.isfinite().all() for p in model.parameters())"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
