@@ -57,7 +57,7 @@ def backward_plan(
         needs_states, needs_x, needs_weights: which gradients are asked for.
     """
     problem, shape = setting.problem, setting.shape
-    updates, part = problem.program.updates, problem.weight_slices
+    updates, part = tuple(problem.program.updates), problem.weight_slices
     writer = PlanWriter(setting)
     totals = WeightTotals(writer, needs_weights)
     saved = Buffer("saved", (problem.num_grad_updates, *shape), setting.dtype)

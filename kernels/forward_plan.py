@@ -275,7 +275,7 @@ def forward_plan(setting: Setting, save: bool) -> Plan:
     current = [Buffer(f"states.{s}", shape, setting.dtype) for s in range(len(program.states))]
     x = Buffer("x", shape, setting.dtype)
     inputs = (*current, *((x,) if problem.uses_x else ()), *writer.constants)
-    written = sorted({update.dst for update in program.updates})
+    written = sorted({update.dst for update in program.counts()})
     out = {s: Buffer(f"out.{s}", shape, setting.dtype) for s in written}
     saved = Buffer("saved", (problem.num_grad_updates, *shape), setting.dtype)
     save = save and problem.num_grad_updates > 0

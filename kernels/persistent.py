@@ -107,7 +107,7 @@ def persistent_traffic(
         exchange, tables = 4 * 2 * length * block.hidden_size, 0
         strips = ceil(block.hidden_size / grid.channels)
         weights = strips * grid.token_packed + grid.group_blocks * (grid.packed - grid.token_packed)
-    written = {update.dst for update in program.updates}
+    written = {update.dst for update in program.counts()}
     passed = len(program.states) - len(written)
     operands = sum(len(update.sources) + update.inject_x + 1 for update in program.updates)
     saved = problem.num_grad_updates if save else 0

@@ -95,6 +95,44 @@ def test_programs_that_differ_are_unequal() -> None:
     assert len({*ALL, RecursionProgram.trm(3, 5), RecursionProgram.trm(3, 6, "all")}) == len(ALL) + 2
 
 
+@pytest.mark.parametrize("window", ["none", "one_step", "last_cycle", 2, "all"])
+def test_folded_and_listed_programs_are_one(window: str | int) -> None:
+    for make in (RecursionProgram.trm, RecursionProgram.hrm, RecursionProgram.hier6, RecursionProgram.urm):
+        program = make(4, 3, window)
+        updates = list(program.updates)
+        listed = RecursionProgram(program.states, program.nets, updates, program.updates_per_cycle)
+        assert (listed, hash(listed), listed.key) == (program, hash(program), program.key)
+        whole = RecursionProgram(program.states, program.nets, program.updates, len(updates))
+        assert whole == RecursionProgram(program.states, program.nets, updates, len(updates))
+        for form in (program, whole):
+            assert [form.updates[i] for i in range(-len(updates), len(updates))] == updates * 2
+            assert list(reversed(form.updates)) == updates[::-1]
+            for part in (slice(3, -2), slice(-2, None), slice(None, None, -3), slice(9, 3)):
+                assert form.updates[part] == tuple(updates[part])
+            assert form.num_grad_updates == len(form.grad_updates)
+            assert form.counts() == {update: updates.count(update) for update in updates}
+            with pytest.raises(IndexError):
+                form.updates[len(updates)]
+
+
+@pytest.mark.parametrize("window", ["none", "one_step", "last_cycle", 7, "all"])
+@pytest.mark.parametrize("cycles", [(10**6, 6), (2, 10**6), (10**9, 10**6)])
+def test_a_long_program_costs_what_a_short_one_does(cycles: tuple[int, int], window: str | int) -> None:
+    if window == 7 and cycles[0] < 7:
+        window = 2
+    program = RecursionProgram.trm(*cycles, window)
+    other = RecursionProgram.from_key(program.key)
+    assert (other, hash(other)) == (program, hash(program))
+    assert len(program.updates) == cycles[0] * (cycles[1] + 1)
+    assert len(program.key) < 300
+    assert len(str(program).splitlines()) < 30
+    assert program.uses_x
+    cycle = cycles[1] + 1
+    counted = window * cycle if isinstance(window, int) else 0
+    expected = {"none": 0, "one_step": 2, "last_cycle": cycle, "all": len(program.updates)}
+    assert program.num_grad_updates == expected.get(str(window), counted)
+
+
 def test_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ALL[0].states = ("z",)  # type: ignore[misc]

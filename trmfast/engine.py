@@ -32,7 +32,8 @@ def block_fields(block: BlockSpec) -> dict[str, Any]:
 
 def update_rows(program: RecursionProgram) -> list[tuple[int, list[int], bool, int, bool]]:
     """The updates of a program: dst, sources, inject_x, net and grad of each."""
-    return [(u.dst, list(u.sources), u.inject_x, u.net, u.grad) for u in program.updates]
+    rows = {u: (u.dst, list(u.sources), u.inject_x, u.net, u.grad) for u in program.counts()}
+    return [rows[u] for u in program.updates]
 
 
 def address(tensor: Tensor | None) -> int:

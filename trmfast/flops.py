@@ -68,8 +68,8 @@ def backward_flops(problem: Problem, batch: int, length: int, needs_weights: Seq
 
 def _updates(problem: Problem, batch: int, length: int, grad_only: bool) -> int:
     total = 0
-    for update in problem.program.updates:
+    for update, count in problem.program.counts().items():
         if update.grad or not grad_only:
             net = problem.nets[update.net]
-            total += net.num_layers * block_flops(net.block, length)
+            total += count * net.num_layers * block_flops(net.block, length)
     return batch * total

@@ -74,7 +74,7 @@ class Problem:
         for name, value in (
             ("nets", nets),
             ("hidden_size", blocks[0].hidden_size),
-            ("num_grad_updates", len(program.grad_updates)),
+            ("num_grad_updates", program.num_grad_updates),
             ("uses_x", program.uses_x),
             ("seq_len", mixers[0].seq_len if mixers else None),
             ("rope_dim", attention[0].head_dim if attention else None),

@@ -219,7 +219,7 @@ def _engine(problem: Problem) -> _Engine:
         blocks,
         tuple(net.num_layers for net in problem.nets),
         tuple(net.key for net in problem.nets),
-        tuple(s in {update.dst for update in problem.program.updates} for s in range(len(problem.program.states))),
+        tuple(s in {update.dst for update in problem.program.counts()} for s in range(len(problem.program.states))),
     )
 
 
@@ -368,7 +368,7 @@ class CpuBackend:
         grads = [torch.empty(shape, dtype=torch.float32) for _ in call.grad_states]
         grad_x = torch.empty(shape, dtype=torch.float32) if call.needs_x else None
         # The engine writes gradients only for the nets that it differentiates.
-        live = {problem.program.updates[i].net for i in problem.program.grad_updates}
+        live = {update.net for update in problem.program.counts() if update.grad}
         needed = [n in live for n, part in enumerate(problem.weight_slices) for _ in range(part.start, part.stop)]
         grad_weights = [
             torch.empty(weight.shape, dtype=torch.float32) if asked and written else None

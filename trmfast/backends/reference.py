@@ -60,10 +60,10 @@ class ReferenceBackend:
         gs: list[Tensor | None] = [g.to(wide, copy=True) for g in call.grad_states]  # added to in place
         gx: Tensor | None = None
         gw: list[Tensor | None] = [None] * len(call.weights)
-        slot = problem.num_grad_updates
+        slot, updates = problem.num_grad_updates, tuple(problem.program.updates)
         with _plain(saved):
             for position in reversed(range(len(needs_input))):
-                update = problem.program.updates[position]
+                update = updates[position]
                 g, gs[update.dst] = gs[update.dst], None
                 if not update.grad:
                     continue

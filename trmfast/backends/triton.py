@@ -118,7 +118,7 @@ class TritonBackend:
             return f"it takes widths up to {WIDEST}, not {problem.hidden_size}"
         if problem.rope_dim is not None and problem.rope_dim > WIDEST_HEAD:
             return f"it takes head_dim up to {WIDEST_HEAD}, not {problem.rope_dim}"
-        terms = max(len(update.sources) + update.inject_x for update in problem.program.updates)
+        terms = max(len(update.sources) + update.inject_x for update in problem.program.counts())
         if terms > MOST_TERMS:
             return f"it adds up to {MOST_TERMS} tensors in an update, not {terms}"
         if batch > MOST_SEQUENCES or batch * length >= 2**31:

@@ -101,7 +101,7 @@ class Model:
 
         program = kind.program(config.H_cycles, config.L_cycles, "none")
         self.program = extension.Program(len(program.states), update_rows(program))
-        self.written = {update.dst for update in program.updates}
+        self.written = {update.dst for update in program.counts()}
         self.nets = [self._packed(take, name, config.net_spec(getattr(config, depth))) for name, depth in kind.nets]
 
     def _packed(self, take: _Tensors, name: str, spec: NetSpec) -> Any:
