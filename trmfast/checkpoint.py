@@ -5,10 +5,14 @@ Files are read as tensors and plain data; nothing in them is ever executed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +72,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: one of ``trmfast.models`` (TRM, HRM and their variants), bare or inside an ``ACTLossHead``, compiled or
             not.  Cycles, gradient window and halting are saved as they are now, the backend is not.
-        path: the file, which ends in ``.safetensors``; an existing one is replaced once the new one is complete.
+        path: the file, which ends in ``.safetensors``; an existing one, or the file that a symbolic link
+            names, is replaced once the new one is complete.
 
     Raises:
         TypeError: another kind of model.
@@ -101,13 +106,40 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     del kept["backend"]  # a property of the machine
     about = {"version": VERSION, "model": layout.name, "config": kept, "window": bare.window, "loss": loss}
     tensors = {name: tensor.detach().contiguous() for name, tensor in bare.state_dict().items()}
-    part = Path(f"{os.fspath(path)}.part")
     try:
-        # One key: several would be written in an order that differs from run to run.
-        save_file(tensors, part, metadata={KEY: json.dumps(about)})
-        os.replace(part, path)
+        with _replacing(Path(path)) as part:
+            # One key: several would be written in an order that differs from run to run.
+            save_file(tensors, part, metadata={KEY: json.dumps(about)})
     except (OSError, SafetensorError) as error:
-        raise OSError(f"path: got {os.fspath(path)}, accepted are files that can be written: {error}") from error
+        kind = type(error) if isinstance(error, OSError) else OSError
+        reason = getattr(error, "strerror", None) or error
+        raise kind(f"path: got {os.fspath(path)}, accepted are files that can be written: {reason}") from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of ``path``, or of what a link there names; else nothing is left.
+
+    The signal SIGTERM, where nobody handles it, waits until the file is complete or removed.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    part = target.with_name(f"{target.name}.part")
+    waiting: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    deferred = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if deferred:
+        signal.signal(signal.SIGTERM, lambda number, _: waiting.append(number))
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+        if deferred:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if waiting:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass(frozen=True)
