@@ -57,12 +57,12 @@ def backward_flops(problem: Problem, batch: int, length: int, needs_weights: Seq
         needs_weights: whether each weight needs a gradient.
     """
     total = 0
-    for update in problem.program.updates:
+    for update, count in problem.program.counts().items():
         if update.grad:
             net = problem.nets[update.net]
             trained = any(needs_weights[problem.weight_slices[update.net]])
             products = _weight_flops(net.block, length) * (2 if trained else 1)
-            total += net.num_layers * (products + 2 * _attention_flops(net.block, length))
+            total += count * net.num_layers * (products + 2 * _attention_flops(net.block, length))
     return batch * total
 
 
