@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for: what one multiprocessor holds, and the speeds of one product of each.
+"""The GPUs that kernels are compiled for: the limits of a multiprocessor, and one product's speeds.
 
 Sources: occupancy tables of the CUDA C++ Programming Guide and the CDNA 3 ISA guide; datasheets for products (dense
 bfloat16 with float32 accumulation).
@@ -21,8 +21,8 @@ class Architecture:
         block_shared: bytes of shared memory that one program may use.
         shared: bytes of shared memory of a multiprocessor (compute unit).
         reserved_shared: bytes of it that the system takes for each program.
-        warps: most warps that a multiprocessor holds.
-        blocks: most programs that it holds.
+        warps: maximum resident warps per multiprocessor.
+        blocks: maximum resident programs per multiprocessor.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Architecture:
     blocks: int
 
     def occupancy(self, registers: int, num_warps: int, shared: int) -> int:
-        """Warps that a multiprocessor holds of a kernel.
+        """Resident warps of a kernel per multiprocessor.
 
         Args:
             registers: for each thread; on AMD, vector and accumulation registers together.
@@ -84,7 +84,7 @@ class Gpu:
         multiprocessors: SMs or compute units.
         tensor_flops: dense bfloat16 products with float32 sums, FLOP/s.
         memory_bandwidth: bytes/s.
-        cache_bandwidth: bytes/s that all multiprocessors together read from the cache that they share.
+        cache_bandwidth: bytes/s that all multiprocessors together read from their shared cache.
         port_bandwidth: bytes/s that one multiprocessor reads from it.
     """
 
@@ -98,7 +98,7 @@ class Gpu:
 
 
 def _gpu(name: str, architecture: str, units: int, tflops: float, memory: float, clock: float, cache: float) -> Gpu:
-    """A GPU from TFLOP/s, GB/s, GHz and the cache's bytes a clock, or its TB/s if that is less than 100."""
+    """A GPU from TFLOP/s, GB/s, GHz and the cache's bytes per clock (its TB/s if below 100)."""
     bandwidth = cache * 1e12 if cache < 100 else cache * clock * 1e9
     # A multiprocessor has a port of 64 bytes a clock.
     return Gpu(name, architecture, units, tflops * 1e12, memory * 1e9, bandwidth, 64 * clock * 1e9)
@@ -123,4 +123,4 @@ GPUS: dict[str, Gpu] = {
 
 TYPICAL = {"sm_80": "A100", "sm_86": "RTX 3090", "sm_89": "L40S", "sm_90": "H100", "sm_100": "B200",
            "sm_120": "RTX 5090", "gfx942": "MI300X"}  # fmt: skip
-"""The product that stands for an architecture in the choice of tiles."""
+"""The product whose numbers choose an architecture's tiles."""

@@ -1,6 +1,6 @@
 """Gradients of attention: queries, keys and values from the gradient of what they mixed; no [L, L] tensor in memory.
 
-Scores s = scale q k^T and probabilities p = exp(s - lse) are made again from the rotated q and k and the saved row
+Scores s = scale q k^T and probabilities p = exp(s - lse) are recomputed from the rotated q and k and the saved row
 sums lse.  With delta = sum(grad mixed * mixed) over a head:
 
     grad v = p^T grad mixed             grad s = p * (grad mixed v^T - delta) * scale
@@ -10,8 +10,8 @@ The rotation is undone on the accumulators.  It pairs column c of a head with co
 and k are taken in an order that keeps both in one thread (pairs.py).  Rows beyond L repeat the last one.
 
 attention_backward_keys: a program owns BLOCK_N keys of one key/value head and walks the queries of its query heads in
-steps of BLOCK_M; grad k and grad v stay in registers.  If BLOCK_N covers the sequence, the program makes the row sums
-again too, has all that grad q needs, and one launch is enough: it reads Q + A elements a token and writes Q.  Otherwise
+steps of BLOCK_M; grad k and grad v stay in registers.  If BLOCK_N covers the sequence, the program also recomputes the
+row sums, has all that grad q needs, and one launch is enough: it reads Q + A elements a token and writes Q.  Otherwise
 attention_backward_queries runs before it: a program owns BLOCK_M queries of one head, walks the keys, and writes grad
 q and delta.  Together they read 2 Q + 3 A elements a token and write Q.  10 A L (one launch) or 14 A L FLOP a token.
 Either way every result has one owner: no atomics, and the same bits on every run.

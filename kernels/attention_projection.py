@@ -1,16 +1,17 @@
-"""Attention, output projection, residual and norm: an attention block's first half but for the QKV product.
+"""Attention, output projection, residual and norm: the first half of an attention block after the QKV product.
 
     mixed = softmax(q k^T / sqrt(d)) v of all heads          [B, L, H d]
     out   = rms_norm(residual + mixed @ weight^T)            [B, L, D]
 
 A program owns BLOCK_M queries of one sequence and holds their rows of the result, [BLOCK_M, D] in float32.  It goes
 from head to head: attention to all keys in tiles of BLOCK_N (attention.py), then the head's share of the projection,
-[BLOCK_M, d] @ [d, D].  What attention mixed stays in registers; it is written only if backward asks for it.
+[BLOCK_M, d] @ [d, D].  ``mixed`` stays in registers; it is written only if backward needs it.
 
 A program loads BLOCK_M H d elements of queries, 2 L H d of keys and values, D H d of the weight, and moves 2 BLOCK_M D
 for the residual and the result; 4 L H d + 2 H d D FLOP a query.  The weight is loaded as often as by a projection of as
-many rows, and a launch and 2 H d elements a token through memory are saved.  Few tokens make few programs, each with
-all heads in a row, and long sequences load all keys for BLOCK_M queries: there two kernels take less time.
+many rows; one launch and 2 H d elements a token of memory traffic are saved.  Few tokens make few programs, each
+running all heads in series; long sequences load all keys for every BLOCK_M queries.  In both cases two kernels are
+faster.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def attention_projection_kernel(
     lse,
     rstd,
     length,
-    heads,  # HEADS, at run time: a constant number of steps would be unrolled
+    heads,  # HEADS, at run time: a constant trip count would be unrolled
     D: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -129,7 +130,7 @@ def attention_projection(
         residual: [B, L, D].
         out: [B, L, D]; not the buffer of ``qkv``.
         eps: of the norm.
-        mixed: [B, L, Hq d], receives what attention mixed, or None.
+        mixed: [B, L, Hq d], receives the attention output, or None.
         lse: [B, Hq, L] float32, receives the natural logarithm of the sums of exp(q . k / sqrt(d)), or None.
         rstd: [B, L] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None.
         tile: BLOCK_M queries, BLOCK_N keys.

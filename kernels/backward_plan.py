@@ -1,4 +1,4 @@
-"""From a recursion to launches, backward: updates in reverse, each made again from its saved input and differentiated.
+"""From a recursion to launches, backward: updates in reverse, each recomputed from its saved input and differentiated.
 
 The order of the kernels in a block, and what each reads and writes, is in gradients.py.
 """
@@ -32,7 +32,7 @@ Targets = Sequence[tuple[Buffer, bool]]
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """A plan and where its results are; None stands for a gradient that is zero or not asked for.
+    """A plan and where its results are; None for a gradient that is zero or not requested.
 
     Attributes:
         plan: its inputs are ``saved``, ``grad.s`` in float32, weights and tables.
@@ -54,7 +54,7 @@ def backward_plan(
 
     Args:
         setting: what the plan is for.
-        needs_states, needs_x, needs_weights: which gradients are asked for.
+        needs_states, needs_x, needs_weights: which gradients are requested.
     """
     problem, shape = setting.problem, setting.shape
     updates, part = tuple(problem.program.updates), problem.weight_slices
@@ -99,7 +99,7 @@ def backward_plan(
 def _wanted(
     setting: Setting, needs_states: Sequence[bool], flows: Sequence[bool], needs_weights: Sequence[bool]
 ) -> list[list[bool]]:
-    """Of every update and state: whether anything before the update needs the gradient of the state."""
+    """For every update and state, whether anything before the update needs the state's gradient."""
     problem = setting.problem
     live, found = list(needs_states), []
     for update, flow in zip(problem.program.updates, flows, strict=True):
@@ -110,10 +110,10 @@ def _wanted(
 
 
 class WeightTotals:
-    """Float32 sums of weight gradients over all applications, made when first asked for.
+    """Float32 sums of weight gradients over all applications, created on first use.
 
     Attributes:
-        needs: by weight, whether its gradient is asked for.
+        needs: for each weight, whether its gradient is requested.
         results: the gradients, by weight.
     """
 
@@ -123,14 +123,14 @@ class WeightTotals:
         self._splits: dict[int, Buffer] = {}
 
     def of(self, weight: int) -> Buffer | None:
-        """What a weight's gradient is added to, of the weight's shape; None if it is not asked for."""
+        """The accumulator of a weight's gradient, of the weight's shape; None if not requested."""
         if not self.needs[weight]:
             return None
         shape = self.writer.setting.problem.weight_shapes[weight]
         return self.results.setdefault(weight, Buffer(f"grad_weights.{weight}", shape, torch.float32))
 
     def split(self, weight: int) -> Buffer | None:
-        """The same in parts, [splits, *shape], for a weight that has few tiles and many rows."""
+        """The accumulator in parts, [splits, *shape], for a weight that has few tiles and many rows."""
         total = self.of(weight)
         if total is None:
             return None
@@ -155,7 +155,7 @@ class WeightTotals:
 def _differentiate(
     writer: PlanWriter, totals: WeightTotals, net: int, saved: Buffer, gradient: Buffer, targets: Targets
 ) -> None:
-    """Writes one application of a network again, from its saved input, and the launches that differentiate it.
+    """Writes the launches that recompute one application of a network and differentiate it.
 
     Args:
         writer, totals: the plan.
@@ -222,7 +222,7 @@ class BlockBackward:
         return self.totals.of(self.first + index)
 
     def _product(self, index: int, gradient: Buffer, source: Buffer) -> None:
-        """Notes the gradient of a linear layer's weight for the launch that makes those of the block."""
+        """Records a linear layer's weight gradient for the block's weight-gradient launch."""
         total = self._total(index)
         if total is not None:
             self.products.append((gradient, source, total))
@@ -310,7 +310,7 @@ class BlockBackward:
     ) -> Buffer:
         """The gradient of a layer's input plus the residual's, through the norm that made the input.
 
-        In one kernel whose programs hold whole rows, and so have narrow tiles, or in two.
+        One kernel, whose programs hold whole rows and so have narrow tiles, or two.
         """
         writer = self.writer
         out, between = writer.state("grad_sum"), writer.state("grad_norm_output")

@@ -1,7 +1,7 @@
-"""Which tiles a kernel uses on which GPU: one table, and the model of time (roofline.py) that picks from it.
+"""The tiles of each kernel on each GPU: one table, and the time model (roofline.py) that picks from it.
 
-A kernel has a few tiles.  Large ones load less, small ones give every multiprocessor something to do.  Which is better
-depends on the GPU and on the number of tokens, and so does whether the channel mixer is one kernel or two.
+A kernel has a few tiles.  Large ones load less; small ones keep every multiprocessor busy.  Which is better depends on
+the GPU and the number of tokens.  So does the choice between one kernel and two for the channel mixer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trmfast.kernels.tuning import Tuner
 __all__ = ["INTERPRETER", "Configuration", "Sizes"]
 
 INTERPRETER = "interpreter"
-"""The architecture whose tiles are large, so that the interpreter runs few programs."""
+"""Stands for Triton's interpreter: its tiles are large, so that few programs run."""
 
 MARGIN = 1.15
 """Fuse unless the fused kernel is modelled more than 15 % slower."""
@@ -54,7 +54,7 @@ class Configuration:
     Attributes:
         architecture: a name in ``ARCHITECTURES``, or ``INTERPRETER``.
         multiprocessors: how many the GPU has; 0 for the product that is typical of the architecture.
-        fusion: ``"most"`` or ``"least"``, one kernel or two wherever there is a choice; or ``"auto"``, by the model.
+        fusion: ``"most"`` or ``"least"``, one kernel or two wherever there is a choice; or ``"auto"``, as modelled.
         tuner: chooses tiles instead of the model, by timing them; None for the model.
     """
 
@@ -90,7 +90,7 @@ class Configuration:
         return tuple(_fit(tile, sizes) for tile in table[next(special, size)])
 
     def offers(self, kernel: str, sizes: Sizes) -> bool:
-        """Whether a fused kernel has tiles; in float32 none has."""
+        """Whether a fused kernel has tiles; none has in float32."""
         size = "32-bit" if sizes.dtype == torch.float32 else "16-bit"
         return self.architecture == INTERPRETER or any(key.startswith(size) for key in TILES[kernel])
 
@@ -103,7 +103,7 @@ class Configuration:
         return sizes.length <= 128 and has_room
 
     def launch(self, kernel: str, sizes: Sizes, build: Callable[[Tile], Launch]) -> Launch:
-        """The launch that ``build`` makes of the tile that takes least time."""
+        """The launch that ``build`` makes with the fastest tile."""
         launches = [build(tile) for tile in self.tiles(kernel, sizes)]
         if self.tuner is not None:
             return self.tuner.fastest(launches)
@@ -112,15 +112,15 @@ class Configuration:
     def choose(self, one: Sequence[Launch], two: Sequence[Launch]) -> Sequence[Launch]:
         """One kernel or two that do the same.
 
-        One it is even where the model says that it takes a little longer, within what the model knows: it moves less
-        memory and is one launch less.
+        The fused kernel also wins if the model puts it slightly behind, within the model's accuracy: it moves less
+        memory and saves a launch.
         """
         if self.fusion != "auto" or self.architecture == INTERPRETER:
             return two if self.fusion == "least" else one
         return one if plan_time(self.gpu, one) <= MARGIN * plan_time(self.gpu, two) else two
 
     def fastest(self, choices: Sequence[Sequence[Launch]]) -> Sequence[Launch]:
-        """Of some ways to do the same, the one that takes least time, and among equals the first."""
+        """The fastest of several equivalents; the first among equals."""
         if len(choices) == 1 or self.architecture == INTERPRETER:
             return choices[0]
         return min(choices, key=lambda launches: plan_time(self.gpu, launches))
@@ -194,7 +194,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         _AMD: (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
         "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
     },
-    # Of two terms and more: the sum is made again for each column tile, and every term has a place in shared memory.
+    # Of two terms and more: the sum is recomputed for each column tile, and every term has a place in shared memory.
     "qkv_sum": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
         _HOPPER: (
@@ -287,7 +287,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         ),
         "32-bit": (_tile(8, 2, M=64, N=128, K=16), _tile(4, 2, M=64, N=64, K=16)),
     },
-    # With gradients of states that are added to in the epilogue.
+    # With state gradients accumulated in the epilogue.
     "projection_backward_targets": {
         "16-bit": (_tile(8, 3, M=64, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
         "16-bit sm_120": (_tile(8, 3, M=64, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 2, M=32, N=64, K=32)),

@@ -69,7 +69,7 @@ def conv_projection_kernel(
     rstd,
     tokens,
     length,
-    end,  # INTER, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # INTER, at run time: a constant trip count would be unrolled and use more registers
     D: tl.constexpr,
     INTER: tl.constexpr,
     TAPS: tl.constexpr,

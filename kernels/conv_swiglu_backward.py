@@ -4,10 +4,10 @@ The depthwise convolution reaches over neighbouring tokens, so its gradient need
 there:
 
 * conv_swiglu_backward: a program owns [BLOCK_M tokens, BLOCK_N inner columns]; the product ds2 @ down over D gives
-  the gradient of z = silu(c) in its accumulators.  c = bias + conv(act) is made again from act, one load a tap.
+  the gradient of z = silu(c) in its accumulators.  c = bias + conv(act) is recomputed from act, one load per tap.
   Writes grad c and z, [T, I] each, and for each tile of tokens the sums over its tokens that make up the gradients of
   taps and bias (partials). Reads D + I (act), writes 2 I elements a token; 2 D I FLOP.
-* gate_up_backward: makes gate and up again (product over D), correlates grad c with the taps for the gradient of act,
+* gate_up_backward: recomputes gate and up (product over D), correlates grad c with the taps for the gradient of act,
   writes the gradient of gate and up.  Reads D + I, writes 2 I elements a token; 4 D I FLOP.
 * conv_gradient: adds the partials to the gradients of taps and bias; a few megabytes.
 
@@ -46,7 +46,7 @@ def conv_swiglu_backward_kernel(
     partials,
     rows,
     length,
-    end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # DEPTH, at run time: a constant trip count would be unrolled and use more registers
     DEPTH: tl.constexpr,
     INNER: tl.constexpr,
     TAPS: tl.constexpr,
@@ -110,7 +110,7 @@ def gate_up_backward_kernel(
     grad_gate_up,
     rows,
     length,
-    end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # DEPTH, at run time: a constant trip count would be unrolled and use more registers
     DEPTH: tl.constexpr,
     INNER: tl.constexpr,
     TAPS: tl.constexpr,

@@ -1,8 +1,8 @@
 """The matrix product and the rounding of every kernel, and the one place that knows of Triton's interpreter.
 
 The interpreter keeps bfloat16 as raw 16-bit integers.  Its ``tl.dot`` multiplies those integers, and its conversion
-from float32 cuts the lower half off instead of rounding: both silently wrong.  So operands are widened there, and
-float32 is rounded before it is cut.  On a device the conditions are constants and cost nothing.
+from float32 truncates instead of rounding: both silently wrong.  So operands are widened there, and
+float32 is rounded before the conversion.  On a device the conditions are constants and cost nothing.
 """
 
 import triton

@@ -63,7 +63,7 @@ class Setting:
 def weight_buffers(problem: Problem, dtype: torch.dtype) -> tuple[Buffer, ...]:
     """The buffers of all weights, in the order of the problem.
 
-    They are the weights' own shapes, but for ``mlp_t.gate_up_proj``: its rows are filled up with zeros.
+    Shapes are the weights' own, except for ``mlp_t.gate_up_proj``, whose rows are padded with zeros.
     """
     buffers = []
     for i, (name, shape) in enumerate(zip(problem.weight_names, problem.weight_shapes, strict=True)):
@@ -74,7 +74,7 @@ def weight_buffers(problem: Problem, dtype: torch.dtype) -> tuple[Buffer, ...]:
 
 
 class PlanWriter:
-    """Launches and buffers of a plan while it is written.
+    """The launches and buffers of a plan under construction.
 
     Attributes:
         launches: so far.
@@ -138,7 +138,7 @@ class PlanWriter:
 
 @dataclass(frozen=True)
 class BlockValues:
-    """What the forward of a block left behind.
+    """The buffers that a block's forward leaves behind.
 
     Attributes:
         h: the sum that entered the block, [B, L, D].
@@ -198,7 +198,7 @@ def forward_block(
         heads, head_dim = block.num_heads, block.head_dim
         qkv_out = writer.scratch("qkv", (batch, length, (heads + 2 * block.num_kv_heads) * head_dim))
         mixed = writer.scratch("mixed", (batch, length, heads * head_dim))
-        if keep and not setting.configuration.keeps_sequences_whole(writer.sizes):  # else backward makes them again
+        if keep and not setting.configuration.keeps_sequences_whole(writer.sizes):  # otherwise backward recomputes them
             lse = writer.scratch("lse", (batch, heads, length), torch.float32)
         kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
         product(kernel, qkv, block, terms, weights[0], qkv_out, cos=writer.cos, sin=writer.sin, total=total)

@@ -32,7 +32,7 @@ elements / D a token for a short sequence.
     mlp_t instead of attention, after ds2 and grad gu as above
     projection_backward   gate_up; + ds2             grad gu, ds2                   grad h1           2 + 2 I/D
     mlp_t_backward        norm and mixer, L <= 128   h, h1, rstd1 [B, D], grad h1   ds1, grad h       5
-    mlp_t_weight_gradient makes gate and up again    h, ds1                         two gradients     2
+    mlp_t_weight_gradient recomputes gate and up     h, ds1                         two gradients     2
     norm_backward         of the block below         grad h, h, rstd2 of it         ds2 of it         3
 
     mlp_t with L > 128: the intermediates [B, It, D], It = seq_intermediate_size, go through memory
@@ -43,7 +43,7 @@ elements / D a token for a short sequence.
 
     conv_swiglu instead of SwiGLU; act as the forward kernel wrote it, before the convolution
     conv_swiglu_backward  down, SiLU, convolution    ds2, act                       grad conv, z      1 + 3 I/D
-    gate_up_backward      makes gate and up again    h1, grad conv                  grad gu           1 + 3 I/D
+    gate_up_backward      recomputes gate and up     h1, grad conv                  grad gu           1 + 3 I/D
     conv_gradient         sums partials              partials                       two gradients     small
 
 then as with SwiGLU, except that weight_gradient takes (ds2, z) for the down projection.

@@ -3,7 +3,7 @@
     activation = silu(gate @ h) * (up @ h)                 [B, I, D], h = sum of the terms, [B, L, D]
     out        = rms_norm over L of (h + down @ activation) [B, L, D]
 
-A program that norms owns BLOCK_C channels of one sequence over its whole length: the norm is a sum within the program.
+A program with a norm owns BLOCK_C channels of one sequence over its whole length: the norm is a sum within the program.
 
 ``mlp_t``, for sequences that fit one tile (L <= 128): the whole mixer.  The channels are the rows of both products, as
 queries are in attention: [BLOCK_C, L] @ [L, 2 BLOCK_I] makes gate and up, their activation is the left operand of
@@ -12,8 +12,8 @@ A program reads the 3 I L elements of the weights from L2, and h once, for 6 I L
 
 ``gate_up_t`` and ``down_t``, for longer ones (L = 916, I = 2560: the activation is 2.8 states): tiles of the activation
 as in any product; then a program walks over row tiles of BLOCK_L, writes them with the residual added, sums their
-squares, and in the end reads back what it wrote, out of L2, and scales it.  That costs one more rounding to the compute
-dtype, the one that eager PyTorch makes there, and saves a launch and a buffer against a norm of its own.
+squares, then reads its own output back from L2 and scales it.  That costs one more rounding to the compute
+dtype, the one that eager PyTorch makes there, and saves a launch and a buffer compared with a separate norm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LONGEST = 128
 
 
 def padded_length(length: int) -> int:
-    """The row width at which the gate and up weight [2 I, L] is stored, filled up with zeros: loads of 16 bytes, and
+    """The row width at which the gate and up weight [2 I, L] is stored, padded with zeros: loads of 16 bytes, and
     no masks along L."""
     return -(-length // 64) * 64 if length > LONGEST else max(16, int(triton.next_power_of_2(length)))
 
@@ -47,7 +47,7 @@ def mlp_t_kernel(
     total,
     out,
     rstd,
-    end,  # INTER, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # INTER, at run time: a constant trip count would be unrolled and use more registers
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,  # of the rows of gate_up
     D: tl.constexpr,
@@ -76,7 +76,7 @@ def mlp_t_kernel(
     pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), CHAINED)
     inner = tl.arange(0, BLOCK_I)
     down_offsets = tl.minimum(rows, LENGTH - 1)[:, None] * INTER + inner[None, :]
-    # As in projection.begin_sum: of 16 bits the residual comes first, in float32 it comes last.
+    # As in projection.begin_sum: in 16 bits the residual is added first, in float32 last.
     if h.dtype == tl.float32:
         sums = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
     else:
@@ -117,7 +117,7 @@ def gate_up_t_kernel(
     total,
     activation,
     gates,
-    end,  # LENGTH, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # LENGTH, at run time: a constant trip count would be unrolled and use more registers
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,  # of the rows of gate_up
     D: tl.constexpr,
@@ -179,7 +179,7 @@ def down_t_kernel(
     residual,
     out,
     rstd,
-    end,  # INTER, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # INTER, at run time: a constant trip count would be unrolled and use more registers
     LENGTH: tl.constexpr,
     D: tl.constexpr,
     INTER: tl.constexpr,

@@ -4,14 +4,14 @@ The norm ``h1 = r * s`` runs over the L rows of one column, s = h + mixer(h).  S
 
 * mlp_t_backward: a program owns BLOCK_N columns of one sequence, all L rows; the columns are the rows of its products,
   as queries are in attention.  It differentiates the norm in
-  registers, walks the inner width It in steps of BLOCK_I, makes gate and up again, and adds both products of their
+  registers, walks the inner width It in steps of BLOCK_I, recomputes gate and up, and adds both products of their
   gradients into the gradient of h.  The intermediates, It / L = 5 times as large as the state, never leave the chip.
   Reads 3 D (grad h1, h1, h), writes 2 D (ds1 and grad h) elements a token; 10 It D FLOP a token, and the weights of
   some 300 KB come from L2 or L1.
 * mlp_t_weight_gradient: a program owns BLOCK_I inner rows of both weights' gradients, three [L, BLOCK_I] in float32
-  registers, holds the weights' rows, and walks its share of all (sequence, BLOCK_N columns).  It makes
-  gate, up and the activation's gradient again from h and ds1: 2 D elements a token read, nothing written but the
-  weights' gradients, 12 It D FLOP a token instead of 6, where storing the intermediates would move 6 It / L = 32 D
+  registers, holds the weights' rows, and walks its share of the (sequence, BLOCK_N columns) pairs.  It recomputes gate,
+  up and the activation's gradient from h and ds1: 2 D elements a token read, nothing written but the weights'
+  gradients, 12 It D FLOP a token instead of 6, where storing the intermediates would move 6 It / L = 32 D
   elements a token.  Splits as in weight_gradient: split s owns total[s].
 
 Longer sequences: mlp_t_norm_backward (two passes over L; reads 2 D, writes D), then the transposed forms of
@@ -65,7 +65,7 @@ def mlp_t_backward_kernel(
     out,
     added,
     overwritten,
-    end,  # INNER, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # INNER, at run time: a constant trip count would be unrolled and use more registers
     WIDTH: tl.constexpr,
     LENGTH: tl.constexpr,
     INNER: tl.constexpr,
@@ -182,7 +182,7 @@ def mlp_t_norm_backward_kernel(
     norm_output,
     rstd,
     out,
-    end,  # LENGTH, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # LENGTH, at run time: a constant trip count would be unrolled and use more registers
     WIDTH: tl.constexpr,
     LENGTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -241,7 +241,7 @@ def mlp_t_backward(
         rstd: of the norm over the sequence, [B, D] float32.
         gate_up: [2 It, W] with W >= L, zeros from L on.
         down: [L, It].
-        grad_sum: result ds1 [B, L, D], which :func:`mlp_t_weight_gradient` takes; None where nobody needs it.
+        grad_sum: result ds1 [B, L, D], which :func:`mlp_t_weight_gradient` takes; None if not needed.
         out: result, the gradient of h, [B, L, D]; None if there are targets only.
         tile: BLOCK_N columns, BLOCK_I inner rows a step.
         targets: as in :func:`projection_backward`.
@@ -300,8 +300,8 @@ def mlp_t_weight_gradient(
         grad_sum: ds1 [B, L, D].
         gate_up: [2 It, W] with W >= L, zeros from L on.
         down: [L, It].
-        total_gate_up: [splits, 2 It, L] float32, added to; None if it is not wanted.
-        total_down: [splits, L, It] float32, added to; None if it is not wanted.
+        total_gate_up: [splits, 2 It, L] float32, added to; None if not requested.
+        total_down: [splits, L, It] float32, added to; None if not requested.
         tile: BLOCK_N columns a step, BLOCK_I inner rows.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 

@@ -6,8 +6,8 @@ thread: a group of rows of the first half, then the same group of the second hal
 not lanes, along columns and rows alike, so parting the halves moves no data, and each half is an accumulator again.
 
 A product that another product follows takes single columns in turn (``CHAINED``).  Triton arranges the warps of such a
-chain so that none computes what another one does, but it does not see the chain through a transposition, which larger
-groups need; compiled for sm_80, every exponential was then computed four times.  A few shuffles are the price.
+chain so that no work is duplicated, but a transposition, which larger groups need, hides the chain from it: compiled
+for sm_80, every exponential was then computed four times.  The price is a few shuffles.
 """
 
 import triton

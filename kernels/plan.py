@@ -198,7 +198,7 @@ class Plan:
         return sum(size * dtype.itemsize for name, (size, dtype) in self.sizes().items() if name not in outside)
 
     def packed(self) -> Plan:
-        """The same plan with its scratch buffers in one allocation a dtype; those that do not live together overlap."""
+        """The same plan with its scratch buffers in one allocation a dtype; buffers with disjoint lifetimes overlap."""
         outside = {buffer.name for buffer in (*self.inputs, *self.outputs, *self.zeros)}
         lives: dict[str, tuple[int, int]] = {}
         for i, launch in enumerate(self.launches):
@@ -238,7 +238,7 @@ def map_buffers(function: Callable[[Buffer], Any], value: Argument) -> Any:
 
 
 def _place(spans: list[tuple[int, int, int]]) -> list[int]:
-    """Offsets for (size, first, last use), large ones first, each as low as what lives at the same time allows."""
+    """Offsets for (size, first, last use), large ones first, each at the lowest offset free for its lifetime."""
     offsets = [0] * len(spans)
     placed: list[int] = []
     for i in sorted(range(len(spans)), key=lambda i: -spans[i][0]):

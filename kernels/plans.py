@@ -1,4 +1,4 @@
-"""The plans of a problem on a GPU that need not be there: what is compiled offline, counted and printed."""
+"""The plans of a problem on a GPU that need not be present: compiled offline, counted and printed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plans(
 
     Args:
         gpu, problem, batch, length, dtype, rope: as in :func:`setting_on`.
-        needs_states: whether the incoming states need gradients; in training they come from a carry and need none.
+        needs_states: whether the incoming states need gradients; in training they come from a carry and do not.
     """
     setting = setting_on(gpu, problem, batch, length, dtype, rope=rope)
     needs = [needs_states] * len(problem.program.states)

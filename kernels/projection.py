@@ -33,10 +33,10 @@ def _load_residual(residual, first_row, tokens, D: tl.constexpr, BLOCK_M: tl.con
 
 @triton.jit
 def begin_sum(residual, first_row, tokens, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What products are added to, [BLOCK_M, BLOCK_D] in float32; :func:`end_sum` adds what is missing.
+    """The initial accumulator, [BLOCK_M, BLOCK_D] in float32; :func:`end_sum` adds the residual if it is not in it.
 
-    Of 16 bits it is the residual: added at the end, it would need registers beside the sum's.  In float32 it is zero: a
-    sum that begins with the residual rounds to its size at every step, which is a quarter more error in a block.
+    In 16 bits it is the residual, which would need extra registers if added at the end.  In float32 it is zero: a sum
+    that starts with the residual rounds at the residual's magnitude in every step, a quarter more error per block.
     """
     if residual.dtype.element_ty == tl.float32:
         return tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -63,8 +63,8 @@ def store_normed(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Norms rows [BLOCK_M, BLOCK_D], whatever stands beyond column D, and writes them; ``rstd`` (or None) receives
-    1 / sqrt(mean(h^2) + EPS) of each row."""
+    """Normalises rows [BLOCK_M, BLOCK_D] (columns from D on may hold anything) and writes them. ``rstd`` (or None)
+    receives 1 / sqrt(mean(h^2) + EPS) of each row."""
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     mask = (rows < tokens - first_row)[:, None]
@@ -86,7 +86,7 @@ def projection_kernel(
     out,
     rstd,
     tokens,
-    end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # DEPTH, at run time: a constant trip count would be unrolled and use more registers
     D: tl.constexpr,
     DEPTH: tl.constexpr,
     EPS: tl.constexpr,

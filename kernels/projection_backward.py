@@ -44,7 +44,7 @@ def projection_backward_kernel(
     added,
     overwritten,
     rows,
-    end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # DEPTH, at run time: a constant trip count would be unrolled and use more registers
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,  # of the rows of weight
@@ -81,7 +81,7 @@ def projection_backward_kernel(
     mask = row_inside[:, None]
     if WIDTH % BLOCK_N != 0:
         mask = mask & (column < WIDTH)[None, :]
-    # As in projection.begin_sum: of 16 bits the residual comes first, in float32 it comes last.
+    # As in projection.begin_sum: in 16 bits the residual is added first, in float32 last.
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if residual is not None:  # noqa: SIM102 (known when compiled)
         if residual.dtype.element_ty != tl.float32:
@@ -105,7 +105,7 @@ def projection_backward_kernel(
     if norm_output is not None:
         y_at = norm_output + result + result_offsets
         mean = tl.sum(total * tl.load(y_at, mask, 0.0).to(tl.float32), 1) / WIDTH
-        tl.debug_barrier()  # y is loaded twice: kept, it would need registers beside the accumulators
+        tl.debug_barrier()  # y is loaded twice: keeping it would need extra registers
         y = tl.load(y_at, mask, 0.0).to(tl.float32)
         scale = tl.load(rstd + first_row + row, row_inside, 0.0)
         total = scale[:, None] * (total - y * mean[:, None])
@@ -149,7 +149,7 @@ def projection_backward(
         weight: [K, N]; transposed [K, W] with W >= L, zeros from L on.
         out: result [..., N]; transposed [B, L, D]; None if there are targets only.
         tile: BLOCK_M rows, BLOCK_N columns, BLOCK_K; with a norm BLOCK_N >= N.
-        residual: added to the product, the shape of ``out``; the gradient that goes around the layer.
+        residual: added to the product, the shape of ``out``; the gradient that bypasses the layer.
         norm_output: y [..., N] of the norm whose output's gradient the sum is; ``out`` is then the gradient of the
             norm's input.  Not with transposed or targets.
         rstd: of that norm, [...] float32.

@@ -41,7 +41,7 @@ def qkv_kernel(
     out,
     tokens,
     length,
-    end,  # D, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # D, at run time: a constant trip count would be unrolled and use more registers
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROTATED: tl.constexpr,  # columns of queries and keys; 0: no rotation
@@ -140,7 +140,7 @@ def qkv(
         weight: [(Hq + 2 Hkv) d, D].
         out: [B, L, (Hq + 2 Hkv) d], rotated queries, rotated keys, values.
         cos, sin: [>= L, d] float32, or None for no rotation.
-        total: [B, L, D], receives the sum; None where nobody needs it.
+        total: [B, L, D], receives the sum; None if not needed.
         tile: BLOCK_M, BLOCK_N, BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 

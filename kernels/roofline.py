@@ -6,7 +6,7 @@ measured.  A launch takes as long as the slowest of
 * its matrix products at a fraction of the tensor cores' rate,
 * its operands and results, each once, at a fraction of the memory's bandwidth,
 * what its programs load and store altogether, at a fraction of the shared cache's bandwidth,
-* its waves: programs run in groups of one a multiprocessor, and a wave takes as long as one program's products at one
+* its waves: programs run in groups of one per multiprocessor, and a wave takes as long as one program's products at one
   multiprocessor's rate, or its loads through one multiprocessor's port,
 
 and a gap between launches.
@@ -24,7 +24,7 @@ from trmfast.kernels.plan import Launch
 __all__ = ["CACHE", "GAP", "MEMORY", "TENSOR", "launch_time", "plan_time", "program_bytes"]
 
 TENSOR, MEMORY, CACHE = 0.75, 0.85, 0.75
-"""The fractions of a GPU's peaks that a kernel is taken to reach."""
+"""The fractions of a GPU's peaks that a kernel is assumed to reach."""
 GAP = 1.3e-6
 """Seconds between two launches of a CUDA graph."""
 

@@ -42,7 +42,7 @@ def swiglu_kernel(
     out,
     rstd,
     tokens,
-    end,  # D, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # D, at run time: a constant trip count would be unrolled and use more registers
     D: tl.constexpr,
     INTER: tl.constexpr,
     EPS: tl.constexpr,
@@ -65,7 +65,7 @@ def swiglu_kernel(
         column = i + pair
         if INTER % BLOCK_I != 0:
             column = tl.minimum(column, INTER - 1)
-        # Early, so that the gate and up product hides its way from L2.
+        # Early, so that the gate and up product hides the latency of L2.
         if INTER % BLOCK_I == 0:
             c = tl.load(down + i + down_offsets)
         else:
@@ -95,7 +95,7 @@ def gate_up_kernel(
     activation,
     gates,
     tokens,
-    end,  # D, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # D, at run time: a constant trip count would be unrolled and use more registers
     D: tl.constexpr,
     INTER: tl.constexpr,
     PRECISION: tl.constexpr,

@@ -7,8 +7,8 @@ BLOCK_N BLOCK_K FLOP. Programs of one row tile are neighbours, so that its rows 
 the first.
 
 Reads h1 and ds2 [T, D], writes the gradient of gate and up [T, 2I] and the activation [T, I], which the gradient of
-down_proj needs: (2 D + 3 I) * size bytes and 6 D I FLOP a token.  Gate and up are made again for 4 of these 6 D I:
-stored by the forward kernel, they would move 4 I * size bytes a token more.
+down_proj needs: (2 D + 3 I) * size bytes and 6 D I FLOP a token.  Recomputing gate and up takes 4 of these 6 D I; if
+the forward kernel stored them, they would move 4 I * size more bytes a token.
 
 Transposed, for the mixer over the sequence: the rows of the product are the columns of the state, h is [B, L, D] and
 the intermediates are [B, inner, D], so that memory is contiguous along rows of the product instead of along its depth
@@ -35,7 +35,7 @@ def swiglu_backward_kernel(
     grad_gate_up,
     activation,
     rows,
-    end,  # DEPTH, at run time: a constant number of steps would be unrolled, into more registers
+    end,  # DEPTH, at run time: a constant trip count would be unrolled and use more registers
     DEPTH: tl.constexpr,
     INNER: tl.constexpr,
     STRIDE: tl.constexpr,  # of the rows of gate_up
@@ -136,7 +136,7 @@ def swiglu_backward(
         gate_up: [2 I, D], or transposed [2 I, W] with W >= L, zeros from L on.
         down: [D, I]; transposed [L, I].
         grad_gate_up: result, [..., 2 I]; transposed [B, 2 I, D].
-        activation: result ``silu(gate) * up``, [..., I]; transposed [B, I, D]; None where nobody needs it.
+        activation: result ``silu(gate) * up``, [..., I]; transposed [B, I, D]; None if not needed.
         tile: BLOCK_M rows, BLOCK_N inner columns, BLOCK_K.
         transposed: whether the product runs over the sequence.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.

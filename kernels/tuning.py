@@ -1,8 +1,8 @@
-"""The choice of tiles by timing them on the GPU at hand, once, with the winners kept in a file.
+"""Chooses tiles by timing them once on the GPU at hand, and keeps the winners in a file.
 
 Off unless ``TRMFAST_TUNE=1`` is set when a plan is made; then kernels/configurations.py asks a :class:`Tuner` instead
-of the model of time.  An entry is valid for a GPU, a version of Triton, the text of kernels/ and the launches between
-which the choice was, whatever optional results they write: backward must run forward again with the same tiles.
+of the time model.  An entry is valid for a GPU, a version of Triton, the source of kernels/ and the candidate
+launches, without their optional results: backward must recompute forward with the same tiles.
 """
 
 from __future__ import annotations

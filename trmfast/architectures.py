@@ -1,4 +1,4 @@
-"""What tells one recursive model from another, as data.  Imports no PyTorch."""
+"""The parameters that define each recursive model, as data.  Imports no PyTorch."""
 
 from __future__ import annotations
 

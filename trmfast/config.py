@@ -52,7 +52,7 @@ class ModelConfig:
         forward_dtype: compute dtype: ``"bfloat16"``, ``"float16"``, ``"float32"`` or ``"float64"``.
         mlp_t: whether a SwiGLU over the sequence axis takes the place of attention.
         backend: backend of the recursion; ``"auto"`` takes the best that supports the problem.
-        recompute: whether backward computes the gradient window again, or forward keeps its activations; as in
+        recompute: whether backward recomputes the gradient window, instead of forward keeping its activations; as in
             :func:`trmfast.recursion`.
 
     Raises:
@@ -260,7 +260,7 @@ def _misspelt(config: Iterable[Any], known: Iterable[str]) -> dict[str, str]:
 
 
 def _convert(name: str, kind: str, value: Any) -> Any:
-    """``value`` as the type ``kind`` names, which YAML may have written as a neighbour of it (4 for 4.0)."""
+    """``value`` converted to the type that ``kind`` names; YAML may have written 4 for 4.0."""
     if kind == "bool" or isinstance(value, bool):
         if kind == "bool" and isinstance(value, bool):
             return value

@@ -1,9 +1,9 @@
-"""Models with networks of any kind: their own recursion goes on, and what backward needs is computed again there.
+"""Models with networks of any kind: their own recursion runs, and backward recomputes what it needs.
 
 Known by structure are ``TinyRecursiveModel`` of the package tiny-recursive-model (also the variant with losses on every
 cycle) and ``HRM`` of hrm-pytorch (also with adaptive computation).  The model's own code runs its updates, decides
 through which of them gradients flow, and gives the same outputs; a call of a network inside the gradient window keeps
-its input alone.  Any other model becomes such a one by :func:`recompute` on its networks.
+its input alone.  For any other model, call :func:`recompute` on its networks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Forward:
 
     def __init__(self, module: nn.Module, before: Any) -> None:
         self.module = module
-        # What the instance, not its class, had as forward.
+        # The forward of the instance, if it had one of its own.
         self.before = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -32,13 +32,13 @@ class _Forward:
 
 
 def recompute(module: nn.Module) -> nn.Module:
-    """Makes calls of a module keep only their inputs for backward, where they are made again; returns the module.
+    """Makes calls of a module keep only their inputs and recompute them in backward; returns the module.
 
     Parameters, buffers, state_dict, class and the module's own hooks stay; hooks on modules inside it are called again
     in backward.  A second call of this function changes nothing, :func:`undo` takes it back.
 
     Raises:
-        ValueError: the module must not be called again, as one that keeps running statistics.
+        ValueError: the module must not be called twice, for example because it keeps running statistics.
     """
     reason = refusal(module)
     if reason is not None:
@@ -70,7 +70,7 @@ class Foreign:
         kind: ``"TinyRecursiveModel"`` or ``"HRM"``, what it is built like.
         name: where it is in the model, ``""`` for the model itself.
         owner: the module that runs the recursion.
-        parts: name within ``owner`` -> module whose calls are to be made again in backward.
+        parts: name within ``owner`` -> module whose calls backward recomputes.
     """
 
     kind: str
@@ -84,7 +84,7 @@ class Foreign:
         return [f"{name}: {reason}" for name, reason in found if reason is not None]
 
     def swap(self) -> None:
-        """Makes the recursion compute again in backward.
+        """Makes backward recompute the recursion.
 
         Raises:
             ValueError: one line with all reasons why not; then nothing was changed.

@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint are named, which model they make, and what their shapes tell about it."""
+"""Tensor names of checkpoints, the models they belong to, and the configuration that their shapes imply."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def _same(values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model as its tensors show it.
+    """How a model appears in its tensors.
 
     Attributes:
         name: of the model's class in trmfast.
         model: the class.
-        has: names of which each starts one of the tensors' names.
-        lacks: names of which none does.
+        has: prefixes, each of which some tensor name must have.
+        lacks: prefixes that no tensor name may have.
         translate: configuration keys as trmfast names them.
         adapt: tensors as trmfast's model has them.
     """
@@ -151,7 +151,7 @@ def find_layout(names: Mapping[str, Tensor]) -> Layout:
 
 
 def inferred(layout: Layout, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration keys that the tensors tell.
+    """The configuration keys that follow from the tensors.
 
     Args:
         layout: which model it is.
@@ -203,7 +203,7 @@ def _split(layout: Layout, length: int, found: Mapping[str, Any], given: Mapping
     if not chosen:
         return {"seq_len": length - fewest}
     if not all(isinstance(given.get(name, 0), int) for name in ("puzzle_emb_len", "seq_len")):
-        return {}  # the configuration says what is wrong with them
+        return {}  # the configuration reports what is wrong with them
     if "puzzle_emb_len" not in given and "seq_len" in given:
         if not 1 <= given["seq_len"] <= length - fewest:
             accepted = f"1 to {length - fewest}, the tensors are those of {length} positions"

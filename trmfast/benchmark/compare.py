@@ -1,10 +1,10 @@
 """Two runs against each other: has trmfast become slower?
 
-Times of two runs differ with clock speed and neighbours, so ratios are compared that were measured in the same rounds:
+Times of two runs differ with clock speed and neighbours, so only ratios measured in the same rounds are compared:
 trmfast's rate to the machine's matrix peak, and each rival's time to trmfast's.  The first decides, with an interval
 from drawing the rounds of both runs again (bootstrap): the peak is the steadier reference, while PyTorch's time varies
-with the memory traffic of neighbours.  The rivals have a veto: where trmfast has not lost against them either, what it
-lost against the peak is the machine's doing.
+with the memory traffic of neighbours.  The rivals have a veto: if trmfast has not lost against them too, the loss
+against the peak is the machine's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trmfast.benchmark.rivals import OURS
 
 __all__ = ["LIMIT", "Change", "compare_rows"]
 
-# A row counts as slower if its change is below 1 - LIMIT, and surely below half of that.
+# A row is slower if its change is below 1 - LIMIT and its whole interval below 1 - LIMIT / 2.
 LIMIT = 0.10
 DRAWS = 1000
 CONFIDENCE = 0.95

@@ -144,8 +144,8 @@ def apply_updates(
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with a code object of its own.
 
-    By code objects torch.compile looks for what it has compiled, and counts up to the limit from which on it does not
-    compile any more: functions that one ``def`` makes for several models would share both.
+    torch.compile caches by code object, and counts recompilations against its limit by code object: functions made by
+    one ``def`` for several models would share both.
     """
     function.__code__ = function.__code__.replace()
     return function
@@ -154,7 +154,7 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 class _CompiledNets:
     """Networks as compiled functions of their weights, which are cast once a step; equal specs share one.
 
-    A cast at every application would be what eager PyTorch does; a compiler that sees the whole recursion hoists it.
+    Eager PyTorch casts at every application; a compiler that sees the whole recursion hoists the cast.
     """
 
     def __init__(self, specs: Sequence[NetSpec], nets: Sequence[Stack]) -> None:
@@ -177,7 +177,7 @@ class _CompiledNets:
     ) -> list[Tensor]:
         dtype = states[0].dtype
         weights = [{name: p.to(dtype) for name, p in net.named_parameters()} for net in self.nets]
-        # Without a gradient the compiled code must not see that the weights have one: it would be compiled again.
+        # Without gradients the compiled code must not see weights that require them: it would be recompiled.
         constants = [{name: w.detach() for name, w in net.items()} for net in weights]
 
         def net(index: int, h: Tensor, tables: CosSin | None) -> Tensor:
@@ -248,12 +248,12 @@ class EagerInner(Inner):
         self._recur: Callable[..., list[Tensor]] = self._recur_eagerly
 
     def compile(self, scope: str) -> None:
-        """Has torch.compile run the recursion.
+        """Runs the recursion under torch.compile.
 
         Args:
             scope: ``"recursion"``, all updates as one graph, minutes of compilation; or ``"network"``, one network as a
-                function of its weights, which all updates share.  There the weights are cast to the compute dtype once
-                a step and not at every application, which is what a compiler makes of the whole recursion too.
+                function of its weights, which all updates share.  It casts the weights to the compute dtype once a step
+                instead of at every application, as the compiler does for the whole recursion.
 
         Raises:
             ValueError: another scope.

@@ -16,7 +16,7 @@ from trmfast.testing import MeaninglessComparisonError, compare, run_truth
 
 __all__ = ["Check", "check_forward", "check_training"]
 
-# The float64 truth of a forward pass is run over the end of the program if the whole is more work than this.
+# Above this much work, the float64 truth of a forward pass covers the end of the program only.
 TRUTH_FLOPS = 60e9
 
 
@@ -41,7 +41,7 @@ def check_forward(runners: dict[str, Runner], inputs: Inputs) -> dict[str, Check
     if flops > TRUTH_FLOPS and all(r.runs(_end(program, 1)) for r in runners.values()):
         count = max(1, min(2, count), int(count * TRUTH_FLOPS / flops))
     checks = _check_end(runners, inputs, count)
-    # Where rounding has carried eager PyTorch itself too far off for a verdict, less of the program can be judged.
+    # If eager PyTorch itself is too far off for a verdict, judge fewer updates.
     for fewer in (2, 1):
         unjudged = {
             name: runner
@@ -66,7 +66,7 @@ def _check_end(runners: dict[str, Runner], inputs: Inputs, count: int) -> dict[s
 
 
 def check_training(runners: dict[str, Runner], inputs: Inputs) -> dict[str, Check]:
-    """The gradients of x and the weights through the last two updates, as entered in the first sequence alone."""
+    """The gradients of x and the weights through the last two updates, seeded in the first sequence alone."""
     program = inputs.problem.program
     count = min(2, len(program.updates))
     checked = _end(program, count).with_window("all")
@@ -87,7 +87,7 @@ def check_training(runners: dict[str, Runner], inputs: Inputs) -> dict[str, Chec
 def _judge(
     found: dict[str, dict[str, Tensor]], true: dict[str, Tensor], updates: int, gradients: bool
 ) -> dict[str, Check]:
-    """Each implementation by the tolerance policy, eager PyTorch being the measure."""
+    """Judges each implementation by the tolerance policy, with eager PyTorch as the yardstick."""
     checks = {}
     for name, tensors in found.items():
         errors, verdict = [], "pass"

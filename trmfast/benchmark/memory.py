@@ -20,8 +20,8 @@ def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor], buffers
 
     Args:
         run: the forward half of a training step; what it returns is dropped.
-        parameters: what is there anyhow; a tensor of the shape of one, or of its transpose, counts as its cast.
-        buffers: what else is there anyhow.
+        parameters: already allocated; a tensor of the shape of one, or of its transpose, counts as its cast.
+        buffers: other tensors that are already allocated.
     """
     parameters = list(parameters)
     known = {t.untyped_storage().data_ptr() for t in (*parameters, *buffers)}
@@ -54,18 +54,18 @@ def trim() -> None:
 
 
 def resident_bytes() -> int | None:
-    """Resident memory of this process, None where the system does not tell."""
+    """Resident memory of this process, None if the system does not report it."""
     return _status("VmRSS")
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
-    """How far resident memory rises above what it was before, during one run; None where the system does not tell.
+    """How far resident memory rises above what it was before, during one run; None if the system does not report it.
 
     Packed weights and workspace of the engine count: they are released before.
     """
     trim()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:
         return None
     before = resident_bytes()

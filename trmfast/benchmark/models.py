@@ -61,7 +61,7 @@ class ModelRunner:
 
     def __init__(self, name: str, model: ACTModel, batch: dict[str, Tensor]) -> None:
         self.title, self.model, self.batch = TITLES[name], model, batch
-        # Forward is the same whether training recomputes or not.
+        # Forward does not depend on whether training recomputes.
         self.steps: tuple[str, ...] = ("training",) if name == "kept" else BOTH
         self.head = ACTLossHead(model, "stablemax_cross_entropy")
         self.carry = model.initial_carry(batch)
@@ -81,7 +81,7 @@ class ModelRunner:
         return cast(Tensor, self.head.train()([], carry=self.carry, batch=self.batch)[1])
 
     def change_weights(self) -> None:
-        """A small step of gradient descent, so that no training step finds weights that it has seen before."""
+        """A small gradient descent step, so that no training step sees the same weights twice."""
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
@@ -127,7 +127,7 @@ def prepare_model(config: BenchConfig, settings: Settings, say: Callable[[str], 
             for _ in range(2 if name == "compile" else 1):
                 for step in runner.steps:
                     getattr(runner, step)()
-        except Exception as error:  # whatever stops the compiler, the others can still be compared
+        except Exception as error:  # any compiler failure; the others can still be compared
             if name != "compile":
                 raise
             text = (str(error).splitlines() or [""])[0]
@@ -140,7 +140,7 @@ def prepare_model(config: BenchConfig, settings: Settings, say: Callable[[str], 
     say(f"{config.title}: accuracy")
     for cycles in (config.check or settings.check, (1, 2), (1, 1)):
         accuracy = measure_accuracy(models, batch, cycles)
-        # Where rounding has carried eager PyTorch itself far off, less of the program can still be judged.
+        # If eager PyTorch itself is far off, judge fewer cycles.
         if accuracy["trmfast"].judged:
             break
     if cycles is not None:

@@ -172,8 +172,8 @@ def measure_works(
 ) -> list[Row]:
     """Times all implementations of some problems.
 
-    The problems are visited again and again: a neighbour who takes memory or a core for a minute then disturbs a round
-    of each, rather than all rounds of one.
+    Problems take turns in many visits, so that a neighbour who takes memory or a core for a minute disturbs one round
+    of each, not all rounds of one.
 
     Args:
         prepared: the problems.
@@ -241,8 +241,8 @@ def _build(
             runner.forward()
             if "training" in runner.steps and "training" in work.steps:
                 runner.training()
-                runner.forward()  # compilers look again at weights that have gradients
-        except Exception as error:  # whatever stops a compiler or an exporter, the others can still be compared
+                runner.forward()  # compilers recompile for weights that have gradients
+        except Exception as error:  # any failure of a compiler or exporter; the others can still be compared
             if name == "trmfast":
                 raise
             text = (str(error).splitlines() or [""])[0]

@@ -90,7 +90,7 @@ class Report:
         return list(found.values())
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON takes it; :func:`load` reads it back."""
+        """The report as JSON-serialisable data; :func:`load` reads it back."""
         record = {
             "description": self.machine,
             **self.facts,

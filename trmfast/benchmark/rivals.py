@@ -66,7 +66,7 @@ class Runner(ABC):
         raise NotImplementedError(f"{self.title} does not train")
 
     def change_weights(self) -> None:  # noqa: B027  # nothing to change without training
-        """Called before each training step, so that none finds weights that it has seen before."""
+        """Called before each training step, so that none sees the same weights twice."""
 
     def saved_bytes(self) -> int | None:
         """Bytes of activations that autograd keeps for backward; None without autograd."""
@@ -360,7 +360,7 @@ RIVALS: dict[str, type[Runner]] = {
 """Implementations of a recursion by name, trmfast the last."""
 
 OURS = ("trmfast", "kept")
-"""What is no rival; ``"kept"`` is a model with ``recompute=False``."""
+"""Not rivals; ``"kept"`` is a model with ``recompute=False``."""
 
 TITLES = {**{name: kind.title for name, kind in RIVALS.items()}, "kept": "trmfast, recompute=False"}
 """What tables and charts call an implementation, in their order."""

@@ -18,7 +18,7 @@ __all__ = ["Fit", "Sweep", "fit_powers", "measure_sweeps"]
 BATCHES: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS: tuple[int, ...] = (16, 32, 64, 97, 192, 384, 916)
 DEPTHS: tuple[int, ...] = (7, 21, 70, 210, 700, 2100)
-# Eager PyTorch is there for comparison; twice as long it would take too much of the time.
+# Eager PyTorch, here for comparison, skips larger points to save time.
 MOST_EAGER = {("depth", "forward"): 210, ("batch", "training"): 16}
 MOST_TRAINED = 32
 

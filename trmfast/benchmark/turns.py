@@ -24,11 +24,11 @@ __all__ = [
 
 clock = time.perf_counter
 SAMPLE_SECONDS = 0.02
-# Idle OpenMP threads of the implementation before spin for some milliseconds on cores that the next one needs.
+# Idle OpenMP threads of the previous implementation spin for some milliseconds on cores that the next one needs.
 SETTLE_SECONDS = 0.01
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 31
 VISIT_SECONDS = 1.0
-# What another problem has pushed out of the caches, and packing weights that have changed, is nothing beside this.
+# Refilling the caches after another problem and repacking changed weights take far less than this.
 COLD_SECONDS = 0.5
 
 
@@ -122,7 +122,7 @@ class Turns:
             self.timing.times[name].append(total / self.repeats[name])
 
     def visit(self, seconds: float = VISIT_SECONDS) -> None:
-        """A round, or as many as fit into the seconds, on a machine that has run something else in the meantime."""
+        """At least one round, and as many as fit into the seconds, after other problems have run."""
         for name, run in self.runs.items():
             if self.timing.peaks and self.once[name] < COLD_SECONDS:
                 run()
@@ -156,7 +156,7 @@ def _once(run: Callable[[], object]) -> float:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third."""
+    """The first and third quartiles."""
     if len(values) == 1:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -60,7 +60,7 @@ columns of suites besides:
   peak MB        by how much resident memory rises during a step
 """
 
-# Compilation may take so much of the time; after that the remaining configurations go without.
+# The share of time that compilation may take; configurations after that run without it.
 COMPILE_SHARE = 0.7
 TINY = {"hidden_size": 64, "num_heads": 2, "puzzle_emb_ndim": 64, "H_cycles": 2, "L_cycles": 2}
 
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what torch.compile gets (default: network)",
     )
     add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--no-recompute", action="store_true", help="time training with recompute=False besides")
+    add("--no-recompute", action="store_true", help="also time training with recompute=False")
     add("--seconds", type=float, default=240, metavar="S", help="time to aim at (default: 240)")
     add(
         "--output",

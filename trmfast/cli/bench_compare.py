@@ -19,7 +19,7 @@ Again = Callable[[Sequence[Change]], list[Row]]
 def compare_runs(old: Report, new: Report, again: Again | None = None) -> bool:
     """Prints the changes; whether one is a regression.
 
-    A row that looks worse in a run of this process is measured once more: noise does not come back, a slowdown does.
+    Rows of this process that look worse are measured again: noise does not repeat, a slowdown does.
 
     Args:
         old, new: two runs of models, or two of suites.

@@ -71,7 +71,7 @@ class Board:
         self.live.stop()
 
     def step(self, row: Row) -> None:
-        """Draws a row that has taken a step, unless a better one has taken the same."""
+        """Draws a row after its step, unless a better one has drawn the same step."""
         rank = (row.steps, row.q_halt if row.q_halt is not None else 0.0)
         if rank < self.best:
             return

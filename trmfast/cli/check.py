@@ -53,7 +53,7 @@ QUICK = ("trm", "trm-mlp_t", "hrm", "hier6", "grouped-heads", "odd-sizes")
 DTYPES = (torch.float32, torch.bfloat16)
 SEEDS = tuple(range(5))
 
-# Finite differences see through updates that gradients do not pass, so every update here has one.
+# Finite differences also see updates without gradient, so every update here has one.
 GRADCHECK = tuple(
     make_case(
         name,
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
         for job in jobs:
             bar.step(f"{job.case.name} {job.backend} {job.target} {job.dtype}")
             rows.append(_parity(job, draws))
-    # Backends that were asked for and take none of the problems.
+    # Requested backends that accept none of the problems.
     idle = [name for name in dict.fromkeys(arguments.backend or ()) if all(row.backend != name for row in rows)]
     passed = bool(rows) and not idle and all(row.passed for row in rows) and all(g["passed"] for g in gradients)
     if arguments.json:
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def gradcheck(case: Case) -> str:
-    """Compares the operator's gradients in float64 with finite differences; "" or what differs, in one line."""
+    """Compares the operator's gradients in float64 with finite differences; "" or the difference in one line."""
     inputs = make_inputs(case, torch.float64)
     problem, count = inputs.problem, len(inputs.states)
     leaves = [t.double().requires_grad_() for t in (*inputs.states, inputs.x, *inputs.weights) if t is not None]
@@ -219,7 +219,7 @@ def _last_updates(case: Case, count: int) -> Case:
 
 
 def _jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[dict[str, str]]]:
-    """What is to run, truths side by side; and what is off, with the reason."""
+    """The jobs, grouped by truth; and what is off, with the reason."""
     cases = {case.name: case for case in (*SMALL, *PUBLISHED)}
     names = arguments.problem or (QUICK if arguments.quick else list(cases))
     for name in names:
@@ -293,7 +293,7 @@ def _cpu_targets(skipped: list[dict[str, str]]) -> Iterator[str]:
 
 
 def _computes(target: str, dtype: torch.dtype) -> bool:
-    """Whether a target computes in a dtype itself, and does not leave it to the next one."""
+    """Whether a target computes in a dtype itself instead of deferring to the next one."""
     from trmfast import _cpu
     from trmfast.backends.cpu import ELEMENTS
 

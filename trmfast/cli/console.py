@@ -1,4 +1,4 @@
-"""What the commands print with: tables, and a progress bar where somebody watches and rich is installed."""
+"""What the commands print with: tables, and a progress bar on terminals if rich is installed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Progress:
         self.task = None if bar is None else bar.add_task("", total=total)
 
     def step(self, text: str, advance: int = 1) -> None:
-        """Says what is being done, ``advance`` steps after what was said before."""
+        """Shows the current task and advances the bar by ``advance`` steps."""
         if self.bar is not None:
             self.bar.update(self.task, advance=advance, description=text)
 

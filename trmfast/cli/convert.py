@@ -1,5 +1,5 @@
 """Converts a checkpoint (a .pt of the training scripts of TRM or HRM, safetensors, a Lightning checkpoint of nano-trm)
-to safetensors with the class and the configuration of the model, which trmfast.load opens without further words."""
+to safetensors with the class and the configuration of the model, which trmfast.load opens without further options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ examples:
   trmfast convert trm.pt trm.safetensors --config arch.yaml --set H_cycles=3 L_cycles=6
   trmfast convert in.safetensors out.safetensors --set num_puzzle_identifiers=1000
 
-What the tensors tell (sizes, layers, kind of mixer) needs no words; the rest is asked for by name.
+What the tensors tell (sizes, layers, kind of mixer) needs no option; the rest is asked for by name.
 """
 
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_output(arguments.input, arguments.output)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what is missing is in the report
+            warnings.simplefilter("ignore", UserWarning)  # the report lists what is missing
             found = read(arguments.input, arguments.config, strict=not arguments.partial, **options)
     except (OSError, TypeError, ValueError) as error:
         raise _usage_error(error, {"path": "IN", "config": "--config"}) from error
@@ -105,7 +105,7 @@ def _usage_error(error: Exception, names: dict[str, str]) -> UsageError:
 
 
 def _option(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value as JSON where it is any, as a word otherwise."""
+    """KEY=VALUE; the value is parsed as JSON if possible, otherwise kept as a string."""
     key, sign, value = text.partition("=")
     if not sign or not key.isidentifier():
         raise UsageError(f"--set: got {text!r}, accepted are KEY=VALUE")

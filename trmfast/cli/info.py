@@ -1,5 +1,5 @@
-"""Prints what this machine and this installation can do: processor, versions, engine targets and backends, each with
-the reason where it is off."""
+"""Prints what this machine and this installation can do: processor, versions, engine targets and backends, with the
+reason for each that is off."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ INSTRUCTION_SETS = (
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, caches (bytes) and memory (bytes); what a system does not tell is None or empty."""
+    """Processor, cores, caches (bytes) and memory (bytes); facts that the system does not report are None or empty."""
     cpuinfo = _read("/proc/cpuinfo")
     flags = set((_field(cpuinfo, "flags") or _field(cpuinfo, "Features") or "").split())
     cores = {
@@ -75,7 +75,7 @@ _BEST = (
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what takes part; None for what is not installed."""
+    """Versions of the packages involved; None if not installed."""
     found: dict[str, str | None] = {
         "trmfast": trmfast.__version__,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""The fused recursion in models that exist already: recognised, swapped in, and out again."""
+"""The fused recursion in existing models: recognised, swapped in, and swapped out."""
 
 from trmfast.dropin.accelerate import accelerate, restore
 from trmfast.dropin.structure import UnsupportedModelError

@@ -1,4 +1,4 @@
-"""accelerate and restore: the fused recursion in a model that exists already, and out of it again."""
+"""accelerate and restore: swap the fused recursion into an existing model, and out again."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def accelerate(model: M, backend: str = "auto") -> M:
     double that shares no tensor with it.  Parameters, buffers, state_dict, hooks outside of the networks and random
     generators stay as they are.  An accelerated model takes the new backend and is otherwise left alone.
 
-    A model of tiny-recursive-model or hrm-pytorch, whose networks are of any kind, goes on with its own code and
-    computes its gradient window again in backward, see :mod:`trmfast.foreign`.
+    A model of tiny-recursive-model or hrm-pytorch, whose networks are of any kind, keeps running its own code and
+    recomputes its gradient window in backward, see :mod:`trmfast.foreign`.
 
     Args:
         model: the model.
@@ -36,7 +36,7 @@ def accelerate(model: M, backend: str = "auto") -> M:
 
     Raises:
         TypeError: model is not a module.
-        UnsupportedModelError: a ValueError that lists everything in which the model differs, one line each.
+        UnsupportedModelError: a ValueError that lists every difference of the model, one per line.
         ValueError: there is no backend of that name.
     """
     if not isinstance(model, nn.Module):
@@ -64,7 +64,7 @@ def accelerate(model: M, backend: str = "auto") -> M:
 
 
 def restore(model: M) -> M:
-    """Undoes :func:`accelerate`; the model computes again what it computed before, bit for bit, and is returned.
+    """Undoes :func:`accelerate`; the model computes what it did before, bit for bit, and is returned.
 
     A model that is not accelerated stays as it is.
     """
@@ -76,7 +76,7 @@ def restore(model: M) -> M:
 
 
 def _foreign(model: nn.Module) -> foreign.Foreign | None:
-    """The recursion over networks of any kind in a model, if it has one that may be computed again."""
+    """The recursion over networks of any kind in a model, if it has one that can be recomputed."""
     try:
         found = foreign.recognise(model)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """A private double of a model's inner module: the model's code and settings over tensors of its own.
 
-The double shares no tensor with the model, however large its tables are.  Its weights are random, so that weights which
-are zero hide nothing, and drawn from a generator of its own.
+The double shares no tensor with the model, however large its tables are.  Its weights are random, since zero weights
+would hide differences, and drawn from a generator of its own.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Double:
 
     def _copy(self) -> Any:
         source = self.found.inner
-        memo: dict[int, Any] = {}  # what deepcopy puts in the place of each tensor
+        memo: dict[int, Any] = {}  # what deepcopy substitutes for each tensor
         for module in source.modules():
             for parameter in module._parameters.values():
                 if parameter is not None:

@@ -1,4 +1,4 @@
-"""The recursive models that are recognised, as data: what they call their parts and which program their loop runs."""
+"""The recognised recursive models, as data: the names of their parts and the program of their loop."""
 
 from __future__ import annotations
 

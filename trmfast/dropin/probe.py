@@ -38,7 +38,7 @@ BLOCK_RULE = "h = norm(h + mixer(h)) twice, with RMSNorm without weight and norm
 
 
 def differences(found: Found) -> list[str]:
-    """What the model's blocks and loop compute otherwise than the reference, one line each; empty if nothing.
+    """Differences of the model's blocks and loop from the reference, one line each; empty if none.
 
     The comparison runs in float64 or, where the model's kernels do not take that, in float32 or the model's own dtype.
     """
@@ -59,20 +59,20 @@ class _OwnCodeError(Exception):
 def _own(name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except Exception as error:  # any error of a model's code is a reason to leave the model alone
+    except Exception as error:  # any error in the model's code means: leave the model alone
         first = str(error).strip().splitlines()
         raise _OwnCodeError(f"{name}: raised {type(error).__name__}: {first[0] if first else ''}") from error
 
 
 @contextmanager
 def _quiet(device: torch.device) -> Iterator[None]:
-    """Leaves no trace: generators as they were, modes of the caller off, nothing compiled."""
+    """Leaves no trace: restores generators, switches the caller's modes off, compiles nothing."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(device)
         yield
@@ -100,7 +100,7 @@ def _block_differences(double: Double) -> list[str]:
         for net, spec in zip(double.family.nets, double.found.nets, strict=True):
             prefix = net if net == "layers" else f"{net}.layers"
             for i, block in enumerate(blocks_of(double.inner, net)):
-                for training in (True, False):  # dropout shows in training, whatever it is made of
+                for training in (True, False):  # dropout of any implementation shows in training
                     found = _mixers(double, block.train(training), spec.block, f"{prefix}.{i}")
                     found = found or _whole_block(double, block, spec.block, f"{prefix}.{i}")
                     if found:
@@ -177,7 +177,7 @@ def _step_differences(double: Double) -> list[str]:
         own = _own(method, lambda: _run(double, own_step, carry, batch))
         try:
             fused = _run(double, fused_step, carry, batch)
-        except Exception as error:  # a fork has changed what is around the loop
+        except Exception as error:  # a fork has changed the code around the loop
             return [f"{method}: {type(error).__name__} in {what}: {error}"]
         lines = [
             line

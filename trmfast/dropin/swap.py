@@ -33,13 +33,13 @@ BASE = "_trmfast_base"
 
 @dataclass
 class Swap:
-    """What a swapped inner module knows about itself.
+    """The description of a swapped inner module.
 
     Attributes:
         family: name of its family.
         nets: the specs of its networks.
         backend: the backend of its recursion.
-        forwards: what computed each module of the networks, see :func:`forwards_of`.
+        forwards: the function that computes each module of the networks, see :func:`forwards_of`.
     """
 
     family: str
@@ -185,7 +185,7 @@ def _swapped_class(base: Any, method: str) -> type:
 
 
 def _reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
-    """For copies and pickles: the class is made again from the model's own, which can be imported."""
+    """For copies and pickles: rebuilds the class from the model's own, which can be imported."""
     base, family = getattr(type(self), BASE), FAMILIES[self._trmfast_swap.family]
     _, (_, *arguments), *rest = base.__reduce_ex__(self, max(protocol, 2))
     return _rebuild, (base, family.method, *arguments), *rest
@@ -202,7 +202,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def swap_of(module: nn.Module) -> Swap:
-    """What a swapped module knows about itself."""
+    """The description of a swapped module."""
     return cast(Swap, module.__dict__[SWAP])
 
 
@@ -221,7 +221,7 @@ def swap_back(inner: nn.Module) -> None:
 
 
 def _without_swap(cls: type) -> type:
-    """A class without the swap, also where ``fully_shard`` has derived its own class from it since."""
+    """A class without the swap, even if ``fully_shard`` has derived a class from it since."""
     if BASE in cls.__dict__:
         return cast(type, cls.__dict__[BASE])
     if not hasattr(cls, BASE):
