@@ -1,4 +1,4 @@
-"""Small models of every kind, each with its eager counterpart."""
+"""Small models of every kind, each with the plain model (dropin_models) that it is compared with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eager_models import EagerModel
+import dropin_models as plain
 from trmfast.models import HRM, TRM, ACTModel, TRMHier6, TRMSingleZ
 
 TINY: dict[str, Any] = {
@@ -38,18 +38,20 @@ SUDOKU = TINY | {
 HRM_SUDOKU = SUDOKU | {"H_cycles": 2, "L_cycles": 2, "H_layers": 4, "L_layers": 4}
 MLP = {"mlp_t": True, "pos_encodings": "none"}
 
-# name -> (class, the eager model's kind, what differs from TINY, puzzle tokens)
-CASES: dict[str, tuple[type[ACTModel], str, dict[str, Any], int]] = {
-    "trm": (TRM, "trm", {}, 3),
-    "trm-learned": (TRM, "trm", {"pos_encodings": "learned", "puzzle_emb_ndim": 40, "puzzle_emb_len": 0}, 2),
-    "trm-bare": (TRM, "trm", {"pos_encodings": "none", "puzzle_emb_ndim": 0}, 0),
-    "trm-mlp_t": (TRM, "trm", MLP | {"H_cycles": 1}, 3),
-    "trm-continue": (TRM, "trm", {"no_ACT_continue": False}, 3),
-    "trm_singlez": (TRMSingleZ, "trm_singlez", {}, 3),
-    "trm_hier6": (TRMHier6, "trm_hier6", {"L_cycles": 4}, 3),
-    "hrm": (HRM, "hrm", {}, 1),
-    "hrm-mlp_t": (HRM, "hrm", MLP | {"L_cycles": 1}, 1),
+# name -> (class, the plain model's class, what differs from TINY, puzzle tokens)
+CASES: dict[str, tuple[type[ACTModel], type[Any], dict[str, Any], int]] = {
+    "trm": (TRM, plain.TRM, {}, 3),
+    "trm-learned": (TRM, plain.TRM, {"pos_encodings": "learned", "puzzle_emb_ndim": 40, "puzzle_emb_len": 0}, 2),
+    "trm-bare": (TRM, plain.TRM, {"pos_encodings": "none", "puzzle_emb_ndim": 0}, 0),
+    "trm-mlp_t": (TRM, plain.TRM, MLP | {"H_cycles": 1}, 3),
+    "trm-continue": (TRM, plain.TRM, {"no_ACT_continue": False}, 3),
+    "trm_singlez": (TRMSingleZ, plain.SingleZ, {}, 3),
+    "trm_hier6": (TRMHier6, plain.Hier6, {"L_cycles": 4}, 3),
+    "hrm": (HRM, plain.HRM, {}, 1),
+    "hrm-mlp_t": (HRM, plain.HRM, MLP | {"L_cycles": 1}, 1),
 }
+# What the plain models have no default for.
+EXPLICIT: dict[str, Any] = {"mlp_t": False, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
 
 
 def make_batch(seed: int, rows: int = 3, config: dict[str, Any] = TINY) -> dict[str, Tensor]:
@@ -73,17 +75,22 @@ def randomise(model: ACTModel) -> None:
             model.puzzle_emb.weights.normal_(std=0.2)
 
 
-def make(name: str, scale: float = 1.0, **extra: Any) -> tuple[ACTModel, EagerModel]:
-    """A model and its eager counterpart with the same weights, those of the networks times ``scale``."""
-    cls, kind, differs, prefix = CASES[name]
-    config = TINY | differs | extra
+def make_plain(name: str, **extra: Any) -> Any:
+    """The plain model of a case."""
+    _, cls, differs, prefix = CASES[name]
+    return cls(EXPLICIT | TINY | differs | {"puzzle_emb_len": prefix} | extra)
+
+
+def make(name: str, scale: float = 1.0, **extra: Any) -> tuple[ACTModel, Any]:
+    """A model and the plain one with the same weights, those of the networks times ``scale``."""
+    cls, _, differs, _ = CASES[name]
     torch.manual_seed(0)
-    model = cls(config)
+    model = cls(TINY | differs | extra)
     randomise(model)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "_level." in key:
                 parameter.mul_(scale)
-    eager = EagerModel(kind, config, prefix)
+    eager = make_plain(name, **extra)
     eager.load_state_dict(model.state_dict(), strict=True)
     return model, eager

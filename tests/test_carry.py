@@ -94,13 +94,13 @@ def test_continue_target_is_the_next_step(name: str) -> None:
     model, eager = make(name, halt_max_steps=2, halt_exploration_prob=1.0)
     batch = make_batch(1)
     carry = model.initial_carry(batch)
-    states = eager.inner.initial_states(3)
+    states = eager.inner.reset_carry(torch.ones(3, dtype=torch.bool), eager.inner.empty_carry(3))
     for last in (False, True):
         carry, outputs = model(carry, batch)
         assert carry.halted.all() == last
         states = eager.inner(states, batch)[0]
-        following = eager.inner(states, batch)[2]
-        target = torch.sigmoid(following[:, 0] if last else following.max(-1).values)
+        q_halt, q_continue = eager.inner(states, batch)[2]
+        target = torch.sigmoid(q_halt if last else torch.maximum(q_halt, q_continue))
         torch.testing.assert_close(outputs["target_q_continue"], target, rtol=1e-4, atol=1e-5)
         assert not outputs["target_q_continue"].requires_grad
 

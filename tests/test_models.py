@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 import trmfast
-from eager_models import EagerModel
-from model_cases import CASES, HRM_SUDOKU, MLP, SUDOKU, TINY, make, make_batch
+from model_cases import CASES, HRM_SUDOKU, MLP, SUDOKU, TINY, make, make_batch, make_plain
 from trmfast.models import HRM, TRM, URM, ACTLossHead, ACTModel, Carry, TRMHier6, TRMSingleZ
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,7 +110,7 @@ def test_a_seed_draws_in_the_published_order() -> None:
 # ---------------------------------------------------------------- one step against the eager model
 
 
-def step_and_grads(model: ACTModel, batch: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+def step_and_grads(model: Any, batch: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
     """Results of the last of several supervision steps, and the gradients of a random projection of its heads."""
     carry = model.initial_carry(batch)
     model.halt_exploration_prob, model.halt_max_steps = 1.0, 10**6
@@ -121,15 +120,6 @@ def step_and_grads(model: ACTModel, batch: dict[str, Tensor], steps: int) -> dic
     q = torch.stack((outputs["q_halt_logits"], outputs["q_continue_logits"]), -1)
     puzzle = model.puzzle_emb.local_weights if model.config.puzzle_emb_ndim else None
     return with_grads(model, vars(carry.inner_carry), outputs["logits"], q, puzzle)
-
-
-def eager_step_and_grads(eager: EagerModel, batch: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
-    inner = eager.inner
-    states = inner.initial_states(len(batch["inputs"]))
-    for _ in range(steps):
-        states, logits, q, puzzle = inner(states, batch)
-    names = [f"z_{name.removesuffix('_init')}" for name in inner.inits()]
-    return with_grads(eager, dict(zip(names, states, strict=True)), logits, q, puzzle)
 
 
 def with_grads(
@@ -150,7 +140,7 @@ def with_grads(
 def test_float64_steps_are_those_of_the_eager_model(name: str) -> None:
     model, eager = make(name, forward_dtype="float64", backend="reference")
     batch = make_batch(3)
-    ours, theirs = step_and_grads(model, batch, 2), eager_step_and_grads(eager, batch, 2)
+    ours, theirs = step_and_grads(model, batch, 2), step_and_grads(eager, batch, 2)
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         # q and the gradients of the float32 parameters are float32.
@@ -164,11 +154,10 @@ def test_as_exact_as_the_eager_model(name: str, dtype: str) -> None:
     # One short cycle with small weights: over more, rounding grows until a comparison proves nothing.
     short = {"H_cycles": 1, "L_cycles": 1, "batch_size": 8}
     model, eager = make(name, scale=0.5, forward_dtype=dtype, **short)
-    _, kind, differs, prefix = CASES[name]
-    truth = EagerModel(kind, TINY | differs | short | {"forward_dtype": "float64"}, prefix)
+    truth = make_plain(name, **short, forward_dtype="float64")
     truth.load_state_dict(eager.state_dict(), strict=True)
     batch = make_batch(3, rows=8)
-    exact, theirs = (by_module(eager_step_and_grads(m, batch, 1)) for m in (truth, eager))
+    exact, theirs = (by_module(step_and_grads(m, batch, 1)) for m in (truth, eager))
     for key, value in by_module(step_and_grads(model, batch, 1)).items():
         allowed = (theirs[key] - exact[key]).norm()
         assert allowed < 0.1 * exact[key].norm(), key
@@ -199,8 +188,8 @@ def test_cycles_window_and_backend_change_at_run_time() -> None:
     batch = make_batch(1)
     carry = model.initial_carry(batch)
     model.H_cycles, model.L_cycles = 3, 1
-    eager.inner.config = eager.inner.config | {"H_cycles": 3, "L_cycles": 1}
-    expected = eager.inner(eager.inner.initial_states(3), batch)[1]
+    eager.config.H_cycles, eager.config.L_cycles = 3, 1
+    expected = eager(eager.initial_carry(batch), batch)[1]["logits"]
     torch.testing.assert_close(model(carry, batch)[1]["logits"], expected, rtol=1e-4, atol=1e-5)
     model.window, model.backend = "all", "reference"
     logits = model(carry, batch)[1]["logits"]
@@ -295,7 +284,7 @@ def test_a_carry_of_other_classes_with_the_same_fields_is_taken() -> None:
 # ---------------------------------------------------------------- as a PyTorch module
 
 
-@pytest.mark.representative(when=lambda name: name == "trm")
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", ["trm", "hrm"])
 def test_compiles_whole_with_its_loss(name: str) -> None:
     model, _ = make(name)

@@ -68,7 +68,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, length: int, base: float = 10000.0) -> None:
         super().__init__()
-        frequencies = base ** -(torch.arange(0, dim, 2) / dim)
+        frequencies = 1 / base ** (torch.arange(0, dim, 2) / dim)
         angles = torch.arange(length)[:, None] * frequencies
         self.register_buffer("cos_cached", angles.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sin_cached", angles.sin().repeat(1, 2), persistent=False)
@@ -85,7 +85,7 @@ class RotaryEmbedding2D(nn.Module):
 
     def __init__(self, dim: int, prefix_len: int, side: int, base: float = 10000.0) -> None:
         super().__init__()
-        frequencies = base ** -(torch.arange(0, dim, 2) / dim)
+        frequencies = 1 / base ** (torch.arange(0, dim, 2) / dim)
         self.register_buffer("inv_freq", frequencies, persistent=False)
         prefix = torch.arange(prefix_len)[:, None] * frequencies
         row, column = torch.arange(side * side) // side, torch.arange(side * side) % side
