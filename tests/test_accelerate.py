@@ -57,6 +57,9 @@ def fused_calls(model: Any, batch: dict[str, Tensor]) -> int:
 # ---------------------------------------------------------------- the same numbers
 
 
+@pytest.mark.representative(
+    when=lambda name, dtype: name in FAMILIES and (dtype == "float32" or name in {"trm", "hrm"})
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_as_exact_as_the_model_itself(name: str, dtype: str) -> None:
@@ -109,6 +112,7 @@ def test_one_operator_takes_the_place_of_the_loop(name: str) -> None:
     assert fused_calls(model, batch) == 0
 
 
+@pytest.mark.representative(when=lambda name: name in FAMILIES)
 @pytest.mark.parametrize("name", CASES)
 def test_restore_leaves_nothing_behind(name: str) -> None:
     model, batch = make(name), make_batch(name)
@@ -247,6 +251,7 @@ def through_torch_save(model: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
+@pytest.mark.representative(when=lambda name, copied: copied is copy.deepcopy or name == "trm")
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_copies_follow_their_own_weights(name: str, copied: Any) -> None:
@@ -285,6 +290,7 @@ def test_writes_to_the_weights_are_seen(name: str) -> None:
         assert_close(step(model, batch), expected)
 
 
+@pytest.mark.representative(when=lambda name, dtype: dtype == torch.bfloat16 or name == "trm")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_model_to_dtype(name: str, dtype: torch.dtype) -> None:

@@ -101,7 +101,7 @@ def off_by(losses: list[float], truth: list[float]) -> float:
     return fmean(abs(loss - true) for loss, true in zip(losses, truth, strict=True))
 
 
-@pytest.mark.representative(when=lambda name: name == "baseline")
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", FAMILIES)
 def test_thirty_steps_lose_no_more_than_eager(name: str) -> None:
     dtypes = ("float32", "bfloat16")

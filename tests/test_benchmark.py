@@ -332,6 +332,7 @@ def test_bad_options(words: list[str], expected: str, capsys: pytest.CaptureFixt
     assert expected in lines[0]
 
 
+@pytest.mark.breadth
 @pytest.mark.usefixtures("one_thread")
 def test_less_is_judged_where_eager_is_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large weights let rounding errors grow: over the whole program there is no verdict, over its end there is."""

@@ -125,6 +125,7 @@ def test_every_target_is_built_with_its_own_flags(tree: Path) -> None:
     assert "engine_portable" not in changed.stdout
 
 
+@pytest.mark.breadth
 @needs_compiler
 @needs_x86
 def test_target_that_the_compiler_does_not_know_is_left_out(tree: Path) -> None:

@@ -192,6 +192,7 @@ def test_any_number_of_threads_gives_the_same_bits(
                 assert torch.equal(got.gradients[name], expected.gradients[name]), (name, batch, count)
 
 
+@pytest.mark.breadth
 def test_a_small_store_only_changes_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in (ATTENTION, SEQUENCE_MLP):
         for store in (1, 400_000, 1_500_000):
@@ -249,6 +250,7 @@ def test_objects_of_the_extension_in_several_threads() -> None:
     assert done.stdout == "done\n", done.stderr
 
 
+@pytest.mark.breadth
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_children_of_a_busy_process_find_no_lock_taken() -> None:
     inputs = make_inputs(make_case("small", batch=1, length=5, num_layers=1), torch.float32)

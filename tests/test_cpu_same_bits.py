@@ -86,6 +86,7 @@ def test_two_hundred_random_programs(seed: int, monkeypatch: pytest.MonkeyPatch)
     check_same_bits(seed, monkeypatch)
 
 
+@pytest.mark.representative(when=lambda options: options["length"] < 100)
 @pytest.mark.parametrize(
     "options",
     [

@@ -126,7 +126,7 @@ def test_programs(small: ctypes.CDLL, case: Case, dtype: torch.dtype) -> None:
     require(pool(draws))
 
 
-@pytest.mark.representative(when=lambda case: case.name in {"causal", "odd-sizes"})
+@pytest.mark.breadth
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_options(small: ctypes.CDLL, case: Case) -> None:
     draws = []
@@ -179,7 +179,7 @@ def test_a_bad_sequence_does_not_reach_the_others(small: ctypes.CDLL, mixer: str
         assert not got[..., 1, :, :].isfinite().all()
 
 
-@pytest.mark.representative(when=lambda case: case.name == "trm")
+@pytest.mark.breadth
 @pytest.mark.parametrize("case", (PROGRAMS[0], PROGRAMS[1], PROGRAMS[4]), ids=str)
 def test_saved_inputs(small: ctypes.CDLL, case: Case) -> None:
     """What is saved for backward is, bit by bit, the reference's sum of the states before each update with gradient."""

@@ -90,7 +90,7 @@ def test_packages_within_the_tolerance_policy(name: str, dtype: torch.dtype) -> 
     require(found)
 
 
-@pytest.mark.representative(when=lambda name: name == "hrm")
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", ["trm-mixer", "trm-dense", "hrm", "hrm-act"])
 def test_thirty_training_steps(name: str) -> None:
     """Deep supervision with carried states and AdamW: the same losses, step for step."""
@@ -234,6 +234,7 @@ def test_accelerate_refuses() -> None:
     assert foreign.undo(both) == 0
 
 
+@pytest.mark.breadth
 def test_compiled() -> None:
     torch.manual_seed(0)
     sizes = {"num_refinement_blocks": 2, "num_latent_refinements": 1}

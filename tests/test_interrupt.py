@@ -150,6 +150,7 @@ def test_a_call_is_interrupted_at_any_depth() -> None:
     assert not slow
 
 
+@pytest.mark.breadth
 def test_a_handler_that_returns_and_a_call_of_another_thread() -> None:
     """The handler runs during the call, which goes on; a worker's call ends while the main thread is interrupted."""
     assert run(HANDLED) == [True, True, True]

@@ -106,6 +106,7 @@ def test_wheel_holds_every_module(wheel_without_compiler: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/", "kernels/"))]
 
 
+@pytest.mark.breadth
 def test_installs_and_computes_without_a_compiler(wheel_without_compiler: Path, tmp_path: Path) -> None:
     # Beside the present environment, so that no second torch is installed.
     target = tmp_path / "site"

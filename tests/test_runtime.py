@@ -209,6 +209,7 @@ print(sorted(name for name in sys.modules if name.startswith("torch")))
     assert modules == "[]"
 
 
+@pytest.mark.breadth
 def test_the_package_imports_pytorch_on_first_use() -> None:
     uses = "trmfast.backends.cpu.targets(), trmfast.nn.Net, trmfast.recursion, trmfast.TRM, trmfast.Problem"
     run(f"import sys, trmfast; assert 'torch' not in sys.modules; {uses}; from trmfast import *; recursion, BlockSpec")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,7 @@ def fits(variant: str, name: str) -> bool:
     return variant == "openmp" or not name.startswith("openmp")
 
 
+Executables = Callable[[str], Path | str]
 CASES = [(variant, name) for variant in VARIANTS for name in TESTS if fits(variant, name)]
 
 
@@ -57,12 +60,13 @@ def compile_tests(variant: str, folder: Path) -> Path | str:
 
 
 @pytest.fixture(scope="session")
-def executables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | str]:
-    return {variant: compile_tests(variant, tmp_path_factory.mktemp(variant)) for variant in VARIANTS}
+def executables(tmp_path_factory: pytest.TempPathFactory) -> Executables:
+    """Compiles each variant once, when it is first asked for."""
+    return functools.cache(lambda variant: compile_tests(variant, tmp_path_factory.mktemp(variant)))
 
 
-def run(executables: dict[str, Path | str], variant: str, name: str) -> str:
-    executable = executables[variant]
+def run(executables: Executables, variant: str, name: str) -> str:
+    executable = executables(variant)
     if isinstance(executable, str):
         pytest.skip(executable)
     # die_after_fork: the children of the fork tests start threads, which is what is being tested.
@@ -73,13 +77,14 @@ def run(executables: dict[str, Path | str], variant: str, name: str) -> str:
     return done.stdout
 
 
+@pytest.mark.representative(when=lambda variant: variant == "plain")
 @pytest.mark.parametrize(("variant", "name"), CASES)
-def test_thread_pool(executables: dict[str, Path | str], variant: str, name: str) -> None:
+def test_thread_pool(executables: Executables, variant: str, name: str) -> None:
     run(executables, variant, name)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the comparison is with Linux's /proc/cpuinfo")
-def test_instruction_sets_match_the_kernels_list(executables: dict[str, Path | str]) -> None:
+def test_instruction_sets_match_the_kernels_list(executables: Executables) -> None:
     if platform.machine() != "x86_64":
         expected = {"portable"}
     else:

@@ -43,7 +43,7 @@ def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_guard, "run", checked_run)
 
 
-@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
+@pytest.mark.representative(when=lambda rows, dtype: dtype == torch.bfloat16 and rows == 39)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, width", [(39, 48), (1, 64), (33, 512)])
 def test_norm(rows: int, width: int, dtype: torch.dtype) -> None:
@@ -69,7 +69,7 @@ def swiglu_formula(t: Tensors) -> Tensors:
     return {**found, "activation": act.detach()}
 
 
-@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
+@pytest.mark.representative(when=lambda rows, dtype: dtype == torch.bfloat16 and rows == 39)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, width, inner", [(39, 48, 80), (1, 64, 32)])
 def test_swiglu(rows: int, width: int, inner: int, dtype: torch.dtype) -> None:
@@ -119,7 +119,7 @@ def test_swiglu_over_the_sequence(pad: int, dtype: torch.dtype) -> None:
     check(shapes, dtype, formula, kernel)
 
 
-@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
+@pytest.mark.representative(when=lambda rows, dtype: dtype == torch.bfloat16 and rows == 39)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, width, depth", [(39, 48, 80), (1, 64, 32)])
 def test_projection_and_norm(rows: int, width: int, depth: int, dtype: torch.dtype) -> None:
@@ -195,7 +195,9 @@ ATTENTIONS = {
 }
 
 
-@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
+@pytest.mark.representative(
+    when=lambda name, dtype: dtype == torch.bfloat16 and name in {"one tile", "causal, tiles", "grouped, tiles"}
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention(name: str, dtype: torch.dtype) -> None:
@@ -329,7 +331,7 @@ def test_weight_gradients_over_the_sequence(dtype: torch.dtype) -> None:
     check(shapes, dtype, formula, kernel)
 
 
-@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
+@pytest.mark.representative(when=lambda taps, dtype: dtype == torch.bfloat16 and taps == 2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("taps", [2, 3])
 def test_conv_swiglu(taps: int, dtype: torch.dtype) -> None:

@@ -99,7 +99,7 @@ def check(case: Case, dtype: torch.dtype, seeds: range, configuration: Configura
     require(pool(draws))
 
 
-@pytest.mark.representative(when=lambda case, dtype: case.name in {"attention", "mlp_t"} and dtype == torch.float32)
+@pytest.mark.breadth
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small(case: Case, dtype: torch.dtype) -> None:

@@ -57,6 +57,7 @@ def mixer_inputs(t: Tensors, pad: int) -> Tensors:
 
 
 # The norm of a sequence of one token is its sign: what its gradient is beside rounding errors, only float32 shows.
+@pytest.mark.representative(when=lambda length, dtype: length == 1 or (length == 21 and dtype == torch.bfloat16))
 @pytest.mark.parametrize(
     "length, pad, dtype",
     [*itertools.product([21], [0], DTYPES), (13, 3, torch.bfloat16), (1, 0, torch.float32)],
