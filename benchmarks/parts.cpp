@@ -76,16 +76,16 @@ template <class T> struct PartsOf : Parts, Memory<T> {
       panels(weights.qkv, block.width, heads.columns());
       panels(weights.output, heads.output_columns(), block.width);
       fill(buffers.act.qkv, rows * strides.qkv, 1.0f);
-      fill(buffers.act.attended, rows * strides.attended, 1.0f);
+      fill(buffers.act.mixed, rows * strides.mixed, 1.0f);
     } else {
       fill(weights.seq_gate_up, 2L * block.seq_inner * row_stride(block.seq_len), 0.05f);
       fill(weights.seq_down, block.seq_len * row_stride(block.seq_inner), 0.05f);
     }
     panels(weights.gate_up, block.width, gates.columns());
-    panels(weights.down, gates.hidden_columns(), block.width);
+    panels(weights.down, gates.activation_columns(), block.width);
     fill(buffers.act.h, rows * strides.h, 1.0f);
     fill(buffers.act.h1, rows * strides.h, 1.0f);
-    fill(buffers.act.hidden, rows * strides.hidden, 1.0f);
+    fill(buffers.act.activation, rows * strides.activation, 1.0f);
     fill(buffers.u, rows * strides.u, 1.0f);
   }
 
@@ -99,12 +99,11 @@ template <class T> struct PartsOf : Parts, Memory<T> {
       project_qkv(kAlone, block, weights, rope, length, length, act, scratch);
       break;
     case 1:
-      attention_forward(kAlone, block, 1, length, act.qkv, strides.qkv, act.attended, strides.attended,
-                        scratch.attention);
+      attention_forward(kAlone, block, 1, length, act.qkv, strides.qkv, act.mixed, strides.mixed, scratch.attention);
       break;
     case 2:
-      sequence_mlp_forward(kAlone, block, weights.seq_gate_up, weights.seq_down, 1, act.h, strides.h, act.h1,
-                           act.sequence_mlp, scratch.sequence_mlp);
+      mlp_t_forward(kAlone, block, weights.seq_gate_up, weights.seq_down, 1, act.h, strides.h, act.h1, act.mlp_t,
+                    scratch.mlp_t);
       break;
     case 3:
       norm_rows(kAlone, length, block, buffers.u, strides.u, out, strides.h, static_cast<float*>(nullptr));
@@ -113,7 +112,7 @@ template <class T> struct PartsOf : Parts, Memory<T> {
       project_gate_up(kAlone, block, weights, length, act, scratch);
       break;
     case 5:
-      gemm(kAlone, act.hidden, strides.hidden, length, weights.down, block.inner, block.width, scratch.tile,
+      gemm(kAlone, act.activation, strides.activation, length, weights.down, block.inner, block.width, scratch.tile,
            [&](int row, int n, int panel, const float* tile) {
              add_residual(row, n, panel, tile, act.h1, strides.h, buffers.u, strides.u);
            });

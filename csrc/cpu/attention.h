@@ -102,10 +102,10 @@ void attention_exponentials(const BlockShape& block, int length, const T* query,
                            visible_keys(block, row + r + 1, length), round_up(keys, kPanel), to + r * to_stride);
 }
 
-// attended[row, head] <- softmax(q k^T / sqrt(d)) v for `sequences` sequences of `length` rows.
+// mixed[row, head] <- softmax(q k^T / sqrt(d)) v for `sequences` sequences of `length` rows.
 template <class T>
 void attention_forward(const Team& team, const BlockShape& block, int sequences, int length, const T* qkv, long stride,
-                       T* attended, long attended_stride, const AttentionScratch<T>& scratch) {
+                       T* mixed, long mixed_stride, const AttentionScratch<T>& scratch) {
   const HeadLayout heads(block);
   const RowTiles tiles(length, Dot<T>::kRows);
   const int group = heads.heads / heads.kv_heads;
@@ -129,7 +129,7 @@ void attention_forward(const Team& team, const BlockShape& block, int sequences,
                    padded_depth<T>(keys), n, scratch.tile, kPanel);
           for (int r = 0; r < n; ++r) {
             const vf inverse = broadcast(1.0f / sums[r]);
-            T* to = attended + (first + row + r) * attended_stride + head * heads.head_dim + c;
+            T* to = mixed + (first + row + r) * mixed_stride + head * heads.head_dim + c;
             const int columns = smaller(kPanel, heads.head_dim - c);
             for (int j = 0; j < columns; j += kLanes)
               store(to + j, load(scratch.tile + r * kPanel + j) * inverse, smaller(kLanes, columns - j));

@@ -18,37 +18,36 @@ namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
 struct BlockStrides {
-  long h, qkv, attended, gate_up, hidden, u;
+  long h, qkv, mixed, gate_up, activation, u;
 
   explicit BlockStrides(const BlockShape& block)
       : h(row_stride(block.width)), qkv(row_stride(HeadLayout(block).columns())),
-        attended(row_stride(HeadLayout(block).output_columns())),
-        gate_up(row_stride(GateLayout{block.inner}.columns())),
-        hidden(row_stride(GateLayout{block.inner}.hidden_columns())), u(round_up(block.width, kPanel)) {}
+        mixed(row_stride(HeadLayout(block).output_columns())), gate_up(row_stride(GateLayout{block.inner}.columns())),
+        activation(row_stride(GateLayout{block.inner}.activation_columns())), u(round_up(block.width, kPanel)) {}
 };
 
-// What a block computes, rows = tokens.  gate_up, r1 and r2 are null where no backward follows.
+// What a block computes, one row per token.  gate_up, rstd1 and rstd2 are null if no backward follows.
 template <class T> struct BlockActivations {
-  T* h;                                   // the block's input
-  T* qkv;                                 // queries and keys rotated (attention)
-  T* attended;                            // attention output before W_o
-  SequenceMlpActivations<T> sequence_mlp; // mlp_t
-  T* h1;                                  // after the first norm
-  T* gate_up;                             // before the gate
-  T* gated;                               // silu(gate) * up, where a convolution follows
-  T* hidden;                              // the input of W_down: silu(gate) * up, or silu of its convolution
-  float* r1;                              // scales of the norms: one a token
-  float* r2;
+  T* h;                     // the block's input
+  T* qkv;                   // queries and keys rotated (attention)
+  T* mixed;                 // attention output before W_o
+  MlpTActivations<T> mlp_t; // mlp_t
+  T* h1;                    // after the first norm
+  T* gate_up;               // before the gate
+  T* gated;                 // silu(gate) * up, if a convolution follows
+  T* activation;            // the input of W_down: silu(gate) * up, or the SiLU of its convolution
+  float* rstd1;             // of the two norms: one per token
+  float* rstd2;
 };
 
 template <class T> struct BlockScratch {
   float* tile; // [kRows, 32]
   AttentionScratch<T> attention;
-  SequenceMlpScratch<T> sequence_mlp;
+  MlpTScratch<T> mlp_t;
 
   BlockScratch(Arena& arena, const BlockShape& block, int length)
       : tile(arena.take<float>(Dot<T>::kRows * kPanel)),
-        attention(arena, HeadLayout(block), block.attention ? length : 0), sequence_mlp(arena, block) {}
+        attention(arena, HeadLayout(block), block.attention ? length : 0), mlp_t(arena, block) {}
 };
 
 // u[row, group] <- residual + tile
@@ -93,16 +92,16 @@ void project_qkv(const Team& team, const BlockShape& block, const ForwardWeights
        });
 }
 
-// hidden, or gated <- silu(gate) * up
+// activation, or gated <- silu(gate) * up
 template <class T>
 void project_gate_up(const Team& team, const BlockShape& block, const ForwardWeights<T>& weights, int rows,
                      const BlockActivations<T>& act, const BlockScratch<T>& scratch) {
   const BlockStrides strides(block);
-  T* out = block.conv_taps ? act.gated : act.hidden;
+  T* out = block.conv_taps ? act.gated : act.activation;
   gemm(team, act.h1, strides.h, rows, weights.gate_up, block.width, GateLayout{block.inner}.columns(), scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          for_rows(row, n, tile, [&](int t, const float* in) {
-           T* to = out + t * strides.hidden + panel * kHalf;
+           T* to = out + t * strides.activation + panel * kHalf;
            for (int j = 0; j < kHalf; j += kLanes) store(to + j, swiglu<T>(load(in + j), load(in + kHalf + j)));
            if (act.gate_up) store_group(in, act.gate_up + t * strides.gate_up + panel * kPanel);
          });
@@ -122,21 +121,21 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
     project_qkv(team, block, weights, rope, rows, length, act, scratch);
     team.sync();
     team.begin("attention");
-    attention_forward(team, block, sequences, length, act.qkv, strides.qkv, act.attended, strides.attended,
+    attention_forward(team, block, sequences, length, act.qkv, strides.qkv, act.mixed, strides.mixed,
                       scratch.attention);
     team.sync();
     team.begin("attention output");
-    gemm(team, act.attended, strides.attended, rows, weights.output, heads.output_columns(), D, scratch.tile,
+    gemm(team, act.mixed, strides.mixed, rows, weights.output, heads.output_columns(), D, scratch.tile,
          [&](int row, int n, int panel, const float* tile) {
            add_residual(row, n, panel, tile, act.h, strides.h, u, strides.u);
          });
     team.sync();
     team.begin("norm");
-    norm_rows(team, rows, block, u, strides.u, act.h1, strides.h, act.r1);
+    norm_rows(team, rows, block, u, strides.u, act.h1, strides.h, act.rstd1);
   } else {
     team.begin("sequence mlp");
-    sequence_mlp_forward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h, strides.h, act.h1,
-                         act.sequence_mlp, scratch.sequence_mlp);
+    mlp_t_forward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h, strides.h, act.h1, act.mlp_t,
+                  scratch.mlp_t);
   }
   team.sync();
   team.begin("gate and up");
@@ -144,17 +143,17 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
   team.sync();
   if (block.conv_taps) {
     team.begin("convolution");
-    convolve_rows(team, block, weights.conv, rows, length, act.gated, act.hidden, strides.hidden);
+    convolve_rows(team, block, weights.conv, rows, length, act.gated, act.activation, strides.activation);
     team.sync();
   }
   team.begin("down");
-  gemm(team, act.hidden, strides.hidden, rows, weights.down, block.inner, D, scratch.tile,
+  gemm(team, act.activation, strides.activation, rows, weights.down, block.inner, D, scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          add_residual(row, n, panel, tile, act.h1, strides.h, u, strides.u);
        });
   team.sync();
   team.begin("norm");
-  norm_rows(team, rows, block, u, strides.u, out, out_stride, act.r2);
+  norm_rows(team, rows, block, u, strides.u, out, out_stride, act.rstd2);
   team.sync();
 }
 
@@ -166,19 +165,19 @@ template <class T> void clear_padding(T* x, int rows, int columns, long up_to, l
     __builtin_memset(static_cast<void*>(x + t * stride + columns), 0, static_cast<size_t>(up_to - columns) * sizeof(T));
 }
 
-// Whether products read beyond the last column of h, h1, hidden or attended.
+// Whether products read beyond the last column of h, h1, activation or mixed.
 inline bool has_padding(const BlockShape& block) {
-  return block.width % kPanel != 0 || GateLayout{block.inner}.hidden_columns() % kPanel != 0 ||
+  return block.width % kPanel != 0 || GateLayout{block.inner}.activation_columns() % kPanel != 0 ||
          (block.attention && HeadLayout(block).output_columns() % kPanel != 0);
 }
 
 template <class T> void clear_activation_padding(const BlockShape& block, int rows, const BlockActivations<T>& act) {
   const BlockStrides strides(block);
-  const int hidden = GateLayout{block.inner}.hidden_columns(), attended = HeadLayout(block).output_columns();
+  const int activation = GateLayout{block.inner}.activation_columns(), mixed = HeadLayout(block).output_columns();
   clear_padding(act.h, rows, block.width, round_up(block.width, kPanel), strides.h);
   clear_padding(act.h1, rows, block.width, round_up(block.width, kPanel), strides.h);
-  clear_padding(act.hidden, rows, hidden, round_up(hidden, kPanel), strides.hidden);
-  if (block.attention) clear_padding(act.attended, rows, attended, round_up(attended, kPanel), strides.attended);
+  clear_padding(act.activation, rows, activation, round_up(activation, kPanel), strides.activation);
+  if (block.attention) clear_padding(act.mixed, rows, mixed, round_up(mixed, kPanel), strides.mixed);
 }
 
 } // namespace TRMFAST_NAMESPACE

@@ -1,7 +1,7 @@
 // One block backward over the sequences of a team, from activations that block_forward kept:
 //
-//   d(out) -> norm -> du2 -> W_down (-> SiLU, convolution) -> d(gate, up) -> W_gate_up, + du2 -> d(h1)
-//   attention: d(h1) -> norm -> du1 -> W_o -> dO -> attention -> d(q, k, v) -> W_qkv, + du1 -> d(h)
+//   d(out) -> norm -> ds2 -> W_down (-> SiLU, convolution) -> d(gate, up) -> W_gate_up, + ds2 -> d(h1)
+//   attention: d(h1) -> norm -> ds1 -> W_o -> dO -> attention -> d(q, k, v) -> W_qkv, + ds1 -> d(h)
 //   mlp_t:     d(h1) -> mixer_mlp_t_backward.h -> d(h)
 //
 // The running gradient is f32; what a weight gradient reads is rounded to the element type and stays in the store.
@@ -15,9 +15,9 @@ namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
 template <class T> struct BlockGradients {
-  T* du1; // of the residual sums, [rows, stride of h]
-  T* du2;
-  T* dconvolved; // of the convolution's result, [rows, stride of hidden]
+  T* ds1; // of the residual sums, [rows, stride of h]
+  T* ds2;
+  T* dconvolved; // of the convolution's result, [rows, stride of activation]
   // Like the activations of the same name, and in their place where those are not needed any more.
   T *qkv, *gate_up, *sequence_gate_up;
 };
@@ -25,11 +25,11 @@ template <class T> struct BlockGradients {
 template <class T> struct BlockBackwardScratch {
   float* tile;
   AttentionBackwardScratch<T> attention;
-  SequenceMlpBackwardScratch<T> sequence_mlp;
+  MlpTBackwardScratch<T> mlp_t;
 
   BlockBackwardScratch(Arena& arena, const BlockShape& block, int length)
       : tile(arena.take<float>(Dot<T>::kRows * kPanel)),
-        attention(arena, HeadLayout(block), block.attention ? length : 0), sequence_mlp(arena, block) {}
+        attention(arena, HeadLayout(block), block.attention ? length : 0), mlp_t(arena, block) {}
 };
 
 template <class T>
@@ -50,7 +50,8 @@ TRMFAST_INLINE void add_tile(int row, int rows, int panel, int width, const floa
   });
 }
 
-// grad_gate_up <- gradient of gate and up; the tile is the gradient of 32 hidden columns, two groups of gate_up.
+// grad_gate_up <- gradient of gate and up; the tile is the gradient of 32 columns of the activation, two groups of
+// gate_up.
 template <class T>
 TRMFAST_INLINE void backward_gates(int row, int rows, int panel, int columns, const float* tile, const T* gate_up,
                                    T* grad_gate_up, long stride) {
@@ -70,11 +71,11 @@ TRMFAST_INLINE void backward_gates(int row, int rows, int panel, int columns, co
 }
 
 // dy: gradient of the block's output on entry, of its input on return.  out: the block's output.
-// grad_attended: [rows, stride of attended], scratch of the team.
+// grad_mixed: [rows, stride of mixed], scratch of the team.
 template <class T>
 void block_backward(const Team& team, const BlockShape& block, const BackwardWeights<T>& weights, const Rope& rope,
                     int sequences, int length, const BlockActivations<T>& act, const T* out, float* dy,
-                    const BlockGradients<T>& grads, T* grad_attended, const BlockBackwardScratch<T>& scratch) {
+                    const BlockGradients<T>& grads, T* grad_mixed, const BlockBackwardScratch<T>& scratch) {
   const BlockStrides strides(block);
   const HeadLayout heads(block);
   const int rows = sequences * length, D = block.width, gate_columns = GateLayout{block.inner}.columns();
@@ -83,21 +84,21 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
   };
 
   team.begin("norm backward");
-  norm_rows_backward(team, rows, block, out, strides.h, act.r2, dy, strides.u, grads.du2, strides.h);
+  norm_rows_backward(team, rows, block, out, strides.h, act.rstd2, dy, strides.u, grads.ds2, strides.h);
   team.sync();
   team.begin("down backward");
-  gemm(team, grads.du2, strides.h, rows, weights.down, D, gate_columns / 2, scratch.tile,
+  gemm(team, grads.ds2, strides.h, rows, weights.down, D, gate_columns / 2, scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          if (block.conv_taps)
            silu_rows_backward(row, n, panel, tile, block.conv_taps, length, weights.conv, act.gated, grads.dconvolved,
-                              strides.hidden);
+                              strides.activation);
          else
            backward_gates(row, n, panel, gate_columns, tile, act.gate_up, grads.gate_up, strides.gate_up);
        });
   team.sync();
   if (block.conv_taps) {
     team.begin("convolution backward");
-    gate_rows_backward(team, block, weights.conv, rows, length, grads.dconvolved, strides.hidden, act.gate_up,
+    gate_rows_backward(team, block, weights.conv, rows, length, grads.dconvolved, strides.activation, act.gate_up,
                        grads.gate_up, strides.gate_up);
     team.sync();
   }
@@ -106,25 +107,24 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
   team.sync();
   if (!block.attention) {
     team.begin("sequence mlp backward");
-    sequence_mlp_backward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h1, strides.h, dy,
-                          strides.u, grads.du1, act.sequence_mlp, grads.sequence_gate_up, scratch.sequence_mlp);
+    mlp_t_backward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h1, strides.h, dy, strides.u,
+                   grads.ds1, act.mlp_t, grads.sequence_gate_up, scratch.mlp_t);
     team.sync();
     return;
   }
   team.begin("norm backward");
-  norm_rows_backward(team, rows, block, act.h1, strides.h, act.r1, dy, strides.u, grads.du1, strides.h);
+  norm_rows_backward(team, rows, block, act.h1, strides.h, act.rstd1, dy, strides.u, grads.ds1, strides.h);
   team.sync();
   team.begin("attention output backward");
-  gemm(team, grads.du1, strides.h, rows, weights.output, D, heads.output_columns(), scratch.tile,
+  gemm(team, grads.ds1, strides.h, rows, weights.output, D, heads.output_columns(), scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
-         for_rows(row, n, tile, [&](int t, const float* in) {
-           store_group(in, grad_attended + t * strides.attended + panel * kPanel);
-         });
+         for_rows(row, n, tile,
+                  [&](int t, const float* in) { store_group(in, grad_mixed + t * strides.mixed + panel * kPanel); });
        });
   team.sync();
   team.begin("attention backward");
-  attention_backward(team, block, rope, sequences, length, act.qkv, grads.qkv, strides.qkv, grad_attended,
-                     strides.attended, scratch.attention);
+  attention_backward(team, block, rope, sequences, length, act.qkv, grads.qkv, strides.qkv, grad_mixed, strides.mixed,
+                     scratch.attention);
   team.sync();
   team.begin("qkv backward");
   gemm(team, grads.qkv, strides.qkv, rows, weights.qkv, heads.columns(), D, scratch.tile, add);

@@ -1,6 +1,6 @@
 // What URM's channel mixer does between its two products: a depthwise convolution over the positions of a sequence,
 //
-//   convolved[l] = bias + sum over taps k of kernel[k] gated[l + k - taps / 2],      hidden = silu<T>(convolved)
+//   convolved[l] = bias + sum over taps k of kernel[k] gated[l + k - taps / 2],      out = silu<T>(convolved)
 //
 // with gated = silu(gate) * up, positions outside the sequence zero, and as many outputs as positions.  It is computed
 // row by row over whole rows of channels; a neighbouring row is in L1.
@@ -29,20 +29,20 @@ TRMFAST_INLINE vf convolve(const T* at, long stride, const ConvWeights<T>& conv,
   return sum;
 }
 
-// hidden <- silu(convolution of gated), [rows, stride] both
+// out <- silu(convolution of gated), [rows, stride] both
 template <class T>
 void convolve_rows(const Team& team, const BlockShape& block, const ConvWeights<T>& conv, int rows, int length,
-                   const T* gated, T* hidden, long stride) {
-  const int columns = GateLayout{block.inner}.hidden_columns();
+                   const T* gated, T* out, long stride) {
+  const int columns = GateLayout{block.inner}.activation_columns();
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t) {
     const TapRange taps(block.conv_taps, t % length, length);
     for (int c = 0; c < columns; c += kLanes)
-      store(hidden + t * stride + c, silu<T>(convolve(gated + t * stride, stride, conv, taps, c)));
+      store(out + t * stride + c, silu<T>(convolve(gated + t * stride, stride, conv, taps, c)));
   }
 }
 
-// dconvolved[row, group] <- tile, the gradient of hidden, times the derivative of the SiLU
+// dconvolved[row, group] <- tile, the gradient of out, times the derivative of the SiLU
 template <class T>
 TRMFAST_INLINE void silu_rows_backward(int row, int rows, int panel, const float* tile, int num_taps, int length,
                                        const ConvWeights<T>& conv, const T* gated, T* dconvolved, long stride) {
@@ -60,7 +60,7 @@ TRMFAST_INLINE void silu_rows_backward(int row, int rows, int panel, const float
 template <class T>
 void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWeights<T>& conv, int rows, int length,
                         const T* dconvolved, long stride, const T* gate_up, T* grad_gate_up, long gates_stride) {
-  const int columns = GateLayout{block.inner}.hidden_columns(), back = block.conv_taps / 2;
+  const int columns = GateLayout{block.inner}.activation_columns(), back = block.conv_taps / 2;
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t) {
     const int position = t % length;
@@ -85,7 +85,7 @@ template <class T>
 void conv_gradient(const Team& team, const BlockShape& block, const T* dconvolved, const T* gated, long stride,
                    int sequences, int length, const Gradient& kernel, const Gradient& bias) {
   constexpr int kStrip = 128, kChain = 32;
-  const int num_taps = block.conv_taps, columns = GateLayout{block.inner}.hidden_columns();
+  const int num_taps = block.conv_taps, columns = GateLayout{block.inner}.activation_columns();
   const Range strips = team.split(ceil_div(columns, kStrip));
   float total[kMostTaps + 1][kStrip], part[kMostTaps + 1][kStrip]; // the last is the bias
   for (int strip = strips.begin; strip < strips.end; ++strip) {

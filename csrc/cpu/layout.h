@@ -59,12 +59,12 @@ struct HeadLayout {
   }
 };
 
-// Columns of the gate/up product and of the hidden layer between the two products of a SwiGLU.
+// Columns of the gate/up product and of the activation between the two products of a SwiGLU.
 struct GateLayout {
   int inner;
 
-  int hidden_columns() const { return round_up(inner, kHalf); }
-  int columns() const { return 2 * hidden_columns(); }
+  int activation_columns() const { return round_up(inner, kHalf); }
+  int columns() const { return 2 * activation_columns(); }
   int row(int c) const {
     const int j = c / kPanel * kHalf + c % kHalf;
     return j < inner ? (c % kPanel < kHalf ? j : inner + j) : -1;

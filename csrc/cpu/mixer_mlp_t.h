@@ -3,7 +3,7 @@
 //
 // Nothing is transposed: the weights multiply from the left, [inner, L] x [L, 32 channels], with the weights as the
 // streamed rows and 32 channels of h as the packed panel.  A panel never needs another one, the norm included, so
-// (sequence, panel) is the unit of work: h panel -> hidden panel [inner, 32] in L1 -> u [L, 32] -> norm.
+// (sequence, panel) is the unit of work: h panel -> activation panel [inner, 32] in L1 -> u [L, 32] -> norm.
 #pragma once
 
 #include "arena.h"
@@ -14,23 +14,23 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Kept for backward; all null otherwise.  Rows are features of the hidden layer, columns the channels of a sequence:
+// Kept for backward; all null otherwise.  Rows are the inner features, columns the channels of a sequence:
 // [sequences, seq_inner or 2 seq_inner, stride of h].
-template <class T> struct SequenceMlpActivations {
+template <class T> struct MlpTActivations {
   T* gate_up = nullptr; // gate rows, then up rows
-  T* hidden = nullptr;
-  float* r = nullptr; // scale of the norm: one a channel, [sequences, stride of u]
+  T* activation = nullptr;
+  float* rstd = nullptr; // of the norm: one per channel, [sequences, stride of u]
 };
 
-template <class T> struct SequenceMlpScratch {
+template <class T> struct MlpTScratch {
   T* input;         // panel of h, depth L
-  T* hidden;        // panel of the hidden layer, depth seq_inner
+  T* activation;    // panel of silu(gate) * up, depth seq_inner
   float* u;         // [L, 32]
   float *gate, *up; // tiles
 
-  SequenceMlpScratch(Arena& arena, const BlockShape& block)
+  MlpTScratch(Arena& arena, const BlockShape& block)
       : input(arena.take<T>(panel_elements<T>(block.seq_len))),
-        hidden(arena.take<T>(panel_elements<T>(block.seq_inner))),
+        activation(arena.take<T>(panel_elements<T>(block.seq_inner))),
         u(arena.take<float>(static_cast<long>(block.seq_len) * kPanel)),
         gate(arena.take<float>((Dot<T>::kRows + 1) * kPanel)), up(arena.take<float>((Dot<T>::kRows + 1) * kPanel)) {}
 };
@@ -72,11 +72,10 @@ template <class Term> TRMFAST_INLINE vf sum_over_positions(int length, Term&& te
 }
 
 template <class T>
-void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* gate_up, const T* down, int sequences,
-                          const T* h, long stride, T* h1, const SequenceMlpActivations<T>& keep,
-                          const SequenceMlpScratch<T>& scratch) {
+void mlp_t_forward(const Team& team, const BlockShape& block, const T* gate_up, const T* down, int sequences,
+                   const T* h, long stride, T* h1, const MlpTActivations<T>& keep, const MlpTScratch<T>& scratch) {
   const int L = block.seq_len, inner = block.seq_inner, panels = ceil_div(block.width, kPanel);
-  const long in_stride = row_stride(L), hidden_stride = row_stride(inner);
+  const long in_stride = row_stride(L), inner_stride = row_stride(inner);
   const EvenRowTiles features(inner, Dot<T>::kRows);
   const RowTiles positions(L, Dot<T>::kRows);
   const Range items = team.split(sequences * panels);
@@ -99,16 +98,16 @@ void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* ga
       }
       for (int j = 0; j < n * kPanel; j += kLanes)
         store(scratch.gate + j, swiglu<T>(load(scratch.gate + j), load(scratch.up + j)));
-      if (keep.hidden) {
-        T* kept = keep.hidden + (static_cast<long>(sequence) * inner + row) * stride + c;
+      if (keep.activation) {
+        T* kept = keep.activation + (static_cast<long>(sequence) * inner + row) * stride + c;
         for_rows(0, n, scratch.gate, [&](int r, const float* in) { store_group(in, kept + r * stride); });
       }
-      store_depth_rows(scratch.gate, row, n, inner, scratch.hidden);
+      store_depth_rows(scratch.gate, row, n, inner, scratch.activation);
     }
 
     for (int i = 0; i < positions.count; ++i) {
       const int row = positions.begin(i), n = positions.size(i);
-      multiply(down + row * hidden_stride, hidden_stride, scratch.hidden, padded_depth<T>(inner), n, scratch.gate,
+      multiply(down + row * inner_stride, inner_stride, scratch.activation, padded_depth<T>(inner), n, scratch.gate,
                kPanel);
       for_rows(row, n, scratch.gate, [&](int t, const float* in) {
         for (int j = 0; j < kPanel; j += kLanes) {
@@ -125,7 +124,7 @@ void sequence_mlp_forward(const Team& team, const BlockShape& block, const T* ga
       const vf r = rsqrt(squares / static_cast<float>(L) + block.eps);
       for (int t = 0; t < L; ++t)
         store_lanes(y + t * stride + j, load(scratch.u + t * kPanel + j) * r, smaller(kLanes, columns - j));
-      if (keep.r) store(keep.r + static_cast<long>(sequence) * round_up(block.width, kPanel) + c + j, r);
+      if (keep.rstd) store(keep.rstd + static_cast<long>(sequence) * round_up(block.width, kPanel) + c + j, r);
     }
   }
 }

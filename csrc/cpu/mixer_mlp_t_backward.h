@@ -8,12 +8,12 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-template <class T> struct SequenceMlpBackwardScratch {
+template <class T> struct MlpTBackwardScratch {
   T* grad_sum;   // panel of du, depth L
   T* grad_gates; // panel of the gradients of gate and up, depth 2 x padded seq_inner
   float *tile, *gate, *up;
 
-  SequenceMlpBackwardScratch(Arena& arena, const BlockShape& block)
+  MlpTBackwardScratch(Arena& arena, const BlockShape& block)
       : grad_sum(arena.take<T>(panel_elements<T>(block.seq_len))),
         grad_gates(arena.take<T>(2 * panel_elements<T>(block.seq_inner))),
         tile(arena.take<float>(Dot<T>::kRows * kPanel)), gate(arena.take<float>((Dot<T>::kRows + 1) * kPanel)),
@@ -24,10 +24,9 @@ template <class T> struct SequenceMlpBackwardScratch {
 // weight gradients.  grad_gate_up: gradient of gate and up, maybe in the place of kept.gate_up.  gate_up, down:
 // transposed weights.
 template <class T>
-void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* gate_up, const T* down, int sequences,
-                           const T* h1, long stride, float* dy, long dy_stride, T* du,
-                           const SequenceMlpActivations<T>& kept, T* grad_gate_up,
-                           const SequenceMlpBackwardScratch<T>& scratch) {
+void mlp_t_backward(const Team& team, const BlockShape& block, const T* gate_up, const T* down, int sequences,
+                    const T* h1, long stride, float* dy, long dy_stride, T* du, const MlpTActivations<T>& kept,
+                    T* grad_gate_up, const MlpTBackwardScratch<T>& scratch) {
   const int L = block.seq_len, inner = block.seq_inner, panels = ceil_div(block.width, kPanel);
   const int depth = padded_depth<T>(inner);
   const long down_stride = row_stride(L), gates_stride = row_stride(2 * depth);
@@ -41,7 +40,7 @@ void sequence_mlp_backward(const Team& team, const BlockShape& block, const T* g
     float* grad = dy + static_cast<long>(sequence) * L * dy_stride + c;
     for (int j = 0; j < columns; j += kLanes) {
       const int n = smaller(kLanes, columns - j);
-      const vf r = load(kept.r + static_cast<long>(sequence) * round_up(block.width, kPanel) + c + j);
+      const vf r = load(kept.rstd + static_cast<long>(sequence) * round_up(block.width, kPanel) + c + j);
       const vf dots =
           sum_over_positions(L, [&](int t) { return load(grad + t * dy_stride + j) * load(y + t * stride + j); });
       const vf mean = dots / static_cast<float>(L);

@@ -19,7 +19,7 @@ inline double thread_seconds() {
 }
 
 // Multiply-adds of the target's Step on as many independent accumulators as its tile has at most, so that their latency
-// is hidden here too. Operands and sums are neither zero nor denormal, and opaque to the compiler.
+// is covered here too. Operands and sums are neither zero nor denormal, and opaque to the compiler.
 template <class Step>
 struct VectorPeak {
   static constexpr int kAccumulators = kLanes == 16 ? 28 : kLanes == 8 ? 12 : 8;

@@ -14,13 +14,13 @@ namespace TRMFAST_NAMESPACE {
 // Memory of one team.
 template <class T> struct BackwardBuffers {
   float *u, *dy;
-  T* grad_attended = nullptr;
+  T* grad_mixed = nullptr;
 
   BackwardBuffers(Arena& arena, const BlockShape& block, int rows) {
     const BlockStrides strides(block);
     u = arena.take<float>(rows * strides.u);
     dy = arena.take<float>(rows * strides.u);
-    if (block.attention) grad_attended = arena.take<T>(rows * strides.attended);
+    if (block.attention) grad_mixed = arena.take<T>(rows * strides.mixed);
   }
 };
 
@@ -167,7 +167,7 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
     const BlockActivations<T> act = workspace.activations.layer(layer, slot.activations);
     block_backward(team, block, BackwardWeights<T>(weights, block), workspace.tables.rope(job), 1, L, act,
                    workspace.activations.output(layer, net.layers, slot.activations), dy,
-                   workspace.gradients.layer(layer, slot.gradients, act), shared.buffers.grad_attended,
+                   workspace.gradients.layer(layer, slot.gradients, act), shared.buffers.grad_mixed,
                    mine.backward_scratch);
   }
   team.begin("gradients of the sources");
@@ -215,17 +215,18 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
     if (block.attention) {
       by_token(grads.qkv, strides.qkv, heads.columns(), act.h, strides.h, D, into[0],
                [&](int c) { return heads.qkv_row(c); });
-      by_token(grads.du1, strides.h, D, act.attended, strides.attended, heads.output_columns(), into[1], same);
+      by_token(grads.ds1, strides.h, D, act.mixed, strides.mixed, heads.output_columns(), into[1], same);
     } else {
       by_sequence(grads.sequence_gate_up, 2 * block.seq_inner, act.h, block.seq_len, into[0]);
-      by_sequence(grads.du1, block.seq_len, act.sequence_mlp.hidden, block.seq_inner, into[1]);
+      by_sequence(grads.ds1, block.seq_len, act.mlp_t.activation, block.seq_inner, into[1]);
     }
     by_token(grads.gate_up, strides.gate_up, gates.columns(), act.h1, strides.h, D, into[2],
              [&](int c) { return gates.row(c); });
     if (block.conv_taps && (into[3] || into[4]))
-      conv_gradient(all, block, grads.dconvolved, act.gated, strides.hidden, used, job.length, {into[3], fresh},
+      conv_gradient(all, block, grads.dconvolved, act.gated, strides.activation, used, job.length, {into[3], fresh},
                     {into[4], fresh});
-    by_token(grads.du2, strides.h, D, act.hidden, strides.hidden, block.inner, into[block_weights(block) - 1], same);
+    by_token(grads.ds2, strides.h, D, act.activation, strides.activation, block.inner, into[block_weights(block) - 1],
+             same);
   }
 }
 
@@ -255,13 +256,12 @@ template <class T> void start_backward(const BackwardWorkspace<T>& workspace, co
   const int count = (slots.end - slots.begin) * job.length, padded = round_up(block.width, kPanel);
   for (int layer = 0; layer < workspace.layers; ++layer) {
     const BlockGradients<T> grads = workspace.gradients.layer(layer, slots.begin, {});
-    clear_padding(grads.du1, count, block.width, padded, strides.h);
-    clear_padding(grads.du2, count, block.width, padded, strides.h);
+    clear_padding(grads.ds1, count, block.width, padded, strides.h);
+    clear_padding(grads.ds2, count, block.width, padded, strides.h);
   }
-  const int attended = HeadLayout(block).output_columns();
+  const int mixed = HeadLayout(block).output_columns();
   clear_padding(mine.buffers.dy, job.length, block.width, strides.u, strides.u);
-  if (block.attention)
-    clear_padding(mine.buffers.grad_attended, job.length, attended, strides.attended, strides.attended);
+  if (block.attention) clear_padding(mine.buffers.grad_mixed, job.length, mixed, strides.mixed, strides.mixed);
   workspace.tables.pack(job, all);
   all.sync();
 }

@@ -38,7 +38,7 @@ struct RopeTables {
 };
 
 // Memory of one team for inference: the activations of one block, used by all blocks in turn.  To leave L2 to the
-// weights, attended lies where h1 will, and qkv where hidden will: written after their last reader.
+// weights, mixed lies where h1 will, and qkv where activation will: written after their last reader.
 template <class T> struct ForwardBuffers {
   BlockActivations<T> act = {};
   float* u;
@@ -47,17 +47,17 @@ template <class T> struct ForwardBuffers {
     const BlockStrides strides(block);
     act.h = arena.take<T>(rows * strides.h);
     if (block.attention && !has_padding(block)) {
-      act.attended = act.h1 = arena.take<T>(rows * larger(strides.attended, strides.h));
-      act.qkv = act.hidden = arena.take<T>(rows * larger(strides.qkv, strides.hidden));
+      act.mixed = act.h1 = arena.take<T>(rows * larger(strides.mixed, strides.h));
+      act.qkv = act.activation = arena.take<T>(rows * larger(strides.qkv, strides.activation));
     } else {
       act.h1 = arena.take<T>(rows * strides.h);
-      act.hidden = arena.take<T>(rows * strides.hidden);
+      act.activation = arena.take<T>(rows * strides.activation);
       if (block.attention) {
         act.qkv = arena.take<T>(rows * strides.qkv);
-        act.attended = arena.take<T>(rows * strides.attended);
+        act.mixed = arena.take<T>(rows * strides.mixed);
       }
     }
-    if (block.conv_taps) act.gated = arena.take<T>(rows * strides.hidden);
+    if (block.conv_taps) act.gated = arena.take<T>(rows * strides.activation);
     u = arena.take<float>(rows * strides.u);
   }
 };

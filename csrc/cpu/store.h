@@ -16,18 +16,18 @@ template <class T> struct LayerActivations {
     const long rows = static_cast<long>(slots) * length;
     act.h = arena.take<T>(rows * strides.h);
     act.h1 = arena.take<T>(rows * strides.h);
-    act.r2 = arena.take<float>(rows);
+    act.rstd2 = arena.take<float>(rows);
     act.gate_up = arena.take<T>(rows * strides.gate_up);
-    act.hidden = arena.take<T>(rows * strides.hidden);
-    if (block.conv_taps) act.gated = arena.take<T>(rows * strides.hidden);
+    act.activation = arena.take<T>(rows * strides.activation);
+    if (block.conv_taps) act.gated = arena.take<T>(rows * strides.activation);
     if (block.attention) {
       act.qkv = arena.take<T>(rows * strides.qkv);
-      act.attended = arena.take<T>(rows * strides.attended);
-      act.r1 = arena.take<float>(rows);
+      act.mixed = arena.take<T>(rows * strides.mixed);
+      act.rstd1 = arena.take<float>(rows);
     } else {
-      act.sequence_mlp.gate_up = arena.take<T>(2L * slots * block.seq_inner * strides.h);
-      act.sequence_mlp.hidden = arena.take<T>(static_cast<long>(slots) * block.seq_inner * strides.h);
-      act.sequence_mlp.r = arena.take<float>(slots * strides.u);
+      act.mlp_t.gate_up = arena.take<T>(2L * slots * block.seq_inner * strides.h);
+      act.mlp_t.activation = arena.take<T>(static_cast<long>(slots) * block.seq_inner * strides.h);
+      act.mlp_t.rstd = arena.take<float>(slots * strides.u);
     }
   }
 
@@ -37,18 +37,18 @@ template <class T> struct LayerActivations {
     LayerActivations moved = *this;
     moved.act.h += row * strides.h;
     moved.act.h1 += row * strides.h;
-    moved.act.r2 += row;
+    moved.act.rstd2 += row;
     moved.act.gate_up += row * strides.gate_up;
-    moved.act.hidden += row * strides.hidden;
-    if (block.conv_taps) moved.act.gated += row * strides.hidden;
+    moved.act.activation += row * strides.activation;
+    if (block.conv_taps) moved.act.gated += row * strides.activation;
     if (block.attention) {
       moved.act.qkv += row * strides.qkv;
-      moved.act.attended += row * strides.attended;
-      moved.act.r1 += row;
+      moved.act.mixed += row * strides.mixed;
+      moved.act.rstd1 += row;
     } else {
-      moved.act.sequence_mlp.gate_up += 2L * slot * block.seq_inner * strides.h;
-      moved.act.sequence_mlp.hidden += static_cast<long>(slot) * block.seq_inner * strides.h;
-      moved.act.sequence_mlp.r += slot * strides.u;
+      moved.act.mlp_t.gate_up += 2L * slot * block.seq_inner * strides.h;
+      moved.act.mlp_t.activation += static_cast<long>(slot) * block.seq_inner * strides.h;
+      moved.act.mlp_t.rstd += slot * strides.u;
     }
     return moved;
   }
@@ -62,9 +62,9 @@ template <class T> struct LayerGradients {
   LayerGradients(Arena& arena, const BlockShape& block, int slots, int length, bool in_place) {
     const BlockStrides strides(block);
     const long rows = static_cast<long>(slots) * length;
-    grads.du1 = arena.take<T>(rows * strides.h);
-    grads.du2 = arena.take<T>(rows * strides.h);
-    if (block.conv_taps) grads.dconvolved = arena.take<T>(rows * strides.hidden);
+    grads.ds1 = arena.take<T>(rows * strides.h);
+    grads.ds2 = arena.take<T>(rows * strides.h);
+    if (block.conv_taps) grads.dconvolved = arena.take<T>(rows * strides.activation);
     if (in_place) return;
     grads.gate_up = arena.take<T>(rows * strides.gate_up);
     if (block.attention)
@@ -77,9 +77,9 @@ template <class T> struct LayerGradients {
     const BlockStrides strides(block);
     const long row = static_cast<long>(slot) * length;
     LayerGradients moved = *this;
-    moved.grads.du1 += row * strides.h;
-    moved.grads.du2 += row * strides.h;
-    if (block.conv_taps) moved.grads.dconvolved += row * strides.hidden;
+    moved.grads.ds1 += row * strides.h;
+    moved.grads.ds2 += row * strides.h;
+    if (block.conv_taps) moved.grads.dconvolved += row * strides.activation;
     if (!grads.gate_up) return moved;
     moved.grads.gate_up += row * strides.gate_up;
     if (block.attention)
@@ -156,7 +156,7 @@ public:
     if (in_place_) {
       grads.qkv = act.qkv;
       grads.gate_up = act.gate_up;
-      grads.sequence_gate_up = act.sequence_mlp.gate_up;
+      grads.sequence_gate_up = act.mlp_t.gate_up;
     }
     return grads;
   }

@@ -41,7 +41,7 @@ template <class T> struct ForwardWeights {
       seq_down = arena.take<T>(block.seq_len * row_stride(block.seq_inner));
     }
     gate_up = arena.take<T>(packed_elements<T>(block.width, gates.columns()));
-    down = arena.take<T>(packed_elements<T>(gates.hidden_columns(), block.width));
+    down = arena.take<T>(packed_elements<T>(gates.activation_columns(), block.width));
   }
 };
 
@@ -62,7 +62,7 @@ template <class T> struct BackwardWeights {
       seq_down = arena.take<T>(block.seq_inner * row_stride(block.seq_len));
     }
     gate_up = arena.take<T>(packed_elements<T>(gates.columns(), block.width));
-    down = arena.take<T>(packed_elements<T>(block.width, gates.hidden_columns()));
+    down = arena.take<T>(packed_elements<T>(block.width, gates.activation_columns()));
   }
 };
 
