@@ -1,16 +1,16 @@
 """Builds the package and its two extensions, ``trmfast._cpu`` (C++) and ``trmfast._cuda`` (CUDA C++).
 
-Metadata is in pyproject.toml.  This file holds what that format cannot say: the packages in two folders, the build of
-the CPU engine, in which one source file is compiled once per instruction set with that set's flags, and the build of
-the CUDA engine by nvcc.  Both are optional: when one cannot be built, the installation goes on and
-``trmfast/_build_info_*.json`` say why.
+Metadata is in pyproject.toml.  This file holds what that format cannot express: packages in two folders, the build of
+the CPU engine, which compiles one source file once per instruction set with that set's flags, and the build of the
+CUDA engine with nvcc.  Both extensions are optional: if one cannot be built, the installation continues and
+``trmfast/_build_info_*.json`` says why.
 
 Environment:
-    CXX, CXXFLAGS, LDFLAGS       the compiler (g++, clang++ and c++ are tried otherwise) and flags appended to ours
-    TRMFAST_CUDA                 1: build the CUDA engine or fail; 0: don't.  Otherwise it is built where there are nvcc
-                                 and an NVIDIA driver: it takes minutes, which a machine without a GPU need not spend
-    NVCC                         nvcc, otherwise looked for on the path and in /usr/local/cuda
-    TRMFAST_CUDA_ARCHITECTURES   for example "89 90"; all of them otherwise
+    CXX, CXXFLAGS, LDFLAGS       the compiler (default: the first of g++, clang++, c++) and flags appended to ours
+    TRMFAST_CUDA                 1: build the CUDA engine or fail; 0: don't.  Default: build it if nvcc and an NVIDIA
+                                 driver are found: it takes minutes, which a machine without a GPU need not spend
+    NVCC                         nvcc; default: searched on the path and in /usr/local/cuda
+    TRMFAST_CUDA_ARCHITECTURES   for example "89 90"; default: all
     TRMFAST_REQUIRE_CPU=1        a failure to build the extension fails the installation
     TRMFAST_SANITIZE=address,undefined | thread | ...     an instrumented build
     TRMFAST_EMULATE_AMX=1        also the target amx_emulated: the AMX kernel's schedule on plain vector instructions
@@ -57,7 +57,7 @@ class Target:
     elements: tuple[str, ...]
 
 
-# Best first, the order in which csrc/cpu/isa.cpp and the dispatcher prefer them.
+# Best first, the order of preference in csrc/cpu/isa.cpp and the dispatcher.
 X86_TARGETS = (
     Target("amx", AMX, ("bf16",)),
     Target("avx512_bf16", AVX512_BF16, ("bf16",)),
@@ -272,7 +272,7 @@ def make_cuda_build() -> CudaBuild:
         raise CannotBuildError(
             f"TRMFAST_CUDA_ARCHITECTURES: got {got}, accepted are {accepted}, as far as nvcc has them"
         )
-    # nvcc itself says where its toolkit is: the file on the path may be a link or a script.
+    # Ask nvcc where its toolkit is: the file on the path may be a link or a script.
     dry = subprocess.run([found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = next((line.split("TOP=", 1)[1] for line in dry.splitlines() if "TOP=" in line), None)
     toolkit = Path(top).resolve() if top else Path(found).resolve().parent.parent
@@ -289,7 +289,7 @@ def cuda_ninja_text(build: CudaBuild, output_name: str) -> str:
     host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
     code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in build.architectures]
     newest = build.architectures[-1]
-    code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # PTX for GPUs to come
+    code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # PTX for future GPUs
     device = [*common, f"-Xcompiler={','.join(host)}", "-Xptxas=-warn-spills", f"-ccbin={build.compiler[0]}", *code]
     names = ", ".join(f"sm_{number}" for number in build.architectures)
     module = [*common, *host, *build.headers, f'-DTRMFAST_ARCHITECTURES="{names}"']
@@ -331,7 +331,7 @@ def cuda_ninja_text(build: CudaBuild, output_name: str) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One build at a time per folder: two installations of one source tree share their objects."""
+    """One build at a time per folder: concurrent installations of a source tree share their objects."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         with contextlib.suppress(ImportError):
@@ -342,7 +342,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def compile_extension(kind: str, ninja: str, compiler_version: str, text: str, output: Path) -> None:
-    """Bring the objects of a build.ninja up to date and put the extension at `output`."""
+    """Build what is out of date and put the extension at `output`."""
     tag = hashlib.sha256(f"{compiler_version}\n{text}".encode()).hexdigest()[:10]
     folder = ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}-{tag}"
     with locked(folder):
@@ -359,7 +359,7 @@ def compile_extension(kind: str, ninja: str, compiler_version: str, text: str, o
             message = f"{compiler_version} failed: {lines[start].strip() if lines else 'ninja says nothing'}"
             raise CannotBuildError(message, "\n".join(lines[start : start + 40]))
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside and moved: a process that has the old file mapped keeps it.
+        # Copy, then rename: a process that has mapped the old file keeps it.
         beside = output.with_name(output.name + ".new")
         shutil.copy2(folder / output.name, beside)
         os.replace(beside, output)
@@ -410,12 +410,12 @@ class BuildEngines(build_ext):
         self.in_source = bool(self.inplace)  # run() of setuptools clears `inplace` while it builds
 
     def package_folders(self, output: Path) -> set[Path]:
-        """Where the package's files of this build lie: the build folder, and the source tree when building in place."""
+        """Where this build puts the package's files: the build folder, and the source tree if building in place."""
         in_source = self.in_source or self.editable_mode
         return {output.parent, ROOT / "trmfast"} if in_source else {output.parent}
 
     def remove_stale(self, output: Path) -> None:
-        """An extension of an earlier build would contradict what _build_info_*.json says."""
+        """Remove the extension of an earlier build, which would contradict _build_info_*.json."""
         for folder in self.package_folders(output):
             (folder / output.name).unlink(missing_ok=True)
 
