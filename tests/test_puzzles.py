@@ -12,6 +12,8 @@ import torch
 
 from trmfast.models import IGNORE_LABEL_ID
 from trmfast.puzzles import arc_batch, arc_tokens, count_solutions, sudoku_batch, sudoku_puzzle
+from trmfast.sudoku import is_solved
+from trmfast.sudoku_puzzles import solution_class, symmetric_copies
 
 
 def test_arc_grid_has_end_marks_below_and_to_the_right() -> None:
@@ -78,3 +80,26 @@ def test_sudoku_batch() -> None:
     assert torch.equal(sudoku_batch(10)["inputs"], batch["inputs"])
     assert not torch.equal(sudoku_batch(10, seed=1)["inputs"], batch["inputs"])
     assert len({tuple(row.tolist()) for row in batch["inputs"]}) == 10
+
+
+def test_random_puzzles_have_one_solution() -> None:
+    generator = random.Random(0)
+    for givens in (30, 45, 60):
+        puzzle, solution = sudoku_puzzle(generator, givens)
+        assert is_solved(puzzle, solution)
+        assert sum(digit > 0 for digit in puzzle) == givens
+        assert count_solutions(puzzle) == 1
+
+
+def test_symmetric_copies_are_puzzles_of_the_same_class() -> None:
+    generator = random.Random(1)
+    pairs = np.array([sudoku_puzzle(generator, 50) for _ in range(8)], dtype=np.uint8)
+    copies = symmetric_copies(pairs, np.random.default_rng(0))
+    assert copies.dtype == np.uint8
+    assert not (copies == pairs).all(axis=(1, 2)).any()
+    classes = [solution_class(solution) for solution in pairs[:, 1]]
+    assert len(set(classes)) == 8
+    assert [solution_class(solution) for solution in copies[:, 1]] == classes
+    for puzzle, solution in copies.tolist():
+        assert is_solved(puzzle, solution)
+        assert sum(digit > 0 for digit in puzzle) == 50

@@ -19,7 +19,8 @@ import trmfast
 from model_cases import make
 from trmfast.cli import main
 from trmfast.models import TRM
-from trmfast.sudoku import conflict, grid_of, is_solved, parse, sudoku_puzzle, tokens
+from trmfast.sudoku import conflict, grid_of, is_solved, parse, tokens
+from trmfast.sudoku_puzzles import sudoku_puzzle
 from trmfast.targets import extension
 
 pytestmark = pytest.mark.skipif(extension is None, reason="no CPU engine, on which the runtime computes")

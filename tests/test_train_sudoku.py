@@ -1,10 +1,9 @@
-"""docs/examples/train_sudoku.py: puzzles, the split, resuming after a kill, data parallel training."""
+"""docs/examples/train_sudoku.py: the split, resuming after a kill, data parallel training."""
 
 from __future__ import annotations
 
 import csv
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -18,8 +17,11 @@ import pytest
 import torch
 
 import trmfast
+from trmfast.sudoku_puzzles import solution_class
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+COMMAND = [sys.executable, str(EXAMPLES / "train_sudoku.py")]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SIZES = {"hidden": 32, "batch": 8, "H-cycles": 1, "L-cycles": 1, "puzzles": 32, "test-puzzles": 8, "warmup": 2}
 OFTEN = {"log-every": 3, "test-every": 6, "fewest-clues": 60, "most-clues": 70}
 SMALL = [f"--{name}={value}" for name, value in (SIZES | OFTEN).items()]
@@ -39,45 +41,16 @@ def example() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def whole(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    example.main([str(folder), "--steps", "12", *SMALL])
+    subprocess.run([*COMMAND, str(folder), "--steps", "12", *SMALL], check=True, env=ENVIRONMENT)
     return folder
 
 
-def test_puzzles_have_one_solution(example: ModuleType) -> None:
-    from trmfast.puzzles import count_solutions
-
-    data, generator = example.sudoku_data, random.Random(0)
-    for clues in (30, 45, 60):
-        solved = data.solution(generator)
-        puzzle = data.puzzle(solved, clues, generator)
-        assert all(sorted(solved[cell] for cell in unit) == list(range(1, 10)) for unit in data.UNITS)
-        assert all(digit in (0, solved[cell]) for cell, digit in enumerate(puzzle))
-        assert sum(digit > 0 for digit in puzzle) == clues
-        assert count_solutions(puzzle) == 1
-
-
-def test_symmetric_copies_are_puzzles_of_the_same_class(example: ModuleType) -> None:
-    data, generator = example.sudoku_data, random.Random(1)
-    solutions = [data.solution(generator) for _ in range(8)]
-    pairs = np.array([[data.puzzle(solved, 50, generator), solved] for solved in solutions], dtype=np.uint8)
-    copies = data.symmetric(pairs, np.random.default_rng(0))
-    assert copies.dtype == np.uint8
-    assert not (copies == pairs).all(axis=(1, 2)).any()
-    classes = [data.class_of(solved) for solved in pairs[:, 1]]
-    assert len(set(classes)) == 8
-    assert [data.class_of(solved) for solved in copies[:, 1]] == classes
-    for puzzle, solved in copies:
-        assert all(sorted(solved[unit]) == list(range(1, 10)) for unit in data.UNITS)
-        assert ((puzzle == 0) | (puzzle == solved)).all()
-        assert (puzzle > 0).sum() == 50
-
-
-def test_no_test_puzzle_is_a_training_puzzle_in_disguise(example: ModuleType, whole: Path) -> None:
+def test_no_test_puzzle_is_a_training_puzzle_in_disguise(whole: Path) -> None:
     with np.load(whole / "puzzles.npz") as puzzles:
-        classes = {name: {example.sudoku_data.class_of(pair[1]) for pair in puzzles[name]} for name in puzzles}
+        classes = {name: {solution_class(pair[1]) for pair in puzzles[name]} for name in puzzles}
     assert len(classes["train"]) == 32
     assert len(classes["test"]) == 8
     assert not classes["train"] & classes["test"]
@@ -96,9 +69,9 @@ def test_what_a_training_leaves(whole: Path) -> None:
     assert not list(whole.glob("*.part"))
 
 
-def test_a_killed_training_ends_with_the_same_weights(whole: Path, tmp_path: Path, example: ModuleType) -> None:
-    command = [sys.executable, str(EXAMPLES / "train_sudoku.py"), str(tmp_path), "--steps", "12", *SMALL]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+def test_a_killed_training_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, str(tmp_path), "--steps", "12", *SMALL]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "checkpoint.pt").exists():
@@ -110,7 +83,7 @@ def test_a_killed_training_ends_with_the_same_weights(whole: Path, tmp_path: Pat
         process.wait()
     at = torch.load(tmp_path / "checkpoint.pt", weights_only=False)["step"]
     assert at < 12
-    example.main([str(tmp_path), "--steps", "12", *SMALL])
+    subprocess.run(command, check=True, env=ENVIRONMENT)
     ours = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
     theirs = torch.load(whole / "checkpoint.pt", weights_only=False)
     assert ours["step"] == theirs["step"] == 12
@@ -126,9 +99,8 @@ def test_another_recipe_does_not_go_on_from_a_checkpoint(whole: Path, example: M
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(EXAMPLES / "train_sudoku.py"), str(tmp_path), "--steps", "3", *SMALL]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    command += [*COMMAND[1:], str(tmp_path), "--steps", "3", *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
     assert content["step"] == 3

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trmfast.models.losses import IGNORE_LABEL_ID
-from trmfast.sudoku import count_solutions, sudoku_puzzle, symmetric
+from trmfast.sudoku_puzzles import count_solutions, sudoku_puzzle, symmetric
 
 __all__ = ["ARC_SIDE", "arc_batch", "arc_tokens", "count_solutions", "sudoku_batch", "sudoku_puzzle"]
 

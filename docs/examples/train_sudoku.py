@@ -42,6 +42,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import trmfast
 from trmfast.models import TRM, ACTLossHead
+from trmfast.sudoku_puzzles import symmetric_copies
 
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -121,7 +122,7 @@ class Training:
         """Symmetric copies of random training puzzles, the same for the same step and rank."""
         generator = np.random.default_rng([self.options.seed, RANK, step])
         chosen = self.train[generator.integers(0, len(self.train), self.options.batch)]
-        return self.tensors(sudoku_data.symmetric(chosen, generator))
+        return self.tensors(symmetric_copies(chosen, generator))
 
     def tensors(self, pairs: np.ndarray) -> dict[str, Tensor]:
         """Puzzles and solutions [B, 2, 81] as the model's batch; token 1 is an empty cell."""

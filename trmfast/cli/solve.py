@@ -17,7 +17,8 @@ from trmfast.cli.console import UsageError
 from trmfast.solving import Confident, Result, Solver
 from trmfast.solving.schedule import Row
 from trmfast.solving.solver import CHOICES
-from trmfast.sudoku import CELLS, Grid, conflict, grid_of, is_solved, parse, sudoku_puzzle, tokens
+from trmfast.sudoku import CELLS, Grid, conflict, grid_of, is_solved, parse, tokens
+from trmfast.sudoku_puzzles import sudoku_puzzle
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
