@@ -69,6 +69,7 @@ def test_what_a_training_leaves(whole: Path) -> None:
     assert not list(whole.glob("*.part"))
 
 
+@pytest.mark.breadth
 def test_a_killed_training_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
     command = [*COMMAND, str(tmp_path), "--steps", "12", *SMALL]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
@@ -97,6 +98,7 @@ def test_another_recipe_does_not_go_on_from_a_checkpoint(whole: Path, example: M
         example.main([str(whole), "--steps", "15", *SMALL, "--lr", "0.5"])
 
 
+@pytest.mark.breadth
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [*COMMAND[1:], str(tmp_path), "--steps", "3", *SMALL]
