@@ -46,6 +46,11 @@ def hook_of(module: nn.Module) -> str | None:
     return next((kind.strip("_").replace("_", " ") for kind in HOOKS if getattr(module, kind)), None)
 
 
+def _same(now: Any, then: Any) -> bool:
+    """Whether a value is as it was; a tensor only if it is the same one."""
+    return now is then or (not isinstance(now, Tensor) and not isinstance(then, Tensor) and now == then)
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to a module: a call of it gathers its parameters."""
     if not torch.distributed.is_available():
@@ -97,7 +102,7 @@ class Watch:
             and not any(map(contains, self._instances, repeat("forward")))
             and [list(children.values()) for children in self._children] == self._children_then
             and [type(module).forward for module in self._modules] == self._forwards_then
-            and [values.get(key) for values, key in self._facts] == self._facts_then
+            and all(map(_same, [values.get(key) for values, key in self._facts], self._facts_then))
         )
 
     def weights(self) -> list[Tensor]:
