@@ -1,4 +1,4 @@
-// The AMX tile intrinsics that trmfast uses, in plain C++, so that code written for AMX runs and is checked on any
+// The AMX tile intrinsics that trmfast uses, in plain C++, so that AMX code runs and is tested on any
 // machine. Include after <immintrin.h>: the names are macros with literal tile numbers, as GCC's are.
 //
 // TDPBF16PS follows Intel's description bit for bit: per instruction, the even and the odd depths are summed in two
@@ -46,7 +46,7 @@ inline void require(bool condition, const char* what) {
   std::abort();
 }
 
-// The rows and bytes per row of a tile that may be used.
+// The configured rows of a tile, and bytes per row.
 inline int rows(int t) {
   State& s = state();
   require(s.configured, "a tile instruction without a configuration (#UD)");
@@ -76,7 +76,7 @@ inline void load_config(const void* p) {
     require((c.rows[t] == 0) == (c.column_bytes[t] == 0), "a tile has rows or columns, but not both (#GP)");
   }
   s.configured = true;
-  std::memset(s.tile, 0xff, sizeof s.tile); // the hardware zeroes them; NaN shows who relies on it
+  std::memset(s.tile, 0xff, sizeof s.tile); // the hardware zeroes them; NaN exposes code that relies on it
 }
 
 inline void release() { state().configured = false; }

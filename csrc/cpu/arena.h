@@ -1,6 +1,5 @@
-// A bump allocator over one block of memory.  Run once over a null base it measures, run again over the block it hands
-// out the same offsets, so a layout is written once.  In a build with AddressSanitizer every array is followed by a
-// zone that must not be touched.
+// A bump allocator over one block of memory.  Over a null base it measures; over the block it then hands out the same
+// offsets, so a layout is written once.  With AddressSanitizer, a poisoned zone follows every array.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
-// Attention of one (sequence, key/value head) at a time.  Keys and values are packed once; then every tile of query
-// rows makes its scores against all keys (f32 [rows, L], in L1 or L2: never L x L), a softmax with the row maximum
-// subtracted, and its product with the values.
+// Attention of one (sequence, key/value head) at a time.  Keys and values are packed once; each tile of query
+// rows then computes its scores against all keys (f32 [rows, L], in L1 or L2: never L x L), the softmax with the row
+// maximum subtracted, and the product with the values.
 #pragma once
 
 #include "arena.h"
@@ -43,20 +43,20 @@ TRMFAST_INLINE vf largest_scores(const float* s, int valid, vf most) {
   return most;
 }
 
-// The exponential of a score less the largest of its row, and what to multiply differences with beforehand, for results
-// that are rounded to T.  In f32 that of the largest is exactly 1: backward, where P is f32, takes differences that are
-// zero in a saturated softmax.
+// exp(score - row maximum) for results rounded to T, and the factor to scale differences by first.  In f32 the
+// maximum's exponential is exactly 1: backward, where P is f32, takes differences that must vanish in a saturated
+// softmax.
 template <class T> TRMFAST_INLINE vf exponential(vf difference) {
   return sizeof(T) == 2 ? exp2_for_bf16(difference) : exp(difference);
 }
 template <class T> constexpr float exponent_unit() { return sizeof(T) == 2 ? 1.44269504f : 1.0f; }
 
-// Keys that the query rows up to `row_end` see.
+// Keys visible to the query rows before `row_end`.
 TRMFAST_INLINE int visible_keys(const BlockShape& block, int row_end, int length) {
   return block.causal ? row_end : length;
 }
 
-// to[j] <- exponential(s[j] less top) for j < valid, zeros from there up to `padded`; returns their sum.
+// to[j] <- exp(s[j] - top) for j < valid, zero for valid <= j < padded; returns the sum.
 template <class To>
 TRMFAST_INLINE float exponentials(const float* s, float top, float scale, int valid, int padded, To* to) {
   const vf shift = broadcast(top), factor = broadcast(exponent_unit<To>() * scale);
@@ -80,7 +80,7 @@ TRMFAST_INLINE float exponentials(const float* s, float top, float scale, int va
 }
 
 // Exponentials of the scores of query rows row.. (n rows) into `to` [n, to_stride], T or float, and their sums.  Scores
-// are made panel by panel, and their maxima taken while they are in L1.
+// are computed panel by panel, and maxima taken while they are in L1.
 template <class T, class To>
 void attention_exponentials(const BlockShape& block, int length, const T* query, long stride, int row, int n, To* to,
                             long to_stride, float* sums, const AttentionScratch<T>& scratch) {

@@ -1,5 +1,5 @@
-// Gradients of attention.  Query rows go in blocks of about 128: their probabilities P and score gradients dS are made
-// again from q and k, dQ = dS K leaves at once, and P^T dO and dS^T Q are added into f32 accumulators of one head, [L,
+// Gradients of attention.  Query rows go in blocks of about 128: probabilities P and score gradients dS are
+// recomputed from q and k, dQ = dS K is written at once, and P^T dO and dS^T Q accumulate in f32 for one head, [L,
 // 64] each. Memory is (rows of a block) x L, never L x L.
 #pragma once
 

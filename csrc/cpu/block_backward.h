@@ -18,7 +18,7 @@ template <class T> struct BlockGradients {
   T* ds1; // of the residual sums, [rows, stride of h]
   T* ds2;
   T* dconvolved; // of the convolution's result, [rows, stride of activation]
-  // Like the activations of the same name, and in their place where those are not needed any more.
+  // Gradients of the activations of the same name; may share their memory once those are dead.
   T *qkv, *gate_up, *sequence_gate_up;
 };
 

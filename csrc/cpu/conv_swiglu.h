@@ -1,9 +1,9 @@
-// What URM's channel mixer does between its two products: a depthwise convolution over the positions of a sequence,
+// URM's channel mixer between its two products: a depthwise convolution over the positions of a sequence,
 //
 //   convolved[l] = bias + sum over taps k of kernel[k] gated[l + k - taps / 2],      out = silu<T>(convolved)
 //
-// with gated = silu(gate) * up, positions outside the sequence zero, and as many outputs as positions.  It is computed
-// row by row over whole rows of channels; a neighbouring row is in L1.
+// with gated = silu(gate) * up, zero padding outside the sequence, and one output per position.  It runs
+// over whole rows of channels; neighbouring rows are in L1.
 #pragma once
 
 #include "swiglu.h"
@@ -79,8 +79,8 @@ void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWei
 }
 
 // kernel[c, k] += sum over tokens of dconvolved[l, c] gated[l + k - taps / 2, c], bias[c] += sum of dconvolved[l, c];
-// either may be absent.  In strips of 128 channels, so that a thread owns what it adds to and reads whole cache lines;
-// 32 positions of a sequence are summed by themselves first, as in mixer_mlp_t.h.
+// either may be absent.  In strips of 128 channels, so that each thread owns its sums and reads whole cache lines;
+// 32 positions of a sequence are summed separately first, as in mixer_mlp_t.h.
 template <class T>
 void conv_gradient(const Team& team, const BlockShape& block, const T* dconvolved, const T* gated, long stride,
                    int sequences, int length, const Gradient& kernel, const Gradient& bias) {

@@ -18,7 +18,7 @@ struct Pair {
 // Every (target, element) pair in this binary, best target first.
 std::vector<Pair> compiled_pairs();
 
-// The engine of a pair.  Throws std::invalid_argument where the pair is not compiled or the machine cannot run it.
+// The engine of a pair.  Throws std::invalid_argument if the pair is not compiled or this machine cannot run it.
 const Engine& find_engine(const std::string& target, const std::string& element);
 
 // The weights of one net, packed for one engine.
@@ -38,11 +38,11 @@ private:
   std::optional<PooledMemory> backward_;
 };
 
-// Run on job.threads threads; job.barriers is filled in here.  Of a job that is stopped the results are unfinished.
+// Run on job.threads threads; fills in job.barriers.  A stopped job leaves unfinished results.
 void run(const Engine& engine, const ForwardJob& job);
 void run(const Engine& engine, const BackwardJob& job);
 
-// Multiply-adds on registers alone, all threads together, GFLOP/s.
+// Peak of register-only multiply-adds over all threads, GFLOP/s.
 double measure_peak(const Engine& engine, int threads, double seconds);
 
 } // namespace trmfast

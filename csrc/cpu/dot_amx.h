@@ -29,7 +29,7 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Rows of the upper and the lower tiles; the lower ones are absent where the upper ones suffice.
+// Rows of the upper and the lower tiles; no lower tiles if the upper ones suffice.
 struct RowSplit {
   int upper, lower;
 };

@@ -72,8 +72,8 @@ struct TileDot {
   static constexpr int kRows = kTileRows;
   static constexpr int kDepthStep = Step::kDepth;
 
-  // Inline: compiled as a function it moves `next` on the stack as one vector right after the caller has written its
-  // two halves, and waits for those stores to leave the store buffer: 2 % of the samples of a training step.
+  // Inline: as a function it copies `next` on the stack as one vector right after the caller wrote its two halves,
+  // and stalls until those stores leave the store buffer: 2 % of the samples of a training step.
   TRMFAST_INLINE void run(const T* a, long lda, const T* b, int depth, int rows, float* c, long ldc, bool accumulate,
                           Prefetch next = {}) {
     for (int column = 0; column < kPanelColumns; column += kTileVectors * kLanes) {
@@ -81,11 +81,11 @@ struct TileDot {
     }
   }
 
-  // Tile hardware keeps state between calls; here there is none.
+  // Tile hardware keeps state between calls; this kernel has none.
   static void release() {}
 
 private:
-  // Full tiles first: they are almost all calls.
+  // Full tiles first: almost all calls use them.
   template <int R>
   TRMFAST_INLINE void choose(const T* a, long lda, const T* b, int depth, int rows, float* c, long ldc, bool accumulate,
                              Prefetch next) {
@@ -104,7 +104,7 @@ private:
     const char* panel = reinterpret_cast<const char*>(b);
     const long steps = depth / Step::kDepth;
     const char* const end = panel + steps * kPanelColumns * 4;
-    // Without anything to fetch this touches the panel itself, which costs less than a second loop or a branch.
+    // With nothing to fetch, this touches the panel itself: cheaper than a second loop or a branch.
     const char* ahead = next.from ? static_cast<const char*>(next.from) : panel;
     const long ahead_step = next.from && steps ? (next.bytes + steps - 1) / steps : 0;
 #pragma GCC unroll 1
@@ -114,7 +114,7 @@ private:
       ahead += ahead_step;
       multiply_part<0, R>(rows, panel, acc);
       if constexpr (Step::kParts == 2) {
-        // Load the dwords again: kept from the first part, they would not fit beside the accumulators.
+        // Reload the dwords: kept from the first part, they would not fit beside the accumulators.
         asm volatile("" ::: "memory");
         multiply_part<1, R>(rows, panel, acc);
       }

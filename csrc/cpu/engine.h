@@ -1,8 +1,8 @@
-// What crosses the border between the target-independent part of the engine and the code that is compiled once per
-// instruction set: plain structs of sizes and pointers, so that no inline library code is shared across compiler flags.
+// The interface between the target-independent part of the engine and the code compiled once per instruction set:
+// plain structs of sizes and pointers, so that no inline library code is shared across compiler flags.
 //
-// Sizes: B sequences of L tokens of D channels.  Elements are f32 or bf16 (the compute dtype), gradients that leave the
-// engine are f32.
+// Sizes: B sequences of L tokens of D channels.  Elements are f32 or bf16 (the compute dtype), gradients returned by
+// the engine are f32.
 #pragma once
 
 #include <cstddef>
@@ -67,7 +67,7 @@ struct Job {
   const float* cos; // [L, head_dim] or null: no rotation
   const float* sin;
   int threads;
-  SpinBarrier* barriers; // threads + 1: one for all, then one for every team that can be
+  SpinBarrier* barriers; // threads + 1: one for all, then one per possible team
   Monitor* monitor;      // or null
 };
 
@@ -84,12 +84,12 @@ struct BackwardJob {
   Job job;
   const void* const* grad_states_out; // num_states x [B, L, D] in the compute dtype; null: zero
   const void* saved;                  // as ForwardJob::saved
-  const void* kept;                   // as ForwardJob::kept; null: they are computed again from `saved`
-  float* const* grad_states;  // num_states x [B, L, D]: the running gradients, in the end those of the incoming states
-  float* grad_x;              // [B, L, D] or null
-  float* const* grad_weights; // net by net, layer by layer; null where nobody asks.  Of a net that
-                              // no update with gradient applies, nothing is written
-  size_t store_bytes;         // most memory for the tensors that weight gradients read
+  const void* kept;                   // as ForwardJob::kept; null: recomputed from `saved`
+  float* const* grad_states;          // num_states x [B, L, D]: running gradients, finally those of the incoming states
+  float* grad_x;                      // [B, L, D] or null
+  float* const* grad_weights;         // net by net, layer by layer; null if not requested.  Nothing is
+                                      // written for a net that no update with gradient applies
+  size_t store_bytes;                 // limit on the memory for operands of weight gradients
 };
 
 // The code of one (target, element) pair.  Every function but the *_bytes is called by all threads of a region.
@@ -106,8 +106,8 @@ struct Engine {
   double (*peak_gflops)(double seconds);
 };
 
-// How B sequences are divided: `each` whole sequences for every thread, and the `rest` (fewer than threads) one by one
-// to teams of `team_size` threads.
+// How B sequences are divided: `each` whole sequences per thread; teams of `team_size` threads take the `rest` (fewer
+// than threads), one sequence per team.
 struct Division {
   int each, rest, team_size;
   Division(int batch, int threads)

@@ -2,7 +2,7 @@
 // instruction set, TRMFAST_TARGET and TRMFAST_ELEMENT.  The code it includes lives in a namespace of the pair's own and
 // calls no inline function of the standard library, which the linker could share between pairs.
 
-// GCC's AVX-512 intrinsics pass an undefined register that is initialised with itself, and GCC then warns of it (bug
+// GCC's AVX-512 intrinsics pass an undefined register initialised with itself, which GCC then warns about (bug
 // 105593).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

@@ -10,17 +10,17 @@
 namespace trmfast {
 namespace {
 
-constexpr uint64_t kMultiplier = 0x9e3779b97f4a7c15; // odd: multiplying by it is one to one
+constexpr uint64_t kMultiplier = 0x9e3779b97f4a7c15; // odd, so multiplication by it is a bijection
 constexpr size_t kChunk = size_t{1} << 16;           // bytes
 constexpr int kLanes = 16;
 
-// One to one in either argument.
+// A bijection in each argument.
 uint64_t mix(uint64_t hash, uint64_t word) {
   hash = (hash ^ word) * kMultiplier;
   return hash << 29 | hash >> 35;
 }
 
-// Independent chains, each one to one in every word of its own, folded one to one.
+// Independent chains, each a bijection in every word it takes, folded by bijections.
 [[gnu::always_inline]] inline uint64_t hash_lanes(const char* bytes, size_t size) {
   uint64_t lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<uint64_t>(i) + 1;
@@ -69,7 +69,7 @@ uint64_t fingerprint(const std::vector<const char*>& arrays, const std::vector<i
     for (size_t i = pieces.size() * part / parts; i < pieces.size() * (part + 1) / parts; ++i)
       hashes[i] = hash_chunk(pieces[i].bytes, pieces[i].size);
   };
-  // Waking the pool pays from a few chunks on.
+  // Waking the pool pays off above a few chunks.
   if (threads == 1 || pieces.size() < 8)
     hash_share(0, 1);
   else

@@ -1,4 +1,4 @@
-// A fingerprint of weights: how the engine knows that they are still those that it packed.
+// A fingerprint of weights, to detect changes since they were packed.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,8 @@
 
 namespace trmfast {
 
-// Of the bytes of many arrays, the same for any number of threads.  It is certain to change when bytes of a single
-// aligned word of 8 change; a change of more words that is not made to go unseen does so with a probability of 2^-64.
+// Fingerprints the bytes of several arrays; the result is the same for any number of threads.  A change within one
+// aligned 8-byte word always changes it; any other non-adversarial change goes unseen with probability 2^-64.
 uint64_t fingerprint(const std::vector<const char*>& arrays, const std::vector<int64_t>& sizes, int threads);
 
 } // namespace trmfast

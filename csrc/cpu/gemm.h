@@ -8,12 +8,12 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Length of the chains of additions that make up a product in f32.  In one chain over its depth rounding errors exceed
-// those of PyTorch's product, by half at depth 512 (measured in the root mean square); in chains of a quarter of the
-// depth, from 32 (below, the sums of chains cost 4 % of a forward pass) to 128, they stay below.
+// Length of the addition chains of an f32 product.  One chain over the whole depth rounds worse than PyTorch's product,
+// by half at depth 512 (measured, root mean square).  Chains of a quarter of the depth round less; they are at least 32
+// (shorter ones cost 4 % of a forward pass in sums of chains) and at most 128.
 constexpr int chain_length(int depth) { return larger(32, smaller(128, depth / 4)); }
 
-// c <- a times a panel, as Dot<T>::run.  Operands in bf16 need one chain: their own rounding hides that of the sum.
+// c <- a times a panel, as Dot<T>::run.  bf16 operands need only one chain: their own rounding dominates the sum's.
 TRMFAST_INLINE void multiply(const bf16* a, long lda, const bf16* panel, int depth, int rows, float* c, long ldc,
                              Prefetch next = {}) {
   Dot<bf16>::run(a, lda, panel, depth, rows, c, ldc, false, next);

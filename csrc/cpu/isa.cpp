@@ -32,7 +32,7 @@ uint64_t enabled_states() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
-// Linux hands out the 8 KiB of tile registers only to a process that asks.
+// Linux grants the 8 KiB of tile registers only on request.
 const char* request_amx() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023; // ARCH_REQ_XCOMP_PERM

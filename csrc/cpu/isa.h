@@ -1,4 +1,4 @@
-// Which instruction sets this machine runs, asked once at run time.  The names are those of the compiled targets.
+// Which instruction sets this machine runs, determined once at run time.  The names are those of the compiled targets.
 #pragma once
 
 #include <string>
@@ -7,11 +7,11 @@
 namespace trmfast {
 
 // nullptr if this machine runs `target`, otherwise the reason in one line.  Accepted are amx, avx512_bf16, avx512,
-// avx2, amx_emulated (runs wherever avx2 does) and portable; any other name is reported as unknown. The first question
-// about amx asks the kernel for the tile registers, for the whole process.
+// avx2, amx_emulated (runs wherever avx2 does) and portable; any other name is reported as unknown. The first query for
+// amx requests the tile registers from the kernel, for the whole process.
 const char* missing_reason(const std::string& target);
 
-// The targets that this machine runs, best first, portable last.  amx_emulated is never among them: it is for tests.
+// The targets that this machine runs, best first, portable last.  Never amx_emulated, which is for tests.
 std::vector<std::string> supported_targets();
 
 } // namespace trmfast

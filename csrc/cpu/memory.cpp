@@ -23,7 +23,7 @@ namespace {
 constexpr size_t kCacheLine = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// With AddressSanitizer all NaN: nothing of the last job may be read.
+// Fills memory with NaN under AddressSanitizer: a job must not read the previous job's data.
 void make_poison([[maybe_unused]] const Memory& memory) {
 #if defined(TRMFAST_POISON)
   __asan_unpoison_memory_region(memory.get(), memory.bytes());
@@ -66,11 +66,9 @@ Workspace::~Workspace() { delete kept_workspace.exchange(memory_.release()); }
 
 class MemoryPool {
 public:
-  MemoryPool(size_t most, const char* what) : most_(most), what_(what) {
-    waiting_.reserve(most);
-  } // so that give() cannot fail
+  MemoryPool(size_t most, const char* what) : most_(most), what_(what) { waiting_.reserve(most); } // give() cannot fail
 
-  // Waiting memory of at most twice the size, or new.
+  // Reuse pooled memory of at most twice the size, or allocate.
   std::unique_ptr<Memory> take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> guard(lock);
@@ -86,7 +84,7 @@ public:
     return std::make_unique<Memory>(bytes, what_);
   }
 
-  // What waits longest is freed when there is too much.
+  // Free the longest unused when there is too much.
   void give(std::unique_ptr<Memory> memory) {
     const std::lock_guard<std::mutex> guard(lock);
     if (waiting_.size() >= most_) waiting_.erase(waiting_.begin());
@@ -98,7 +96,7 @@ public:
     waiting_.clear();
   }
 
-  // One for all pools, held while the process forks: the child must not find it taken by a thread that it lacks.
+  // One lock for all pools, held during fork: in the child, no thread would be left to release it.
   static std::mutex& lock;
 
 private:
@@ -109,7 +107,7 @@ private:
 
 namespace {
 
-// Never destroyed, nor is the lock: an object that gives memory back may outlive every other static object.
+// Never destroyed, nor is the lock: an object that returns memory may outlive every other static object.
 MemoryPool& packed_weights = *new MemoryPool(4, "packed weights"); // two networks, forward and backward
 MemoryPool& kept_activations = *new MemoryPool(2, "activations kept for backward");
 

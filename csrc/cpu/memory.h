@@ -1,5 +1,5 @@
-// Memory that jobs work in and that outlives them: mapping fresh pages would cost a tenth of a training step, and some
-// milliseconds for the weights of a 7-million-parameter network after every update of an optimizer.
+// Memory reused across jobs: mapping fresh pages would cost a tenth of a training step, and some milliseconds for the
+// weights of a 7-million-parameter network after every optimizer step.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,7 @@ private:
   size_t bytes_;
 };
 
-// The workspace of one job, taken from the job before it where that had enough.
+// The workspace of one job; reuses the previous job's if large enough.
 class Workspace {
 public:
   explicit Workspace(size_t bytes);
@@ -46,7 +46,7 @@ private:
   std::unique_ptr<Memory> memory_;
 };
 
-// Where memory waits to be used again; of a different pool for every kind of use, so that sizes fit.
+// Memory for reuse, one pool per kind of use so that sizes match.
 class MemoryPool;
 MemoryPool& packed_weights_pool();
 MemoryPool& kept_activations_pool();
@@ -66,7 +66,7 @@ private:
   std::unique_ptr<Memory> memory_;
 };
 
-// Frees the memory that is kept between jobs.
+// Frees memory kept between jobs.
 void release_memory();
 
 } // namespace trmfast

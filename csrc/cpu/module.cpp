@@ -1,5 +1,5 @@
-// trmfast._cpu: the engine for Python.  Tensors come as addresses of contiguous memory and sizes, so this file knows no
-// torch header and the binary fits every torch.  The GIL is released while the engine works.
+// trmfast._cpu: the Python binding of the engine.  Tensors arrive as addresses of contiguous memory and sizes, so no
+// torch header is needed and one binary serves every torch.  The GIL is released while the engine runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -32,7 +32,7 @@ template <class T> std::vector<T*> pointers(const std::vector<Address>& addresse
   return result;
 }
 
-// A program in the form that the engine walks.
+// A program in the engine's form.
 struct OwnedProgram {
   std::vector<Update> updates;
   std::vector<int> sources;
@@ -52,7 +52,7 @@ struct OwnedProgram {
   Program view() const { return {updates.data(), static_cast<int>(updates.size()), sources.data(), num_states}; }
 };
 
-// What forward and backward share; owns the arrays that Job points to.
+// Shared by forward and backward; owns the arrays that Job points to.
 struct OwnedJob {
   std::vector<NetShape> shapes;
   std::vector<PackedNet> packed;
@@ -79,7 +79,7 @@ struct OwnedJob {
   }
 };
 
-// Python runs the handlers of signals on this thread alone.
+// Python runs signal handlers only on this thread.
 bool on_main_thread() {
 #if defined(__linux__)
   return getpid() == static_cast<pid_t>(syscall(SYS_gettid));
@@ -90,8 +90,8 @@ bool on_main_thread() {
 #endif
 }
 
-// What Python does while a job runs: the handlers of signals, such as Ctrl-C's, whose exception stops the job; and
-// `phases`, called with the name of every phase and in the end with None, unless it is None itself.
+// What runs in Python during a job: signal handlers, such as Ctrl-C's, whose exception stops the job; and `phases`,
+// unless it is None, called with the name of every phase and finally with None.
 class PythonMonitor {
 public:
   explicit PythonMonitor(const py::object& phases)
@@ -202,8 +202,7 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("backward"), py::arg("threads"))
       .def_property_readonly("bytes", &PackedWeights::bytes);
 
-  // What forward keeps for backward: a buffer of bytes, so that torch.frombuffer makes a tensor of it that keeps it
-  // alive.
+  // What forward keeps for backward: a byte buffer, so that a tensor made by torch.frombuffer keeps it alive.
   py::class_<PooledMemory>(m, "KeptActivations", py::buffer_protocol())
       .def(py::init([](size_t bytes) {
              const py::gil_scoped_release released;

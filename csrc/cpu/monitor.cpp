@@ -6,7 +6,7 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr milliseconds kInterval(50);
-// The clock is read at one check of so many, and at every check where they are far apart.
+// Read the clock once per this many checks, or at every check if they are far apart.
 constexpr int kChecks = 16;
 constexpr milliseconds kFarApart(1);
 

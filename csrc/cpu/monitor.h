@@ -1,5 +1,5 @@
-// What the thread that called does for its caller while a job runs: it asks now and then whether to stop, and tells
-// which phase begins.  Everything is defined in monitor.cpp on purpose, see thread_pool.h.
+// What the calling thread does during a job: it polls whether to stop, and reports each phase as it begins.  Everything
+// is defined in monitor.cpp on purpose, see thread_pool.h.
 #pragma once
 
 #include <atomic>
@@ -11,15 +11,16 @@ class Monitor {
 public:
   using Stop = bool (*)(void* context);
   using Phase = void (*)(void* context, const char* name);
-  // stop: asked about every 50 ms, first after 50 ms.  phase: told the name of every phase that the calling thread
-  // begins, and null after the last; or null itself.  Neither may throw: the peers would wait for ever at a barrier.
+  // stop: polled about every 50 ms, first after 50 ms.  phase: called with the name of each phase the calling thread
+  // begins, and with null after the last; may be null.  Neither may throw: the other threads would deadlock at a
+  // barrier.
   Monitor(Stop stop, Phase phase, void* context);
 
-  // Whether all are to leave; once true it stays true.  `caller`: this is the thread that called, which asks.
+  // Whether all threads must leave; stays true once true.  `caller`: this is the calling thread, which polls.
   bool stopped(bool caller);
-  // By the thread that called.
+  // Called by the calling thread.
   void begin_phase(const char* name);
-  // Once every thread has left.
+  // Called once every thread has left.
   void end();
 
 private:

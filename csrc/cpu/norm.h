@@ -6,7 +6,7 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// y <- norm(u); returns r.  Nothing beyond `width` counts: a padding column of a product is NaN where its row holds an
+// y <- norm(u); returns r.  Ignores columns beyond `width`: a product's padding column is NaN if its row holds an
 // infinity.
 template <class T> TRMFAST_INLINE float rms_norm(const float* u, int width, float eps, T* y) {
   vf squares[2] = {};
@@ -31,7 +31,7 @@ template <class T> TRMFAST_INLINE float rms_norm(const float* u, int width, floa
   return scale;
 }
 
-// d norm(u) / du of one element: r (1 - y^2), which is nearly 0, without y, which is rounded to nearly 1.
+// d norm(u) / du for one element: r (1 - y^2), nearly 0, computed without y, which rounds to nearly 1.
 template <class V> TRMFAST_INLINE V one_element_norm_gradient(V r, float eps) { return r * r * eps * r; }
 
 // du <- r (dy - y mean(dy y)), in place over dy and rounded into du_rounded.  Nothing beyond `width` is written: 0 x

@@ -3,7 +3,7 @@
 //   bf16  panel[depth / 2][32][2]        f32  panel[depth][32]
 // A dword of a panel is one float or one pair of bf16, so packing X^T (columns of the panel are rows of X) is a
 // transpose of dwords, and packing X (columns of the panel are columns of X) is a copy of floats or an interleave of
-// two bf16 rows. Whatever lies beyond the matrix is written as zero.
+// two bf16 rows. Padding beyond the matrix is zeroed.
 #pragma once
 
 #include "dot.h"
@@ -57,7 +57,7 @@ TRMFAST_INLINE void transpose_16x16(const uint32_t (*in)[16], uint32_t* out, lon
 #endif
 }
 
-// Sixteen dwords of T from `valid` elements of Src, the rest zero.
+// Sixteen dwords of T: `valid` elements of Src, then zeros.
 template <class T, class Src> TRMFAST_INLINE void row_dwords(const Src* src, int valid, uint32_t* out) {
   constexpr int kElements = 16 * elements_per_dword<T>();
   T* to = reinterpret_cast<T*>(out);

@@ -1,7 +1,7 @@
-// What a target can do on registers alone, by measurement: the denominator of "share of peak". Take it in the same
-// process and close in time to what it is compared with, because clocks drift. Operands never change here; with
-// changing operands a Xeon's AMX was measured 14 to 17 percent slower at the same instruction mix (its power limit, it
-// seems), so 100 % is out of reach.
+// The measured register-only peak of a target: the denominator of "share of peak". Measure it in the same process as
+// what it is compared with, and close in time, because clocks drift. Operands are constant here; with changing operands
+// a Xeon's AMX was measured 14 to 17 percent slower at the same instruction mix (apparently its power limit), so 100 %
+// is out of reach.
 #pragma once
 
 #include <time.h>
@@ -11,7 +11,7 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// The processor time of this thread: what else runs on the machine then only costs caches and clock rate.
+// This thread's CPU time, so other processes cost only caches and clock rate.
 inline double thread_seconds() {
   timespec t;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);

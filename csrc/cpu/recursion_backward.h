@@ -1,8 +1,8 @@
-// A whole program backward.  The updates are walked in reverse; each one with gradient is computed again from its saved
-// input by the forward code (the same values, bit for bit), unless forward kept its activations, and differentiated.
-// What the weight gradients will read goes into a store with room for many (update, sequence) slots; when it is full,
-// the gradients of the weights are added up over all of it at once, so that the f32 gradients are read and written a
-// few times in all and not once an update.  When that happens changes no bit, see weight_gradient.h.
+// A whole program backward.  The updates are walked in reverse; the forward code recomputes each update with gradient
+// from its saved input (bit for bit), unless forward kept its activations; the update is then differentiated.  The
+// operands of weight gradients go into a store with room for many (update, sequence) slots.  When it is full, all
+// weight gradients are accumulated over it at once, so the f32 gradients are read and written a few times in all, not
+// once per update.  The timing changes no bit: see weight_gradient.h.
 #pragma once
 
 #include "recursion_forward.h"
@@ -35,7 +35,7 @@ template <class T> struct BackwardThread {
         gradient_scratch(arena, gradient_depth) {}
 };
 
-// Everything in the workspace, laid out again from its address by every thread.
+// The workspace; every thread derives the same layout from its address.
 template <class T> class BackwardWorkspace {
 public:
   const BackwardJob& backward;
@@ -81,7 +81,7 @@ private:
     return arena.used();
   }
   // The most slots, a power of two, that make a chunk of a weight gradient and waste at most a quarter of the store.
-  // Of the sizes alone, not of the threads or of what forward kept: it decides the order of sums.
+  // Depends only on sizes, not on threads or on what forward kept: it determines the order of sums.
   static int choose_group(const BackwardJob& backward) {
     const long fit = static_cast<long>(backward.store_bytes / slot_bytes(backward.job, true));
     int group = 1;
@@ -112,13 +112,13 @@ private:
   char* first_;
 };
 
-// The slots of both stores that a pair takes: they differ where forward kept the activations of all.
+// A pair's slots in both stores; they differ if forward kept all activations.
 struct Slots {
   int activations, gradients;
   Slots operator+(int n) const { return {activations + n, gradients + n}; }
 };
 
-// The activations of an update of one sequence once more, from its saved input.
+// Recomputes an update's activations for one sequence from its saved input.
 template <class T>
 void slot_forward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
                   int slot, const BackwardThread<T>& shared, const BackwardThread<T>& mine) {
@@ -184,7 +184,7 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   team.sync(); // before the buffers are used again
 }
 
-// Adds what `used` slots from `first` on hold to the gradients of net `n`; the first time, stores it.
+// Accumulates `used` slots starting at `first` into the gradients of net `n`; the first time, stores them.
 template <class T>
 void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& all, int n, const Slots& first, int used,
                             bool fresh, const BackwardThread<T>& mine) {
@@ -315,7 +315,7 @@ template <class T> void program_backward(const BackwardJob& backward, void* memo
       const RestTeam rest(job, division, thread);
       if (!rest.idle) {
         const int index = division.each * job.threads + rest.index;
-        rest.team.sync(); // the first thread, whose buffers the team uses, is done with its own sequences
+        rest.team.sync(); // the team uses the first thread's buffers: wait until its own sequences are done
         slot_backward(workspace, rest.team, update, saved, sequence + index, first + (used + index),
                       workspace.thread(rest.first_thread), mine);
       }

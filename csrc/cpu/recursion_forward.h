@@ -7,8 +7,8 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Sequences that share one pass over the weights.  With AMX a panel must be used for about 400 rows before the next can
-// be had from L3; vector units need far fewer.
+// Sequences that share one pass over the weights.  With AMX, about 400 rows per panel hide the fetch of the next
+// panel from L3; vector units need far fewer.
 template <class T> int sequences_together(int length) {
   const int rows = Dot<T>::kRows >= 32 ? 400 : 112;
   return larger(1, rows / larger(1, length));
@@ -37,8 +37,8 @@ struct RopeTables {
   Rope rope(const Job& job) const { return {cos, sin, HeadLayout(job.nets[0].block).qk_width}; }
 };
 
-// Memory of one team for inference: the activations of one block, used by all blocks in turn.  To leave L2 to the
-// weights, mixed lies where h1 will, and qkv where activation will: written after their last reader.
+// Memory of one team for inference: the activations of one block, reused by every block.  To leave L2 to the
+// weights, h1 reuses the memory of mixed, and activation that of qkv, after their last read.
 template <class T> struct ForwardBuffers {
   BlockActivations<T> act = {};
   float* u;
@@ -91,7 +91,7 @@ template <class T> struct ForwardWorkspace {
   }
 };
 
-// h[row] <- sum of the sources (+ x), in f32, rounded once; a copy to `saved` where backward will need it.
+// h[row] <- sum of the sources (+ x), in f32, rounded once; also copied to `saved` if backward needs it.
 template <class T>
 void sum_sources(const Team& team, const Job& job, const Update& update, const T* const* states, const T* x,
                  long first_row, int rows, T* h, long stride, T* saved) {
@@ -118,13 +118,13 @@ void net_forward(const Team& team, const NetShape& net, const void* packed, cons
   const long stride = BlockStrides(net.block).h;
   for (int layer = 0; layer < net.layers; ++layer) {
     const bool last = layer + 1 == net.layers;
-    // h is free once h1 is there, so a block may write its output over its input.
+    // h is dead once h1 is computed, so a block may overwrite its input.
     block_forward(team, net.block, ForwardWeights<T>(weights, net.block), rope, sequences, length, act, u,
                   last ? out : act.h, last ? out_stride : stride, scratch);
   }
 }
 
-// An update whose activations are kept: every layer in its place in the store, and the result copied to out.
+// An update whose activations are kept: each layer computes into the store, and the result is copied to out.
 template <class T>
 void net_forward_kept(const Team& team, const NetShape& net, const void* packed, const Rope& rope, int sequences,
                       int length, const ActivationStore<T>& store, int slot, float* u, T* out,

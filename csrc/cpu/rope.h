@@ -8,7 +8,7 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Tables [L, qk_width] in packed order; null: positions are not rotated.
+// Tables [L, qk_width] in packed order; null: no rotation.
 struct Rope {
   const float* cos;
   const float* sin;

@@ -1,5 +1,5 @@
-// What backward reads of the updates with gradient, by slot: one (update, sequence) pair.  The store lies in the
-// workspace of a backward pass that computes the activations again, or is filled by the forward pass and kept.
+// What backward reads of the updates with gradient, one slot per (update, sequence) pair.  The store is part of the
+// backward workspace when activations are recomputed; otherwise forward fills it and keeps it.
 #pragma once
 
 #include "block_backward.h"

@@ -1,5 +1,5 @@
-// SiLU and SwiGLU, element by element, with their gradients.  T is the type that the results will be rounded to: for
-// bf16, exponential and reciprocal are no better than that takes.
+// SiLU and SwiGLU, element by element, with their gradients.  Results are rounded to T: for bf16, exponential
+// and reciprocal are only as exact as that needs.
 #pragma once
 
 #include "simd.h"

@@ -1,9 +1,8 @@
 // A team: the threads that work on one group of sequences together.  A phase of work is a range of items, divided by
 // rank; sync() ends a phase.  A team of one never waits.
 //
-// A job that is stopped: long phases look at stopped() between their items and skip the rest, each thread by itself, so
-// that they still meet at every barrier.  A team leaves a program only by what sync() returns, which is the same for
-// all of it.
+// When a job is stopped, long phases see stopped() between items and each thread skips the rest, but still reaches
+// every barrier.  A team leaves a program only on the result of sync(), which is the same for all its threads.
 #pragma once
 
 #include "engine.h"
@@ -22,10 +21,10 @@ struct Team {
   int rank, size;
   SpinBarrier* barrier;
   Monitor* monitor; // or null
-  bool caller;      // this is the thread that called
+  bool caller;      // this is the calling thread
 
   bool stopped() const { return monitor && monitor->stopped(caller); }
-  // Whether to go on: not if one of the team has seen that the job is stopped.
+  // Whether to continue: false if any thread of the team has seen the stop.
   bool sync() const { return size > 1 ? barrier->wait(size, !stopped()) : !stopped(); }
   void begin(const char* phase) const {
     if (monitor && caller) monitor->begin_phase(phase);

@@ -47,7 +47,7 @@ void set_floating_point_mode(uint64_t mode) {
 #endif
 }
 
-// Sleeping until a condition on atomics holds.  wait() spins first; wake() costs one load while nobody sleeps.
+// Sleeps until a condition on atomics holds.  wait() spins first; wake() costs one load if no thread sleeps.
 // The sequentially consistent order of `asleep_` and the atomics of the condition makes a lost wake-up impossible:
 // either the sleeper sees the new value, or the waker sees the sleeper.
 class Doorbell {
@@ -88,7 +88,7 @@ struct alignas(64) Worker {
 
 thread_local bool inside_region = false;
 
-// What the threads of a region run, and the first exception that one of them threw.
+// The body of a region, and the first exception thrown by one of its threads.
 class Region {
 public:
   Region(void (*body)(void*, int), void* context) : body_(body), context_(context), mode_(floating_point_mode()) {}
@@ -123,7 +123,7 @@ private:
 
 OpenMp openmp = {};
 
-// False, and nothing has run, where OpenMP gives fewer threads: a thread limit, or a caller inside its own region.
+// Returns false, having run nothing, if OpenMP gives fewer threads: a thread limit, or a caller inside its own region.
 bool run_on_openmp(int num_threads, Region& region) {
   struct Call {
     Region& region;
@@ -199,8 +199,8 @@ void Pool::start_worker() {
   workers_.push_back(std::move(worker));
 }
 
-// A new thread inherits the affinity of its creator; this keeps it so when the caller's changes, or another thread
-// calls.
+// A new thread inherits its creator's affinity; this follows changes when the caller's affinity, or the caller,
+// changes.
 void Pool::follow_affinity() {
 #if defined(__linux__)
   cpu_set_t now;
@@ -237,8 +237,8 @@ void Pool::join() {
   workers_.clear();
 }
 
-// The pool is never freed: a thread that calls while the process exits finds it whole, and a forked child must not
-// touch the one it inherited, whose threads it does not have and whose locks may be held for ever.
+// The pool is never freed: a thread may still call it during process exit, and a forked child must not touch the pool
+// it inherited, whose threads do not exist there and whose locks may never be released.
 std::atomic<Pool*> current_pool{nullptr};
 
 Pool& pool() {
@@ -250,12 +250,12 @@ Pool& pool() {
 }
 
 // Registered while the library is loaded, so that no lock stands between a fork and its handler.
-// Workers are joined when the library is unloaded or the process exits: their code must not vanish under them.
+// Workers are joined when the library is unloaded or the process exits: their code must not be unmapped while they run.
 struct Lifetime {
   Lifetime() {
     pthread_atfork(nullptr, nullptr, [] {
       current_pool.store(nullptr);
-      openmp = {}; // GNU's runtime waits for ever for threads that a child does not have
+      openmp = {}; // GNU's runtime would deadlock waiting for threads that the child lacks
       inside_region = false;
     });
   }

@@ -9,11 +9,11 @@
 namespace trmfast {
 
 // Runs body(context, thread) for thread = 0 .. num_threads - 1, all at the same time, and returns when all have.
-// The caller is thread 0.  The others are those of an OpenMP runtime, see use_openmp, or our own workers: started when
-// first needed, with the caller's affinity, spinning for a short while after a region and then asleep.  All compute in
+// The caller is thread 0.  The others belong to an OpenMP runtime (see use_openmp) or are our own workers: started on
+// first use, with the caller's affinity, spinning briefly after a region, then sleeping.  All compute in
 // the caller's floating-point mode.  Calls from several threads run one after the other. An exception in a body is
 // rethrown here once every body has returned; with several, the first one caught.  A body that waits at a barrier must
-// not throw before it: its peers would wait for ever.
+// not throw before it: the other threads would deadlock.
 // Throws std::invalid_argument if num_threads < 1, std::logic_error if called from inside a region, std::system_error
 // if a thread cannot be started; in all three cases no body has run.
 void parallel(int num_threads, void (*body)(void* context, int thread), void* context);
@@ -35,18 +35,18 @@ struct OpenMp {
   int (*thread_num)();
 };
 
-// From now on regions run on the threads of this runtime, until a fork: in the child it is not used.  Its threads spin
-// for milliseconds after a region, so beside a program that uses it, workers of our own would find their cores taken.
-// Not to be called while a region runs.
+// Runs all later regions on this runtime's threads, until a fork: the child does not use it.  Its threads spin for
+// milliseconds after a region, so in a program that uses it, our own workers would find their cores busy.  Do not call
+// while a region runs.
 void use_openmp(const OpenMp& runtime);
 
 // Whether regions run on the threads of an OpenMP runtime.
 bool uses_openmp();
 
-// Tells the processor that this is a waiting loop.
+// Tells the CPU that this is a spin loop.
 void spin_pause();
 
-// The threads that share a piece of work wait for each other; memory written before wait() is visible after it.
+// A barrier between threads that share work; memory written before wait() is visible after it.
 // Spins, then yields, so that it stays correct (and only slow) with more threads than cores.
 class SpinBarrier {
 public:
@@ -54,8 +54,8 @@ public:
   SpinBarrier(const SpinBarrier&) = delete;
   SpinBarrier& operator=(const SpinBarrier&) = delete;
   void wait() { wait(count_, true); }
-  // With another number of threads than before; the caller knows that no earlier wait is still going on.  Whether all
-  // of them, and of those that waited before, brought `agree`.
+  // The number of threads may differ from the last call's, if no earlier wait is still in progress.  Returns whether
+  // all of them, and all earlier waiters, passed `agree`.
   bool wait(int count, bool agree);
 
 private:

@@ -6,8 +6,8 @@
 // multiplies in chunks of up to 512 tokens, so that a chunk of a panel (32 KB in bf16) is read from L1 by all tiles of
 // the block. A thread owns the rows that it adds to: no copy per thread.
 //
-// The sums are the same for any number of threads and any number of slots in the store: a chunk never leaves its group
-// of slots, groups are counted from the first update of a net on, and chunks are added to the gradient one by one.
+// The sums are the same for any number of threads and of slots in the store: a chunk never crosses its group of slots,
+// groups are counted from a net's first update, and chunks are added to the gradient in order.
 #pragma once
 
 #include "gemm.h"
@@ -61,8 +61,8 @@ template <class T> struct WeightGradientScratch {
 };
 
 // tiles[0 .. n) += sum over chunks of left(chunk) [n, depth(chunk)] times the panel right(chunk); `fresh`: the tiles
-// hold nothing yet.  Every chunk is summed by itself first: one chain over all tokens would round far more often than
-// autograd's sum over the updates does.
+// hold nothing yet.  Every chunk is summed separately first: one chain over all tokens would round far more often
+// than autograd's sum over the updates does.
 template <class T, class Left, class Right, class Depth>
 void multiply_chunks(int n, int chunks, bool fresh, long left_stride, const WeightGradientScratch<T>& scratch,
                      Left left, Right right, Depth depth) {

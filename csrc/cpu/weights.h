@@ -1,4 +1,4 @@
-// Weights of one block as the engine multiplies them, packed once per weight version.
+// Packed weights of one block, packed once per weight version.
 //
 // Forward packs hold W^T (depth: input channels), backward packs hold W (depth: output channels), all in the column
 // orders of layout.h.  The mlp_t mixer multiplies from the left, so its weights are rows with a padded leading
@@ -66,7 +66,7 @@ template <class T> struct BackwardWeights {
   }
 };
 
-// The slices of a pack that one thread makes: panels in turn over all threads.
+// The slices of a pack that one thread packs: panels are dealt round-robin to the threads.
 class PackTurn {
 public:
   PackTurn(int thread, int threads) : thread_(thread), threads_(threads) {}
@@ -170,7 +170,7 @@ void pack_backward(const BlockShape& block, const float* const* weights, const B
   } else {
     const int L = block.seq_len, inner = block.seq_inner, padded = padded_depth<T>(inner);
     const float *gate_up = weights[0], *down = weights[1];
-    // Gate columns, padding, up columns, padding: as the gradient's panels stand.
+    // Gate columns, padding, up columns, padding: the order of the gradient's panels.
     pack_left(L, 2 * padded, to.seq_gate_up, row_stride(2 * padded), turn, [=](int r, int c) {
       const int i = c % padded;
       return i < inner ? gate_up[static_cast<long>(c < padded ? i : inner + i) * L + r] : 0.0f;

@@ -1,15 +1,15 @@
 // Attention of a CTA's rows over the whole sequence of its group.
 //
 //   project   h -> q into shared memory (rotated, packed order); rotated keys and values into the exchange
-//   --------- group barrier: keys and values of all CTAs are there
-//   attend    a warp takes 16 or 32 rows of a head: online softmax over all keys, its q is replaced by the output
+//   --------- group barrier: keys and values of all CTAs are complete
+//   attend    a warp takes 16 or 32 rows of a head: online softmax over all keys; the output replaces q
 //   output    [rows, heads * head_width] x W_o, then residual and norm (norm.cuh)
 //
 // Exchange of a group: [2][key, value][kv head][16 tokens][16 channels][lane][8]: squares in the order of fragments b
 // (square_words), so both are read with one 16-byte load a lane, without shared memory.  Keys keep the packed order of
 // channels, and so do queries: the sum over channels is the same.  Values come from a transposed product.
-// The first dimension alternates from layer to layer: a CTA that is one layer ahead doesn't overwrite what is still
-// read, and cannot be further ahead.
+// The first dimension alternates from layer to layer: a CTA one layer ahead does not overwrite data still being read,
+// and it cannot get further ahead.
 #pragma once
 
 #include "group.cuh"
@@ -20,7 +20,7 @@
 namespace trmfast {
 namespace gpu {
 
-// Where a group exchanges keys and values in one layer.
+// A group's exchange of keys and values in one layer.
 template <class T> struct KeyValues {
   GlobalPtr<U32x4> base;        // of this lane
   int kv_heads, tiles, squares; // tiles: of 16 tokens; squares: of 16 channels in a head
@@ -176,7 +176,7 @@ DEVICE void attend(const ForwardParams<T>& p, SharedPtr<T> q_rows, int q_stride,
       ldmatrix_x4(q[r][k], from + (r * 16 * q_stride + k * 16));
     }
   }
-  sync_warp(); // before the output takes their place
+  sync_warp(); // before the output overwrites q
 
   float out[kRowTiles][2 * kSquares][4];
   clear(out);
@@ -236,7 +236,7 @@ DEVICE void attend(const ForwardParams<T>& p, SharedPtr<T> q_rows, int q_stride,
   }
 }
 
-// All rows and heads of the CTA, shared out to its warps: warps that run side by side have a head in common.
+// All rows and heads of the CTA, split over its warps: warps that run side by side share a head.
 template <int kSquares, int kTaskTiles, int kRowTiles, class T>
 DEVICE void attend_heads(const ForwardParams<T>& p, SharedPtr<T> q, int q_stride, const KeyValues<T>& kv) {
   constexpr int kParts = kRowTiles / kTaskTiles;

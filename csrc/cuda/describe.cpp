@@ -1,5 +1,5 @@
-// Prints the instances of the kernel with the shared memory of the largest block that each runs, as launch_shape.h
-// decides it: row tiles, stages, width tiles, token tiles, strip tiles, bytes.  For tools; no CUDA header, no device.
+// Prints the kernel's instances with the shared memory that launch_shape.h gives the largest block of each: row tiles,
+// stages, width tiles, token tiles, strip tiles, bytes.  For tools; no CUDA header, no device.
 #include "instances.h"
 #include "launch_shape.h"
 

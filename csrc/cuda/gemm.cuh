@@ -1,4 +1,4 @@
-// The product of a CTA's rows with streamed weights, out of shared memory into registers.  Every warp computes all rows
+// The product of a CTA's rows in shared memory with streamed weights, into registers.  Every warp computes all rows
 // for its own share of the output columns, so a weight is read once per CTA and belongs to one warp.
 //
 // Accumulators are squares of 16 rows x 16 output columns, acc[row tile][2 * square + half].
@@ -82,7 +82,7 @@ DEVICE void multiply(float (&acc)[kRowTiles][kTiles][4], SharedPtr<const T> rows
         at = at + next_step;
       }
     }
-  } else if constexpr (kTiles == 4) { // a stage is one step; the rows pass through few registers
+  } else if constexpr (kTiles == 4) { // a stage is one step; rows use few registers
     NO_UNROLL
     for (int step = 0; step < steps; ++step) {
       const SharedPtr<const T> weights = stream.next();

@@ -1,4 +1,4 @@
-// The blocks of a group: where they exchange data, and where they wait for each other.
+// The blocks of a group: how they exchange data and synchronise.
 #pragma once
 
 #include "params.cuh"
@@ -6,7 +6,7 @@
 namespace trmfast {
 namespace gpu {
 
-// Which CTA this is.  In shared memory, because registers are scarce where it is needed and a load cannot be hoisted.
+// This CTA's position.  In shared memory: registers are scarce at its uses, and a load cannot be hoisted.
 struct Place {
   int group, rank; // rank: in the group
   int sequences;   // that the group takes: group, group + groups, ...

@@ -1,4 +1,4 @@
-// The __global__ functions, by name: what a binary holds and what tools measure.
+// The __global__ functions, under the names that binaries and tools show.
 #pragma once
 
 #include "instances.h"
@@ -8,7 +8,7 @@
 namespace trmfast {
 namespace gpu {
 
-// One block per multiprocessor: it fills the shared memory and may use all registers.
+// One block per multiprocessor: it fills shared memory and may use all registers.
 template <class I>
 __global__ void __launch_bounds__(kThreads, 1)
     recursion_forward_kernel(const __grid_constant__ ForwardParams<typename I::T> p) {

@@ -101,7 +101,7 @@ std::string forward(const ForwardRequest& r) {
   p.failed = {pointer<uint32_t>(r.failed)};
   p.timeout_ns = r.timeout_ns;
 
-  // Cooperative: either all blocks are resident together or the launch is an error, so groups can wait for each other.
+  // Cooperative: all blocks are resident together or the launch fails, so blocks of a group can wait for each other.
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;

@@ -1,5 +1,5 @@
-// The border between the kernels, which nvcc compiles once per element type (launch.cu), and the binding, which the
-// host compiler compiles (module.cpp).  Functions enqueue work on a stream and never wait; they return an error
+// The interface between the kernels, compiled by nvcc once per element type (launch.cu), and the binding, compiled by
+// the host compiler (module.cpp).  Functions enqueue work on a stream and never wait; they return an error
 // text, empty on success.
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace trmfast {
 namespace gpu {
 
-// Device addresses, as Python has them.
+// Device addresses, passed from Python.
 using Address = uint64_t;
 
 struct PackRequest {
@@ -21,7 +21,7 @@ struct PackRequest {
   Address stream;
 };
 
-// See ForwardParams; `shape` is of the same block, batch and length.
+// See ForwardParams; `shape` belongs to the same block, batch and length.
 struct ForwardRequest {
   LaunchShape shape;
   BlockShape block;
@@ -40,7 +40,7 @@ struct Element {
   const char* name;
   std::string (*pack)(const PackRequest& request);
   std::string (*forward)(const ForwardRequest& request);
-  // Blocks of an instance that a multiprocessor runs at the same time.
+  // Blocks of an instance resident on one multiprocessor.
   std::string (*occupancy)(const InstanceSizes& sizes, int shared_bytes, int* blocks);
 };
 

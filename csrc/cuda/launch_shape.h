@@ -1,5 +1,5 @@
-// Launch geometry as data: which instance of the kernel runs a problem on a device, how large its grid, shared memory
-// and exchange are, and in one line why a problem cannot be run.  Host only, no CUDA header.
+// Launch geometry as data: which instance of the kernel runs a problem on a device, the sizes of its grid, shared
+// memory and exchange, or the one-line reason why it cannot run.  Host only, no CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@ inline int64_t exchange_elements(const InstanceSizes& c, const BlockShape& block
 struct Device {
   int shared_bytes;    // most that a block can have: 163 KB on sm_80, 99 KB on sm_86, 89 and 120, 227 KB on 90 and 100
   int multiprocessors; // each runs one block of this kernel at a time
-  // With fewer rows a block waits for weights, not for products: what a multiprocessor multiplies in a clock against
-  // the 64 bytes that pass its port to L2.
+  // With fewer rows a block waits for weights, not products: a multiprocessor's products per clock against the 64 bytes
+  // per clock of its L2 port.
   int stream_rows;
   int cache_blocks; // this many blocks saturate L2: 5120 bytes a clock on sm_80 and 90, elsewhere one port each
 };
@@ -50,7 +50,7 @@ struct LaunchShape {
 
 inline std::string number(int64_t x) { return std::to_string(x); }
 
-// Why no instance can run such a block, or an empty string.
+// Why no instance can run the block; empty if one can.
 inline std::string refuse_block(const BlockShape& b) {
   if (b.conv_taps != 0) return "channel_mixer: got conv_swiglu, accepted is swiglu";
   if (b.width < 16 || b.width > 512 || b.width % 16)
@@ -69,14 +69,14 @@ inline bool matches(const InstanceSizes& c, const BlockShape& block) {
 }
 
 // A model of the time of a launch, to choose among instances (kernels/persistent.py has it in seconds): rounds of the
-// resident groups, times what a block of the grid takes in a round, which is its products or the weights.
+// resident groups, times a block's time per round, which is that of its products or of the weights.
 inline int64_t cost(const InstanceSizes& c, int groups, int group_blocks, int batch, const Device& device) {
   const int64_t products = int64_t{16} * c.row_tiles * device.cache_blocks;
   const int64_t weights = int64_t{device.stream_rows} * larger(device.cache_blocks, groups * group_blocks);
   return ceil_div(batch, groups) * (products > weights ? products : weights);
 }
 
-// The best of the instances for a problem, or why there is none.
+// The best instance for a problem, or the reason why there is none.
 inline std::string choose_launch(const std::vector<InstanceSizes>& instances, const BlockShape& block, int batch,
                                  int length, const Device& device, LaunchShape* shape) {
   std::string reason = refuse_block(block);

@@ -1,5 +1,5 @@
-// The order of packed weights.  Each warp reads its weights as one stream of stages of 1 KB, in the order of use, so
-// that a ring of cp.async copies never drains between products:
+// The order of packed weights.  Each warp reads its weights as one stream of 1 KB stages in order of use, so the ring
+// of cp.async copies never drains between products:
 //
 //   packed layer    [stage][warp][2 squares][4 matrices][8 columns][8 deep]
 //
@@ -9,8 +9,8 @@
 //
 // A product of N columns runs in passes; in a pass every warp has `tiles` tiles of 8 columns.  Stages of a pass: for
 // each 16 deep, tiles / 4 stages; with 2 tiles a stage holds two steps of the depth.  Packed column c of pass p, warp w
-// and tile t is ((p * kWarps + w) * tiles + t) * 8 + (0..7).  Columns are ordered so that one thread holds what an
-// epilogue combines: in 16 columns
+// and tile t is ((p * kWarps + w) * tiles + t) * 8 + (0..7).  Columns are ordered so that one thread holds the
+// operands of an epilogue: in 16 columns
 //
 //   query, key   8 channels of the first half of a head | their rotation partners in the second half
 //   gate/up      8 gate columns | the 8 up columns that they multiply

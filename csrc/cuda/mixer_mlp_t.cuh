@@ -1,13 +1,13 @@
-// The SwiGLU over the sequence axis.  It mixes tokens and keeps channels apart, so the blocks of a group share out
-// channels instead of tokens:
+// The SwiGLU over the sequence axis.  It mixes tokens but not channels, so the blocks of a group
+// split channels instead of tokens:
 //
 //   own tokens of h -> exchange       | group barrier
 //   for each own strip of 16 * kStripTiles channels, all tokens:
 //       strip [L, channels] -> SwiGLU over L, residual, norm over L -> exchange
 //   own tokens <- exchange            | after a second group barrier
 //
-// Exchange of a group: [h, h1][L, D].  A CTA that is ahead writes h of the next layer only after the second barrier,
-// when nobody reads h, and h1 only after the first, when nobody reads h1: one copy of each is enough.
+// Exchange of a group: [h, h1][L, D].  A CTA that is ahead writes the next layer's h only after the second barrier,
+// when no CTA reads h, and h1 only after the first, when none reads h1: one copy of each is enough.
 // The strip is stored by depth [token][channel]; products are transposed, so that a thread holds neighbouring channels.
 #pragma once
 
@@ -19,8 +19,8 @@
 namespace trmfast {
 namespace gpu {
 
-// h1 = norm(h + mlp_t(h)) over tokens, in place.  shared: the CTA's shared memory from h on, which the strip takes
-// over; layers_done: by this kernel so far.  False: a barrier of the group timed out.
+// h1 = norm(h + mlp_t(h)) over tokens, in place.  shared: the CTA's shared memory starting at h, which the strip
+// overwrites; layers_done: by this kernel so far.  False: a barrier of the group timed out.
 template <class I, class T, int kStages>
 DEVICE bool mlp_t(const ForwardParams<T>& p, SharedPtr<T> shared, int layers_done, WeightStream<T, kStages>& stream) {
   constexpr int kChannels = 16 * I::kStripTiles, kLanes = kChannels / 8, kStride = kChannels + kPad;

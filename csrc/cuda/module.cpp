@@ -1,5 +1,5 @@
-// trmfast._cuda: the CUDA engine for Python.  Tensors come as device addresses and sizes, so this file knows no torch
-// header and the binary fits every torch.  Nothing here waits for the device.
+// trmfast._cuda: the Python binding of the CUDA engine.  Tensors arrive as device addresses and sizes, so no torch
+// header is needed and one binary serves every torch.  Nothing here waits for the device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -49,7 +49,7 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// What a launch needs besides tensors: the shape and the program as lists of words.
+// The shape and the program of a launch, as lists of words.
 struct Prepared {
   BlockShape block;
   LaunchShape shape;
@@ -57,7 +57,7 @@ struct Prepared {
   Schedule schedule;
 };
 
-// A reason in one line, or what to launch.
+// A one-line reason, or what to launch.
 py::object prepare(const BlockShape& block, const std::vector<int>& layers, int num_states,
                    const std::vector<std::tuple<int, std::vector<int>, bool, int, bool>>& program, int batch,
                    int length, const Device& device) {

@@ -27,7 +27,7 @@ DEVICE float norm_scale(SharedPtr<const float> sums, int vector, int count, floa
 }
 
 // Straight squares; h: [16 * kRowTiles, stride], with all columns of the squares, zero from `width` on, and so is y.
-// sums: f32 [16 * kRowTiles, kSumStride], in memory that other warps may read until they come here.
+// sums: f32 [16 * kRowTiles, kSumStride], in memory that other warps may read until they arrive here.
 template <class T, int kRowTiles, int kTiles>
 DEVICE void norm_rows(float (&acc)[kRowTiles][kTiles][4], SharedPtr<T> h, int stride, int width, float eps,
                       SharedPtr<float> sums) {

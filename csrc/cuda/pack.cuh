@@ -1,6 +1,6 @@
 // Packs the f32 weights of one layer into the order of layout.h, rounded to nearest.  A thread makes 16 bytes: the 8
-// elements of one column of one matrix.  Weights change once per optimiser step, so this runs as often and its
-// scattered reads don't matter.
+// elements of one column of one matrix.  This runs once per optimiser step, so its scattered reads do
+// not matter.
 #pragma once
 
 #include "layout.h"

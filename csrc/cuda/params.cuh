@@ -1,4 +1,4 @@
-// The parameters of one launch of the forward recursion: the launcher fills them, every part of the kernel reads them.
+// The parameters of one launch of the forward recursion, filled by the launcher.
 #pragma once
 
 #include "layout.h"
@@ -7,7 +7,7 @@
 namespace trmfast {
 namespace gpu {
 
-// One layer of one update (Schedule in launch_shape.h): what a CTA does between two barriers, as four words.
+// One layer of one update (Schedule in launch_shape.h): a CTA's work between two barriers, as four words.
 struct Step {
   DEVICE explicit Step(const U32x4& words) : words_(words) {}
   DEVICE int dst() const { return static_cast<int>(words_.v[0] & 0xff); }
@@ -40,7 +40,7 @@ template <class T> struct ForwardParams {
   GlobalPtr<T> exchange;                // groups * exchange_elements, between the blocks of a group
   int64_t exchange_elements;
   GlobalPtr<uint32_t> arrivals; // groups * kArrivalStride, zero at launch
-  GlobalPtr<uint32_t> failed;   // zero at launch; afterwards how many blocks waited longer than timeout_ns for others
+  GlobalPtr<uint32_t> failed;   // zero at launch; afterwards the number of blocks that waited longer than timeout_ns
   uint64_t timeout_ns;
 };
 

@@ -1,4 +1,4 @@
-// Everything that trmfast's CUDA kernels may use of the machine, and nothing beneath it: the same kernel source
+// The complete set of machine operations that trmfast's CUDA kernels may use: the same kernel source
 // compiles with nvcc, where each primitive is one instruction (primitives_device.cuh), and with g++, where it is a call
 // into the SIMT emulator (tests/simt/primitives.h).  sm_80 instructions only.
 //
@@ -9,7 +9,7 @@
 //   pointers    GlobalPtr<T>, SharedPtr<T>: p + elements, p.as<U>(); they cannot be dereferenced, only passed to these:
 //               shared_memory<T>(byte_offset)               the block's dynamic shared memory, aligned to 1024 bytes
 //               load(p) store(p, value)                     one access of 2, 4, 8 or 16 bytes; naturally aligned
-//               load_nc(p)                                  global, for data that nobody writes during the launch
+//               load_nc(p)                                  global, for data not written during the launch
 //               prefetch_l2(p)
 //   vectors     F32x2 F32x4 U32x2 U32x4: .v[i]
 //   copies      cp_async_16(shared, global[, valid])        16 bytes through L2; if !valid zeros, nothing is read
@@ -154,7 +154,7 @@ DEVICE float warp_sum(float x, Site site = Site::here()) { return lanes_sum<kWar
 DEVICE float warp_max(float x, Site site = Site::here()) { return lanes_max<kWarpSize>(x, site); }
 
 // Waits until *flag, a counter that may wrap around, has reached `value`; what its releasers wrote before is then
-// visible. False if `timeout_ns` passed first.
+// visible. False after `timeout_ns`.
 DEVICE bool wait_at_least(GlobalPtr<uint32_t> flag, uint32_t value, uint64_t timeout_ns, Site site = Site::here()) {
   const uint64_t start = global_timer(site);
   while (static_cast<int32_t>(load_acquire(flag, site) - value) < 0) {
@@ -164,10 +164,10 @@ DEVICE bool wait_at_least(GlobalPtr<uint32_t> flag, uint32_t value, uint64_t tim
   return true;
 }
 
-// A barrier over the blocks of a group, which must all be resident.  `counter` is theirs alone; `target` is the number
-// of arrivals, counted since the counter was zero, at which this barrier opens: the blocks of the group times the
-// barriers so far, this one included.  The result is the same in all threads of a block; after false, the group's
-// blocks are no longer in step and the kernel has to end.
+// A barrier over the blocks of a group, which must all be resident.  Each group has its own `counter`; `target` is the
+// number of arrivals since the counter was zero at which this barrier opens: the group's blocks times the barriers so
+// far, this one included.  All threads of a block get the same result; after false, the group's blocks are out of step
+// and the kernel must end.
 DEVICE bool group_barrier(GlobalPtr<uint32_t> counter, uint32_t target, uint64_t timeout_ns, Site site = Site::here()) {
   block_sync(site);
   bool arrived = true;

@@ -1,11 +1,11 @@
 // The primitives of primitives.cuh as inline PTX.  Everything that touches memory or synchronises is a volatile asm
-// with a memory clobber, so that nvcc keeps their order; ptxas sees plain instructions and schedules them.
+// with a memory clobber, so nvcc keeps their order; ptxas schedules them as plain instructions.
 #pragma once
 
 namespace trmfast {
 namespace gpu {
 
-// Where a primitive was called from; nothing on the device.
+// The call site of a primitive; empty on the device.
 struct Site {
   static constexpr DEVICE Site here() { return {}; }
 };

@@ -1,14 +1,14 @@
-// The forward of a whole recursion program in one launch.
+// Forward of a whole recursion program in one launch.
 //
-// The grid is `groups` groups of `group_blocks` CTAs; a group takes sequences `group`, `group + groups`, ..., one after
-// the other, and must be resident as a whole.  A CTA owns 16 * kRowTiles tokens of the sequence.  Shared memory:
+// The grid is `groups` groups of `group_blocks` CTAs; a group takes sequences `group`, `group + groups`, ... in
+// turn, and must be fully resident.  A CTA owns 16 * kRowTiles tokens of the sequence.  Shared memory:
 //
 //   ring [warp][stage][512]    weights (stream.cuh)
 //   h [rows, 256 or 512 + 8]   the running input of a block, zero beyond D
 //   work                       attention: q, then its output [rows, heads * head_width + 8]; SwiGLU: two chunks.
-//                              Over tokens, a strip and its chunks take the place of h and work (mixer_mlp_t.cuh)
+//                              Over tokens, a strip and its chunks overwrite h and work (mixer_mlp_t.cuh)
 //
-// States lie in global memory: an update reads its sources and x once and writes its state once.  Blocks of a
+// States are in global memory: an update reads its sources and x once and writes its state once.  Blocks of a
 // group communicate through the exchange: keys and values once a layer, or for mlp_t the rows twice.
 #pragma once
 
@@ -74,12 +74,12 @@ DEVICE void sum_sources(const ForwardParams<typename I::T>& p, const Step& step,
   }
 }
 
-// The sequence that the group is at after so many layers.
+// The group's current sequence after this many layers.
 template <class T> DEVICE int sequence_of(const ForwardParams<T>& p, int layers_done) {
   return Place::get().group + layers_done / p.num_steps * p.groups;
 }
 
-// States that the program never writes go out as they came in.
+// Copies the states that the program never writes from input to output.
 template <class I>
 DEVICE void copy_unwritten(const ForwardParams<typename I::T>& p, int64_t offset, SharedPtr<typename I::T> h) {
   NO_UNROLL

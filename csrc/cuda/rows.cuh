@@ -1,5 +1,5 @@
-// Copies between global memory and rows in shared memory, 16 bytes a thread.  Which thread copies which 8 elements
-// follows from row and column alone: what a thread wrote it may read without a barrier.
+// Copies between global memory and rows in shared memory, 16 bytes a thread.  Row and column alone determine
+// which thread copies which 8 elements, so a thread may read what it wrote without a barrier.
 #pragma once
 
 #include "group.cuh"
@@ -10,7 +10,7 @@ namespace gpu {
 constexpr int kCopiesInFlight = 4;
 
 // load_part(row, column) -> U32x4 and store_part(row, column, part) for this thread's parts of [rows, columns]; kLanes
-// threads share a row.  kCopiesInFlight loads come before their stores.
+// threads share a row.  kCopiesInFlight loads are issued before their stores.
 template <int kLanes, class Load, class Store>
 DEVICE void for_parts(int rows, int columns, Load&& load_part, Store&& store_part) {
   constexpr int kRows = kThreads / kLanes;
@@ -19,7 +19,7 @@ DEVICE void for_parts(int rows, int columns, Load&& load_part, Store&& store_par
   for (int column = thread_index() % kLanes * 8; column < columns; column += 8 * kLanes) {
     NO_UNROLL
     for (int row = first; row < rows; row += kCopiesInFlight * kRows) {
-      U32x4 parts[kCopiesInFlight] = {}; // zeros: what a load may leave alone would be live through the whole kernel
+      U32x4 parts[kCopiesInFlight] = {}; // zeros: a part that a load skips would be live through the kernel
       UNROLL
       for (int i = 0; i < kCopiesInFlight; ++i) {
         if (row + i * kRows < rows) parts[i] = load_part(row + i * kRows, column);

@@ -1,4 +1,4 @@
-// Sizes of a block and the constants that kernels, packing and launchers share.  Host and device; no CUDA header.
+// Block sizes and constants shared by kernels, packing and launchers.  Host and device; no CUDA header.
 //
 // Sizes: B sequences of L tokens of D channels.  A group of G blocks of the grid (CTAs) owns a sequence, a CTA owns
 // `rows` consecutive tokens of it.
@@ -49,7 +49,7 @@ TRMFAST_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 TRMFAST_BOTH constexpr int larger(int a, int b) { return a > b ? a : b; }
 TRMFAST_BOTH constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-// Channels of a head with the zeros that fill it up: whole fragments, and few instances of the attention.
+// Channels of a zero-padded head: whole fragments, and few instances of the attention.
 TRMFAST_BOTH constexpr int padded_head(int head_dim) { return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128; }
 
 // An instance of the kernel.  Row and strip tiles have 16 elements; width and token tiles have 8 for each warp.

@@ -1,12 +1,12 @@
-// The weights of the whole program as one stream per warp: a ring of kStages stages in shared memory that belongs to
-// the warp alone, so that warps wait for each other only where activations change hands, and filled by cp.async up to
-// kStages - 1 stages ahead, across products, layers, updates and sequences.
+// The weights of the whole program as one stream per warp: a private ring of kStages stages in shared
+// memory, so warps wait for each other only to pass activations.  cp.async fills it up to kStages - 1 stages ahead,
+// across products, layers, updates and sequences.
 //
-// Hazards, both covered by the one sync_warp of next(): the copies of a stage were issued by all lanes of the warp, and
-// the stage that is overwritten is the one that the previous next() returned.  No other cp.async may be issued by a
-// kernel that has a stream: the groups are counted.
+// Hazards, both covered by the one sync_warp of next(): all lanes of the warp issued the copies of a stage, and
+// the stage being overwritten is the one that the previous next() returned.  A kernel with a stream must issue no other
+// cp.async: the groups are counted.
 //
-// Their order is a list of runs of contiguous stages that the launcher makes (add_runs in launch_shape.h).
+// The order is a list of runs of contiguous stages, built by the launcher (add_runs in launch_shape.h).
 #pragma once
 
 #include "group.cuh"
@@ -24,8 +24,8 @@ public:
     for (int stage = 0; stage < kStages - 1; ++stage) fill(stage);
   }
 
-  // The next stage of this warp, at the address that the lane passes to ldmatrix_x4 for the first square.  It may be
-  // read until the call after.
+  // The next stage of this warp, at the address that the lane passes to ldmatrix_x4 for the first square.  Valid until
+  // the next call.
   DEVICE SharedPtr<const T> next() {
     cp_async_wait<kStages - 2>();
     sync_warp();
@@ -50,7 +50,7 @@ private:
     cp_async_commit();
   }
 
-  // Goes to the next run of this CTA.
+  // Advances to this CTA's next run.
   DEVICE void open() {
     const Place place = Place::get();
     U32x4 run;

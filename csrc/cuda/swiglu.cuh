@@ -1,7 +1,7 @@
-// down(silu(gate) * up) without its inner activation leaving the chip.  A pass makes kPassInner = 128 inner channels,
+// down(silu(gate) * up) with the activation kept on chip.  A pass computes kPassInner = 128 inner channels,
 // 16 a warp: gate/up into registers, silu(gate) * up into a chunk in shared memory, and the chunk times W_down into the
-// accumulators of the output.  Chunks alternate between two places, so one barrier a pass is enough: a warp that
-// overwrites a place has passed the barrier that all warps reach after reading it.
+// accumulators of the output.  Chunks alternate between two places, so one barrier per pass is enough: a warp that
+// overwrites one has passed the barrier that all warps reach after reading it.
 #pragma once
 
 #include "gemm.cuh"

@@ -38,7 +38,7 @@ void configures_only_when_rows_change() {
   Dot<bf16>::release();
 }
 
-// Products of 1 x 1 tiles of dwords whose results tell the order of the additions and the treatment of denormals.
+// Products of 1 x 1 tiles of dwords that reveal the order of additions and the treatment of denormals.
 float tile_product(float c, float a_even, float a_odd, float b_even, float b_odd) {
   amx_emulated::Config config = {};
   config.palette = 1;
@@ -59,7 +59,7 @@ float tile_product(float c, float a_even, float a_odd, float b_even, float b_odd
 
 void emulation_adds_in_order() {
   CHECK(tile_product(100, 2, 3, 5, 7) == 131);
-  // 1 + 2^-24 is a tie and rounds to 1, so adding the two halves one after the other would lose both.
+  // 1 + 2^-24 is a tie and rounds to 1, so adding the two halves in sequence would lose both.
   CHECK(tile_product(1, 0x1p-12f, 0x1p-12f, 0x1p-12f, 0x1p-12f) == 1 + 0x1p-23f);
   CHECK(tile_product(0, 0x1p-70f, 0, 0x1p-70f, 0) == 0);  // the product is denormal
   CHECK(tile_product(1e-40f, 0, 0, 0, 0) == 0);           // so is what is added to

@@ -1,4 +1,4 @@
-// What the C++ tests are made of: CHECK, and a main function that runs the test of a name.
+// The C++ test framework: CHECK, and a main function that runs tests by name.
 #pragma once
 
 #include <cstdarg>

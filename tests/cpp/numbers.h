@@ -42,7 +42,7 @@ template <> bf16 cast<bf16>(float x) { return to_bf16(x); }
 uint32_t raw(float x) { return bits_of(x); }
 uint32_t raw(bf16 x) { return x.bits; }
 
-// `size` elements, NaN to begin with, between guard zones of NaN that must survive.
+// `size` elements, initially NaN, between guard zones of NaN that must survive.
 template <class T> struct Buffer {
   explicit Buffer(long size) : size(size) {
     const long bytes = (size + 2 * kGuard) * static_cast<long>(sizeof(T));
@@ -72,7 +72,7 @@ float random_normal() {
 
 int random_int(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
 
-// The place of b[k][n] in a panel.
+// The index of b[k][n] in a panel.
 template <class T> long panel_index(int k, int n);
 template <> long panel_index<float>(int k, int n) { return k * 32 + n; }
 template <> long panel_index<bf16>(int k, int n) { return k / 2 * 64 + n * 2 + k % 2; }

@@ -66,8 +66,8 @@ template <class T> void products() {
 void product_float() { products<float>(); }
 void product_bf16() { products<bf16>(); }
 
-// A row's sums do not depend on the rows that are computed with it, nor on prefetching, bit for bit: recomputed values
-// must be the same however the rows are divided.
+// A row's sums are bit-identical whatever rows are computed with it, and with or without prefetching: recomputed values
+// must not depend on how rows are divided.
 template <class T> void same_for_any_rows() {
   const int rows = Dot<T>::kRows, depth = 3 * 32;
   const Operands<T> in(rows, depth, 6);

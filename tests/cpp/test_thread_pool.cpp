@@ -31,7 +31,7 @@ namespace {
 void every_thread_runs_once() {
   for (int round = 0; round < 50; ++round) {
     for (int n : {1, 2, 5, 3, 9, 1, 4}) {
-      std::vector<int> runs(n, 0); // plain ints: the sanitizer sees a missing synchronisation
+      std::vector<int> runs(n, 0); // plain ints: the sanitizer reports missing synchronisation
       trmfast::parallel(n, [&](int thread) { runs[thread] += 1; });
       for (int count : runs) CHECK(count == 1);
     }
@@ -54,7 +54,7 @@ void wakes_after_sleep() {
     int sum = 0, other = 0;
     trmfast::parallel(2, [&](int thread) { (thread ? sum : other) = round; });
     CHECK(sum == round && other == round);
-    // Around the time at which a worker stops spinning and goes to sleep, where a wake-up could be lost.
+    // Around the time a worker stops spinning and falls asleep, when a wake-up could be lost.
     std::this_thread::sleep_for(std::chrono::microseconds(20 * (round % 10)));
   }
 }
@@ -145,7 +145,7 @@ void barrier_oversubscribed() {
   barrier_separates_phases(4 * static_cast<int>(std::thread::hardware_concurrency()), 50);
 }
 
-// What one thread does not agree with, all learn at that barrier and at every later one.
+// If one thread disagrees, all threads learn it at that barrier and at every later one.
 void barrier_tells_whether_all_agree() {
   constexpr int kThreads = 3, kPhases = 300, kLast = 200;
   trmfast::SpinBarrier barrier;
@@ -159,7 +159,7 @@ int in_child(void (*test)()) {
   const pid_t child = fork();
   CHECK(child >= 0);
   if (child == 0) {
-    alarm(20); // a deadlock ends the child, and fails the test
+    alarm(20); // a deadlock kills the child and fails the test
     test();
     _exit(0);
   }
@@ -274,7 +274,7 @@ void exit_while_busy() {
     }
   }).detach();
   while (regions < 50) std::this_thread::yield();
-  std::exit(0); // static destructors join the workers while the detached thread goes on
+  std::exit(0); // static destructors join the workers while the detached thread keeps running
 }
 
 void instruction_sets() {

@@ -16,7 +16,7 @@ std::string hex(uint64_t x) {
 
 } // namespace
 
-// Is an access of thread `other` of a block, at that clock of its warp, ordered before what `thread` does now?
+// Is an access by thread `other` of a block, at that clock of its warp, ordered before the current one by `thread`?
 bool Machine::ordered(const Thread& thread, int block, int other, uint32_t clock) const {
   const Warp& warp = *thread.warp;
   if (block == thread.block->index) {
@@ -43,7 +43,7 @@ void Machine::check_cell(Block& block, size_t index, bool is_store, bool by_ldma
   }
   const int me = thread.warp->index, lane = thread.lane;
   const uint32_t now = thread.warp->clock();
-  // What ldmatrix reads goes to other lanes than the one that names the row.
+  // ldmatrix delivers a row to lanes other than the one that names it.
   const bool fresh = by_ldmatrix && cell.writer / kLanes == me
                          ? cell.write_clock >= now
                          : !ordered(thread, block.index, cell.writer, cell.write_clock);

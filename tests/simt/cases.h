@@ -1,4 +1,4 @@
-// What the emulator's test cases are made of.
+// Building blocks of the emulator's test cases.
 #pragma once
 
 #include <cstdio>
@@ -24,8 +24,7 @@ inline void check(bool condition, const std::string& what) {
   if (!condition) throw std::runtime_error(what);
 }
 
-// The launch must be refused with an error that says `what` (or one of several, divided by |) and names a line of
-// `file`.
+// The launch must fail with an error that contains `what` (alternatives separated by |) and names a line of `file`.
 inline void expect_error(const std::string& what, const std::function<void()>& body,
                          const std::string& file = "examples.cuh:") {
   try {

@@ -1,4 +1,4 @@
-// What a warp does together: matrices, shuffles, votes; and the counting of its accesses.
+// Warp-wide operations: matrices, shuffles, votes; and the counting of accesses.
 #include "machine.h"
 
 #include <algorithm>

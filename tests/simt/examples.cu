@@ -1,4 +1,4 @@
-// The examples as device code: what nvcc makes of the primitives.
+// The examples as device code, to see how nvcc compiles the primitives.
 #include "examples.cuh"
 
 using namespace trmfast::gpu;

@@ -1,5 +1,5 @@
-// Small kernels in the primitives, which the tests run in the emulator and compile with nvcc. Each has places where a
-// test plants a bug.
+// Small kernels in the primitives, which the tests run in the emulator and compile with nvcc. Tests plant bugs at
+// marked places.
 #pragma once
 
 #include "primitives.cuh"
@@ -9,10 +9,10 @@ namespace gpu {
 
 enum class Bug {
   kNone,
-  kMissingBarrier, // before the next tile overwrites the one that is read
+  kMissingBarrier, // before the next tile overwrites the one being read
   kMissingWait,    // for cp.async
   kMissingCommit,
-  kWaitForTooFew,     // one group less than is read
+  kWaitForTooFew,     // one group fewer than is read
   kOutOfBounds,       // the last row of the output is one too far
   kOutOfBoundsShared, // the second buffer does not fit
   kMisaligned,        // rows of 39 elements for ldmatrix

@@ -18,7 +18,7 @@
 #endif
 
 #ifndef TRMFAST_SIMT_UCONTEXT
-// Saves the registers that the callee keeps (System V) on the old stack and takes the new one's.
+// Saves the callee-saved registers (System V) on the old stack and restores the new one's.
 extern "C" void trmfast_simt_switch(void** save, void* load);
 asm(R"(
 .text

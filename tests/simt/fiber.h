@@ -26,13 +26,13 @@ public:
 
   void prepare(char* stack, size_t bytes, void (*entry)());
 
-  // The first thing that `entry` does.
+  // Must be the first call in `entry`.
   static void entered();
 
   static void switch_to(Fiber& from, Fiber& to);
 
 private:
-  const void* stack_ = nullptr; // of the caller: learnt at the first switch away from it
+  const void* stack_ = nullptr; // of the caller: known after the first switch away from it
   size_t stack_bytes_ = 0;
   void* fake_stack_ = nullptr; // AddressSanitizer's
 #ifdef TRMFAST_SIMT_UCONTEXT

@@ -158,7 +158,7 @@ void Machine::entry() {
     m.exception_ = std::current_exception();
   }
   Fiber::switch_to(m.current_->fiber, m.main_);
-  std::abort(); // nobody resumes a thread that has returned
+  std::abort(); // a returned thread is never resumed
 }
 
 void Machine::finish_thread() {
@@ -187,7 +187,7 @@ void Machine::finish_thread() {
   finished_ = &block;
 }
 
-// ---- who runs
+// ---- scheduling
 
 void Machine::pass_on() {
   Thread* const from = current_;
@@ -235,7 +235,7 @@ Warp* Machine::choose_warp() {
         chosen = &warp;
       }
     if (chosen != nullptr) return chosen;
-    // Only those who spin are left. If nothing has happened since they were last let go, nothing will but time-outs.
+    // Only spinning threads are left. If nothing has happened since they last ran, only time-outs can.
     if (progress_ != progress_at_idle_) {
       leap_ = kFirstLeap;
       idle_since_ = time_;

@@ -1,4 +1,4 @@
-// The state of one launch: threads, warps and blocks, who runs next, and who waits for whom. Internal to the emulator.
+// The state of one launch: threads, warps and blocks, scheduling and waits. Internal to the emulator.
 #pragma once
 
 #include <exception>
@@ -30,7 +30,7 @@ enum class Operation {
 };
 const char* name_of(Operation operation);
 
-// A copy in flight. What lies at the source when it is issued must still lie there when it lands.
+// A copy in flight. The source must not change between issue and completion.
 struct AsyncCopy {
   uint32_t to;
   const char* from; // null: zeros
@@ -70,8 +70,8 @@ struct Warp {
   int index = 0;      // in the block
   int grid_index = 0; // in Clocks
   Thread* threads = nullptr;
-  uint32_t ready = kAllLanes; // lanes that wait for nobody
-  uint32_t spinning = 0;      // of these, the ones that spin: they run when nobody else can
+  uint32_t ready = kAllLanes; // runnable lanes
+  uint32_t spinning = 0;      // of these, the spinning ones: they run only if no other lane can
   uint32_t arrived = 0;       // lanes at the warp primitive
   uint32_t returned = 0;
   bool logged = false;
@@ -85,7 +85,7 @@ struct Warp {
 };
 
 struct Barrier {
-  int threads = 0; // expected; 0 if nobody has arrived
+  int threads = 0; // expected; 0 before the first arrival
   int arrived = 0;
   uint32_t waiting = 0;      // warps that sync
   uint32_t participants = 0; // and those that only arrive
@@ -117,7 +117,7 @@ struct Block {
 // Arguments of the collectives, each on its lane's stack.
 struct BarrierArguments {
   int id, threads;
-  bool vote, any, all; // what the thread says, and then what the block says
+  bool vote, any, all; // the thread's vote, then the block's result
 };
 
 struct LdmatrixArguments {
@@ -155,7 +155,7 @@ public:
   int blocks() const { return blocks_; }
   int threads_per_block() const { return threads_; }
 
-  // Waits for the other lanes, then executes for all of them.
+  // Waits for the other lanes, then executes once for all.
   void collective(Operation operation, void* arguments, Site site);
 
   // The bytes at an address of shared or global memory, after all checks.
@@ -169,7 +169,7 @@ public:
   // Between blocks.
   void acquire(const void* flag);
   void release(const void* flag, bool adds);
-  void spin(); // lets everybody else run first
+  void spin(); // lets all other threads run first
   void made_progress() { ++progress_; }
   uint64_t time() { return time_ += 10; }
 
@@ -180,7 +180,7 @@ private:
   void start_block(int index);
   void end_block(size_t resident);
   void finish_thread();
-  void pass_on(); // the processor to the next thread that can run
+  void pass_on(); // switches to the next runnable thread
   Thread* next();
   Warp* choose_warp();
   void execute(Warp& warp, Operation operation, Site site);

@@ -71,7 +71,7 @@ void Buffer::host_write(size_t offset, const void* data, size_t bytes) {
                 std::to_string(bytes_));
   if (bytes == 0) return;
   std::memcpy(data_ + offset, data, bytes);
-  if (cells_ == nullptr) return; // written as a whole when it was made
+  if (cells_ == nullptr) return; // fully written at construction
   for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) cells_[i] = {kHost, 0, kHost, 0};
 }
 

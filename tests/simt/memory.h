@@ -1,4 +1,5 @@
-// Global memory of the emulator: named buffers that know what was written, by whom and when, and count their traffic.
+// Global memory of the emulator: named buffers that track what was written, by which thread and when, and count
+// traffic.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +53,7 @@ public:
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
-  // The buffer that holds the address, or in whose guard zones it lies, or null.
+  // The buffer that contains the address, guard zones included, or null.
   static Buffer* find(uintptr_t address);
 
   void host_write(size_t offset, const void* data, size_t bytes);
@@ -64,7 +65,7 @@ public:
   Cell* cells(size_t offset) const { return cells_ == nullptr ? nullptr : cells_ + offset / 2; }
 
   GlobalCounters counters;
-  uint64_t load_nc_launch = 0, store_launch = 0; // the last launches that did
+  uint64_t load_nc_launch = 0, store_launch = 0; // the last launches with such accesses
 
 private:
   std::string name_;

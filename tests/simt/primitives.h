@@ -9,7 +9,7 @@
 namespace trmfast {
 namespace simt {
 
-// What the primitives need of the machine; addresses and values are those of the current thread.
+// The machine interface of the primitives; addresses and values belong to the current thread.
 int thread_index();
 int block_index();
 int thread_count();

@@ -1,5 +1,5 @@
 // The SIMT emulator: runs kernels written in csrc/cuda/primitives.cuh on the CPU, a fiber per CUDA thread, and reports
-// what a GPU would only do wrong now and then.  For host code; kernels include primitives.cuh.  tests/cuda_tools.py
+// bugs that a GPU would show only now and then.  For host code; kernels include primitives.cuh.  tests/cuda_tools.py
 // builds programs and libraries with it.
 //
 //   simt::GlobalArray<float> x("x", values), y("y", n);  // read-only input; output, NaN until it is written
@@ -16,7 +16,8 @@
 //     of several readers since the last write only one is remembered. A release or an acquire counts for its whole warp
 //   * an access to the destination of a cp.async before its wait, a source that changes before it, a copy without one
 //   * warp primitives and barriers that lanes reach at different places, or that some lanes never reach
-//   * deadlock: with a list of who waits where. Threads that spin on load_acquire count as waiting when nothing else
+//   * deadlock: with a list of what each thread waits for. Threads that spin on load_acquire count as waiting when
+//   nothing else
 //     can run; their global_timer then leaps, so that time-outs are reached (first in 1 us steps, at last seconds)
 //
 // Schedules: one warp runs until it blocks, in the order of Options::order over blocks and warps, lanes likewise;
@@ -48,7 +49,7 @@ enum class Order { kForward, kReverse, kRandom };
 struct Options {
   Order order = Order::kForward;
   uint64_t seed = 0;
-  int resident_blocks = 1; // that run at the same time: at least those that wait for each other
+  int resident_blocks = 1; // resident at the same time: at least the blocks that wait for each other
   bool check_races = true;
   bool check_unwritten = true;
   bool truncate_mma = false;

@@ -11,7 +11,7 @@ template <class Body> void launch_one(int threads, size_t bytes, const simt::Opt
   simt::launch(1, threads, bytes, body, options);
 }
 
-// What happens whatever the schedule is.
+// Reported under every schedule.
 template <class Body> void refused(const char* what, int threads, const Body& body) {
   for (const simt::Options& options : schedules())
     expect_error(what, [&] { launch_one(threads, 1024, options, body); }, "test_misuse.cpp:");

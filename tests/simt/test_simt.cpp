@@ -2,8 +2,8 @@
 //
 //   test_simt list                       the names of the cases
 //   test_simt NAME                       runs one; exit status 0 if it passes
-//   test_simt mma bf16|fp16              reads A [32][4] and B [32][2] registers and D [32][4] fp32 from stdin, writes
-//   D test_simt ldmatrix plain|trans       reads 32 rows of 8 elements of 16 bits from stdin, writes registers [32][4]
+//   test_simt mma bf16|fp16              stdin: A [32][4] and B [32][2] registers, D [32][4] fp32; writes D
+//   test_simt ldmatrix plain|trans       stdin: 32 rows of 8 elements of 16 bits; writes registers [32][4]
 #include "cases.h"
 #include "examples.cuh"
 
@@ -92,7 +92,7 @@ template <Bug kBug> void gemm_bug(const char* what) {
     expect_error(what, [&options] { run_gemm<bf16, kBug>(64, 64, 96, options); });
 }
 
-// A wrong result is a result: only the comparison finds it.
+// These bugs only give wrong results: only the comparison finds them.
 template <Bug kBug> void gemm_wrong() {
   try {
     run_gemm<bf16, kBug>(64, 64, 32);
@@ -159,7 +159,7 @@ template <class Kernel> void run_pipeline(const simt::Options& options) {
 }
 
 void group_barrier_deadlock() {
-  // A block that never comes: with a time-out the kernel says so itself, without one the emulator does.
+  // A block that never arrives: with a time-out the kernel reports it, without one the emulator does.
   for (const simt::Options& options : schedules(4)) {
     check(run_ring<Ring<true, true>>(3, options) == 1, "the kernel did not notice the time-out");
     expect_error("deadlock", [&options] { run_ring<Ring<true, true>>(3, options, UINT64_MAX); });
@@ -168,16 +168,16 @@ void group_barrier_deadlock() {
   check(run_ring<Ring<>>(3, alone) == 1, "the kernel did not notice that it is alone");
 }
 
-// ---- primitives one by one
+// ---- single primitives
 
 void numbers() {
-  for (uint32_t bits = 0; bits < 0x10000; ++bits) { // every number of 16 bits survives the way there and back
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) { // every 16-bit number survives the round trip
     const auto half = static_cast<uint16_t>(bits);
     const float b = to_float(bf16{half}), f = to_float(fp16{half});
     check(std::isnan(b) || from_float<bf16>(b).bits == half, "bf16 " + std::to_string(bits));
     check(std::isnan(f) || from_float<fp16>(f).bits == half, "fp16 " + std::to_string(bits));
   }
-  for (uint32_t bits = 0; bits < 0x7bff; ++bits) { // between neighbours: to the nearer, ties to even
+  for (uint32_t bits = 0; bits < 0x7bff; ++bits) { // between neighbours: round to nearest, ties to even
     const float low = to_float(fp16{static_cast<uint16_t>(bits)}),
                 high = to_float(fp16{static_cast<uint16_t>(bits + 1)});
     const float middle = (low + high) / 2;
@@ -223,7 +223,7 @@ void bad_launches() {
   expect_error("a grid of 0 blocks", [&] { simt::launch(0, 32, 0, nothing); }, "");
   expect_error(
       "a launch within a launch", [&] { simt::launch(1, 32, 0, [&] { simt::launch(1, 32, 0, nothing); }); }, "");
-  simt::launch(3, 32, 0, nothing); // and the process goes on
+  simt::launch(3, 32, 0, nothing); // and the process continues
 }
 
 void softmax() {
@@ -243,7 +243,7 @@ void missing_sync_warp() {
     expect_error("race", [&] { run_softmax<Softmax<false>>(4, 97, options); });
 }
 
-// Without the detection of races, some schedule must still show the bug as a wrong result or as unwritten memory.
+// Without race detection, some schedule must still expose the bug as a wrong result or unwritten memory.
 void schedules_find_missing_barriers() {
   const auto found = [](const std::function<void(const simt::Options&)>& body, int resident_blocks) {
     for (simt::Options options : schedules(resident_blocks)) {
