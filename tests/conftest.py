@@ -50,7 +50,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says in one line what ``.ci/run`` runs and this run did not."""
     counts = [f"{_left[marker]} {marker}" for marker in LEFT_TO_CI if _left[marker]]
-    if counts:
+    if counts and "not breadth" in terminalreporter.config.option.markexpr:
         terminalreporter.write_line(f"left to .ci/run, or to pytest -m MARKER: {', '.join(counts)}")
 
 

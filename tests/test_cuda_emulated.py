@@ -310,6 +310,7 @@ def test_long_sequences_of_every_instance(wide: ctypes.CDLL, instance: Instance)
     check_one_block(wide, case_for(instance, length, width), instance, torch.bfloat16)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("device", DEVICES)
 def test_plans(wide: ctypes.CDLL, device: str) -> None:
     """The published problems on every architecture: which instance, and that its shared memory fits."""

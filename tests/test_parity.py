@@ -104,6 +104,7 @@ def test_every_shape(case: Case, dtype: torch.dtype, backend: str, need_support:
     require(check_draws(_drawn(case, dtype, _seeds(case)), backend))
 
 
+@pytest.mark.representative(when=lambda backend: backend == "cpu")
 @pytest.mark.parametrize("mixer", ["attention", "mlp_t"])
 def test_a_whole_published_program_in_float32(mixer: str, backend: str, need_support: Need) -> None:
     case = make_case("sudoku", H_cycles=3, L_cycles=6, batch=1, length=97, hidden_size=128, token_mixer=mixer)
