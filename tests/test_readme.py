@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from dropin_cases import TINY, make_batch
+from dropin_models import TRM
+from dropin_models.head import ACTLossHead
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def execute(example: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def execute(example: str, **names: Any) -> dict[str, Any]:
     torch.manual_seed(0)
-    exec(compile(example, "README.md", "exec"), found)
-    return found
+    exec(compile(example, "README.md", "exec"), names)
+    return names
 
 
 def test_swap_in() -> None:
@@ -29,11 +34,28 @@ def test_swap_in() -> None:
     assert all(g is not None and g.dtype == torch.float32 and g.abs().max() > 0 for g in gradients)
 
 
-def test_accelerate() -> None:
-    found = execute(EXAMPLES[1])
+def test_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With models of the same structure in the place of the published ones, under the names of their modules."""
+
+    class Head(ACTLossHead):
+        def forward(self, _keys: list[str], **data: Any) -> tuple[Any, ...]:  # type: ignore[override]
+            carry, loss, done = super().forward(**data)
+            return carry, loss, {}, {}, done
+
+    contents = {
+        "models": {},
+        "models.losses": {"ACTLossHead": lambda model, _loss: Head(model)},
+        "models.recursive_reasoning": {},
+        "models.recursive_reasoning.trm": {"TinyRecursiveReasoningModel_ACTV1": TRM},
+    }
+    for name, content in contents.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    config = TINY | {"batch_size": 4}
+    found = execute(EXAMPLES[1], config=config, batch=make_batch("trm"))
     assert torch.isfinite(found["loss"])
-    found["loss"].backward()
-    assert all(p.grad is not None for p in found["model"].network.parameters())
+    assert all(p.grad is not None for name, p in found["model"].named_parameters() if "L_level" in name)
 
 
 def test_solver(capsys: pytest.CaptureFixture[str]) -> None:
