@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trmfast.config import LARGEST
 from trmfast.file_format import KEY, VERSION, described, naming
 from trmfast.layouts import LAYOUTS, Layout, find_layout, inferred, inner_names
 from trmfast.models import ACTLossHead, ACTModel
@@ -60,7 +61,9 @@ def load(
 
     Raises:
         OSError: a file cannot be read; FileNotFoundError: there is none, IsADirectoryError: it is a folder.
-        ValueError: one line with what is missing, contradicts the tensors, or is not a model that trmfast has.
+        TypeError: a configuration key, in a file or in the arguments, has a value of another type.
+        ValueError: one line with what is missing, contradicts the tensors, is larger than ``trmfast.config.MOST``
+            says, or is not a model that trmfast has.
     """
     found = read(path, config, strict=strict, **options)
     return found.model if device is None else found.model.to(device)
@@ -177,7 +180,8 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
 
     tensors = layout.adapt(tensors)
     rows, puzzles = options.get("num_puzzle_identifiers"), tensors.get("puzzle_emb.weights")
-    if type(rows) is int and rows > 0 and puzzles is not None and puzzles.dim() == 2 and rows != len(puzzles):
+    wanted_rows = type(rows) is int and 0 < rows <= LARGEST
+    if wanted_rows and puzzles is not None and puzzles.dim() == 2 and 0 < len(puzzles) != rows:
         tensors["puzzle_emb.weights"] = puzzles.mean(0, keepdim=True).expand(rows, -1).contiguous()
     told = inferred(layout, tensors, given)
     _contradictions(given, told)
@@ -190,8 +194,14 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
             "accepted as arguments or in config"
         )
     with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the model itself gives them
+            wanted = layout.model(values).inner.state_dict()
+        # A size that the tensors don't bear out ends here, before anything of that size is allocated.
+        missing, unexpected = _compare(wanted, tensors, strict)
         model: ACTModel = layout.model(values)
-    missing, unexpected = _fill(model, tensors, strict)
+    present = {name: tensors[name] for name in wanted if name in tensors}
+    model.inner.load_state_dict(present, strict=False, assign=True)
     if about is not None:
         model.window = about["window"]
     loss = about["loss"] if about is not None else None
@@ -213,9 +223,8 @@ def _unwrap(model: nn.Module) -> tuple[ACTLossHead | None, nn.Module]:
             return head, model
 
 
-def _fill(model: ACTModel, tensors: dict[str, Tensor], strict: bool) -> tuple[list[str], list[str]]:
-    """Gives the model its tensors, in the dtypes that they have; returns the names of missing and unexpected ones."""
-    wanted = model.inner.state_dict()
+def _compare(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], strict: bool) -> tuple[list[str], list[str]]:
+    """The names of missing and unexpected tensors."""
     wrong = [name for name in wanted if name in tensors and tensors[name].shape != wanted[name].shape]
     if wrong:
         name = wrong[0]
@@ -230,7 +239,6 @@ def _fill(model: ACTModel, tensors: dict[str, Tensor], strict: bool) -> tuple[li
         if strict:
             raise ValueError(f"path: the tensors are not those of the model, {report}; accepted with strict=False")
         warnings.warn(f"tensors of the checkpoint: {report}", stacklevel=4)
-    model.inner.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=False, assign=True)
     return missing, unexpected
 
 
@@ -256,7 +264,16 @@ def _read_file(path: Path) -> _Content:
     with naming("path", path), path.open("rb") as file:
         start = file.read(9)
     # A safetensors file starts with the length of its header, which is JSON.
-    return _read_safetensors(path) if start[8:] == b"{" else _read_torch(path)
+    content = _read_safetensors(path) if start[8:] == b"{" else _read_torch(path)
+    for name, tensor in content.tensors.items():
+        if not name.isprintable():
+            raise ValueError(f"path: {path} holds a tensor named {name!r}, accepted are names in one line")
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
+            raise ValueError(f"{name}: got {kind} on {tensor.device}, accepted are dense tensors of real numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name}: got shape {list(tensor.shape)}, accepted are tensors that store each element")
+    return content
 
 
 def _read_safetensors(path: Path) -> _Content:
@@ -289,13 +306,15 @@ def _read_torch(path: Path) -> _Content:
         return _Content("PyTorch state_dict", _tensors(path, content))
     tensors = _tensors(path, content[inside])
     form = f"PyTorch checkpoint, its {inside}"
-    for callback in (content.get("callbacks") or {}).values():
+    callbacks = content.get("callbacks")
+    for callback in callbacks.values() if isinstance(callbacks, Mapping) else ():
         shadow = callback.get("shadow") if isinstance(callback, Mapping) else None
         if isinstance(shadow, Mapping):
             tensors.update(_tensors(path, shadow))
             form += " with averaged weights"
     hyper_parameters = content.get("hyper_parameters")
-    return _Content(form, tensors, dict(hyper_parameters) if isinstance(hyper_parameters, Mapping) else {})
+    config = hyper_parameters if isinstance(hyper_parameters, Mapping) else {}
+    return _Content(form, tensors, {str(k): v for k, v in config.items() if not isinstance(v, Tensor)})
 
 
 def _tensors(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -322,7 +341,7 @@ def _read_values(path: Path) -> Any:
             raise ValueError(str(error).splitlines()[0]) from error
     except ModuleNotFoundError as error:
         raise ValueError(f"config: {path} is YAML, which `pip install pyyaml` reads") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config: {path} is not {kind} of plain data: {error}") from error
 
 

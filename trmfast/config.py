@@ -6,6 +6,7 @@ Imports no PyTorch.
 from __future__ import annotations
 
 import difflib
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -21,6 +22,23 @@ __all__ = ["HRMConfig", "ModelConfig", "TRMConfig", "URMConfig", "own_names"]
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 MAY_BE_ZERO = ("puzzle_emb_ndim", "puzzle_emb_len", "H_layers")
+LARGEST = 2**31 - 1  # of integers that are not in MOST
+MOST = {
+    # No tensor of a file bears these out, so they decide alone how much a model allocates.
+    "batch_size": 2**16,
+    "seq_len": 2**17,
+    "puzzle_emb_len": 2**17,
+    # Far beyond any published model.
+    "H_cycles": 10**6,
+    "L_cycles": 10**6,
+    "H_layers": 4096,
+    "L_layers": 4096,
+    "hidden_size": 2**20,
+    "expansion": 2**16,
+    "rms_norm_eps": 1e30,
+    "rope_theta": 1e30,
+}
+MOST_UPDATES = 10**7
 POSITIONS = ("rope", "learned", "none")
 UPSTREAM_KEYS = {"num_layers": "L_layers", "loops": "halt_max_steps"}
 # Keys of published training configurations that look like a model's.
@@ -54,6 +72,9 @@ class ModelConfig:
         backend: backend of the recursion; ``"auto"`` takes the best that supports the problem.
         recompute: whether backward recomputes the gradient window, instead of forward keeping its activations; as in
             :func:`trmfast.recursion`.
+
+    ``MOST`` has the largest values; of other integers the largest is 2**31 - 1, and H_cycles * (L_cycles + 1) is at
+    most ``MOST_UPDATES``.
 
     Raises:
         TypeError: a value of the wrong type, naming the key.
@@ -109,10 +130,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.type == "int":
-                least = 0 if field.name in MAY_BE_ZERO else 1
-                self._accept(field.name, getattr(self, field.name) >= least, f"integers from {least} up")
+                least, most = 0 if field.name in MAY_BE_ZERO else 1, MOST.get(field.name, LARGEST)
+                value = getattr(self, field.name)
+                self._accept(field.name, value >= least, f"integers from {least} up")
+                self._accept(field.name, value <= most, f"integers up to {most}")
         for name in ("expansion", "rms_norm_eps", "rope_theta"):
             self._accept(name, getattr(self, name) > 0, "positive numbers")
+            self._accept(name, getattr(self, name) <= MOST[name], f"numbers up to {MOST[name]:g}")
+        updates = self.H_cycles * (self.L_cycles + 1)
+        self._accept("H_cycles", updates <= MOST_UPDATES, f"numbers of cycles with at most {MOST_UPDATES} updates")
         self._accept("num_heads", 1 <= self.num_heads <= self.hidden_size, f"1 to hidden_size {self.hidden_size}")
         self._accept("halt_exploration_prob", 0 <= self.halt_exploration_prob <= 1, "0 to 1")
         self._accept("pos_encodings", self.pos_encodings in POSITIONS, ", ".join(POSITIONS))
@@ -123,7 +149,7 @@ class ModelConfig:
 
     def _accept(self, name: str, good: bool, accepted: str) -> None:
         if not good:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}, accepted are {accepted}")
+            raise ValueError(f"{name}: got {reprlib.repr(getattr(self, name))}, accepted are {accepted}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -267,7 +293,10 @@ def _convert(name: str, kind: str, value: Any) -> Any:
     elif kind == "int" and (isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())):
         return int(value)
     elif kind == "float" and isinstance(value, Real):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{name}: got an integer beyond float, accepted is {kind}") from error
     elif kind == "str" and isinstance(value, str):
         return value
-    raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), accepted is {kind}")
+    raise TypeError(f"{name}: got {reprlib.repr(value)} ({type(value).__name__}), accepted is {kind}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,28 +13,59 @@ __all__ = ["KEY", "VERSION", "described", "naming"]
 
 KEY = "trmfast"  # of the safetensors metadata
 VERSION = 1
+LONGEST = 65536  # characters of the metadata; those of a published model are fewer than 1000
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "config": (dict,),
+    "window": (str, int),
+    "loss": (str, type(None)),
+}
+VALUES = (str, int, float, bool, type(None))
 
 
 def described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """What the metadata says: ``model``, ``config``, ``window`` and ``loss``; None if trmfast did not write the file.
+
+    The metadata has at most ``LONGEST`` characters, and every value of ``config`` is a word, a number, a truth value
+    or null.
 
     Raises:
         ValueError: it is damaged or of another version.
     """
     if KEY not in metadata:
         return None
+    text = metadata[KEY]
+    if len(text) > LONGEST:
+        raise ValueError(f"path: the metadata of {path} has {len(text)} characters, accepted are up to {LONGEST}")
     try:
-        found = json.loads(metadata[KEY])
-    except ValueError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"path: the metadata of {path} is not JSON: {error}") from error
-    version = found.get("version") if isinstance(found, dict) else None
-    if version != VERSION:
-        raise ValueError(f"path: {path} is of format version {version}, this trmfast reads version {VERSION}")
-    absent = [name for name in ("model", "config", "window", "loss") if name not in found]
+    if not isinstance(found, dict):
+        raise ValueError(f"path: the metadata of {path} is {_kind(found)}, accepted is an object")
+    version = found.get("version")
+    if type(version) is not int or version != VERSION:
+        got = reprlib.repr(version)
+        raise ValueError(f"path: {path} is of format version {got}, this trmfast reads version {VERSION}")
+    absent = [name for name in KINDS if name not in found]
     if absent:
         raise ValueError(f"path: the metadata of {path} has no {', '.join(absent)}")
-    result: dict[str, Any] = found
-    return result
+    for name, kinds in KINDS.items():
+        _check(path, name, found[name], kinds)
+    for name, value in found["config"].items():
+        _check(path, f"config[{reprlib.repr(name)}]", value, VALUES)
+    return {name: found[name] for name in ("version", *KINDS)}
+
+
+def _check(path: Path, name: str, value: object, kinds: tuple[type, ...]) -> None:
+    if type(value) not in kinds:
+        accepted = ", ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"path: the metadata of {path} has {_kind(value)} as {name}, accepted are {accepted}")
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def _nano_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found[f"{first}.{rest}" if rest else first] = tensor
     # It has no q_continue, which TRM does not read either: the untrained row of a new model.
     weight, bias = found.get("q_head.weight"), found.get("q_head.bias")
-    if weight is not None and bias is not None and weight.shape[0] == 1:
+    if weight is not None and bias is not None and weight.shape[:-1] == bias.shape == (1,):
         found["q_head.weight"] = torch.cat((weight, torch.zeros_like(weight)))
         found["q_head.bias"] = torch.cat((bias, torch.full_like(bias, -5)))
     return found
@@ -166,7 +166,7 @@ def inferred(layout: Layout, tensors: Mapping[str, Tensor], given: Mapping[str, 
         "vocab_size": vocabulary,
         "hidden_size": D,
         "puzzle_emb_ndim": 0,
-        "forward_dtype": str(tensors[layout.model.family.inits[0]].dtype).removeprefix("torch."),
+        "forward_dtype": str(_named(tensors, layout.model.family.inits[0]).dtype).removeprefix("torch."),
     }
     if "puzzle_emb.weights" in tensors:
         found["num_puzzle_identifiers"], found["puzzle_emb_ndim"] = _matrix(tensors, "puzzle_emb.weights")
@@ -222,10 +222,14 @@ def _expansion(widths: Mapping[int, int]) -> float | None:
     return None
 
 
-def _matrix(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise ValueError(f"path: holds no {name}, which tells the sizes of the model")
-    shape = tensors[name].shape
-    if len(shape) != 2:
-        raise ValueError(f"{name}: got shape {list(shape)}, accepted are matrices")
+    return tensors[name]
+
+
+def _matrix(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    shape = _named(tensors, name).shape
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{name}: got shape {list(shape)}, accepted are matrices with elements")
     return shape[0], shape[1]

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._device import _device_constructors
 
 __all__ = ["poisoned_allocations"]
 
@@ -33,6 +34,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Inside, what PyTorch allocates from Python without a value is NaN."""
+    _device_constructors()  # so that torch.device as a context knows the functions themselves, not their wrappers
     with ExitStack() as stack:
         for owner, names in ALLOCATIONS:
             for name in names:

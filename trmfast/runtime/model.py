@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def load(path: str | os.PathLike[str], dtype: str | None = None, threads: int | 
     Raises:
         OSError: the file cannot be read.
         RuntimeError: the C++ engine was not built.
-        TypeError: ``threads`` is not an integer.
+        TypeError: ``threads`` is not an integer, or a key of the file's configuration has a value of another type.
         ValueError: one line with what is wrong with the file or the arguments.
     """
     tensors, about = read(Path(path))
@@ -99,9 +100,8 @@ class Model:
         self.noise_shape = (len(self.noisy), L, D)
         self.tables = _rope(L, config.head_dim, config.rope_theta) if config.uses_rope else None
 
-        program = kind.program(config.H_cycles, config.L_cycles, "none")
-        self.program = extension.Program(len(program.states), update_rows(program))
-        self.written = {update.dst for update in program.counts()}
+        self.recursion = kind.program(config.H_cycles, config.L_cycles, "none")
+        self.written = {update.dst for update in self.recursion.counts()}
         self.nets = [self._packed(take, name, config.net_spec(getattr(config, depth))) for name, depth in kind.nets]
 
     def _packed(self, take: _Tensors, name: str, spec: NetSpec) -> Any:
@@ -113,6 +113,12 @@ class Model:
         block = extension.BlockShape(**block_fields(spec.block))
         target = target_of(self.element)
         return extension.PackedWeights(target, self.element, block, spec.num_layers, addresses, False, self.threads)
+
+    @cached_property
+    def program(self) -> Any:
+        """The recursion as the engine takes it, a list of its updates; millions of them wait for the first step."""
+        assert extension is not None
+        return extension.Program(len(self.recursion.states), update_rows(self.recursion))
 
     def new_batch(self) -> RuntimeBatch:
         """See :class:`trmfast.solving.Evaluator`."""
