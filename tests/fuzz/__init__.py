@@ -19,6 +19,8 @@ What it leaves out, and why:
   runs them, is the judge;
 * large sizes: most problems have fewer than 300,000 multiply-adds, so that there are tens of them a second.  Faults of
   size (a full store, many panels) are looked for with stores of a few bytes and with widths just beyond a panel;
+* states, x and weights beyond 1e4 times their usual size: scores, gated products and sums of squares overflow, in eager
+  PyTorch too (docs/cpu.md); and gradients of 1e20 for float16 weights, whose own gradients are float16;
 * numbers where eager PyTorch itself is off by a tenth: the policy has no verdict, and the engine only has to be finite
   where eager and the truth are;
 * NaN and Inf in weights, which reach all sequences by right, and which elements of a poisoned sequence are NaN;
