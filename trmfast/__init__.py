@@ -68,7 +68,9 @@ if not TYPE_CHECKING:  # type checkers report unknown names only where they see 
             return import_module(f"trmfast.{name}")
         if name not in _LAZY:
             raise AttributeError(f"module 'trmfast' has no attribute {name!r}")
-        return getattr(import_module(_LAZY[name]), name)
+        found = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = found  # the next use costs no import
+        return found
 
 
 def __dir__() -> list[str]:

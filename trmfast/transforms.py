@@ -18,7 +18,7 @@ from trmfast.program import RecursionProgram
 from trmfast.reference import run_program
 from trmfast.spec import NetSpec
 
-__all__ = ["inside_transform", "refuse_onnx", "refuse_tangents", "refuse_tracing", "run_plainly"]
+__all__ = ["inside_transform", "refuse_onnx", "refuse_tangents", "run_plainly"]
 
 _NO_SUCH_OPERATOR = (
     "trmfast.recursion: got a call under torch.jit.trace or an ONNX exporter, accepted are torch.compile and "
@@ -27,7 +27,13 @@ _NO_SUCH_OPERATOR = (
 
 
 def inside_transform() -> bool:
-    """Whether a transform of torch.func or dual numbers are active, which no fused backend differentiates."""
+    """Whether a transform of torch.func or dual numbers are active, which no fused backend differentiates.
+
+    Raises:
+        RuntimeError: torch.jit.trace or an ONNX exporter records.
+    """
+    if torch._C._is_tracing():
+        raise RuntimeError(_NO_SUCH_OPERATOR)
     if forward_ad._current_level >= 0:
         return True
     if not torch._C._are_functorch_transforms_active():
@@ -75,13 +81,7 @@ def refuse_tangents(tensors: Sequence[Tensor]) -> None:
         )
 
 
-def refuse_tracing() -> None:
-    """Raises RuntimeError while torch.jit.trace or an ONNX exporter records."""
-    if torch._C._get_tracing_state() is not None:
-        raise RuntimeError(_NO_SUCH_OPERATOR)
-
-
 def refuse_onnx() -> None:
-    """The same for the exporter that goes through torch.export; for fake kernels."""
+    """Raises RuntimeError under the ONNX exporter that goes through torch.export; for fake kernels."""
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError(_NO_SUCH_OPERATOR)
