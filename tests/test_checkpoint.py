@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -311,3 +312,37 @@ def test_nano_trm_options_that_trm_lacks(change: dict[str, Any], expected: str, 
     torch.save({"state_dict": nano(make("trm")), "hyper_parameters": NANO | change}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=expected):
         load(tmp_path / "last.ckpt")
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_parametrized_weights_are_saved_as_they_are_read(tmp_path: Path) -> None:
+    model: Any = make("trm")
+    batch = make_batch(1)
+    linear = model.inner.L_level.layers[0].mlp.down_proj
+    nn.utils.parametrize.register_parametrization(linear, "weight", Doubled())
+    nn.utils.parametrizations.weight_norm(model.inner.L_level.layers[1].mlp.down_proj)
+    path = tmp_path / "m.safetensors"
+    trmfast.save(model, path)
+    loaded = load(path)
+    model.eval()
+    loaded.eval()
+    expected = model(model.initial_carry(batch), batch)[1]["logits"]
+    assert torch.equal(loaded(loaded.initial_carry(batch), batch)[1]["logits"], expected)
+
+
+def test_a_pruned_model_is_not_saved(tmp_path: Path) -> None:
+    model: Any = make("trm")
+    path = tmp_path / "m.safetensors"
+    linear = model.inner.L_level.layers[0].mlp.down_proj
+    torch.nn.utils.prune.l1_unstructured(linear, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"^inner\.L_level\.layers\.0\.mlp\.down_proj: got an extra weight_") as caught:
+        trmfast.save(model, path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    torch.nn.utils.prune.remove(linear, "weight")
+    trmfast.save(model, path)
+    assert torch.equal(load(path).inner.L_level.layers[0].mlp.down_proj.weight, linear.weight)

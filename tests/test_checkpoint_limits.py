@@ -55,7 +55,7 @@ METADATA: list[tuple[object, str]] = [
 def all_readers(path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The messages of everything that reads a file, which are ValueError or TypeError and have one line."""
     messages = []
-    readers = [trmfast.load, *([runtime.load] if extension is not None else [])]
+    readers: list[Any] = [trmfast.load, *([runtime.load] if extension is not None else [])]
     for reader in readers:
         with pytest.raises((ValueError, TypeError)) as error:
             reader(path)

@@ -42,7 +42,7 @@ def test_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
             carry, loss, done = super().forward(**data)
             return carry, loss, {}, {}, done
 
-    contents = {
+    contents: dict[str, dict[str, Any]] = {
         "models": {},
         "models.losses": {"ACTLossHead": lambda model, _loss: Head(model)},
         "models.recursive_reasoning": {},

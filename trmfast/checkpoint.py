@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +75,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: one of ``trmfast.models`` (TRM, HRM and their variants), bare or inside an ``ACTLossHead``, compiled or
             not.  Cycles, gradient window and halting are saved as they are now, the backend is not.
+            Parametrized weights are saved as the weights that they make.
         path: the file, which ends in ``.safetensors``; an existing one, or the file that a symbolic link
             names, is replaced once the new one is complete.
 
     Raises:
         TypeError: another kind of model.
-        ValueError: another ending, or a loss function that :class:`ACTLossHead` has no name for.
+        ValueError: another ending, a loss function that :class:`ACTLossHead` has no name for, or a module with other
+            tensors than its class has, such as a pruned one.
         OSError: the file cannot be written.
     """
     from safetensors import SafetensorError
@@ -108,7 +110,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     kept = asdict(now)
     del kept["backend"]  # a property of the machine
     about = {"version": VERSION, "model": layout.name, "config": kept, "window": bare.window, "loss": loss}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in bare.state_dict().items()}
+    tensors = _plain_tensors(bare)
     try:
         with _replacing(Path(path)) as part:
             # One key: several would be written in an order that differs from run to run.
@@ -117,6 +119,31 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         kind = type(error) if isinstance(error, OSError) else OSError
         reason = getattr(error, "strerror", None) or error
         raise kind(f"path: got {os.fspath(path)}, accepted are files that can be written: {reason}") from error
+
+
+@torch.no_grad()
+def _plain_tensors(model: ACTModel) -> dict[str, Tensor]:
+    """The state_dict with parametrized weights folded."""
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if "parametrizations" in prefix.split("."):
+            continue
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                tensors[prefix + name] = tensor
+        for name in module._modules.get("parametrizations") or ():
+            tensors[prefix + name] = getattr(module, name)
+    with torch.device("meta"):
+        wanted = type(model)(asdict(model.config)).state_dict()
+    for name in (*tensors, *wanted):
+        if name not in wanted or name not in tensors:
+            path, got = name.rpartition(".")[0], "an extra" if name in tensors else "no"
+            raise ValueError(
+                f"{path}: got {got} {name.rpartition('.')[2]}, accepted are the tensors of its class: remove adapters, "
+                "pruning (torch.nn.utils.prune.remove) and old weight norms before"
+            )
+    return {name: tensors[name].detach().contiguous() for name in wanted}
 
 
 @contextmanager
@@ -182,7 +209,7 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
     rows, puzzles = options.get("num_puzzle_identifiers"), tensors.get("puzzle_emb.weights")
     wanted_rows = type(rows) is int and 0 < rows <= LARGEST
     if wanted_rows and puzzles is not None and puzzles.dim() == 2 and 0 < len(puzzles) != rows:
-        tensors["puzzle_emb.weights"] = puzzles.mean(0, keepdim=True).expand(rows, -1).contiguous()
+        tensors["puzzle_emb.weights"] = puzzles.mean(0, keepdim=True).expand(cast(int, rows), -1).contiguous()
     told = inferred(layout, tensors, given)
     _contradictions(given, told)
     values = {**DEFAULTS, **told, **given}

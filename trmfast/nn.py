@@ -42,6 +42,8 @@ def trunc_normal_init_(tensor: Tensor, std: float = 1.0, lower: float = -2.0, up
     The inverse of the error function is applied to one uniform draw an element, as in JAX, so a seed gives the weights
     that the published training code draws.
     """
+    if tensor.is_meta:  # nothing to fill, and these operators would import a second's worth of PyTorch
+        return tensor
     if std == 0:
         return tensor.zero_()
     low, high = math.erf(lower / math.sqrt(2)), math.erf(upper / math.sqrt(2))
@@ -87,7 +89,7 @@ class CastedEmbedding(nn.Module):
 class RotaryEmbedding(nn.Module):
     """RoPE tables [max_position_embeddings, dim] in float32, for the rotate-half convention (arXiv 2104.09864).
 
-    They are float32 in a module of any dtype, and are made again where they come from the meta device.
+    They are float32 in a module of any dtype, and are made again by every move.
     """
 
     cos_cached: Tensor
@@ -102,6 +104,11 @@ class RotaryEmbedding(nn.Module):
 
     def make_tables(self, device: torch.device | str | None) -> None:
         """Makes the tables on a device."""
+        if torch.empty(0, device=device).is_meta:  # arange of the meta device imports a second's worth of PyTorch
+            for name in ("cos_cached", "sin_cached"):
+                empty = torch.empty(self.max_position_embeddings, self.dim, device=device)
+                self.register_buffer(name, empty, persistent=False)
+            return
         inv_freq = 1.0 / (self.base ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device=device) / self.dim))
         positions = torch.arange(self.max_position_embeddings, dtype=torch.float32, device=device)
         angles = torch.outer(positions, inv_freq).repeat(1, 2)
@@ -112,7 +119,7 @@ class RotaryEmbedding(nn.Module):
         before = self.cos_cached
         super()._apply(fn, recurse)
         moved = self.cos_cached
-        if moved.dtype != torch.float32 or (before.is_meta and not moved.is_meta):
+        if moved is not before and not moved.is_meta:  # to_empty, another device or another dtype
             self.make_tables(moved.device)
         return self
 
