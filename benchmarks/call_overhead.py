@@ -1,10 +1,10 @@
-"""What a call costs besides the recursion: the first one after an update of the weights, and a very small one.
+"""The overhead of a call: the first one after an update of the weights, and a very small one.
 
     python benchmarks/call_overhead.py                    # 10 seconds
 
 The first table has TRM Sudoku with one sequence, in bfloat16: a call after all weights were changed in place (they are
-packed again) and the calls after it.  The second has two updates of one layer with D = 64 and 4 tokens, where nearly
-all is overhead: the operator's dispatch, its checks, the fingerprint of the weights, the tensors that it returns.
+repacked) and the calls after it.  The second has two updates of one layer with D = 64 and 4 tokens, which is nearly all
+overhead: the operator's dispatch, its checks, the fingerprint of the weights, the tensors that it returns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def timed_forward(engine: Any, times: list[float]) -> Any:
-    """The extension module, with a forward that notes its seconds."""
+    """The extension module, with a forward that records its time."""
 
     def forward(*arguments: Any) -> None:
         start = time.perf_counter()

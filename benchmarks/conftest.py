@@ -1,6 +1,6 @@
 """Micro-benchmarks of the CPU engine: ``pytest benchmarks --benchmark-only``.
 
-Every benchmark notes GFLOP/s and the share of the matrix peak of the threads that it ran on, measured right after it,
+Every benchmark records GFLOP/s and its share of the matrix peak of its threads, measured right after it,
 under ``extra_info`` of ``--benchmark-json``; the share is also in the terminal, at the end of the run.
 """
 
@@ -20,7 +20,7 @@ _lines: list[str] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without the engine there is nothing to time."""
+    """Skips without the engine: there is nothing to time."""
     reason = CpuBackend().available()
     if reason is not None:
         for item in items:

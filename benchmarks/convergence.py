@@ -5,8 +5,8 @@
 
 Both start from the same parameters and see the same puzzles; they take turns, step by step, in one process.  Training
 is that of the paper (arXiv 2510.04871), without EMA: deep supervision through the carry, halting, stablemax loss,
-AdamAtan2.  Printed are the losses, the time that each spent in its steps, and the time at which each first reached the
-final loss of eager PyTorch (mean over 20 steps).
+AdamAtan2.  It prints the losses, the time spent in steps, and the time at which each first reached the final loss of
+eager PyTorch (mean over 20 steps).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Run:
 
     def step(self, batch: dict[str, Tensor]) -> None:
         """One optimizer step; rows that have halted take new puzzles."""
-        # Halting explores at random: each run has a state of its own, and both the same numbers.
+        # Halting explores at random: each run has its own generator state, with the same numbers.
         with torch.random.fork_rng(devices=()):
             torch.set_rng_state(self.generator.get_state())
             start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Times an accelerated model of upstream's structure against ``trmfast.TRM``, and against the model as it was.
+"""Times an accelerated model of upstream's structure against ``trmfast.TRM``, and against the unaccelerated model.
 
     python benchmarks/dropin.py                 # TRM Sudoku, attention, B = 8, about a minute on two cores
 

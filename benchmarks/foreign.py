@@ -1,4 +1,4 @@
-"""What recomputation costs and saves for the models of tiny-recursive-model and hrm-pytorch, as they are.
+"""The cost and savings of recomputation for the unmodified models of tiny-recursive-model and hrm-pytorch.
 
 One training step (forward, loss, backward) of each, plain and after ``trmfast.foreign``, in turns in one process: bytes
 that autograd keeps after forward (every storage once, without parameters and buffers), median times, and whether loss
@@ -29,7 +29,7 @@ TOKENS, LENGTH = 11, 81  # Sudoku
 
 
 def networks(dim: int) -> dict[str, Callable[[], nn.Module]]:
-    """The two models of the packages' first lines, the first also with attention."""
+    """The example models of the two packages' READMEs, the first also with attention."""
     encoder = {"dim": dim, "depth": 2, "heads": dim // 64, "use_rmsnorm": True, "rotary_pos_emb": True}
     return {
         "TinyRecursiveModel, MLPMixer1D": lambda: TinyRecursiveModel(
@@ -73,7 +73,7 @@ def main() -> None:
                 loss.backward()
                 if repeat:
                     times[kind].append(time.perf_counter() - start)
-                else:  # the first of each is not timed
+                else:  # the first step of each is not timed
                     kept[kind] = saved_bytes(partial(step, model, seq, labels), model.parameters(), model.buffers())
                     results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
         same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))

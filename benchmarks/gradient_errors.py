@@ -24,7 +24,7 @@ from trmfast.testing import draw_case, run_fused
 
 
 def ratios(case: Case, dtype: torch.dtype, backend: str, seeds: int) -> dict[str, float]:
-    """Median over the seeds by tensor; tensors that eager PyTorch gets exactly are left out."""
+    """Median over the seeds by tensor; omits tensors that eager PyTorch gets exactly."""
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
         (draw,) = draw_case(case, dtype, seeds=(seed,))

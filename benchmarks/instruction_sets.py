@@ -72,7 +72,7 @@ def main() -> None:
         environment = {"ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
         for dtype in arguments.dtype:
             if dtype == "float32" and target in ("amx", "avx512_bf16"):
-                continue  # they compute it as avx512
+                continue  # these targets compute it as avx512
             command = [sys.executable, __file__, "--child", "--dtype", dtype, "--case", arguments.case]
             command += ["--batch", str(arguments.batch), "--rounds", str(arguments.rounds)]
             done = subprocess.run(

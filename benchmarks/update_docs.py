@@ -1,7 +1,7 @@
 """Puts a finished suite into docs/benchmarks.md: ``python benchmarks/update_docs.py FOLDER``.
 
-The tables replace what stands between the markers ``<!-- suite -->`` and ``<!-- /suite -->``; the charts are drawn
-again from suite.json into docs/images.
+The tables replace what stands between the markers ``<!-- suite -->`` and ``<!-- /suite -->``; the charts in docs/images
+are redrawn from suite.json.
 """
 
 from __future__ import annotations

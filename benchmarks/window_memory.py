@@ -5,7 +5,7 @@
 
 TRM's window is its last cycle, of L_cycles + 1 updates.  A step is the recursion forward and backward into x and all
 weights.  Memory is how far resident memory rises during it (VmHWM), packed weights and workspace of the engine
-included.  Eager PyTorch sits out what it would need more memory for than is free.
+included.  Eager PyTorch skips sizes that need more memory than is free.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trmfast.cli.machine import machine
 from trmfast.program import RecursionProgram
 
 TITLES = {"eager": "PyTorch eager", "trmfast": "trmfast"}
-# A step of eager PyTorch is left out if this many times what its memory grows to in proportion is not free.
+# Skip a step of eager PyTorch unless this many times its extrapolated memory is free.
 MARGIN = 2.0
 
 

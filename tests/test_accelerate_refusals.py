@@ -115,7 +115,7 @@ STRUCTURE: list[tuple[Change, str]] = [
         "L_level.layers.1.mlp.down_proj.weight: the same parameter as L_level.layers.0.mlp.down_proj.weight",
     ),
     (replaced_forward, "forward: replaced on the instance"),
-    (no_cycles, "config.L_cycles: got 0, accepted are integers from 1 up"),
+    (no_cycles, "config.L_cycles: got 0, accepted are integers >= 1"),
     (other_buffers, "got networks L_level and buffers H_init, L_init, M_init, accepted are TRM: L_level and H_init"),
     (lost_network, "no module has lm_head, q_head and networks under one of the names L_level"),
     (experts, "L_level.layers.0.mlp.down_proj: got nothing, accepted is a projection"),

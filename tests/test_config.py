@@ -19,7 +19,7 @@ from trmfast.models import HRM, TRM, URM, ACTModel, HRMConfig, ModelConfig, TRMC
         ({"L_cycles": True}, TypeError, "L_cycles: got True (bool), accepted is int"),
         ({"H_cycles": 1.5}, TypeError, "H_cycles: got 1.5 (float), accepted is int"),
         ({"mlp_t": "no"}, TypeError, "mlp_t: got 'no' (str), accepted is bool"),
-        ({"L_layers": 0}, ValueError, "L_layers: got 0, accepted are integers from 1 up"),
+        ({"L_layers": 0}, ValueError, "L_layers: got 0, accepted are integers >= 1"),
         ({"num_heads": 64}, ValueError, "num_heads: got 64, accepted are 1 to hidden_size 32"),
         (
             {"num_heads": 7, "hidden_size": 64},
@@ -29,7 +29,7 @@ from trmfast.models import HRM, TRM, URM, ACTModel, HRMConfig, ModelConfig, TRMC
         ({"pos_encodings": "ropes"}, ValueError, "pos_encodings: got 'ropes', accepted are rope, learned, none"),
         ({"forward_dtype": "int8"}, ValueError, "forward_dtype: got 'int8', accepted are bfloat16"),
         ({"halt_exploration_prob": 2}, ValueError, "halt_exploration_prob: got 2.0, accepted are 0 to 1"),
-        ({"puzzle_emb_ndim": 100}, ValueError, "puzzle_emb_len: got 3, accepted are 0 and integers from 4 up"),
+        ({"puzzle_emb_ndim": 100}, ValueError, "puzzle_emb_len: got 3, accepted are 0 and integers >= 4"),
         ({"backend": "x"}, ValueError, "backend: got 'x', accepted are auto"),
     ],
 )

@@ -173,14 +173,14 @@ def test_options_reach_the_solver(model: str, capsys: pytest.CaptureFixture[str]
     [
         (["--threshold", "high", BOARD], "argument --threshold: invalid float value: 'high'"),
         (["--threshold", "nan", BOARD], "--threshold: got nan, accepted are numbers"),
-        (["--trajectories", "0", BOARD], "--trajectories: got 0, accepted are integers from 1 up"),
+        (["--trajectories", "0", BOARD], "--trajectories: got 0, accepted are integers >= 1"),
         (
             ["--trajectories", "4", BOARD],
             "--noise: got 0 with 4 trajectories, which would be equal; accepted are above",
         ),
-        (["--noise", "-1", BOARD], "--noise: got -1, accepted are numbers from 0 up"),
+        (["--noise", "-1", BOARD], "--noise: got -1, accepted are numbers >= 0"),
         (["--max-steps", "2000", BOARD], "--max-steps: got 2000, accepted are integers from 1 to 1024"),
-        (["--batch", "0", BOARD], "--batch: got 0, accepted are integers from 1 up"),
+        (["--batch", "0", BOARD], "--batch: got 0, accepted are integers >= 1"),
         (["--threads", "0", BOARD], "--threads: got 0, accepted are 1 to "),
         (["--clues", "16", "--random", "1"], "--clues: got 16, accepted are 17 to 81"),
         (["--random", "0"], "--random: got 0, accepted are 1 up"),

@@ -300,16 +300,16 @@ def test_noise_is_added_to_the_latent_before_each_step() -> None:
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"trajectories": 0}, ValueError, "trajectories: got 0, accepted are integers from 1 up"),
-        ({"noise": -0.1}, ValueError, "noise: got -0.1, accepted are numbers from 0 up"),
-        ({"noise": float("nan")}, ValueError, "noise: got nan, accepted are numbers from 0 up"),
-        ({"noise": "much"}, TypeError, "noise: got 'much', accepted are numbers from 0 up"),
+        ({"trajectories": 0}, ValueError, "trajectories: got 0, accepted are integers >= 1"),
+        ({"noise": -0.1}, ValueError, "noise: got -0.1, accepted are numbers >= 0"),
+        ({"noise": float("nan")}, ValueError, "noise: got nan, accepted are numbers >= 0"),
+        ({"noise": "much"}, TypeError, "noise: got 'much', accepted are numbers >= 0"),
         ({"trajectories": 4}, ValueError, "noise: got 0 with 4 trajectories, which would be equal; accepted are above"),
         ({"max_steps": 0}, ValueError, "max_steps: got 0, accepted are integers from 1 to 1024"),
         ({"max_steps": 1025}, ValueError, "max_steps: got 1025, accepted are integers from 1 to 1024"),
         ({"min_steps": 9}, ValueError, "min_steps: got 9, accepted are integers from 1 to 8"),
         ({"max_steps": 2.5}, TypeError, "max_steps: got 2.5, accepted are integers from 1 to 1024"),
-        ({"batch_size": 0}, ValueError, "batch_size: got 0, accepted are integers from 1 up"),
+        ({"batch_size": 0}, ValueError, "batch_size: got 0, accepted are integers >= 1"),
         ({"choose": "best"}, ValueError, "choose: got 'best', accepted are first, q, majority"),
         ({"halt": "q"}, TypeError, "halt: got 'q', accepted are Confident, Unchanged and Never"),
         ({"seed": -1}, ValueError, "seed: got -1, accepted are integers from 0 to 9223372036854775807"),
@@ -326,7 +326,7 @@ def test_rules_out_of_range() -> None:
         Confident("high")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^threshold: got nan, accepted are numbers$"):
         Confident(float("nan"))
-    with pytest.raises(ValueError, match=r"^steps: got 0, accepted are integers from 1 up$"):
+    with pytest.raises(ValueError, match=r"^steps: got 0, accepted are integers >= 1$"):
         Unchanged(0)
 
 

@@ -138,7 +138,7 @@ def test_wrong_arguments_say_so_in_one_line() -> None:
     module = embedding()
     with pytest.raises(ValueError, match=r"puzzle_identifiers: got shape \[1\], accepted in training is \[3\]"):
         module(torch.tensor([1]))
-    with pytest.raises(ValueError, match=r"lr: got -1, accepted are numbers from 0 up"):
+    with pytest.raises(ValueError, match=r"lr: got -1, accepted are numbers >= 0"):
         CastedSparseEmbeddingSignSGD_Distributed(module.buffers(), world_size=1, lr=-1)
     with pytest.raises(ValueError, match="weight_decay: got -1"):
         CastedSparseEmbeddingSignSGD_Distributed(module.buffers(), world_size=1, weight_decay=-1)

@@ -130,7 +130,7 @@ def test_an_epsilon_that_is_no_number() -> None:
 
 @pytest.mark.parametrize("layers", [0, -1, True, 1.0])
 def test_bad_net(layers: int) -> None:
-    with pytest.raises(ValueError, match=r"^num_layers: got .*, accepted are integers from 1 up$"):
+    with pytest.raises(ValueError, match=r"^num_layers: got .*, accepted are integers >= 1$"):
         NetSpec(BlockSpec(64, 32, num_heads=4), layers)
 
 

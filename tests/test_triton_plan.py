@@ -255,7 +255,7 @@ def test_info_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (["--plan", "chess"], "--plan: got 'chess', accepted are"),
         (["--plan", "trm", "--gpu", "abacus"], "--gpu: got 'abacus', accepted are A100"),
         (["--plan", "trm", "--dtype", "int8"], "--dtype: got 'int8', accepted are bfloat16"),
-        (["--plan", "trm", "--batch", "0"], "--batch: got 0, accepted are numbers from 1 up"),
+        (["--plan", "trm", "--batch", "0"], "--batch: got 0, accepted are numbers >= 1"),
     ],
 )
 def test_info_refuses(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

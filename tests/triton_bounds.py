@@ -1,4 +1,4 @@
-"""Every address that interpreted kernels read or write is checked: even a read whose value nobody uses would fault."""
+"""Checks every address that interpreted kernels read or write: even a read of an unused value would fault."""
 
 from __future__ import annotations
 

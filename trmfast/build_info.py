@@ -1,4 +1,4 @@
-"""What the installation built: setup.py writes ``_build_info_*.json``, ``trmfast info`` and the backends read them."""
+"""The record of the build: setup.py writes ``_build_info_*.json``, ``trmfast info`` and the backends read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BuildInfo:
 
     Attributes:
         error: None if the extension was built, otherwise the reason in one line.
-        log: the compiler's first error and what follows it.
+        log: the compiler's first error and the lines after it.
         compiler: the first line of the compiler's --version.
         targets: what it is compiled for: for the CPU pairs as "target/element", best first, for example
             "avx512_bf16/bf16"; for CUDA architectures, for example "sm_90".

@@ -220,7 +220,7 @@ class TRMConfig(ModelConfig):
         super().__post_init__()
         fewest = -(-self.puzzle_emb_ndim // self.hidden_size)
         holds = self.puzzle_emb_len == 0 or self.puzzle_emb_len >= fewest
-        self._accept("puzzle_emb_len", holds, f"0 and integers from {fewest} up")
+        self._accept("puzzle_emb_len", holds, f"0 and integers >= {fewest}")
 
     @property
     def prefix_len(self) -> int:
@@ -234,7 +234,7 @@ class HRMConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._accept("H_layers", self.H_layers >= 1, "integers from 1 up")
+        self._accept("H_layers", self.H_layers >= 1, "integers >= 1")
 
     @property
     def no_ACT_continue(self) -> bool:

@@ -1,4 +1,4 @@
-"""A problem as the C++ engines take it.  Imports no PyTorch."""
+"""A problem in the form that the C++ engines take.  Imports no PyTorch."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def block_flops(block: BlockSpec, length: int) -> int:
 
 
 def _attention_flops(block: BlockSpec, length: int) -> int:
-    """Of the products without a weight: queries with keys, and their softmax with values."""
+    """FLOPs of the products without a weight: queries with keys, and their softmax with values."""
     if block.token_mixer != "attention":
         return 0
     pairs = length * (length + 1) // 2 if block.causal else length * length

@@ -37,7 +37,7 @@ CosSin = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def trunc_normal_init_(tensor: Tensor, std: float = 1.0, lower: float = -2.0, upper: float = 2.0) -> Tensor:
-    """Fills a tensor with a normal distribution cut at lower and upper, scaled so that ``std`` is what comes out.
+    """Fills a tensor from a normal distribution cut at lower and upper, scaled to a standard deviation of ``std``.
 
     The inverse of the error function is applied to one uniform draw an element, as in JAX, so a seed gives the weights
     that the published training code draws.
@@ -232,10 +232,10 @@ class Net(nn.Module):
         return h
 
 
-# ---------------------------------------------------------------- what the fused recursion reads and does not call
+# ---------------------------------------------------------------- modules that the recursion reads but does not call
 
 _WHY = "the fused recursion reads its weights and does not call it; torch.nn.utils.parametrize is followed"
-# As they were when this module was made: a class that is patched later differs.
+# The functions at import: a class that is patched later differs.
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (Block, Attention, SwiGLU, ConvSwiGLU, CastedLinear, nn.Conv1d)
 }
@@ -303,7 +303,7 @@ def _watch_block(block: Block) -> Watch:
 
 
 def watch_nets(owner: nn.Module, names: Sequence[str], prefix: str = "") -> Watch:
-    """The watch over networks that ``owner`` holds and does not call.
+    """The watch over networks that ``owner`` holds but does not call.
 
     Args:
         owner: the module.
@@ -344,25 +344,25 @@ def watch_nets(owner: nn.Module, names: Sequence[str], prefix: str = "") -> Watc
 class Recursion(nn.Module):
     """A program over its networks.
 
-    Networks that are all :class:`Net` run as one fused operation, which reads their weights and does not call their
-    modules: a module of theirs that is replaced, patched or hooked is an error at the next call.
+    If all networks are :class:`Net`, they run as one fused operation, which reads their weights and does not call their
+    modules: replacing, patching or hooking one of their modules is an error at the next call.
     ``torch.nn.utils.parametrize`` is followed.
 
-    Any other module that maps h [B, L, D] to a tensor like h can be a network, too.  The program then runs update by
-    update, its updates without gradient under ``torch.no_grad``, and each update with gradient keeps its summed input
-    alone and is computed again in backward.  Results and gradients are those of the plain loop; a network with side
-    effects has them twice.
+    Any other module that maps h [B, L, D] to a tensor like h can be a network too.  The program then runs update by
+    update, its updates without gradient under ``torch.no_grad``, and each update with gradient keeps only its summed
+    input and is recomputed in backward.  Results and gradients are those of the plain loop; side effects of a network
+    happen twice.
 
     Args:
         program: the recursion.
         nets: one network for each of the program.
-        backend: the name of a backend, or ``"auto"``; other networks than :class:`Net` take ``"auto"`` alone.
+        backend: the name of a backend, or ``"auto"``; networks other than :class:`Net` accept ``"auto"`` only.
         recompute: whether the gradient window is computed again in backward, or keeps what backward needs: faster, and
             for :class:`Net` about thirty times the memory.
 
     Raises:
         TypeError: ``nets`` is not a list, a network is not a module, or the program none.
-        ValueError: the networks do not fit the program, or one of them must not be computed again.
+        ValueError: the networks do not fit the program, or one of them must not be recomputed.
     """
 
     def __init__(

@@ -56,12 +56,12 @@ def recursion(
             and x other than float64 are cast to the autocast dtype here.
         x: [B, L, D] of the same dtype, or None when no update injects x.
         weights: network by network, each in the order of ``NetSpec.weight_shapes``; of any float dtype.  They are cast
-            to the compute dtype inside; gradients are summed in float32 over all applications and come in the weight's
-            dtype.
+            to the compute dtype inside; gradients are summed in float32 over all applications and returned in the
+            weight's dtype.
         cos, sin: RoPE tables [>= L, head_dim] for the rotate-half convention, or None for no rotation.
         backend: the name of a backend, or ``"auto"``.
-        recompute: whether the backward pass computes the gradient window a second time.  If not, a backend may keep
-            its activations instead: faster, and about thirty times the memory of the summed inputs.
+        recompute: whether the backward pass recomputes the gradient window.  If not, a backend may keep its activations
+            instead: faster, but about thirty times the memory of the summed inputs.
 
     Returns:
         The final value of every state, [B, L, D] in the compute dtype; never a view of an input.
@@ -157,7 +157,7 @@ def _forward_fake(
     saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
     size = 0
     if save and not recompute and first.numel():
-        batch, length = (int(n) for n in first.shape[:2])  # a size of memory: symbolic shapes become constants
+        batch, length = (int(n) for n in first.shape[:2])  # an allocation size: symbolic shapes become constants
         chosen = select(backend, problem, first.device, first.dtype, batch, length)
         size = chosen.kept_bytes(problem, first.dtype, batch, length)
     return [first.new_empty(first.shape) for _ in states], saved, first.new_empty(size, dtype=torch.uint8)
@@ -222,7 +222,7 @@ def _backward(
 
 
 def _result(grad: Tensor | None, need: bool, like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A gradient as the operator returns it: empty where not needed, zeros where nothing flowed."""
+    """A gradient as the operator returns it: empty if not needed, zeros if no gradient arrived."""
     if not need:
         return like.new_empty(0)
     if grad is None:
@@ -340,7 +340,7 @@ def _batched_backward(info: Any, in_dims: tuple[Any, ...], grad_states: list[Ten
 
 
 def _batched_backward_of_autograd(grad_states: list[Tensor], *rest: Any) -> list[Tensor]:
-    """The same for ``is_grads_batched``, which has a vmap of its own."""
+    """The same for ``is_grads_batched``, which uses its own vmap."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     grads = [torch._remove_batch_dim(g, level, 1, 0) for g in grad_states]

@@ -1,4 +1,4 @@
-"""A program together with its networks: what an operator needs to know about a recursion besides the tensors."""
+"""A program with its networks: everything that an operator needs to know about a recursion except the tensors."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def _check_table(name: str, table: Tensor, length: int, rope_dim: int, device: t
 
 
 def _refuse(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device) -> None:
-    """Raises the error for the first property of a tensor that differs; dtype None stands for any float dtype."""
+    """Raises an error for the first property of a tensor that differs; dtype None accepts any float dtype."""
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"{name}.shape: got {_size(tensor.shape)}, accepted is {_size(shape)}")
     if dtype is not None and tensor.dtype != dtype:

@@ -86,7 +86,7 @@ class RecursionProgram:
         if not update.sources and not update.inject_x:
             raise ValueError(f"updates[{position}]: reads no state and no x, an update needs at least one of them")
 
-    # ---------------------------------------------------------------- constructors, one a model
+    # ---------------------------------------------------------------- constructors, one per model
 
     @classmethod
     def trm(cls, H_cycles: int, L_cycles: int, window: GradientWindow = "last_cycle") -> RecursionProgram:
@@ -123,7 +123,7 @@ class RecursionProgram:
 
     @classmethod
     def urm(cls, H_cycles: int, L_cycles: int, window: GradientWindow = "last_cycle") -> RecursionProgram:
-        """URM: ``z <- f(z + x)``, L_cycles times a cycle, H_cycles cycles."""
+        """URM: ``z <- f(z + x)``, L_cycles times per cycle, H_cycles cycles."""
         step = Update(dst=0, sources=(0,), inject_x=True, net=0, grad=False)
         return cls._cycles(("z",), ("f",), ((step, _count("L_cycles", L_cycles)),), H_cycles, window)
 
@@ -235,5 +235,5 @@ def _span(start: int, count: int) -> str:
 
 def _count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, accepted are integers from 1 up")
+        raise ValueError(f"{name}: got {value!r}, accepted are integers >= 1")
     return value

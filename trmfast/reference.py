@@ -1,6 +1,6 @@
 """The specification: a recursion in plain PyTorch, for any float dtype, differentiable by autograd.
 
-Every other backend is compared with this file.  It rounds where eager PyTorch code of the published models rounds:
+Every other backend is compared with this file.  It rounds where the published models in eager PyTorch round:
 matrix products and sums in the compute dtype; norms, rotation and softmax in float32 (or the compute dtype if wider).
 Sources: TRM arXiv 2510.04871, HRM arXiv 2506.21734, RoPE arXiv 2104.09864, SwiGLU arXiv 2002.05202.
 """

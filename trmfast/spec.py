@@ -1,4 +1,4 @@
-"""What one network is: the shapes and options of its blocks, and the order of its weights."""
+"""The specification of a network: shapes and options of its blocks, and the order of its weights."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class BlockSpec:
                 raise TypeError(f"{item.name}: got {value!r} ({type(value).__name__}), accepted is {item.type}")
         self._accept("token_mixer", self.token_mixer in TOKEN_MIXERS, " or ".join(TOKEN_MIXERS))
         self._accept("channel_mixer", self.channel_mixer in CHANNEL_MIXERS, " or ".join(CHANNEL_MIXERS))
-        self._accept("hidden_size", self.hidden_size >= 1, "integers from 1 up")
-        self._accept("intermediate_size", self.intermediate_size >= 1, "integers from 1 up")
+        self._accept("hidden_size", self.hidden_size >= 1, "integers >= 1")
+        self._accept("intermediate_size", self.intermediate_size >= 1, "integers >= 1")
         self._accept("rms_norm_eps", self.rms_norm_eps > 0, "positive numbers")
-        self._accept("conv_kernel", self.conv_kernel >= 1, "integers from 1 up")
+        self._accept("conv_kernel", self.conv_kernel >= 1, "integers >= 1")
         if self.token_mixer == "attention":
-            self._accept("num_heads", self.num_heads >= 1, "integers from 1 up")
+            self._accept("num_heads", self.num_heads >= 1, "integers >= 1")
             if not self.head_dim:
                 divides = self.hidden_size % self.num_heads == 0
                 self._accept("num_heads", divides, f"the divisors of hidden_size {self.hidden_size}")
@@ -77,8 +77,8 @@ class BlockSpec:
             grouped = self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0
             self._accept("num_kv_heads", grouped, f"the divisors of num_heads {self.num_heads}")
         else:
-            self._accept("seq_len", self.seq_len >= 1, "integers from 1 up")
-            self._accept("seq_intermediate_size", self.seq_intermediate_size >= 1, "integers from 1 up")
+            self._accept("seq_len", self.seq_len >= 1, "integers >= 1")
+            self._accept("seq_intermediate_size", self.seq_intermediate_size >= 1, "integers >= 1")
 
     def _accept(self, name: str, good: bool, accepted: str) -> None:
         if not good:
@@ -120,7 +120,7 @@ class NetSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.num_layers, bool) or not isinstance(self.num_layers, int) or self.num_layers < 1:
-            raise ValueError(f"num_layers: got {self.num_layers!r}, accepted are integers from 1 up")
+            raise ValueError(f"num_layers: got {self.num_layers!r}, accepted are integers >= 1")
         key = json.dumps([asdict(self.block), self.num_layers], separators=(",", ":"))
         object.__setattr__(self, "key", key)
 

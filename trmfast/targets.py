@@ -19,14 +19,14 @@ else:
 
 __all__ = ["TARGETS", "extension", "force_target", "import_error", "target_of", "targets"]
 
-# Best first.  An element that a target is not compiled for is served by the next one below it.
+# Best first.  If a target is not compiled for an element, the next one below serves it.
 TARGETS = ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable")
 
 _forced: str | None = os.environ.get("TRMFAST_CPU_ISA") or None
 
 
 def targets() -> dict[str, str | None]:
-    """Every target of this build, best first, with None if this machine runs it or else the reason why not."""
+    """Every target of this build, best first, with None if this machine runs it, otherwise the reason."""
     if extension is None:
         return {}
     compiled = {target for target, _ in extension.compiled_pairs()}

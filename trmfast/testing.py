@@ -62,7 +62,7 @@ LARGEST_EAGER_ERROR = 0.1
 
 
 class MeaninglessComparisonError(Exception):
-    """Eager's own error is so large that passing would prove nothing."""
+    """Eager's own error is so large that a pass would prove nothing."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def check_case(
     """Runs a case three ways and compares every output and, if ``backward``, every gradient.
 
     Args:
-        case, dtype, backend: what to run, in which compute dtype, with which backend.
+        case, dtype, backend: the case, its compute dtype and the backend.
         backward: whether gradients are compared too.
         seeds: one for each draw.
         device: as in :func:`make_inputs`.
@@ -254,7 +254,7 @@ def _reference(inputs: Inputs) -> Forward:
 
 
 def _run(forward: Forward, inputs: Inputs, dtype: torch.dtype, backward: bool) -> Result:
-    """Runs forward on fresh leaves; truth takes float64 weights, everything else the float32 weights as they are."""
+    """Runs forward on fresh leaves; the truth gets float64 weights, everything else the float32 weights."""
     states = [state.to(dtype, copy=True).requires_grad_(backward) for state in inputs.states]
     x = None if inputs.x is None else inputs.x.to(dtype, copy=True).requires_grad_(backward)
     held = torch.promote_types(dtype, torch.float32)
@@ -268,7 +268,7 @@ def _run(forward: Forward, inputs: Inputs, dtype: torch.dtype, backward: bool) -
         if x is not None:
             leaves["grad x"] = x
         leaves.update(zip((f"grad {name}" for name in inputs.problem.weight_names), weights, strict=True))
-        # A state that gradients do not reach is not part of the graph.
+        # A state without gradient is not part of the graph.
         pairs = [(out, g.to(dtype)) for out, g in zip(outputs, inputs.grad_states, strict=True) if out.requires_grad]
         roots, grads = zip(*pairs, strict=True) if pairs else ((), ())
         found = torch.autograd.grad(roots, list(leaves.values()), grads, allow_unused=True, materialize_grads=True)

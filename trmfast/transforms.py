@@ -1,5 +1,5 @@
-"""Where the operator does not reach: under torch.func's transforms and with dual numbers a recursion runs in plain
-PyTorch, and tracers are refused."""
+"""Fallbacks of the operator: under torch.func's transforms and with dual numbers a recursion runs in plain PyTorch, and
+tracers are refused."""
 
 from __future__ import annotations
 

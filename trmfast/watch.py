@@ -3,7 +3,7 @@
 People replace, wrap, hook and patch submodules (adapters, pruning, weight norm, feature extraction) and expect a call
 of the model to see it.  A fused recursion calls none of these modules, so a change would be lost.  A `Watch` examines
 them once, with the module's path in the error, and compares a snapshot at every call.  That takes a quarter of the time
-of looking the weights up by attribute, which it does as well.
+of looking up the weights by attribute, which it also replaces.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 class Watch:
-    """A snapshot of networks and of what their weights are read from.
+    """A snapshot of networks and of the modules that hold their weights.
 
     Args:
         owner: the module that runs the recursion and keeps the watch.
@@ -85,7 +85,7 @@ class Watch:
         self.sharded = [module for module in modules if is_sharded(module)]
         self._readers = tuple(readers)
         self._slots = [(module._parameters, name) for module, name in readers]
-        # Every list is compared with what is there now.
+        # Compares every list with its current value.
         self._children = [module._modules for module in modules]
         self._children_then = [list(children.values()) for children in self._children]
         self._modules = modules
@@ -96,7 +96,7 @@ class Watch:
         self._facts_then = [value for _, _, value in facts]
 
     def unchanged(self) -> bool:
-        """Whether everything is as it was."""
+        """Whether nothing has changed."""
         return (
             not any(self._hooks)
             and not any(map(contains, self._instances, repeat("forward")))
@@ -106,7 +106,7 @@ class Watch:
         )
 
     def weights(self) -> list[Tensor]:
-        """The weights as they are now."""
+        """The current weights."""
         try:
             return cast(list[Tensor], [parameters[name] for parameters, name in self._slots])
         except KeyError:  # parametrized, or a plain tensor in a parameter's place
@@ -121,7 +121,7 @@ class Watch:
 
 
 def watch_of(owner: nn.Module, examine: Callable[[], Watch]) -> Watch:
-    """The watch of a module; ``examine`` makes it, and makes it anew when something has changed."""
+    """The watch of a module, made by ``examine`` and remade after a change."""
     watch = owner.__dict__.get(KEPT)
     if watch is None or watch.owner is not owner or not watch.unchanged():
         watch = examine()

@@ -42,7 +42,7 @@ CUDA_ARCHITECTURES = tuple(a.number for a in ARCHITECTURES.values() if isinstanc
 ELEMENTS = ("bf16", "fp16")
 WARPS = 8
 RESERVED_SHARED = 1024
-"""Bytes that CUDA takes of every block's shared memory; cuobjdump counts them as the kernel's own."""
+"""Shared memory that CUDA reserves in every block; cuobjdump counts them as the kernel's own."""
 RESIDENT = 1
 """Blocks of the grid that a multiprocessor must hold; csrc/cuda/launch_shape.h counts on it when it makes groups."""
 
@@ -90,13 +90,13 @@ class InstanceCode:
 
     @property
     def fits(self) -> bool:
-        """Whether a block's shared memory is there on this architecture.  Plans pass over instances that don't fit."""
+        """Whether a block's shared memory fits this architecture.  Plans pass over instances that don't fit."""
         wanted = self.shared + (self.instance.shared if self.instance else 0)
         return wanted <= ARCHITECTURES[self.architecture].block_shared
 
     @property
     def resident(self) -> int:
-        """Blocks that a multiprocessor holds."""
+        """Resident blocks per multiprocessor."""
         wanted = self.shared + (self.instance.shared if self.instance else 0)
         return ARCHITECTURES[self.architecture].occupancy(self.registers, WARPS, wanted) // WARPS
 
@@ -117,7 +117,7 @@ class InstanceCode:
         if self.instance is None:
             return found
         product = "HMMA.16816.F32.BF16" if self.element == "bf16" else "HMMA.16816.F32"
-        # The product that fills the widest accumulator alone has so many.
+        # The product that fills the widest accumulator alone has this many.
         least = self.instance.row_tiles * self.instance.width_tiles
         if self.counts[product] < least or self.counts[product] != self.counts["HMMA"]:
             found.append(
@@ -129,7 +129,7 @@ class InstanceCode:
             found.append("no LDGSTS of 16 bytes: weights don't come by cp.async")
         if self.counts["STG.E.128"] != self.counts["STG"] or not self.counts["LDG.E.128"]:
             found.append(f"{self.counts['STG.E.128']} of {self.counts['STG']} stores have 16 bytes, or no load has")
-        # The acquire of a group's barrier drops what the L1 cache holds of other blocks' exchange.
+        # The acquire of a group's barrier invalidates other blocks' exchange in the L1 cache.
         if not self.counts["MEMBAR.ALL.GPU"] or not self.counts["CCTL.IVALL"]:
             found.append(
                 "no MEMBAR.ALL.GPU or no CCTL.IVALL: blocks of a group may read what was there before a barrier"
@@ -235,7 +235,7 @@ def _required(path: str | None, name: str) -> str:
 
 
 def _run(command: Sequence[str], silent: bool = False) -> str:
-    """What a command prints; it must succeed, and if `silent` say nothing."""
+    """The output of a command; it must succeed, and print nothing if `silent`."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or (silent and (done.stdout or done.stderr)):
         raise RuntimeError(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
@@ -285,7 +285,7 @@ def _cells(one: InstanceCode) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compiles all and prints what is wrong; 1 if anything is."""
+    """Compiles everything and prints the faults; 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline.cuda", description=__doc__)
     parser.add_argument("--architecture", type=int, action="append", choices=CUDA_ARCHITECTURES, help="by default all")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table as Markdown")

@@ -116,18 +116,18 @@ def counts_section() -> list[str]:
 
 
 def cast_bytes(case: Case) -> int:
-    """What a call moves before the plan: the weights, from float32 to the compute dtype."""
+    """Bytes that a call moves before the plan: the weights, from float32 to the compute dtype."""
     read = sum(4 * prod(shape) for shape in case.problem.weight_shapes)
     return read + sum(buffer.nbytes for buffer in weight_buffers(case.problem, torch.bfloat16))
 
 
 def cache_bytes(plan: Plan) -> float:
-    """What all programs of a plan load and store: it passes through the shared cache, and mostly stays there."""
+    """Bytes that all programs of a plan load and store; they pass through the shared cache, and mostly stay there."""
     return sum(prod(launch.grid) * program_bytes(launch) for launch in plan)
 
 
 def least_bytes(case: Case, training: bool) -> int:
-    """What no fusion avoids: weights, states and x read once, results written once."""
+    """Bytes that no fusion avoids: weights, states and x read once, results written once."""
     problem = case.problem
     weights = sum(prod(shape) for shape in problem.weight_shapes)
     state = case.batch * case.length * problem.hidden_size
@@ -165,7 +165,7 @@ def modelled(case: Case, gpu: Gpu, step: str, flops: int) -> str:
 
 
 def mixer_section() -> list[str]:
-    """From how many tokens on the channel mixer is one kernel."""
+    """The number of tokens from which the channel mixer is one kernel."""
     tokens = (97, 388, 776, 1552, 3104, 6208, 12416, 24832, 74496)
     lines = [f"| GPU | {' | '.join(map(str, tokens))} |", f"| --- |{' --- |' * len(tokens)}"]
     for gpu in GPUS.values():
@@ -277,9 +277,9 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "cuda-traffic": cuda_traffic_section,
     "cuda-model": cuda_model_section,
 }
-"""What stands between ``<!-- name -->`` and ``<!-- /name -->`` in docs/gpu.md."""
+"""The sections between ``<!-- name -->`` and ``<!-- /name -->`` in docs/gpu.md."""
 CUDA_SECTIONS = ("cuda-traffic", "cuda-model")
-"""Those that need the CUDA engine."""
+"""The sections that need the CUDA engine."""
 
 
 def fill(text: str, name: str, lines: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Memory traffic of eager PyTorch, and kernels of compiled PyTorch, counted without a GPU.
 
-Both are counted by one convention, which is that of ``Launch.nbytes`` too: an operation reads each operand once and
+Both follow the convention of ``Launch.nbytes``: an operation reads each operand once and
 writes each result once.  A view moves nothing.  Only the recursion is counted, without embeddings, heads and losses.
 """
 
@@ -39,7 +39,7 @@ def bytes_touched(tensor: Tensor) -> int:
 
 @dataclass
 class Traffic:
-    """What operations moved.
+    """The traffic of operations.
 
     Attributes:
         read, written: bytes.
@@ -125,7 +125,7 @@ def count_traffic(run: Callable[[], object]) -> Traffic:
 
 @dataclass(frozen=True)
 class CompiledKernels:
-    """What Inductor makes of a function, forward and backward together.
+    """The calls that Inductor generates for a function, forward and backward together.
 
     Attributes:
         generated: calls of kernels that it generated.
@@ -148,8 +148,8 @@ _LIBRARY = re.compile(r"^\s+(?:\w+ = )?(?:extern_kernels\.|torch\.ops\.)\w[\w.]*
 def compiled_kernels(run: Callable[[Callable[..., Any]], object], function: Callable[..., Any]) -> CompiledKernels:
     """Counts the calls in the code that torch.compile generates, without compiling that code.
 
-    Inductor partitions, fuses and writes its output as always, for CPU tensors; then the captured graph itself runs.
-    What is fused with what is decided by the scheduler that GPUs share, so the count stands for theirs.
+    Inductor partitions, fuses and writes its output as usual, for CPU tensors; then the captured graph itself runs.
+    The scheduler that decides on fusion is shared with GPUs, so the count stands for theirs.
 
     Args:
         run: calls the function that it is given, and differentiates if that is to be counted.
@@ -192,7 +192,7 @@ def compiled_kernels(run: Callable[[Callable[..., Any]], object], function: Call
 
 @dataclass(frozen=True)
 class Eager:
-    """Bytes of eager PyTorch, which are a constant and so much for each sequence."""
+    """Bytes of eager PyTorch: a constant plus a share per sequence."""
 
     constant: int
     sequence: int

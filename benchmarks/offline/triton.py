@@ -1,7 +1,7 @@
 """Compiles the Triton kernels without a GPU, and reads registers, spills, shared memory and instructions.
 
 ``python -m benchmarks.offline.triton --write build/gpu_kernels.md --summary docs/gpu_kernels.md``.  Triton ships the
-compilers and disassemblers.  Compilation runs in processes of its own, so that it works from a process in which Triton
+compilers and disassemblers.  Compilation runs in separate processes, so that it works from a process in which Triton
 interprets.
 """
 
@@ -37,8 +37,8 @@ _TYPES = {
     torch.int64: "*i64",
 }
 _INT32 = 2**31
-# The published sizes: both token mixers at both lengths, the convolution, and sums of eight.  What else is published
-# differs in the length alone, which kernels of attention take at run time.  Wide heads are not published.
+# The published sizes: both token mixers at both lengths, the convolution, and sums of eight.  Other published sizes
+# differ only in length, which attention kernels take at run time.  Wide heads are not published.
 PRODUCTION = (
     *(case for case in PUBLISHED if case.name in ("trm-sudoku-att", "trm-sudoku-mlp", "trm-arc-att", "urm-arc")),
     make_case("trm-arc-mlp", H_cycles=1, L_cycles=2, batch=1, length=916, hidden_size=512, token_mixer="mlp_t"),
@@ -51,11 +51,11 @@ _ROWS = ("BLOCK_M", "BLOCK_C")
 
 @dataclass(frozen=True)
 class Job:
-    """A launch that is to be compiled.
+    """A launch to compile.
 
     Attributes:
         launch: the launch.
-        label: what tells it from others of the same kernel.
+        label: distinguishes it from others of the same kernel.
         architecture: for which.
     """
 
@@ -80,7 +80,7 @@ class Job:
 
 
 class _Recorder(Configuration):
-    """Notes every launch that it could choose."""
+    """Records every launch that it could choose."""
 
     def __init__(self, architecture: str) -> None:
         super().__init__(architecture)
@@ -236,7 +236,7 @@ def compile_one(job: Job) -> KernelCode:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     try:
         compiled = triton.compile(source, target=target, options=options)
-    except Exception as error:  # whatever the compiler throws is a result to be shown
+    except Exception as error:  # whatever the compiler raises is a result to show
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         return KernelCode(
             launch.kernel, architecture.name, job.label, error=f"{type(error).__name__}: {lines[-1].strip()}"

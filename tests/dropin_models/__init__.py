@@ -1,4 +1,4 @@
-"""Models as their users have them: upstream's attribute names and calls, written from the published descriptions.
+"""Models as users write them: upstream's attribute names and calls, written from the published descriptions.
 
 Nothing of trmfast is used here.
 """

@@ -12,7 +12,7 @@ Tables = tuple[Tensor, Tensor]
 
 
 def rms_norm(hidden_states: Tensor, variance_epsilon: float) -> Tensor:
-    # Upstream writes float32; float64 has to stay, or it would not be the truth.
+    # Upstream casts to float32; float64 must stay, or it would not be the truth.
     wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
     return (wide / (wide.pow(2).mean(-1, keepdim=True) + variance_epsilon).sqrt()).to(hidden_states.dtype)
 

@@ -23,7 +23,7 @@ What it leaves out, and why:
   PyTorch too (docs/cpu.md); and gradients of 1e20 for float16 weights, whose own gradients are float16;
 * numbers where eager PyTorch itself is off by a tenth: the policy has no verdict, and the engine only has to be finite
   where eager and the truth are;
-* NaN and Inf in weights, which reach all sequences by right, and which elements of a poisoned sequence are NaN;
+* NaN and Inf in weights, which rightly reach all sequences, and which elements of a poisoned sequence are NaN;
 * programs of more than a few tens of updates, and calls from several threads or forked processes, which have tests of
   their own (test_cpu_engine.py).
 """

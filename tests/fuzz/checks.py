@@ -1,4 +1,4 @@
-"""What must hold of a run.  Each check returns what is wrong, tensor by tensor; an empty list is right.
+"""The checks of a run. Each returns its faults, tensor by tensor; an empty list passes.
 
 The judge of numbers is the tolerance policy of trmfast/testing.py.  It needs several draws of a small case, so a tensor
 outside in the first draw is judged by the mean of five, and by that of twenty others before it is called a failure: in
@@ -174,7 +174,7 @@ def alone(run: Run) -> list[str]:
 
 
 def layout(run: Run) -> list[str]:
-    """Where tensors lie changes nothing."""
+    """The memory layout of tensors changes nothing."""
     return differences(run.result, run.engine(plain=True), "contiguous tensors differ")
 
 
@@ -187,12 +187,12 @@ def needs(run: Run) -> list[str]:
 
 
 def again(run: Run) -> list[str]:
-    """A second call gives the same; a call on other numbers in between leaves nothing behind."""
+    """A second call gives the same, even after a call on other numbers."""
     return differences(run.result, run.engine(dirty=True), "differs after a call on NaN")
 
 
 def untouched(run: Run) -> list[str]:
-    """Tensors of the caller are not written."""
+    """The engine does not write the caller's tensors."""
     inputs = run.inputs
     given = {"x": inputs.x, "cos": inputs.cos, "sin": inputs.sin}
     for group, tensors in (("states", inputs.states), ("weights", inputs.weights), ("grads", inputs.grad_states)):
@@ -213,7 +213,7 @@ def untouched(run: Run) -> list[str]:
 
 
 def packs(run: Run) -> list[str]:
-    """Weights that were written since the last call are used as they are now."""
+    """Weights written since the last call are used with their new values."""
     inputs = run.inputs
     problem = inputs.problem
     weights = [weight.clone() for weight in inputs.weights]
@@ -238,7 +238,7 @@ def nan(run: Run) -> list[str]:
 
 
 def inf(run: Run) -> list[str]:
-    """Nor does an Inf, which becomes NaN in a norm."""
+    """Nor does an Inf, which a norm turns into NaN."""
     return _isolated(run, float("inf"))
 
 

@@ -55,7 +55,7 @@ VALUES: dict[str, Any] = {
     "10**5000": 10**5000, "nan": float("nan"), "inf": float("inf"), "-0.0": -0.0, "1e-320": 1e-320, "TRM": "TRM",
     "HRM": "HRM", "URM": "URM", "all": "all", "deep": "deep",
 }  # fmt: skip
-DEEP = 5000  # a list in a list in a list, deeper than Python's recursion goes
+DEEP = 5000  # a list in a list in a list, deeper than Python's recursion limit
 
 TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "scalar": lambda t: t.reshape(-1)[0],
@@ -87,9 +87,9 @@ class FileTrial(_Plain):
     """A file and what is wrong with it.
 
     Attributes:
-        model: of which a checkpoint was written.
+        model: the model whose checkpoint was written.
         form: how.
-        edits: what was changed afterwards, in this order.
+        edits: later changes, in this order.
     """
 
     model: str = "trm"

@@ -29,11 +29,11 @@ MEMORY = 600 << 20  # bytes of address space above what the process has; these f
 
 
 class TooLongError(BaseException):
-    """Not an Exception, which a loader could turn into a proper error."""
+    """Not an Exception: a loader could turn one into a proper error."""
 
 
 def examine_file(trial: FileTrial) -> list[str]:
-    """What is wrong with how a damaged file is refused, or taken: nothing, if trmfast is right."""
+    """The faults in how trmfast refuses or accepts a damaged file; empty if it is right."""
     suffix = ".safetensors" if trial.form.endswith("safetensors") else ".pt"
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -51,7 +51,7 @@ def examine_file(trial: FileTrial) -> list[str]:
 
 
 def _judged(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
-    """What the function returns, and what is wrong with what it raises."""
+    """The function's result, and the faults of its errors."""
     name = function.__name__
     try:
         with _bounded():

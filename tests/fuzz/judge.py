@@ -33,7 +33,7 @@ class Finding:
 def examine(
     trial: Trial, setting: Setting, checks: Iterable[str] = tuple(CHECKS), tally: Tally | None = None
 ) -> list[Finding]:
-    """What is wrong with a trial under a setting: nothing, if the engine is right.
+    """The faults of a trial under a setting; empty if the engine is right.
 
     Args:
         trial, setting: what to run, and how.

@@ -1,4 +1,4 @@
-"""Uninitialised memory holds NaN, so that an output which nobody wrote cannot look right by chance."""
+"""Fills uninitialised memory with NaN, so that an unwritten output cannot look right by chance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes: one that dies or hangs is a failure of what it was at, and another goes on after it."""
+"""Worker processes: if one dies or hangs, its current job has failed, and another continues after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .worker import Counts, Failure, Job, work
 
 __all__ = ["Outcome", "run_jobs"]
 
-# A trial takes milliseconds, its minimisation the time given; a worker that says nothing for longer hangs.
+# A trial takes milliseconds, its minimisation the time given; a worker that is silent for longer hangs.
 SILENT_SECONDS = 90.0
 MOST_DEATHS = 20
 
@@ -26,7 +26,7 @@ class Outcome:
     Attributes:
         counts: what they did.
         failures: the first of each kind.
-        seen: how often each kind was.
+        seen: the number of failures of each kind.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -121,7 +121,7 @@ def _note(failure: Failure, outcome: Outcome, tell: Callable[[Failure], None]) -
 
 
 def _end(worker: _Worker, silent: bool) -> str | None:
-    """Waits for the process, or ends it; how it died, or None if it ended as it should."""
+    """Waits for the process, or ends it; how it died, or None if it ended normally."""
     if silent:
         worker.process.kill()
     worker.process.join(10)

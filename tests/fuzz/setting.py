@@ -24,7 +24,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True, repr=False)
 class Setting(_Plain):
-    """What must not change a result beyond rounding, and mostly not at all.
+    """Settings that must not change a result beyond rounding, and mostly not at all.
 
     Attributes:
         target: instruction set.

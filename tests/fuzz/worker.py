@@ -1,4 +1,4 @@
-"""What a worker process does: examine trials and files until the time is up, minimise what fails, report."""
+"""The worker process: examines trials and files until the time is up, minimises failures, reports."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Job:
         seed: of all numbers.
         start, step: it takes the numbers start, start + step, ...
         until: the end, by ``time.time()``.
-        problems, files: how many of the ones come on how many of the others.
+        problems, files: the ratio of problems to files.
         targets: instruction sets; all that run here if empty.
         checks: these alone; the policy and two others in turn if empty.
-        most: numbers after which it ends, None for as many as the time allows.
+        most: the most numbers it takes, None for as many as the time allows.
         minimise_seconds: how long a failure may be made simpler; the time goes on beyond the end for it.
     """
 
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass
 class Counts:
-    """What was done.
+    """The counts of work done.
 
     Attributes:
         problems: distinct trials.

@@ -49,7 +49,7 @@ class Sweep:
         x: the sizes.
         seconds: median time of a whole run at each; low, high: fastest and slowest.
         per: what the fit is of: seconds of ``"one update"``, or of ``"a run"``.
-        fit: that against x; for batch, of the points from 2 up, where every thread has a sequence of its own.
+        fit: that against x; for batch, of the points >= 2, where every thread has a sequence of its own.
     """
 
     name: str

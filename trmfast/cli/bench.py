@@ -143,7 +143,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         if name not in CONFIGS:
             raise UsageError(f"--config: got {name!r}, accepted are {', '.join(CONFIGS)}")
     if arguments.batch is not None and arguments.batch < 1:
-        raise UsageError(f"--batch: got {arguments.batch}, accepted are integers from 1 up")
+        raise UsageError(f"--batch: got {arguments.batch}, accepted are integers >= 1")
     cores = cores_of_process()
     if arguments.threads is not None and not 1 <= arguments.threads <= cores:
         raise UsageError(f"--threads: got {arguments.threads}, accepted are 1 to {cores}, the cores of this process")

@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     if arguments.threads is not None:
         if arguments.threads < 1:
-            raise UsageError(f"--threads: got {arguments.threads}, accepted are integers from 1 up")
+            raise UsageError(f"--threads: got {arguments.threads}, accepted are integers >= 1")
         torch.set_num_threads(arguments.threads)
     jobs, skipped = _jobs(arguments)
     gradients: list[dict[str, object]] = []

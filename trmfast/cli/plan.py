@@ -45,7 +45,7 @@ def describe(name: str, batch: int | None, dtype: str, gpu: str) -> dict[str, An
     if gpu not in GPUS:
         raise UsageError(f"--gpu: got {gpu!r}, accepted are {', '.join(GPUS)}")
     if batch is not None and batch < 1:
-        raise UsageError(f"--batch: got {batch}, accepted are numbers from 1 up")
+        raise UsageError(f"--batch: got {batch}, accepted are numbers >= 1")
     case = cases[name] if batch is None else replace(cases[name], batch=batch)
     forward, backward = plans(GPUS[gpu], case.problem, case.batch, case.length, DTYPES[dtype], rope=case.rope)
     return {

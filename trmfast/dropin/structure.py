@@ -167,10 +167,10 @@ def _inner_differences(inner: nn.Module, family: Family) -> list[str]:
     for name in family.cycles:
         value = getattr(settings, name, None)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            differences.append(f"{family.settings}.{name}: got {value!r}, accepted are integers from 1 up")
+            differences.append(f"{family.settings}.{name}: got {value!r}, accepted are integers >= 1")
     length = getattr(inner, "puzzle_emb_len", None)
     if not isinstance(length, int):
-        differences.append(f"puzzle_emb_len: got {length!r}, accepted are integers from 0 up")
+        differences.append(f"puzzle_emb_len: got {length!r}, accepted are integers >= 0")
     return differences
 
 
@@ -306,7 +306,7 @@ def _read_block(block: nn.Module, path: str, differences: list[str]) -> BlockSpe
         for name, source in (("num_heads",) * 2, ("num_kv_heads", "num_key_value_heads"), ("head_dim",) * 2):
             value = getattr(module, source, None)
             if isinstance(value, bool) or not isinstance(value, int):
-                differences.append(f"{path}.self_attn.{source}: got {value!r}, accepted are integers from 1 up")
+                differences.append(f"{path}.self_attn.{source}: got {value!r}, accepted are integers >= 1")
             options[name] = value
         options["causal"] = bool(getattr(module, "causal", False))
     else:

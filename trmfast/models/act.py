@@ -1,4 +1,4 @@
-"""Adaptive computation time: the wrapper that feeds puzzles into halted rows and decides who halts."""
+"""Adaptive computation time: the wrapper that feeds puzzles into halted rows and decides which rows halt."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class ACTModel(nn.Module):
             batch: ``inputs`` [B, S] and whatever else a row has, all with B rows; the carry is made on their device.
 
         Raises:
-            TypeError: what the model reads of ``batch`` is not a tensor.
+            TypeError: an entry of ``batch`` that the model reads is not a tensor.
             ValueError: a key is missing, ``inputs`` has another shape, or token ids or identifiers are not integers.
         """
         self._check(batch)
@@ -114,8 +114,8 @@ class ACTModel(nn.Module):
     ) -> tuple[Carry, dict[str, Tensor]]:
         """One supervision step.
 
-        Rows that have halted take their data from ``batch`` and start from the initial states; the others go on with
-        the data in the carry.  In training a row halts when the q head says so, but not before a random number of
+        Halted rows take their data from ``batch`` and start from the initial states; the others continue with the data
+        in the carry.  In training a row halts when the q head says so, but not before a random number of
         steps with probability ``halt_exploration_prob``.  In evaluation every row takes ``halt_max_steps`` steps.
 
         Args:
@@ -125,12 +125,12 @@ class ACTModel(nn.Module):
                 URM's training script asks for it on every fourth step only.
 
         Raises:
-            TypeError: ``carry`` is not one of this model, or ``batch`` holds something else than tensors.
+            TypeError: ``carry`` is not one of this model, or ``batch`` holds something other than tensors.
             ValueError: a key of ``batch`` is missing or of another shape, or token ids or identifiers are not integers.
 
         Returns:
             The new carry, without gradient, and the outputs: ``logits`` [B, S, V] in the forward dtype,
-            ``q_halt_logits`` and ``q_continue_logits`` float32 [B], and where training bootstraps a target for the
+            ``q_halt_logits`` and ``q_continue_logits`` float32 [B], and, if training bootstraps a target for the
             latter, ``target_q_continue`` float32 [B].
         """
         check_carry("carry", carry, Carry, ("inner_carry", "steps", "halted", "current_data"))

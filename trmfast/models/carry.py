@@ -1,4 +1,4 @@
-"""What one supervision step hands to the next; the field names are upstream's."""
+"""The carry from one supervision step to the next; the field names are upstream's."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Carry:
         inner_carry: the states, a dataclass of tensors [B, L, D].
         steps: supervision steps each row has taken on its puzzle, int32 [B].
         halted: rows that take a new puzzle at the next step, bool [B].
-        current_data: the puzzles in work: ``inputs`` [B, S], ``labels`` [B, S], ``puzzle_identifiers`` [B].
+        current_data: the current puzzles: ``inputs`` [B, S], ``labels`` [B, S], ``puzzle_identifiers`` [B].
     """
 
     inner_carry: Any
@@ -56,6 +56,6 @@ class Carry:
     current_data: dict[str, Tensor]
 
 
-# Inputs and outputs of an exported model have to be known containers.
+# torch.export needs the containers of inputs and outputs to be registered.
 for _carry in (InnerCarry, SingleZInnerCarry, Hier6InnerCarry, Carry):
     torch.export.register_dataclass(_carry)

@@ -12,7 +12,7 @@ __all__ = ["HRM"]
 
 
 class HRM(ACTModel):
-    """HRM: two networks, one a state; gradients through the last update of each; Q-learning decides when to halt.
+    """HRM: two networks, one per state; gradients through the last update of each; Q-learning decides when to halt.
 
     Drop-in for ``HierarchicalReasoningModel_ACTV1``: same constructor, initialisation, state_dict, carry and outputs.
     """

@@ -30,7 +30,7 @@ def _net(spec: NetSpec, _dtype: torch.dtype) -> nn.Module:
 
 
 def _make_tables(inner: nn.Module, _keys: Any) -> None:
-    """Makes the RoPE tables where a model on meta was given its tensors by ``assign=True``."""
+    """Builds the RoPE tables of a model on meta that got its tensors with ``assign=True``."""
     device = cast(Inner, inner).lm_head.weight.device
     rope = inner._modules.get("rotary_emb")
     if isinstance(rope, RotaryEmbedding) and rope.cos_cached.is_meta and device.type != "meta":
@@ -63,8 +63,8 @@ class Family:
 class Inner(nn.Module):
     """One supervision step without halting.
 
-    Modules, parameters and buffers are made in upstream's order and under upstream's names, so that a seed gives the
-    same model and a checkpoint loads.
+    Modules, parameters and buffers are made in upstream's order and under upstream's names, so that seeds give the same
+    models and checkpoints load.
     """
 
     L_level: Net
@@ -131,7 +131,7 @@ class Inner(nn.Module):
     # ---------------------------------------------------------------- carry
 
     def empty_carry(self, batch_size: int, device: torch.device | None = None) -> Any:
-        """States for ``batch_size`` rows, to be reset before use; zeros, so that no path reads undefined memory."""
+        """States for ``batch_size`` rows, to be reset before use; zeros, so that no path reads uninitialised memory."""
         shape = (batch_size, self.config.total_len, self.config.hidden_size)
         states = (torch.zeros(shape, dtype=self.forward_dtype, device=device) for _ in self.family.inits)
         return self.family.carry(*states)

@@ -1,4 +1,4 @@
-"""The puzzle embedding: a table of which a batch touches a few rows, and the sign-SGD optimizer that updates those."""
+"""The puzzle embedding: a table of which each batch touches a few rows, and the sign-SGD optimizer for those rows."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class CastedSparseEmbedding(nn.Module):
                 new = fn(old.detach())
                 grad = None if old.grad is None else fn(old.grad)
                 if torch._has_compatible_shallow_copy_type(old, new):
-                    # A gradient has to have the type of its tensor at every moment.
+                    # A gradient must have the type of its tensor at all times.
                     old.grad = None
                     old.data = new
                     old.grad = grad
@@ -102,7 +102,7 @@ class CastedSparseEmbeddingSignSGD_Distributed(Optimizer):  # noqa: N801 (upstre
     """Sign-SGD with decoupled weight decay on the rows that the last batch touched, over all ranks.
 
     A row's gradients are summed over the batches of all ranks, then
-    ``row = row * (1 - lr * weight_decay) - lr * sign(sum)``: what Adam does to a row that is touched rarely.
+    ``row = row * (1 - lr * weight_decay) - lr * sign(sum)``: what Adam does to a rarely touched row.
 
     Args:
         params: the buffers of one :class:`CastedSparseEmbedding`, as from ``puzzle_emb.buffers()``.
@@ -116,27 +116,27 @@ class CastedSparseEmbeddingSignSGD_Distributed(Optimizer):  # noqa: N801 (upstre
 
     def __init__(self, params: Any, world_size: int, lr: float | Tensor = 1e-3, weight_decay: float = 1e-2) -> None:
         if not lr >= 0:
-            raise ValueError(f"lr: got {lr}, accepted are numbers from 0 up")
+            raise ValueError(f"lr: got {lr}, accepted are numbers >= 0")
         if not weight_decay >= 0:
-            raise ValueError(f"weight_decay: got {weight_decay}, accepted are numbers from 0 up")
+            raise ValueError(f"weight_decay: got {weight_decay}, accepted are numbers >= 0")
         if world_size < 1:
-            raise ValueError(f"world_size: got {world_size}, accepted are integers from 1 up")
+            raise ValueError(f"world_size: got {world_size}, accepted are integers >= 1")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "world_size": world_size})
         for group in self.param_groups:
             _buffers(group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the touched rows; without a gradient nothing happens.
+        """Update the touched rows; does nothing without a gradient.
 
         Args:
             closure: recomputes the loss, with gradients, before the update.
 
         Raises:
-            RuntimeError: the embedding was given other buffers since, as by a move from the meta device.
+            RuntimeError: the embedding has new buffers, for example after a move from the meta device.
 
         Returns:
-            What ``closure`` returned.
+            The result of ``closure``.
         """
         loss = None
         if closure is not None:
@@ -157,7 +157,7 @@ class CastedSparseEmbeddingSignSGD_Distributed(Optimizer):  # noqa: N801 (upstre
 
 
 def _leave(buffer: Tensor) -> None:
-    """Marks a buffer whose embedding has another one now, for the optimizer that still holds it."""
+    """Marks a replaced buffer, for the optimizer that still holds it."""
     buffer._trmfast_left = True  # type: ignore[attr-defined]
 
 

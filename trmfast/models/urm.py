@@ -64,8 +64,8 @@ class Blocks(nn.ModuleList):
 class URM(ACTModel):
     """URM: one network updates one state, always with the input; gradients through the last cycle.
 
-    Drop-in for ``URM``: same constructor, initialisation, state_dict, carry and outputs.  In another forward dtype than
-    bfloat16 the convolution computes in that dtype, where upstream stays in bfloat16.
+    Drop-in for ``URM``: same constructor, initialisation, state_dict, carry and outputs.  In a forward dtype other than
+    bfloat16 the convolution computes in that dtype; upstream's stays in bfloat16.
     """
 
     config_type = URMConfig

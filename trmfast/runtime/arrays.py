@@ -1,4 +1,4 @@
-"""Arrays in a compute dtype: float32 as it is, bfloat16 as its upper 16 bits, for which NumPy has no type."""
+"""Arrays in a compute dtype: float32 as it is, bfloat16, for which NumPy has no type, as its upper 16 bits."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 
 def narrow(values: np.ndarray, element: str) -> np.ndarray:
-    """Float32 values as the engine takes them: float32 for ``"f32"``, uint16 for ``"bf16"``, rounded to the nearest
-    and to even in the middle."""
+    """Float32 values as the engine takes them: float32 for ``"f32"``, uint16 for ``"bf16"``, rounded to nearest
+    even."""
     if element == "f32":
         return np.ascontiguousarray(values, dtype=np.float32)
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     upper = ((bits + (odd + np.uint32(0x7FFF))) >> np.uint32(16)).astype(np.uint16)
-    # The carry would make infinity of a NaN.
+    # The carry would turn a NaN into infinity.
     return np.where(np.isnan(values), np.uint16(0x7FC0), upper)
 
 
 def widen(values: np.ndarray) -> np.ndarray:
-    """Values of the engine, float32 or the uint16 of bfloat16, as float32."""
+    """The engine's values, float32 or bfloat16 stored as uint16, in float32."""
     return values if values.dtype == np.float32 else (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -36,11 +36,11 @@ def rounded(values: np.ndarray, element: str) -> np.ndarray:
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
-    """The tensors of a file of ``trmfast.save`` in float32, and what its metadata says.
+    """The tensors of a file of ``trmfast.save`` in float32, and its metadata.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not such a file.
+        ValueError: it is not a file of ``trmfast.save``.
     """
     from safetensors import SafetensorError, deserialize, safe_open
 

@@ -32,7 +32,7 @@ def load(path: str | os.PathLike[str], dtype: str | None = None, threads: int | 
     Args:
         path: the file.
         dtype: ``"bfloat16"`` or ``"float32"``; by default the file's.
-        threads: threads of the engine; by default one for each core of the process.
+        threads: threads of the engine; by default one per core of the process.
 
     Raises:
         OSError: the file cannot be read.
@@ -105,7 +105,7 @@ class Model:
         self.nets = [self._packed(take, name, config.net_spec(getattr(config, depth))) for name, depth in kind.nets]
 
     def _packed(self, take: _Tensors, name: str, spec: NetSpec) -> Any:
-        """The weights of a network in the engine's own form; the arrays they come from are not needed any more."""
+        """The weights of a network in the engine's own layout; their source arrays are no longer needed."""
         assert extension is not None
         prefix = "" if name == "layers" else f"{name}."  # URM's list of blocks has no module around it
         weights = [take(prefix + weight, *shape) for weight, shape in spec.weight_shapes]
@@ -125,7 +125,7 @@ class Model:
         return RuntimeBatch(self)
 
     def embed(self, inputs: np.ndarray, identifiers: np.ndarray) -> np.ndarray:
-        """What is injected into the recursion, [N, L, D] in the engine's form: puzzle tokens, then those of ``inputs``.
+        """The input x of the recursion, [N, L, D] in the engine's form: puzzle tokens, then those of ``inputs``.
 
         Every operation is rounded to the compute dtype, as in the PyTorch model.
         """
@@ -162,7 +162,7 @@ class Model:
     def heads(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Logits [B, S, V], and the Q head's two [B, 2], in float32, from the first state, [B, L, D].
 
-        Products are those of one row at a time, so that a row's never depend on the batch.
+        Rows are multiplied one at a time, so that the result of a row does not depend on the batch.
         """
         wide = widen(z)
         logits = rounded(np.matmul(wide[:, self.config.prefix_len :], self.lm_head), self.element)

@@ -1,4 +1,4 @@
-"""Checks of numbers that people give; an error is one line that names the number."""
+"""Checks of numeric arguments; an error is one line that names the argument."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["integer", "number"]
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """An integer from ``least`` to ``most``, or from ``least`` up.
+    """An integer from ``least`` to ``most``, or at least ``least``.
 
     Raises:
         TypeError: another type.
         ValueError: out of range.
     """
-    accepted = f"{least} to {most}" if most is not None else f"{least} up"
+    accepted = f"from {least} to {most}" if most is not None else f">= {least}"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: got {value!r}, accepted are integers from {accepted}")
+        raise TypeError(f"{name}: got {value!r}, accepted are integers {accepted}")
     if value < least or (most is not None and value > most):
-        raise ValueError(f"{name}: got {value}, accepted are integers from {accepted}")
+        raise ValueError(f"{name}: got {value}, accepted are integers {accepted}")
     return int(value)
 
 

@@ -1,4 +1,4 @@
-"""What the solving loop asks of a model: rows of states that take one supervision step together."""
+"""The protocol between the solving loop and a model: rows of states that take supervision steps together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Batch", "Evaluator", "Step"]
 
 
 class Step(NamedTuple):
-    """What one supervision step says of every row.
+    """The outcome of one supervision step for every row.
 
     Attributes:
         predictions: token ids, int32 [B, S].
@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 
 class Batch(Protocol):
-    """Rows in work.  A row's states and its step never depend on the other rows."""
+    """The active rows.  A row's states and steps never depend on the other rows."""
 
     def update(self, keep: Sequence[int], inputs: np.ndarray, identifiers: np.ndarray) -> None:
         """Keeps some rows, in ascending order, and appends new ones in their initial states.

@@ -1,4 +1,4 @@
-"""When a row has thought enough."""
+"""The rules that decide when a row halts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Unchanged:
 
 @dataclass(frozen=True)
 class Never:
-    """Takes the most steps that are allowed, as the published evaluation does."""
+    """Takes the maximum number of steps, as the published evaluation does."""
 
 
 Halting = Confident | Unchanged | Never

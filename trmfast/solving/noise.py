@@ -1,4 +1,4 @@
-"""Noise that depends on what it is for alone: the seed, the puzzle, the trajectory and the step."""
+"""Noise that depends only on the seed, the puzzle, the trajectory and the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes into a solver and what comes out."""
+"""The input and output of a solver."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Result:
     Attributes:
         index: position of the puzzle in the stream, from 0.
         prediction: token ids, int32 [S].
-        steps: supervision steps of the trajectory that gave it.
+        steps: supervision steps of the trajectory that gave the prediction.
         confidence: the sigmoid of ``q_halt``; None without a Q head.
         q_halt: the Q head's logit; None without a Q head.
-        halted: whether the halting rule ended that trajectory, and not the most steps.
+        halted: whether the halting rule ended that trajectory, rather than ``max_steps``.
         trajectory: which of the trajectories it is.
         total_steps: supervision steps of all trajectories together; where the first to halt answers, up to its last.
         history: that trajectory's prediction after every step, int32 [steps, S]; None unless asked for.
@@ -91,7 +91,7 @@ def checked(index: int, puzzle: Puzzle, evaluator: Evaluator, min_steps: int, ma
     """The puzzle with int32 inputs and all its fields filled in.
 
     Raises:
-        TypeError, ValueError: one line that names the puzzle and what is wrong with it.
+        TypeError, ValueError: one line that names the puzzle and its fault.
     """
     name = f"puzzles[{index}]"
     inputs = _array(puzzle.inputs)
@@ -114,5 +114,5 @@ def checked(index: int, puzzle: Puzzle, evaluator: Evaluator, min_steps: int, ma
 
 
 def _array(value: Any) -> np.ndarray:
-    # A tensor of another device has to come to the host first.
+    # A tensor on a device must be copied to the host first.
     return np.asarray(value.cpu() if hasattr(value, "cpu") else value)

@@ -1,4 +1,4 @@
-"""The solving loop: rows of many puzzles take supervision steps together, leave and are replaced."""
+"""The solving loop: rows of many puzzles step together, leave, and are replaced."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Search:
 
 @dataclass
 class Row:
-    """A trajectory in work.
+    """An active trajectory.
 
     Attributes:
         index: position of its puzzle in the stream.
@@ -63,7 +63,7 @@ class Row:
 
 @dataclass
 class _Job:
-    """A puzzle in work."""
+    """An active puzzle."""
 
     index: int
     puzzle: Puzzle
@@ -146,7 +146,7 @@ class _Source:
             return None
         try:
             puzzle = next(self.puzzles, None)
-        except Exception as error:  # run() raises it once the puzzles before it are solved
+        except Exception as error:  # run() raises it after the puzzles before it are solved
             self.failure, puzzle = error, None
         if puzzle is None:
             self.ended = True
@@ -165,7 +165,7 @@ def _noise(search: Search, rows: list[tuple[_Job, Row]]) -> np.ndarray | None:
 
 
 def _record(search: Search, rows: list[tuple[_Job, Row]], step: Step) -> None:
-    """Writes a step into its rows, and which of them the halting rule ends."""
+    """Records a step in its rows, and which of them the halting rule ends."""
     for i, (job, row) in enumerate(rows):
         prediction = step.predictions[i]
         same = row.steps > 0 and np.array_equal(prediction, row.prediction)

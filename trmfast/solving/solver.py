@@ -1,4 +1,4 @@
-"""The solver: puzzles in, answers out, as many supervision steps for each as it needs."""
+"""The solver: puzzles in, answers out, each with as many supervision steps as it needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Solver:
     supervision step, so that no row waits for a slower one.  The result of a puzzle depends on the puzzle
     alone, never on the batch around it.
 
-    With ``trajectories`` above 1 each puzzle is a group of rows, and every row has noise of its own added to its latent
+    With ``trajectories`` above 1 each puzzle is a group of rows, and each row gets its own noise added to its latent
     before each supervision step (PTRM, arXiv 2605.19943): ``z + noise * e`` with standard normal ``e``, where z is
     every state that the heads do not read (z_L), or the only state.  States have a root mean square of 1, so ``noise``
     is relative to them.
@@ -42,7 +42,7 @@ class Solver:
             leave; among equals, and if none halts, the one with the highest ``q_halt``.  ``"q"``: all run until they
             halt, the highest ``q_halt`` answers.  ``"majority"``: the most frequent prediction of all.
         seed: of the noise.
-        history: whether results have the prediction of every step.
+        history: whether results include the prediction of every step.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -95,10 +95,10 @@ class Solver:
             on_step: is called after every supervision step of every row with that row.
 
         Yields:
-            A :class:`Result` a puzzle.
+            One :class:`Result` per puzzle.
 
         Raises:
-            TypeError, ValueError: a puzzle that the model does not take, or there is none.  An error in the stream is
+            TypeError, ValueError: a puzzle that the model rejects, or an empty stream.  An error in the stream is
                 raised after the results of all puzzles before it.
         """
         stream = puzzles_in(puzzles)
@@ -129,7 +129,7 @@ def _evaluator(model: Any) -> Evaluator:
 
 
 def _noise(noise: Any, trajectories: int) -> float:
-    accepted = "numbers from 0 up"
+    accepted = "numbers >= 0"
     noise = number("noise", noise, accepted)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise: got {noise:g}, accepted are {accepted}")

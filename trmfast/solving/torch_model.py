@@ -19,14 +19,14 @@ from trmfast.solving.evaluator import Step
 
 __all__ = ["TorchEvaluator"]
 
-# MKL adds up float32 products of fewer rows in another order: rows of zeros make up for them, so that the heads say the
-# same of a puzzle in a batch of any size.
+# MKL sums float32 products of fewer rows in another order.  Padding with rows of zeros makes the heads' outputs
+# independent of the batch size.
 LEAST_HEAD_ROWS = 16
 STEP_LIMITS = ("halt_max_steps", "loops", "N_supervision")
 
 
 class TorchEvaluator:
-    """The inner module of a model, run in evaluation mode; the model itself stays as it is.
+    """The inner module of a model, run in evaluation mode; the model itself is not changed.
 
     Args:
         model: a model of ``trmfast.models`` or an accelerated one, plain, in its loss head or another wrapper.
@@ -60,7 +60,7 @@ class TorchEvaluator:
             family = FAMILIES[swap_of(inner).family]
             self.state_names, self.inputs, method = family.states, family.inputs, family.method
             settings = getattr(inner, family.settings)
-            # HRM and the baseline compare their logits unless told otherwise.
+            # By default HRM and the baseline compare their two logits.
             learns = swap_of(inner).family in ("HRM", "transformer baseline")
             self.learns_to_continue = not getattr(settings, "no_ACT_continue", not learns)
         self._method = method
@@ -78,7 +78,7 @@ class TorchEvaluator:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is now."""
+        """The model's current device."""
         return cast(torch.device, self.inner.lm_head.weight.device)
 
     def new_batch(self) -> TorchBatch:
@@ -158,7 +158,7 @@ def _on(device: torch.device, array: np.ndarray) -> Tensor:
 
 @contextmanager
 def _evaluating(inner: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards."""
+    """Evaluation mode; restores each module's own mode afterwards."""
     training = [module for module in inner.modules() if module.training]
     for module in training:
         module.training = False
@@ -171,7 +171,7 @@ def _evaluating(inner: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _padded(*heads: nn.Module) -> Iterator[None]:
-    """Lets every head see at least :data:`LEAST_HEAD_ROWS` rows of D values."""
+    """Pads the input of every head to at least :data:`LEAST_HEAD_ROWS` rows of D values."""
     rows = 0
 
     def pad(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
