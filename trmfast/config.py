@@ -132,7 +132,7 @@ class ModelConfig:
             if field.type == "int":
                 least, most = 0 if field.name in MAY_BE_ZERO else 1, MOST.get(field.name, LARGEST)
                 value = getattr(self, field.name)
-                self._accept(field.name, value >= least, f"integers from {least} up")
+                self._accept(field.name, value >= least, f"integers >= {least}")
                 self._accept(field.name, value <= most, f"integers up to {most}")
         for name in ("expansion", "rms_norm_eps", "rope_theta"):
             self._accept(name, getattr(self, name) > 0, "positive numbers")
