@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trmfast.config import LARGEST
-from trmfast.file_format import KEY, VERSION, described, naming
+from trmfast.file_format import KEY, VERSION, described, naming, shortened
 from trmfast.layouts import LAYOUTS, Layout, find_layout, inferred, inner_names
 from trmfast.models import ACTLossHead, ACTModel
 from trmfast.models.losses import LOSSES
@@ -199,7 +199,8 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
     layout = find_layout(tensors)
     about = content.described
     if about is not None and about["model"] != layout.name:
-        raise ValueError(f"path: the tensors are those of {layout.name}, the metadata says {about['model']}")
+        said = about["model"] if len(about["model"]) < 40 else f"{about['model'][:37]}..."
+        raise ValueError(f"path: the tensors are those of {layout.name}, the metadata says {said}")
     beside = Path(path).parent / "all_config.yaml"
     if config is None and about is None and beside.is_file():
         config = beside
@@ -312,7 +313,7 @@ def _read_safetensors(path: Path) -> _Content:
             # Clones, which do not lie in the mapped file.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"path: {path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"path: {path} is not a whole safetensors file: {shortened(error)}") from error
     found = described(path, metadata)
     if found is None:
         return _Content("safetensors", tensors)
@@ -369,7 +370,7 @@ def _read_values(path: Path) -> Any:
     except ModuleNotFoundError as error:
         raise ValueError(f"config: {path} is YAML, which `pip install pyyaml` reads") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"config: {path} is not {kind} of plain data: {error}") from error
+        raise ValueError(f"config: {path} is not {kind} of plain data: {shortened(error)}") from error
 
 
 def _read_config(config: Config | None) -> dict[str, Any]:

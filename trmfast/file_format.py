@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KEY", "VERSION", "described", "naming"]
+__all__ = ["KEY", "VERSION", "described", "naming", "shortened"]
 
 KEY = "trmfast"  # of the safetensors metadata
 VERSION = 1
@@ -22,6 +22,12 @@ KINDS: dict[str, tuple[type, ...]] = {
     "loss": (str, type(None)),
 }
 VALUES = (str, int, float, bool, type(None))
+
+
+def shortened(error: Exception) -> str:
+    """A reason in one line of at most 200 characters: parsers quote what they read, which may be a whole file."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= 200 else f"{line[:197]}..."
 
 
 def described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
@@ -41,7 +47,7 @@ def described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"path: the metadata of {path} is not JSON: {error}") from error
+        raise ValueError(f"path: the metadata of {path} is not JSON: {shortened(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"path: the metadata of {path} is {_kind(found)}, accepted is an object")
     version = found.get("version")

@@ -21,6 +21,8 @@ What it leaves out, and why:
   size (a full store, many panels) are looked for with stores of a few bytes and with widths just beyond a panel;
 * states, x and weights beyond 1e4 times their usual size: scores, gated products and sums of squares overflow, in eager
   PyTorch too (docs/cpu.md); and gradients of 1e20 for float16 weights, whose own gradients are float16;
+* norms over one element in bfloat16: their slope is 0 but for a peak of 1 / sqrt(eps) at 0, so that single elements
+  decide the error of a case (test_cpu_edges.py compares medians);
 * numbers where eager PyTorch itself is off by a tenth: the policy has no verdict, and the engine only has to be finite
   where eager and the truth are;
 * NaN and Inf in weights, which rightly reach all sequences, and which elements of a poisoned sequence are NaN;

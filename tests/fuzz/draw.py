@@ -75,6 +75,9 @@ def _draw(rng: random.Random) -> Trial:
         trial = replace(trial, conv_kernel=2)
     if trial.weight_dtype == "float16" and trial.scales == (("grads", HUGE["grads"]),):
         trial = replace(trial, scales=())  # these gradients come in the dtype of the weights
+    normed = trial.hidden_size == 1 or (not attends and trial.length == 1)
+    if normed and trial.dtype == "bfloat16":
+        trial = replace(trial, dtype="float32")  # a norm over one element
     if rng.random() < 0.01:
         trial = replace(trial, batch=0)
     elif attends and rng.random() < 0.005:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trmfast.file_format import described, naming
+from trmfast.file_format import described, naming, shortened
 
 __all__ = ["narrow", "read", "rounded", "widen"]
 
@@ -51,7 +51,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
             metadata = file.metadata() or {}
         found = deserialize(content)
     except SafetensorError as error:
-        raise ValueError(f"path: {path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"path: {path} is not a whole safetensors file: {shortened(error)}") from error
     about = described(path, metadata)
     if about is None:
         raise ValueError(f"path: {path} does not say which model it is; accepted are files of trmfast.save")
