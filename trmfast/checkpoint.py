@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import reprlib
 import signal
 import threading
 import warnings
@@ -274,7 +275,7 @@ def _contradictions(given: Mapping[str, Any], told: Mapping[str, Any]) -> None:
     # The expansion only decides widths, which are compared with the tensors; the dtype is the caller's choice.
     for name in told.keys() & given.keys() - {"expansion", "forward_dtype"}:
         if given[name] != told[name]:
-            raise ValueError(f"{name}: got {given[name]!r}, the tensors of the file say {told[name]!r}")
+            raise ValueError(f"{name}: got {reprlib.repr(given[name])}, the tensors of the file say {told[name]!r}")
 
 
 # ---------------------------------------------------------------- files
@@ -295,7 +296,7 @@ def _read_file(path: Path) -> _Content:
     content = _read_safetensors(path) if start[8:] == b"{" else _read_torch(path)
     for name, tensor in content.tensors.items():
         if not name.isprintable():
-            raise ValueError(f"path: {path} holds a tensor named {name!r}, accepted are names in one line")
+            raise ValueError(f"path: {path} holds a tensor named {reprlib.repr(name)}, accepted are names in one line")
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
             kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
             raise ValueError(f"{name}: got {kind} on {tensor.device}, accepted are dense tensors of real numbers")
@@ -348,7 +349,7 @@ def _read_torch(path: Path) -> _Content:
 def _tensors(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
     other = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
     if other is not None or not content:
-        what = "nothing" if other is None else f"{type(content[other]).__name__} at {other!r}"
+        what = "nothing" if other is None else f"{type(content[other]).__name__} at {reprlib.repr(other)}"
         raise ValueError(f"path: {path} holds {what}, accepted are dicts of tensors")
     return {str(name): value for name, value in content.items()}
 

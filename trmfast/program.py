@@ -10,6 +10,7 @@ and a model is a list of them (arXiv 2510.04871 for TRM, arXiv 2506.21734 for HR
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -182,7 +183,7 @@ class RecursionProgram:
             cycles = 1 if window == "last_cycle" else window  # type: ignore[assignment]
             if isinstance(cycles, bool) or not isinstance(cycles, int) or not 1 <= cycles <= self.num_cycles:
                 raise ValueError(
-                    f"window: got {window!r}, accepted are 'one_step', 'last_cycle', 'all', 'none' "
+                    f"window: got {reprlib.repr(window)}, accepted are 'one_step', 'last_cycle', 'all', 'none' "
                     f"or a number of cycles from 1 to {self.num_cycles}"
                 )
         front, back = self.updates.cut(cycles)

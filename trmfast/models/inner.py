@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -125,7 +126,7 @@ class Inner(nn.Module):
     def set_backend(self, backend: str) -> None:
         """Change the backend."""
         if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend: got {backend!r}, accepted are {', '.join(('auto', *BACKENDS))}")
+            raise ValueError(f"backend: got {reprlib.repr(backend)}, accepted are {', '.join(('auto', *BACKENDS))}")
         self.backend = backend
 
     # ---------------------------------------------------------------- carry
