@@ -211,7 +211,12 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
     rows, puzzles = options.get("num_puzzle_identifiers"), tensors.get("puzzle_emb.weights")
     wanted_rows = type(rows) is int and 0 < rows <= LARGEST
     if wanted_rows and puzzles is not None and puzzles.dim() == 2 and 0 < len(puzzles) != rows:
-        tensors["puzzle_emb.weights"] = puzzles.mean(0, keepdim=True).expand(cast(int, rows), -1).contiguous()
+        mean = puzzles.mean(0, keepdim=True).expand(cast(int, rows), -1)
+        try:
+            tensors["puzzle_emb.weights"] = mean.contiguous()
+        except RuntimeError as error:
+            size = mean.numel() * mean.element_size()
+            raise ValueError(f"num_puzzle_identifiers: got {rows}, which take {size:,} bytes: too many here") from error
     told = inferred(layout, tensors, given)
     _contradictions(given, told)
     values = {**DEFAULTS, **told, **given}
