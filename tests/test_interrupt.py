@@ -71,9 +71,9 @@ INTERRUPT = (
     PREPARE
     + """
 def seconds_to_interrupt(call):
-    # The best of three: what else the machine does is no property of the engine.
+    # The best of five: what else the machine does is no property of the engine.
     best = float("inf")
-    for _ in range(3):
+    for _ in range(5):
         armed.set()
         try:
             call()

@@ -52,7 +52,8 @@ def test_readme_commands_use_the_constraints() -> None:
     commands = [line for line in (ROOT / "README.md").read_text().splitlines() if "pip install" in line]
     assert any("-e '.[bench]'" in line and line.endswith("trmfast bench") for line in commands)
     assert any("-e '.[test]'" in line and line.endswith("pytest") for line in commands)
-    assert all("-c constraints.txt" in line for line in commands)
+    # A user's own environment keeps the PyTorch that it has.
+    assert all("-c constraints.txt" in line for line in commands if "venv" in line)
 
 
 def test_constraints_cover_the_declared_requirements() -> None:
