@@ -82,8 +82,7 @@ def _summary(outcome: Outcome, seconds: float) -> None:
     counts = outcome.counts
     runs = ", ".join(f"{target} {n:,}" for target, n in sorted(counts.runs.items()))
     checks = ", ".join(f"{check} {n:,}" for check, n in sorted(counts.checks.items()))
-    total = sum(counts.runs.values())
-    print(f"\n{counts.problems:,} problems, {total:,} runs ({runs}), {counts.files:,} damaged files in {seconds:.0f} s")
+    print(f"\n{counts.problems:,} problems ({runs}), {counts.files:,} damaged files in {seconds:.0f} s")
     print(f"checks: {checks}")
     judged = counts.tally.tensors - counts.tally.unjudged
     print(f"{judged:,} tensors judged; of {counts.tally.unjudged:,} more eager PyTorch is too far off for a verdict")

@@ -10,7 +10,7 @@ from .layouts import LAYOUTS
 from .setting import Setting, targets_for
 from .trial import Program, Trial
 
-__all__ = ["draw_checks", "draw_settings", "draw_trial", "generator"]
+__all__ = ["draw_checks", "draw_setting", "draw_trial", "generator"]
 
 # Sizes around the widths of vectors (4, 8, 16), panels (32) and row tiles (4, 6, 14, 32), and those far from them.
 WIDTHS = (1, 2, 3, 5, 7, 8, 12, 15, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 80, 96, 127, 128, 130)
@@ -122,25 +122,24 @@ def _needs(rng: random.Random) -> tuple[str, ...]:
     return tuple(group for group in ("states", "x", "weights") if rng.random() < 0.5)
 
 
-def draw_settings(rng: random.Random, trial: Trial, targets: list[str] | None) -> list[Setting]:
-    """One setting for each target that computes in the trial's dtype; the emulation, which is slow, in one of three.
+def draw_setting(rng: random.Random, trial: Trial, targets: list[str]) -> Setting | None:
+    """One setting, of a target that computes in the trial's dtype; the emulation, which is slow, comes seldom.
 
     Args:
         rng: random numbers.
         trial: what is to be run.
-        targets: these alone.
+        targets: these alone; all that run here if empty.
     """
-    return [
-        Setting(
-            target=target,
-            threads=rng.choice((1,) * 6 + (2, 3, 5)),
-            recompute=rng.random() < 0.5,
-            store=rng.choice((0, 0, 1, 20_000, 200_000)),
-            dirty=rng.random() < 0.5,
-        )
-        for target in targets_for(trial.torch_dtype)
-        if (target in targets if targets else target != "amx_emulated" or rng.random() < 0.3)
-    ]
+    able = [target for target in targets_for(trial.torch_dtype) if not targets or target in targets]
+    if not able:
+        return None
+    return Setting(
+        target=rng.choices(able, [1 if target == "amx_emulated" else 4 for target in able])[0],
+        threads=rng.choice((1,) * 6 + (2, 3, 5)),
+        recompute=rng.random() < 0.5,
+        store=rng.choice((0, 0, 1, 20_000, 200_000)),
+        dirty=rng.random() < 0.5,
+    )
 
 
 def draw_checks(rng: random.Random) -> list[str]:

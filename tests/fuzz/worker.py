@@ -13,7 +13,7 @@ import torch
 
 from .checks import Tally
 from .damage import FileTrial, draw_file
-from .draw import draw_checks, draw_settings, draw_trial, generator
+from .draw import draw_checks, draw_setting, draw_trial, generator
 from .files import examine_file
 from .judge import Finding, examine
 from .minimise import minimise
@@ -56,7 +56,7 @@ class Counts:
 
     Attributes:
         problems: distinct trials.
-        runs: of trials under settings, by target.
+        runs: of them, by target.
         checks: by name.
         files: damaged files.
         tally: tensors compared.
@@ -120,14 +120,16 @@ def work(job: Job, report: Report) -> None:
 def _problem(job: Job, number: int, counts: Counts, told: set[str], report: Report) -> None:
     rng = generator(job.seed, "problem", number)
     trial = draw_trial(rng)
+    setting = draw_setting(rng, trial, list(job.targets))
+    if setting is None:
+        return
     counts.problems = 1
-    for setting in draw_settings(rng, trial, list(job.targets)):
-        checks = list(job.checks) or draw_checks(rng)
-        report("at", (number, _test(job.seed, number, trial, setting, checks)))
-        counts.runs[setting.target] += 1
-        counts.checks.update(checks)
-        for finding in examine(trial, setting, checks, counts.tally):
-            report("failure", _failure(job, number, trial, setting, finding, told))
+    checks = list(job.checks) or draw_checks(rng)
+    report("at", (number, _test(job.seed, number, trial, setting, checks)))
+    counts.runs[setting.target] += 1
+    counts.checks.update(checks)
+    for finding in examine(trial, setting, checks, counts.tally):
+        report("failure", _failure(job, number, trial, setting, finding, told))
 
 
 def _failure(job: Job, number: int, trial: Trial, setting: Setting, finding: Finding, told: set[str]) -> Failure:
