@@ -178,7 +178,7 @@ def test_a_failure_is_minimised_and_printed_as_a_test(monkeypatch: pytest.Monkey
     with monkeypatch.context() as planted:
         _forward(_last_row)(planted)
         start = next(i for i in range(100) if draw_trial(generator(3, "problem", i)).length % 4 == 1)
-        failures, _ = _found(_job(start=start, most=1, minimise_seconds=20.0))
+        failures, _ = _found(_job(start=start, most=1, minimise_seconds=600.0))
         test = next(failure.test for failure in failures if failure.test)
         names: dict[str, Any] = {"Trial": Trial, "Setting": Setting, "examine": examine}
         exec(test, names)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -69,21 +68,29 @@ def test_what_a_training_leaves(whole: Path) -> None:
     assert not list(whole.glob("*.part"))
 
 
+KILLED_WHILE_IT_WRITES = """
+import os, runpy, signal, sys
+replace, written = os.replace, []
+def replace_once(part, path):
+    if str(path).endswith("checkpoint.pt"):
+        if written:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(path)
+    replace(part, path)
+os.replace = replace_once
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.breadth
 def test_a_killed_training_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
     command = [*COMMAND, str(tmp_path), "--steps", "12", *SMALL]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "checkpoint.pt").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    at = torch.load(tmp_path / "checkpoint.pt", weights_only=False)["step"]
-    assert at < 12
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_WRITES, *command[1:]], env=ENVIRONMENT)
+    assert killed.returncode == -signal.SIGKILL
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=False)["step"] == 3
+    assert (tmp_path / "checkpoint.pt.part").exists()
     subprocess.run(command, check=True, env=ENVIRONMENT)
     ours = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
     theirs = torch.load(whole / "checkpoint.pt", weights_only=False)
