@@ -425,7 +425,7 @@ kernels = ["trmfast.kernels"] + [f"trmfast.kernels.{name}" for name in find_pack
 setup(
     packages=find_packages(str(ROOT), include=["trmfast", "trmfast.*"]) + kernels,
     package_dir={"trmfast": "trmfast", "trmfast.kernels": "kernels"},
-    package_data={"trmfast": ["py.typed", "_build_info_*.json"]},
+    package_data={"trmfast": ["py.typed", "_build_info_*.json"], "trmfast.data": ["*.safetensors"]},
     ext_modules=[Extension(f"trmfast.{name}", sources=[], optional=True) for name in ("_cpu", "_cuda")],
     cmdclass={"build_ext": BuildEngines},
 )

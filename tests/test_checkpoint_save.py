@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 
 import trmfast
-from checkpoint_cases import make, same
+from checkpoint_cases import make, same, steps
+from trmfast import runtime
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
@@ -75,3 +77,55 @@ print("went on")
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert done.stdout == ""
     assert not list(tmp_path.glob("*.part"))
+
+
+# ---------------------------------------------------------------- rounded weights, and notes
+
+
+def test_rounded_weights_load_as_float32(tmp_path: Path) -> None:
+    """Computing in bfloat16 rounds the weights anyway: the same bits come out."""
+    model = make("trm", forward_dtype="bfloat16")
+    trmfast.save(model, tmp_path / "whole.safetensors")
+    trmfast.save(model, tmp_path / "half.safetensors", dtype=torch.bfloat16)
+    whole, half = (trmfast.load(tmp_path / f"{name}.safetensors") for name in ("whole", "half"))
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    for (name, ours), theirs in zip(half.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert ours.dtype == theirs.dtype, name
+        assert torch.equal(ours, theirs.bfloat16().to(theirs.dtype)), name
+    assert torch.equal(steps(half)[0], steps(whole)[0])
+
+
+def test_notes_are_kept_for_those_who_ask(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    notes = {"recipe": "by heart", "exact": 0.5, "puzzles": 3, "more": None}
+    trmfast.save(make("trm"), path, notes=notes)
+    assert runtime.load(path).notes == notes
+    assert same(trmfast.load(path), make("trm"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dtype": torch.float64}, "dtype: got torch.float64, accepted are torch.float32, torch.bfloat16"),
+        ({"notes": {"exact": [1]}}, "notes: got [1] as 'exact', accepted are words, numbers, truth values and None"),
+        ({"notes": {1: 1}}, "notes: got 1 as 1, accepted are words, numbers, truth values and None"),
+        ({"notes": {"long": 65536 * "a"}}, "notes: got metadata of 6"),
+    ],
+)
+def test_what_cannot_be_noted(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        trmfast.save(make("trm"), tmp_path / "m.safetensors", **options)
+    assert str(caught.value).startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_is_that_of_a_model_of_trmfast_unless_a_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert runtime.load("sudoku-mlp").seq_len == 81
+    packaged: Any = trmfast.load("sudoku-mlp")
+    assert packaged.model.config.seq_len == 81
+    trmfast.save(make("trm"), "m.safetensors")
+    os.rename("m.safetensors", "sudoku-mlp")
+    assert same(trmfast.load("sudoku-mlp"), make("trm"))

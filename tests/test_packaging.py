@@ -17,6 +17,7 @@ import pytest
 
 import trmfast
 from trmfast.build_info import build_info
+from trmfast.data import model_names
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
@@ -44,8 +45,11 @@ def test_no_forbidden_files() -> None:
     files = repository_files()
     top_level = {name.split("/")[0] for name in files}
     assert {name for name in top_level if not name.startswith(".")} <= TOP_LEVEL
-    assert [name for name in files if name.endswith(BUILD_PRODUCTS) or "_build_info_" in name] == []
-    assert [name for name in files if (ROOT / name).exists() and (ROOT / name).stat().st_size > 1_000_000] == []
+    models = {name for name in files if re.fullmatch(r"trmfast/data/[a-z-]+\.safetensors", name)}
+    others = [name for name in files if name not in models]
+    assert [name for name in others if name.endswith(BUILD_PRODUCTS) or "_build_info_" in name] == []
+    for names, most in ((others, 1_000_000), (models, 2_000_000)):
+        assert [name for name in names if (ROOT / name).exists() and (ROOT / name).stat().st_size > most] == []
 
 
 def test_readme_commands_use_the_constraints() -> None:
@@ -104,6 +108,7 @@ def test_wheel_holds_every_module(wheel_without_compiler: Path) -> None:
         for file in folder.rglob("*.py"):
             assert f"{package}/{file.relative_to(folder).as_posix()}" in names
     assert "trmfast/py.typed" in names
+    assert {f"trmfast/data/{name}.safetensors" for name in model_names()} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/", "kernels/"))]
 
 
@@ -116,6 +121,7 @@ def test_installs_and_computes_without_a_compiler(wheel_without_compiler: Path, 
     code = """
 import json, torch, trmfast
 from trmfast.build_info import build_info
+from trmfast.data import model_names
 program = trmfast.RecursionProgram.trm(H_cycles=1, L_cycles=1)
 net = trmfast.NetSpec(trmfast.BlockSpec(seq_len=3, hidden_size=16, intermediate_size=32, num_heads=2), num_layers=1)
 nets = trmfast.nn.Recursion(program, [trmfast.nn.Net(net)])

@@ -17,6 +17,7 @@ import torch
 
 import trmfast
 from model_cases import make
+from trmfast import runtime
 from trmfast.cli import main
 from trmfast.models import TRM
 from trmfast.sudoku import conflict, grid_of, is_solved, parse, tokens
@@ -157,6 +158,25 @@ def test_boards_from_everywhere(
     assert without_time(solve(capsys, "--model", model)) == expected
 
 
+def test_the_model_that_comes_with_trmfast(capsys: pytest.CaptureFixture[str]) -> None:
+    """Random puzzles have as many clues as those that it was trained on."""
+    notes = runtime.load("sudoku-mlp").notes
+    main(["solve", "--random", "24"])
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {81 - row["puzzle"].count(".") for row in records} <= {
+        *range(notes["fewest_clues"], notes["most_clues"] + 1)
+    }
+    assert len({row["puzzle"].count(".") for row in records}) > 5
+    # The notes say what it solves; 24 puzzles are too few for more.
+    assert sum(row["solved"] for row in records) > 24 * (notes["held_out_exact_halting"] - 0.25)
+
+
+def test_notes_are_not_trusted(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "odd.safetensors"
+    trmfast.save(trmfast.load(model), path, notes={"fewest_clues": "many", "most_clues": 1e9})
+    assert [81 - row["puzzle"].count(".") for row in solve(capsys, "--model", str(path), "--random", "2")] == [30, 30]
+
+
 def test_options_reach_the_solver(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--model", model, "--random", "3", "--clues", "50")
     assert [row["steps"] for row in solve(capsys, *words, "--threshold", "-1000000")] == [1, 1, 1]
@@ -182,6 +202,7 @@ def test_options_reach_the_solver(model: str, capsys: pytest.CaptureFixture[str]
         (["--max-steps", "2000", BOARD], "--max-steps: got 2000, accepted are integers from 1 to 1024"),
         (["--batch", "0", BOARD], "--batch: got 0, accepted are integers >= 1"),
         (["--threads", "0", BOARD], "--threads: got 0, accepted are 1 to "),
+        (["--clues", "0", "--random", "1"], "--clues: got 0, accepted are 17 to 81"),
         (["--clues", "16", "--random", "1"], "--clues: got 16, accepted are 17 to 81"),
         (["--random", "0"], "--random: got 0, accepted are 1 up"),
         (["--random", "1", BOARD], "--random: got both BOARD and it, accepted is one of them"),
@@ -196,7 +217,6 @@ def test_bad_input_is_one_line(words: list[str], message: str, model: str, capsy
 
 
 def test_models_that_do_not_play_sudoku(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refusal(capsys, BOARD).startswith("--model: got none, accepted is a file of trmfast.save; no model comes")
     trmfast.save(make("trm")[0], tmp_path / "other.safetensors")
     message = refusal(capsys, "--model", str(tmp_path / "other.safetensors"), BOARD)
     assert message.startswith("--model: got a model of 6 tokens and 7 ids, accepted are those of Sudoku, of 81 tokens")

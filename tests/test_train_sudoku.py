@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import trmfast
+from trmfast import runtime
 from trmfast.sudoku_puzzles import solution_class
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
@@ -103,6 +105,56 @@ def test_a_killed_training_ends_with_the_same_weights(whole: Path, tmp_path: Pat
 def test_another_recipe_does_not_go_on_from_a_checkpoint(whole: Path, example: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"--lr: got 0\.5, accepted is 0\.001, with which .*checkpoint\.pt began"):
         example.main([str(whole), "--steps", "15", *SMALL, "--lr", "0.5"])
+
+
+def test_export_makes_one_small_file(whole: Path, example: ModuleType, tmp_path: Path) -> None:
+    import export_sudoku  # type: ignore[import-not-found]
+
+    file = tmp_path / "sudoku.safetensors"
+    export_sudoku.main([str(whole), str(file)])
+    assert file.stat().st_size < 0.6 * (whole / "model.safetensors").stat().st_size
+    notes = runtime.load(file).notes
+    assert (notes["fewest_clues"], notes["most_clues"], notes["optimizer_steps"]) == (60, 70, 12)
+    assert (notes["held_out_puzzles"], notes["training_puzzles"]) == (8, 32)
+    assert 0 <= notes["held_out_exact"] <= 1
+    words = notes["recipe"].split()
+    assert words[:3] == ["python", "docs/examples/train_sudoku.py", "runs/sudoku"]
+    # The recipe is the command: it parses to the options of the training.
+    options = vars(example.parse(words[2:]))
+    given = vars(example.parse([str(whole), "--steps", "12", *SMALL]))
+    assert {name: options[name] for name in options if name != "folder"} == {
+        name: given[name] for name in given if name != "folder"
+    }
+    exported, averaged = (trmfast.load(path).state_dict() for path in (file, whole / "model.safetensors"))
+    assert all(torch.equal(value, averaged[name].bfloat16().to(value.dtype)) for name, value in exported.items())
+
+
+def test_eager_training_starts_where_trmfast_starts(whole: Path, example: ModuleType, tmp_path: Path) -> None:
+    """Same weights, same puzzles, and in float32 nearly the same losses."""
+    shutil.copy(whole / "puzzles.npz", tmp_path)
+    words = [str(tmp_path), "--steps", "3", *SMALL, "--dtype", "float32"]
+    losses = []
+    for more in ([], ["--eager"]):
+        training = example.Training(example.parse([*words, *more]), dict(np.load(whole / "puzzles.npz")))
+        losses.append([training.advance()["lm_loss"] for _ in range(3)])
+    assert type(training.head.model).__name__ == "EagerTRM"
+    assert type(training.averaged().model).__name__ == "TRM"
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
+@pytest.mark.usefixtures("example")
+def test_two_trainings_in_one_chart(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import compare_sudoku  # type: ignore[import-not-found]
+
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(whole / "log.csv", other)
+    compare_sudoku.main([str(whole), str(other), "--chart", str(tmp_path / "both.png")])
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    first, reached, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{whole.name}: 12 steps, ")
+    assert "of the held-out puzzles after" in reached
+    assert [line.replace("other", whole.name) for line in rest] == [first, reached]
 
 
 @pytest.mark.breadth

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from trmfast.config import LARGEST
-from trmfast.file_format import KEY, VERSION, described, naming, shortened
+from trmfast.data import model_file
+from trmfast.file_format import KEY, LONGEST, VALUES, VERSION, described, naming, shortened
 from trmfast.layouts import LAYOUTS, Layout, find_layout, inferred, inner_names
 from trmfast.models import ACTLossHead, ACTModel
 from trmfast.models.losses import LOSSES
@@ -31,6 +32,8 @@ __all__ = ["Loaded", "load", "read", "save"]
 
 # What only training reads (and the rows of a puzzle embedding that is not there), where nothing else is said.
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "halt_exploration_prob": 0.1, "num_puzzle_identifiers": 1}
+
+STORED = (torch.float32, torch.bfloat16)
 
 Config = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -46,9 +49,10 @@ def load(
     """A model from a checkpoint.
 
     Args:
-        path: a file of :func:`save`, a ``.pt`` of the published training scripts (upstream saves averaged weights
-            where it keeps an average), its tensors as safetensors, or a Lightning checkpoint of nano-trm, of which the
-            averaged weights are taken if it has them.  Prefixes such as ``_orig_mod.model.inner.`` do not matter.
+        path: a file of :func:`save`, the name of a model that comes with trmfast (``"sudoku-mlp"``), a ``.pt`` of the
+            published training scripts (upstream saves averaged weights where it keeps an average), its tensors as
+            safetensors, or a Lightning checkpoint of nano-trm, of which the averaged weights are taken if it has them.
+            Prefixes such as ``_orig_mod.model.inner.`` do not matter.
         config: configuration keys that the tensors do not tell, such as ``H_cycles`` and ``num_heads``: a dict, or a
             YAML or JSON file.  By default ``all_config.yaml`` beside the checkpoint, if upstream left one there.
         strict: whether missing and unexpected tensors are an error; otherwise they are named in a warning, and what is
@@ -70,7 +74,13 @@ def load(
     return found.model if device is None else found.model.to(device)
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a model as safetensors, with its class and configuration as metadata.
 
     Args:
@@ -79,11 +89,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             Parametrized weights are saved as the weights that they make.
         path: the file, which ends in ``.safetensors``; an existing one, or the file that a symbolic link
             names, is replaced once the new one is complete.
+        dtype: ``torch.bfloat16`` rounds the weights and halves the file; :func:`load` gives float32 parameters again.
+            By default, and with ``torch.float32``, nothing is rounded.
+        notes: words and numbers about the model, such as its training; ``trmfast.runtime.Model`` has them.
 
     Raises:
-        TypeError: another kind of model.
-        ValueError: another ending, a loss function that :class:`ACTLossHead` has no name for, or a module with other
-            tensors than its class has, such as a pruned one.
+        TypeError: another kind of model, or a note that is no word, number, truth value or None.
+        ValueError: another ending or dtype, a loss function that :class:`ACTLossHead` has no name for, or a module with
+            other tensors than its class has, such as a pruned one.
         OSError: the file cannot be written.
     """
     from safetensors import SafetensorError
@@ -91,6 +104,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"path: got {os.fspath(path)}, accepted are files that end in .safetensors")
+    if dtype not in (None, *STORED):
+        raise ValueError(f"dtype: got {dtype}, accepted are {', '.join(map(str, STORED))}")
+    for name, value in (notes or {}).items():
+        if type(name) is not str or type(value) not in VALUES:
+            raise TypeError(f"notes: got {value!r} as {name!r}, accepted are words, numbers, truth values and None")
     head, bare = _unwrap(model)
     layout = next((layout for layout in LAYOUTS if type(bare) is layout.model), None)
     if layout is None or not isinstance(bare, ACTModel):
@@ -112,10 +130,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     del kept["backend"]  # a property of the machine
     about = {"version": VERSION, "model": layout.name, "config": kept, "window": bare.window, "loss": loss}
     tensors = _plain_tensors(bare)
+    if dtype is not None:
+        about["stored"] = str(dtype).removeprefix("torch.")
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if notes:
+        about["notes"] = dict(notes)
+    text = json.dumps(about)
+    if len(text) > LONGEST:
+        raise ValueError(f"notes: got metadata of {len(text)} characters, accepted are up to {LONGEST}")
     try:
         with _replacing(Path(path)) as part:
             # One key: several would be written in an order that differs from run to run.
-            save_file(tensors, part, metadata={KEY: json.dumps(about)})
+            save_file(tensors, part, metadata={KEY: text})
     except (OSError, SafetensorError) as error:
         kind = type(error) if isinstance(error, OSError) else OSError
         reason = getattr(error, "strerror", None) or error
@@ -195,7 +221,7 @@ class Loaded:
 
 def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: bool = True, **options: Any) -> Loaded:
     """As :func:`load`, with what was found on the way."""
-    content = _read_file(Path(path))
+    content = _read_file(model_file(path))
     tensors = inner_names(content.tensors)
     layout = find_layout(tensors)
     about = content.described
@@ -235,6 +261,8 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
         missing, unexpected = _compare(wanted, tensors, strict)
         model: ACTModel = layout.model(values)
     present = {name: tensors[name] for name in wanted if name in tensors}
+    if about is not None and "stored" in about:
+        present = {name: tensor.to(wanted[name].dtype) for name, tensor in present.items()}
     model.inner.load_state_dict(present, strict=False, assign=True)
     if about is not None:
         model.window = about["window"]

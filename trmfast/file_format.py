@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KEY", "VERSION", "described", "naming", "shortened"]
+__all__ = ["KEY", "LONGEST", "VALUES", "VERSION", "described", "naming", "shortened"]
 
 KEY = "trmfast"  # of the safetensors metadata
 VERSION = 1
@@ -21,6 +21,11 @@ KINDS: dict[str, tuple[type, ...]] = {
     "window": (str, int),
     "loss": (str, type(None)),
 }
+# Absent from files that trmfast wrote before it had them.
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    "stored": (str,),  # the dtype that save was asked to store weights in
+    "notes": (dict,),
+}
 VALUES = (str, int, float, bool, type(None))
 
 
@@ -31,10 +36,11 @@ def shortened(error: Exception) -> str:
 
 
 def described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """What the metadata says: ``model``, ``config``, ``window`` and ``loss``; None if trmfast did not write the file.
+    """What the metadata says: ``model``, ``config``, ``window`` and ``loss``, and ``stored`` and ``notes`` where they
+    are there; None if trmfast did not write the file.
 
-    The metadata has at most ``LONGEST`` characters, and every value of ``config`` is a word, a number, a truth value
-    or null.
+    The metadata has at most ``LONGEST`` characters, and every value of ``config`` and ``notes`` is a word, a number, a
+    truth value or null.
 
     Raises:
         ValueError: it is damaged or of another version.
@@ -59,9 +65,13 @@ def described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
         raise ValueError(f"path: the metadata of {path} has no {', '.join(absent)}")
     for name, kinds in KINDS.items():
         _check(path, name, found[name], kinds)
-    for name, value in found["config"].items():
-        _check(path, f"config[{reprlib.repr(name)}]", value, VALUES)
-    return {name: found[name] for name in ("version", *KINDS)}
+    present = {name: kinds for name, kinds in OPTIONAL.items() if name in found}
+    for name, kinds in present.items():
+        _check(path, name, found[name], kinds)
+    for table in ("config", *(name for name in present if name == "notes")):
+        for name, value in found[table].items():
+            _check(path, f"{table}[{reprlib.repr(name)}]", value, VALUES)
+    return {name: found[name] for name in ("version", *KINDS, *present)}
 
 
 def _check(path: Path, name: str, value: object, kinds: tuple[type, ...]) -> None:

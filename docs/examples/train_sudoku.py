@@ -3,6 +3,7 @@
     python docs/examples/train_sudoku.py runs/mlp                        # tokens mixed by mlp_t
     python docs/examples/train_sudoku.py runs/attention --mixer attention
     torchrun --nproc-per-node 2 docs/examples/train_sudoku.py runs/mlp   # data parallel
+    python docs/examples/train_sudoku.py runs/eager --eager              # the same without trmfast, for comparison
 
 The recipe is that of the paper (arXiv 2510.04871): deep supervision through the carry, halting with exploration,
 stablemax cross entropy, AdamAtan2, an average of the weights (EMA).  Puzzles are generated (`sudoku_data.py`); every
@@ -12,6 +13,8 @@ batch holds random symmetric copies of some of them.  The folder receives
     checkpoint.pt        everything that training needs to go on
     log.csv, loss.png    losses, accuracy, speed
     model.safetensors    the averaged weights, for `trmfast.load`
+
+`export_sudoku.py` makes a file for `trmfast solve` of it, `compare_sudoku.py` draws two trainings in one chart.
 
 The same command goes on from the last checkpoint.  A step depends on the seed, the rank and its number alone, so a run
 that was killed ends with the same weights, bit for bit, as one that was not (on the same machine and as many threads).
@@ -110,7 +113,14 @@ class Training:
             "forward_dtype": options.dtype,
             "recompute": options.recompute,
         }
-        self.head = ACTLossHead(TRM(config), "stablemax_cross_entropy").to(self.device).train()
+        self.config = config
+        model = TRM(config)
+        if options.eager:
+            from trmfast.benchmark.eager import EagerTRM
+
+            fused, model = model, EagerTRM(config)
+            model.load_state_dict(fused.state_dict())  # the same initial weights
+        self.head = ACTLossHead(model, "stablemax_cross_entropy").to(self.device).train()
         self.average = AveragedModel(self.head, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
         self.optimizer = AdamAtan2(
             self.head.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
@@ -179,6 +189,12 @@ class Training:
         head.train()
         return cells / empty, exact / len(self.test)
 
+    def averaged(self) -> ACTLossHead:
+        """The model with the averaged weights, fused whatever it was trained with."""
+        model = TRM(self.config)
+        model.load_state_dict(self.average.module.model.state_dict())
+        return ACTLossHead(model, "stablemax_cross_entropy").to(self.device)
+
     # ---------------------------------------------------------------- files
 
     def save(self, folder: Path) -> None:
@@ -211,12 +227,11 @@ class Training:
         if not path.exists():
             return
         content = torch.load(path, map_location=self.device, weights_only=False)
+        began = options_of(content)
         for name, value in vars(self.options).items():
-            if name not in ("folder", "steps", "stop_after") and content["options"][name] != value:
+            if name not in ("folder", "steps", "stop_after") and began[name] != value:
                 option = f"--{name.replace('_', '-')}"
-                raise SystemExit(
-                    f"{option}: got {value}, accepted is {content['options'][name]}, with which {path} began"
-                )
+                raise SystemExit(f"{option}: got {value}, accepted is {began[name]}, with which {path} began")
         self.head.load_state_dict(content["head"])
         self.average.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -230,8 +245,13 @@ class Training:
             writer = csv.DictWriter(file, [field.name for field in fields(Row)])
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.history)
-        trmfast.save(self.average.module, folder / "model.safetensors")
+        trmfast.save(self.averaged(), folder / "model.safetensors")
         draw(folder / "loss.png", self.history)
+
+
+def options_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint; what was not an option when it was written has its default."""
+    return {**vars(parse([""])), **checkpoint["options"]}
 
 
 def draw(path: Path, history: list[Row]) -> None:
@@ -344,6 +364,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.1)
     add("--ema", type=float, default=0.995, help="decay of the averaged weights (default: 0.995)")
     add("--dtype", choices=("bfloat16", "float32"), default="float32", help="compute dtype")
+    add("--eager", action="store_true", help="without trmfast: eager PyTorch as upstream writes it")
     add("--recompute", action="store_true", help="compute the gradient window again instead of keeping it")
     add("--puzzles", type=int, default=8000, metavar="N", help="generated for training (default: 8000)")
     add("--test-puzzles", type=int, default=512, metavar="N", help="held out (default: 512)")

@@ -9,11 +9,12 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trmfast.cli.console import UsageError
+from trmfast.data import model_names
 from trmfast.solving import Confident, Result, Solver
 from trmfast.solving.schedule import Row
 from trmfast.solving.solver import CHOICES
@@ -24,12 +25,15 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 VOCABULARY = 11
+MODEL = "sudoku-mlp"
+FEWEST_CLUES = 17  # no puzzle with fewer has one solution
+CLUES = 30  # of a random puzzle, for a model that does not say what it was trained on
 
 EXAMPLES = """\
 examples:
-  trmfast solve --model m.safetensors 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
-  trmfast solve --model m.safetensors --file puzzles.txt > answers.jsonl
-  trmfast solve --model m.safetensors --random 20 --clues 30
+  trmfast solve 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+  trmfast solve --file puzzles.txt > answers.jsonl
+  trmfast solve --random 20 --clues 40
   trmfast solve --model m.safetensors --random 5 --trajectories 16 --noise 0.3
 
 A board is a line of 81 characters, row by row: digits, with 0 or . for an empty cell.  The exit status is 1 if a puzzle
@@ -43,9 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("boards", nargs="*", metavar="BOARD", help="boards; by default the lines of standard input")
     add("--file", type=Path, metavar="FILE", help="a file with one board a line")
     add("--random", type=int, metavar="N", help="N random puzzles that have one solution")
-    add("--clues", type=int, default=30, metavar="N", help="clues of a random puzzle (default: 30)")
+    add("--clues", type=int, metavar="N", help="clues of a random puzzle (default: as the model was trained, or 30)")
     add("--seed", type=int, default=0, metavar="N", help="seed of random puzzles and of the noise (default: 0)")
-    add("--model", type=Path, metavar="FILE", help="a file of trmfast.save or trmfast convert; no model is included")
+    add(
+        "--model",
+        default=MODEL,
+        metavar="FILE",
+        help=f"a file of trmfast.save or trmfast convert, or of the models that come with trmfast: "
+        f"{', '.join(model_names())} (default: {MODEL})",
+    )
     add("--dtype", choices=list(DTYPES), help="compute dtype (default: the model's)")
     add(
         "--threshold", type=float, default=0.0, metavar="T", help="halt when the Q head's logit is above T (default: 0)"
@@ -60,26 +70,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Solves; 0 if all puzzles were solved, 1 otherwise."""
-    boards = _boards(arguments)
     watched = sys.stdout.isatty()
-    solver = _solver(arguments, arguments.trajectories if watched else arguments.batch)
+    solver, notes = _solver(arguments, arguments.trajectories if watched else arguments.batch)
+    boards = _boards(arguments, notes)
     return (_draw if watched else _write)(solver, boards)
 
 
 # ---------------------------------------------------------------- what is solved
 
 
-def _boards(arguments: argparse.Namespace) -> Iterator[Grid]:
-    """The boards, parsed one by one as they are asked for."""
+def _boards(arguments: argparse.Namespace, notes: Mapping[str, Any]) -> Iterator[Grid]:
+    """The boards, parsed one by one as they are asked for.
+
+    Args:
+        notes: of the model, which say what random puzzles it was trained on.
+    """
     given = [name for name in ("boards", "file", "random") if getattr(arguments, name) not in ([], None)]
     if len(given) > 1:
         names = {"boards": "BOARD", "file": "--file", "random": "--random"}
         raise UsageError(f"{names[given[1]]}: got both {names[given[0]]} and it, accepted is one of them")
     if arguments.random is not None:
         _in_range("--random", arguments.random, 1, None)
-        _in_range("--clues", arguments.clues, 17, CELLS)
+        clues = _clues(arguments.clues, notes)
         generator = random.Random(arguments.seed)
-        return (sudoku_puzzle(generator, arguments.clues)[0] for _ in range(arguments.random))
+        return (sudoku_puzzle(generator, generator.randint(*clues))[0] for _ in range(arguments.random))
     if arguments.boards:
         return _parsed(arguments.boards, "BOARD")
     if arguments.file is not None:
@@ -91,6 +105,17 @@ def _boards(arguments: argparse.Namespace) -> Iterator[Grid]:
     if sys.stdin.isatty():
         raise UsageError("BOARD: got none, accepted are boards, --file, --random, or lines on standard input")
     return _parsed(sys.stdin, "standard input")
+
+
+def _clues(given: int | None, notes: Mapping[str, Any]) -> tuple[int, int]:
+    """The fewest and most clues of a random puzzle."""
+    if given is not None:
+        _in_range("--clues", given, FEWEST_CLUES, CELLS)
+        return given, given
+    fewest, most = notes.get("fewest_clues"), notes.get("most_clues")
+    if type(fewest) is int and type(most) is int and FEWEST_CLUES <= fewest <= most <= CELLS:
+        return fewest, most
+    return CLUES, CLUES
 
 
 def _parsed(lines: Iterable[str], source: str) -> Iterator[Grid]:
@@ -110,11 +135,10 @@ def _parsed(lines: Iterable[str], source: str) -> Iterator[Grid]:
 # ---------------------------------------------------------------- the solver
 
 
-def _solver(arguments: argparse.Namespace, batch: int) -> Solver:
+def _solver(arguments: argparse.Namespace, batch: int) -> tuple[Solver, dict[str, Any]]:
+    """The solver, and the notes of its model."""
     from trmfast import runtime
 
-    if arguments.model is None:
-        raise UsageError("--model: got none, accepted is a file of trmfast.save; no model comes with trmfast yet")
     try:
         if arguments.threads is not None:
             _in_range("--threads", arguments.threads, 1, runtime.cores())
@@ -122,7 +146,7 @@ def _solver(arguments: argparse.Namespace, batch: int) -> Solver:
         if (model.seq_len, model.vocab_size) != (CELLS, VOCABULARY):
             got = f"a model of {model.seq_len} tokens and {model.vocab_size} ids"
             raise ValueError(f"path: got {got}, accepted are those of Sudoku, of {CELLS} tokens and {VOCABULARY} ids")
-        return Solver(
+        solver = Solver(
             model,
             halt=Confident(arguments.threshold),
             max_steps=arguments.max_steps,
@@ -132,6 +156,7 @@ def _solver(arguments: argparse.Namespace, batch: int) -> Solver:
             choose=arguments.choose,
             seed=arguments.seed,
         )
+        return solver, model.notes
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         argument, colon, rest = " ".join(str(error).split()).partition(":")
         names = {"path": "--model", "halt": "--model", "dtype": "--dtype", "max_steps": "--max-steps"}

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from trmfast.architectures import ARCHITECTURES
 from trmfast.build_info import build_info
 from trmfast.config import ModelConfig
+from trmfast.data import model_file
 from trmfast.engine import block_fields, update_rows
 from trmfast.runtime.arrays import narrow, read, rounded, widen
 from trmfast.solving.checks import integer
@@ -30,7 +30,7 @@ def load(path: str | os.PathLike[str], dtype: str | None = None, threads: int | 
     """A model from a file of ``trmfast.save`` (or ``trmfast convert``).
 
     Args:
-        path: the file.
+        path: the file, or the name of a model that comes with trmfast, such as ``"sudoku-mlp"``.
         dtype: ``"bfloat16"`` or ``"float32"``; by default the file's.
         threads: threads of the engine; by default one per core of the process.
 
@@ -40,7 +40,7 @@ def load(path: str | os.PathLike[str], dtype: str | None = None, threads: int | 
         TypeError: ``threads`` is not an integer, or a key of the file's configuration has a value of another type.
         ValueError: one line with what is wrong with the file or the arguments.
     """
-    tensors, about = read(Path(path))
+    tensors, about = read(model_file(path))
     return Model(tensors, about, dtype, threads)
 
 
@@ -54,6 +54,7 @@ class Model:
 
     Attributes:
         config: the configuration.
+        notes: what the file says about the model's training.
         dtype: the compute dtype.
         threads: threads of the engine.
     """
@@ -72,6 +73,7 @@ class Model:
         kind = ARCHITECTURES[about["model"]]
         config: Any = kind.config.from_dict(about["config"])
         self.config: ModelConfig = config
+        self.notes: dict[str, Any] = about.get("notes", {})
         self.dtype = config.forward_dtype if dtype is None else dtype
         if self.dtype not in ELEMENTS:
             raise ValueError(f"dtype: got {self.dtype!r}, accepted are {', '.join(ELEMENTS)}")
