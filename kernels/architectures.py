@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ARCHITECTURES", "GPUS", "TYPICAL", "Architecture", "Gpu"]
+__all__ = ["ARCHITECTURES", "GPUS", "TYPICAL", "Architecture", "Gpu", "nearest_architecture"]
 
 
 @dataclass(frozen=True)
@@ -124,3 +124,12 @@ GPUS: dict[str, Gpu] = {
 TYPICAL = {"sm_80": "A100", "sm_86": "RTX 3090", "sm_89": "L40S", "sm_90": "H100", "sm_100": "B200",
            "sm_120": "RTX 5090", "gfx942": "MI300X"}  # fmt: skip
 """The product whose numbers choose an architecture's tiles."""
+
+
+def nearest_architecture(major: int, minor: int) -> str:
+    """The name of the architecture, or of its nearest relative, of a compute capability >= 8.0."""
+    name = f"sm_{major}{minor}"
+    if name in ("sm_80", "sm_89"):
+        return name
+    # Tiles of sm_120 need the least shared memory.
+    return {8: "sm_86", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120")

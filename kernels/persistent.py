@@ -24,7 +24,17 @@ from trmfast.kernels.roofline import CACHE, GAP, MEMORY, TENSOR
 
 from trmfast.problem import Problem
 
-__all__ = ["BARRIER", "GAIN", "MMA_SYNC", "Grid", "Traffic", "persistent_time", "persistent_traffic"]
+__all__ = [
+    "BARRIER",
+    "GAIN",
+    "MMA_SYNC",
+    "Grid",
+    "Traffic",
+    "cache_blocks",
+    "persistent_time",
+    "persistent_traffic",
+    "stream_rows",
+]
 
 BARRIER = 1.5e-6
 """Seconds of one barrier over the blocks of a group, through counters in the shared cache."""
@@ -143,7 +153,7 @@ def persistent_time(gpu: Gpu, problem: Problem, batch: int, length: int, grid: G
         loads = 2 * (strips * grid.token_packed + over_channels)
         loads += 2 * (strips * grid.channels * length + grid.rows * block.hidden_size)
         products = 2 * (strips * grid.channels * grid.token_packed + grid.rows * over_channels)
-    rate = gpu.tensor_flops / gpu.multiprocessors * TENSOR * MMA_SYNC.get(gpu.architecture, 1.0)
+    rate = _product_rate(gpu)
     resident = min(batch, grid.groups) * grid.group_blocks
     layer = max(
         products / rate,
@@ -155,6 +165,21 @@ def persistent_time(gpu: Gpu, problem: Problem, batch: int, length: int, grid: G
     stored = sum(net.num_layers for net in problem.nets)
     packing = stored * (GAP + 6 * grid.packed / (gpu.memory_bandwidth * MEMORY))
     return ceil(batch / grid.groups) * _layers(problem) * layer + packing + GAP
+
+
+def stream_rows(gpu: Gpu) -> int:
+    """Rows of a block whose products take as long as its two-byte weights take through a multiprocessor's port."""
+    return round(_product_rate(gpu) / (gpu.port_bandwidth * CACHE))
+
+
+def cache_blocks(gpu: Gpu) -> int:
+    """Blocks that saturate the shared cache."""
+    return round(gpu.cache_bandwidth / gpu.port_bandwidth)
+
+
+def _product_rate(gpu: Gpu) -> float:
+    """FLOP/s of one multiprocessor with ``mma.sync``."""
+    return gpu.tensor_flops / gpu.multiprocessors * TENSOR * MMA_SYNC.get(gpu.architecture, 1.0)
 
 
 def _layers(problem: Problem) -> int:

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from trmfast.kernels.architectures import ARCHITECTURES
-from trmfast.kernels.persistent import Grid, Traffic, persistent_traffic
+from trmfast.kernels.configurations import Configuration
+from trmfast.kernels.persistent import Grid, Traffic, cache_blocks, persistent_traffic, stream_rows
 
 from trmfast.cases import Case, Inputs, find_case, make_inputs
 from trmfast.problem import Problem
@@ -157,8 +158,8 @@ def plan(library: ctypes.CDLL, case: Case, architecture: str, multiprocessors: i
     block = case.problem.nets[0].block
     taps = block.conv_kernel if block.channel_mixer == "conv_swiglu" else 0
     words, reason = (ctypes.c_int32 * 8)(), ctypes.create_string_buffer(256)
-    capability = divmod(int(architecture.removeprefix("sm_")), 10)
-    limits = (*capability, ARCHITECTURES[architecture].block_shared, multiprocessors)
+    gpu = Configuration(architecture, multiprocessors).gpu
+    limits = (ARCHITECTURES[architecture].block_shared, multiprocessors, stream_rows(gpu), cache_blocks(gpu))
     request = _request(case.problem, case.batch, case.length)
     if library.trmfast_plan(ctypes.byref(request), taps, *limits, words, reason, len(reason)):
         return reason.value.decode()

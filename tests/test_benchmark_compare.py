@@ -14,7 +14,8 @@ import torch
 from trmfast.backends.cpu import CpuBackend
 from trmfast.benchmark import turns
 from trmfast.benchmark.compare import LIMIT, compare_rows
-from trmfast.benchmark.recursions import Row, measure_works, prepare_work
+from trmfast.benchmark.measure import Row, measure_works
+from trmfast.benchmark.recursions import prepare_work
 from trmfast.benchmark.report import Report
 from trmfast.benchmark.rivals import Eager
 from trmfast.benchmark.suites import Work

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from trmfast.kernels.architectures import ARCHITECTURES
-from trmfast.kernels.persistent import persistent_traffic
+from trmfast.kernels.architectures import ARCHITECTURES, GPUS
+from trmfast.kernels.persistent import cache_blocks, persistent_traffic, stream_rows
 
 from benchmarks.offline.cuda import CUDA_ARCHITECTURES
 from simt_recursion import Instance, LaunchShape, Run, Schedule, build, listed_instances, plan, run_emulated
@@ -340,6 +340,11 @@ def test_every_instance_is_the_plan_of_something(wide: ctypes.CDLL) -> None:
             assert isinstance(made, LaunchShape), made
             planned.add(made.instance)
     assert planned == set(listed_instances())
+
+
+def test_constants_of_the_choice() -> None:
+    """A100 by its whitepaper: 1024 multiply-adds a clock for 32 two-byte weights, 5120 bytes for 64 of a port."""
+    assert (stream_rows(GPUS["A100"]), cache_blocks(GPUS["A100"])) == (32, 80)
 
 
 @pytest.mark.parametrize("device", ["sm_80", "sm_90"])

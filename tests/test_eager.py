@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from trmfast.benchmark.accuracy import measure_accuracy
 from trmfast.benchmark.configs import CONFIGS
-from trmfast.benchmark.eager import EagerRecursion
+from trmfast.benchmark.eager import EagerInner, EagerRecursion
+from trmfast.benchmark.errors import check_model
 from trmfast.cases import SMALL, Case, make_inputs
 from trmfast.models import ACTLossHead, ACTModel
 from trmfast.testing import run_truth
@@ -68,10 +68,10 @@ def test_recursion_is_the_reference(case: Case) -> None:
 def test_unknown_compilation() -> None:
     _, eager = models("sudoku", "float32")
     with pytest.raises(ValueError, match=r"^scope: got 'all', accepted are"):
-        eager.inner.compile("all")
+        cast(EagerInner, eager.inner).stacks.compile("all")
     inputs = make_inputs(SMALL[0])
     with pytest.raises(ValueError, match=r"^scope: got 'all', accepted are"):
-        EagerRecursion(SMALL[0].problem, inputs.weights, None).compile_recursion("all")
+        EagerRecursion(SMALL[0].problem, inputs.weights, None).stacks.compile("all")
 
 
 @pytest.mark.breadth
@@ -84,14 +84,14 @@ def test_compiled_by_a_debug_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, eager = models("hrm-sudoku", "bfloat16")
     _, compiled = models("hrm-sudoku", "bfloat16")
     batch = CONFIGS["hrm-sudoku"].inputs(2)
-    compiled.inner.compile("network")
+    cast(EagerInner, compiled.inner).stacks.compile("network")
     head = ACTLossHead(compiled, "stablemax_cross_entropy").train()
     head([], carry=head.initial_carry(batch), batch=batch)[1].backward()
     with torch.no_grad():
         compiled.eval()(head.initial_carry(batch), batch)
-    found = measure_accuracy({"eager": eager, "compile": compiled, "trmfast": fused}, batch)
-    assert found["eager"] == found["trmfast"]  # the reference backend runs the same operations
-    assert found["compile"].verdict == "pass"
+    for found in check_model({"eager": eager, "compile": compiled, "trmfast": fused}, batch).values():
+        assert found["eager"] == found["trmfast"]  # the reference backend runs the same operations
+        assert found["compile"].verdict == "pass"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     torch.compiler.reset()
 
@@ -99,8 +99,9 @@ def test_compiled_by_a_debug_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_accuracy_notices_a_wrong_weight() -> None:
     fused, eager = models("sudoku", "bfloat16")
     batch = CONFIGS["sudoku"].inputs(2)
-    assert measure_accuracy({"eager": eager, "trmfast": fused}, batch, (1, 2))["trmfast"].verdict == "pass"
+    for found in check_model({"eager": eager, "trmfast": fused}, batch, (1, 2)).values():
+        assert found["trmfast"].verdict == "pass"
     with torch.no_grad():
         next(iter(eager.inner.L_level.parameters())).add_(0.05)
-    verdict = measure_accuracy({"eager": eager, "trmfast": fused}, batch, (1, 2))["eager"].verdict
-    assert verdict.startswith(("no verdict", "fail"))
+    for found in check_model({"eager": eager, "trmfast": fused}, batch, (1, 2)).values():
+        assert found["eager"].verdict.startswith(("no verdict", "fail"))

@@ -34,11 +34,15 @@ template <class T> struct BlockActivations {
   MlpTActivations<T> mlp_t; // mlp_t
   T* h1;                    // after the first norm
   T* gate_up;               // before the gate
-  T* gated;                 // silu(gate) * up, if a convolution follows
-  T* activation;            // the input of W_down: silu(gate) * up, or the SiLU of its convolution
+  T* activation;            // silu(gate) * up
+  T* convolved;             // the SiLU of its convolution (conv_swiglu)
   float* rstd1;             // of the two norms: one per token
   float* rstd2;
 };
+
+template <class T> T* down_input(const BlockShape& block, const BlockActivations<T>& act) {
+  return block.conv_taps ? act.convolved : act.activation;
+}
 
 template <class T> struct BlockScratch {
   float* tile; // [kRows, 32]
@@ -92,16 +96,15 @@ void project_qkv(const Team& team, const BlockShape& block, const ForwardWeights
        });
 }
 
-// activation, or gated <- silu(gate) * up
+// activation <- silu(gate) * up
 template <class T>
 void project_gate_up(const Team& team, const BlockShape& block, const ForwardWeights<T>& weights, int rows,
                      const BlockActivations<T>& act, const BlockScratch<T>& scratch) {
   const BlockStrides strides(block);
-  T* out = block.conv_taps ? act.gated : act.activation;
   gemm(team, act.h1, strides.h, rows, weights.gate_up, block.width, GateLayout{block.inner}.columns(), scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          for_rows(row, n, tile, [&](int t, const float* in) {
-           T* to = out + t * strides.activation + panel * kHalf;
+           T* to = act.activation + t * strides.activation + panel * kHalf;
            for (int j = 0; j < kHalf; j += kLanes) store(to + j, swiglu<T>(load(in + j), load(in + kHalf + j)));
            if (act.gate_up) store_group(in, act.gate_up + t * strides.gate_up + panel * kPanel);
          });
@@ -143,11 +146,11 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
   team.sync();
   if (block.conv_taps) {
     team.begin("convolution");
-    convolve_rows(team, block, weights.conv, rows, length, act.gated, act.activation, strides.activation);
+    convolve_rows(team, block, weights.conv, rows, length, act.activation, act.convolved, strides.activation);
     team.sync();
   }
   team.begin("down");
-  gemm(team, act.activation, strides.activation, rows, weights.down, block.inner, D, scratch.tile,
+  gemm(team, down_input(block, act), strides.activation, rows, weights.down, block.inner, D, scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          add_residual(row, n, panel, tile, act.h1, strides.h, u, strides.u);
        });
@@ -165,7 +168,7 @@ template <class T> void clear_padding(T* x, int rows, int columns, long up_to, l
     __builtin_memset(static_cast<void*>(x + t * stride + columns), 0, static_cast<size_t>(up_to - columns) * sizeof(T));
 }
 
-// Whether products read beyond the last column of h, h1, activation or mixed.
+// Whether products read beyond the last column of h, h1, the input of W_down or mixed.
 inline bool has_padding(const BlockShape& block) {
   return block.width % kPanel != 0 || GateLayout{block.inner}.activation_columns() % kPanel != 0 ||
          (block.attention && HeadLayout(block).output_columns() % kPanel != 0);
@@ -176,7 +179,7 @@ template <class T> void clear_activation_padding(const BlockShape& block, int ro
   const int activation = GateLayout{block.inner}.activation_columns(), mixed = HeadLayout(block).output_columns();
   clear_padding(act.h, rows, block.width, round_up(block.width, kPanel), strides.h);
   clear_padding(act.h1, rows, block.width, round_up(block.width, kPanel), strides.h);
-  clear_padding(act.activation, rows, activation, round_up(activation, kPanel), strides.activation);
+  clear_padding(down_input(block, act), rows, activation, round_up(activation, kPanel), strides.activation);
   if (block.attention) clear_padding(act.mixed, rows, mixed, round_up(mixed, kPanel), strides.mixed);
 }
 

@@ -17,7 +17,7 @@ namespace TRMFAST_NAMESPACE {
 template <class T> struct BlockGradients {
   T* ds1; // of the residual sums, [rows, stride of h]
   T* ds2;
-  T* dconvolved; // of the convolution's result, [rows, stride of activation]
+  T* dconv; // of the convolution before its SiLU, [rows, stride of activation]
   // Gradients of the activations of the same name; may share their memory once those are dead.
   T *qkv, *gate_up, *sequence_gate_up;
 };
@@ -90,7 +90,7 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
   gemm(team, grads.ds2, strides.h, rows, weights.down, D, gate_columns / 2, scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          if (block.conv_taps)
-           silu_rows_backward(row, n, panel, tile, block.conv_taps, length, weights.conv, act.gated, grads.dconvolved,
+           silu_rows_backward(row, n, panel, tile, block.conv_taps, length, weights.conv, act.activation, grads.dconv,
                               strides.activation);
          else
            backward_gates(row, n, panel, gate_columns, tile, act.gate_up, grads.gate_up, strides.gate_up);
@@ -98,7 +98,7 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
   team.sync();
   if (block.conv_taps) {
     team.begin("convolution backward");
-    gate_rows_backward(team, block, weights.conv, rows, length, grads.dconvolved, strides.activation, act.gate_up,
+    gate_rows_backward(team, block, weights.conv, rows, length, grads.dconv, strides.activation, act.gate_up,
                        grads.gate_up, strides.gate_up);
     team.sync();
   }

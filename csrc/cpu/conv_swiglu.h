@@ -1,9 +1,8 @@
 // URM's channel mixer between its two products: a depthwise convolution over the positions of a sequence,
 //
-//   convolved[l] = bias + sum over taps k of kernel[k] gated[l + k - taps / 2],      out = silu<T>(convolved)
+//   convolved[l] = silu<T>(bias + sum over taps k of kernel[k] activation[l + k - taps / 2])
 //
-// with gated = silu(gate) * up, zero padding outside the sequence, and one output per position.  It runs
-// over whole rows of channels; neighbouring rows are in L1.
+// with zeros beyond the ends of the sequence.  It runs over whole rows of channels; neighbouring rows are in L1.
 #pragma once
 
 #include "swiglu.h"
@@ -20,7 +19,7 @@ struct TapRange {
       : begin(larger(0, taps / 2 - position)), end(smaller(taps, length + taps / 2 - position)), offset(-(taps / 2)) {}
 };
 
-// Channels c.. of convolved; at points to gated of the output's own row.
+// Channels c.. of the convolution, before its SiLU; at points to the activation of the output's own row.
 template <class T>
 TRMFAST_INLINE vf convolve(const T* at, long stride, const ConvWeights<T>& conv, const TapRange& taps, int c) {
   vf sum = load(conv.bias + c);
@@ -29,37 +28,37 @@ TRMFAST_INLINE vf convolve(const T* at, long stride, const ConvWeights<T>& conv,
   return sum;
 }
 
-// out <- silu(convolution of gated), [rows, stride] both
+// convolved <- silu(convolution of activation), [rows, stride] both
 template <class T>
 void convolve_rows(const Team& team, const BlockShape& block, const ConvWeights<T>& conv, int rows, int length,
-                   const T* gated, T* out, long stride) {
+                   const T* activation, T* convolved, long stride) {
   const int columns = GateLayout{block.inner}.activation_columns();
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t) {
     const TapRange taps(block.conv_taps, t % length, length);
     for (int c = 0; c < columns; c += kLanes)
-      store(out + t * stride + c, silu<T>(convolve(gated + t * stride, stride, conv, taps, c)));
+      store(convolved + t * stride + c, silu<T>(convolve(activation + t * stride, stride, conv, taps, c)));
   }
 }
 
-// dconvolved[row, group] <- tile, the gradient of out, times the derivative of the SiLU
+// dconv[row, group] <- tile, the gradient of convolved, times the derivative of the SiLU
 template <class T>
 TRMFAST_INLINE void silu_rows_backward(int row, int rows, int panel, const float* tile, int num_taps, int length,
-                                       const ConvWeights<T>& conv, const T* gated, T* dconvolved, long stride) {
+                                       const ConvWeights<T>& conv, const T* activation, T* dconv, long stride) {
   const int first = panel * kPanel, columns = smaller(kPanel, conv.columns - first);
   for_rows(row, rows, tile, [&](int t, const float* in) {
     const TapRange taps(num_taps, t % length, length);
     for (int j = 0; j < columns; j += kLanes) {
-      const vf m = convolve(gated + t * stride, stride, conv, taps, first + j);
-      store(dconvolved + t * stride + first + j, silu_backward<T>(m, load(in + j)));
+      const vf m = convolve(activation + t * stride, stride, conv, taps, first + j);
+      store(dconv + t * stride + first + j, silu_backward<T>(m, load(in + j)));
     }
   });
 }
 
-// grad_gate_up <- gradient of gate and up through the transposed convolution of dconvolved; it may be gate_up itself
+// grad_gate_up <- gradient of gate and up through the transposed convolution of dconv; it may be gate_up itself
 template <class T>
 void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWeights<T>& conv, int rows, int length,
-                        const T* dconvolved, long stride, const T* gate_up, T* grad_gate_up, long gates_stride) {
+                        const T* dconv, long stride, const T* gate_up, T* grad_gate_up, long gates_stride) {
   const int columns = GateLayout{block.inner}.activation_columns(), back = block.conv_taps / 2;
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t) {
@@ -69,7 +68,7 @@ void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWei
     for (int c = 0; c < columns; c += kLanes) {
       vf sum = {};
       for (int k = begin; k < end; ++k)
-        sum = fma(load(conv.kernel + k * conv.columns + c), load(dconvolved + (t + back - k) * stride + c), sum);
+        sum = fma(load(conv.kernel + k * conv.columns + c), load(dconv + (t + back - k) * stride + c), sum);
       const long at = t * gates_stride + c / kHalf * kPanel + c % kHalf;
       const GateGradient d = swiglu_backward<T>(load(gate_up + at), load(gate_up + at + kHalf), sum);
       store(grad_gate_up + at, d.gate);
@@ -78,11 +77,11 @@ void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWei
   }
 }
 
-// kernel[c, k] += sum over tokens of dconvolved[l, c] gated[l + k - taps / 2, c], bias[c] += sum of dconvolved[l, c];
+// kernel[c, k] += sum over tokens of dconv[l, c] activation[l + k - taps / 2, c], bias[c] += sum of dconv[l, c];
 // either may be absent.  In strips of 128 channels, so that each thread owns its sums and reads whole cache lines;
 // 32 positions of a sequence are summed separately first, as in mixer_mlp_t.h.
 template <class T>
-void conv_gradient(const Team& team, const BlockShape& block, const T* dconvolved, const T* gated, long stride,
+void conv_gradient(const Team& team, const BlockShape& block, const T* dconv, const T* activation, long stride,
                    int sequences, int length, const Gradient& kernel, const Gradient& bias) {
   constexpr int kStrip = 128, kChain = 32;
   const int num_taps = block.conv_taps, columns = GateLayout{block.inner}.activation_columns();
@@ -106,9 +105,9 @@ void conv_gradient(const Team& team, const BlockShape& block, const T* dconvolve
       if (position % kChain == 0) __builtin_memset(part, 0, bytes);
       const TapRange taps(num_taps, position, length);
       for (int c = 0; c < n; c += kLanes) {
-        const vf d = load(dconvolved + t * stride + first + c);
+        const vf d = load(dconv + t * stride + first + c);
         for (int k = taps.begin; k < taps.end; ++k)
-          store(part[k] + c, fma(d, load(gated + (t + k + taps.offset) * stride + first + c), load(part[k] + c)));
+          store(part[k] + c, fma(d, load(activation + (t + k + taps.offset) * stride + first + c), load(part[k] + c)));
         store(part[num_taps] + c, load(part[num_taps] + c) + d);
       }
       if (position % kChain != kChain - 1 && position + 1 < length) continue;

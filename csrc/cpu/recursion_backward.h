@@ -223,10 +223,10 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
     by_token(grads.gate_up, strides.gate_up, gates.columns(), act.h1, strides.h, D, into[2],
              [&](int c) { return gates.row(c); });
     if (block.conv_taps && (into[3] || into[4]))
-      conv_gradient(all, block, grads.dconvolved, act.gated, strides.activation, used, job.length, {into[3], fresh},
+      conv_gradient(all, block, grads.dconv, act.activation, strides.activation, used, job.length, {into[3], fresh},
                     {into[4], fresh});
-    by_token(grads.ds2, strides.h, D, act.activation, strides.activation, block.inner, into[block_weights(block) - 1],
-             same);
+    by_token(grads.ds2, strides.h, D, down_input(block, act), strides.activation, block.inner,
+             into[block_weights(block) - 1], same);
   }
 }
 

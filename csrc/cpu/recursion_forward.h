@@ -57,7 +57,7 @@ template <class T> struct ForwardBuffers {
         act.mixed = arena.take<T>(rows * strides.mixed);
       }
     }
-    if (block.conv_taps) act.gated = arena.take<T>(rows * strides.activation);
+    if (block.conv_taps) act.convolved = arena.take<T>(rows * strides.activation);
     u = arena.take<float>(rows * strides.u);
   }
 };

@@ -7,86 +7,50 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// The activations of one layer in `slots` slots.
-template <class T> struct LayerActivations {
-  BlockActivations<T> act = {};
-
-  LayerActivations(Arena& arena, const BlockShape& block, int slots, int length) {
-    const BlockStrides strides(block);
-    const long rows = static_cast<long>(slots) * length;
-    act.h = arena.take<T>(rows * strides.h);
-    act.h1 = arena.take<T>(rows * strides.h);
-    act.rstd2 = arena.take<float>(rows);
-    act.gate_up = arena.take<T>(rows * strides.gate_up);
-    act.activation = arena.take<T>(rows * strides.activation);
-    if (block.conv_taps) act.gated = arena.take<T>(rows * strides.activation);
-    if (block.attention) {
-      act.qkv = arena.take<T>(rows * strides.qkv);
-      act.mixed = arena.take<T>(rows * strides.mixed);
-      act.rstd1 = arena.take<float>(rows);
-    } else {
-      act.mlp_t.gate_up = arena.take<T>(2L * slots * block.seq_inner * strides.h);
-      act.mlp_t.activation = arena.take<T>(static_cast<long>(slots) * block.seq_inner * strides.h);
-      act.mlp_t.rstd = arena.take<float>(slots * strides.u);
-    }
+// The arrays of one layer's activations, each with its elements of one slot.
+template <class T, class Visit>
+void visit_arrays(BlockActivations<T>& act, const BlockShape& block, int length, const Visit& visit) {
+  const BlockStrides strides(block);
+  visit(act.h, length * strides.h);
+  visit(act.h1, length * strides.h);
+  visit(act.rstd2, length);
+  visit(act.gate_up, length * strides.gate_up);
+  visit(act.activation, length * strides.activation);
+  if (block.conv_taps) visit(act.convolved, length * strides.activation);
+  if (block.attention) {
+    visit(act.qkv, length * strides.qkv);
+    visit(act.mixed, length * strides.mixed);
+    visit(act.rstd1, length);
+  } else {
+    visit(act.mlp_t.gate_up, 2 * block.seq_inner * strides.h);
+    visit(act.mlp_t.activation, block.seq_inner * strides.h);
+    visit(act.mlp_t.rstd, strides.u);
   }
+}
 
-  LayerActivations at(const BlockShape& block, int slot, int length) const {
-    const BlockStrides strides(block);
-    const long row = static_cast<long>(slot) * length;
-    LayerActivations moved = *this;
-    moved.act.h += row * strides.h;
-    moved.act.h1 += row * strides.h;
-    moved.act.rstd2 += row;
-    moved.act.gate_up += row * strides.gate_up;
-    moved.act.activation += row * strides.activation;
-    if (block.conv_taps) moved.act.gated += row * strides.activation;
-    if (block.attention) {
-      moved.act.qkv += row * strides.qkv;
-      moved.act.mixed += row * strides.mixed;
-      moved.act.rstd1 += row;
-    } else {
-      moved.act.mlp_t.gate_up += 2L * slot * block.seq_inner * strides.h;
-      moved.act.mlp_t.activation += static_cast<long>(slot) * block.seq_inner * strides.h;
-      moved.act.mlp_t.rstd += slot * strides.u;
-    }
-    return moved;
-  }
-};
+// The same of the gradients that weight gradients read.  Where the activations are this pass's own (in_place),
+// d(q, k, v) and d(gate, up) take their places.
+template <class T, class Visit>
+void visit_arrays(BlockGradients<T>& grads, const BlockShape& block, int length, bool in_place, const Visit& visit) {
+  const BlockStrides strides(block);
+  visit(grads.ds1, length * strides.h);
+  visit(grads.ds2, length * strides.h);
+  if (block.conv_taps) visit(grads.dconv, length * strides.activation);
+  if (in_place) return;
+  visit(grads.gate_up, length * strides.gate_up);
+  if (block.attention)
+    visit(grads.qkv, length * strides.qkv);
+  else
+    visit(grads.sequence_gate_up, 2 * block.seq_inner * strides.h);
+}
 
-// The gradients of one layer that weight gradients read.  Where the activations are this pass's own, d(q, k, v) and
-// d(gate, up) take their places.
-template <class T> struct LayerGradients {
-  BlockGradients<T> grads = {};
+// Takes an array of `slots` slots and points to one of them.
+struct TakeSlots {
+  Arena& arena;
+  int slots, slot;
 
-  LayerGradients(Arena& arena, const BlockShape& block, int slots, int length, bool in_place) {
-    const BlockStrides strides(block);
-    const long rows = static_cast<long>(slots) * length;
-    grads.ds1 = arena.take<T>(rows * strides.h);
-    grads.ds2 = arena.take<T>(rows * strides.h);
-    if (block.conv_taps) grads.dconvolved = arena.take<T>(rows * strides.activation);
-    if (in_place) return;
-    grads.gate_up = arena.take<T>(rows * strides.gate_up);
-    if (block.attention)
-      grads.qkv = arena.take<T>(rows * strides.qkv);
-    else
-      grads.sequence_gate_up = arena.take<T>(2L * slots * block.seq_inner * strides.h);
-  }
-
-  LayerGradients at(const BlockShape& block, int slot, int length) const {
-    const BlockStrides strides(block);
-    const long row = static_cast<long>(slot) * length;
-    LayerGradients moved = *this;
-    moved.grads.ds1 += row * strides.h;
-    moved.grads.ds2 += row * strides.h;
-    if (block.conv_taps) moved.grads.dconvolved += row * strides.activation;
-    if (!grads.gate_up) return moved;
-    moved.grads.gate_up += row * strides.gate_up;
-    if (block.attention)
-      moved.grads.qkv += row * strides.qkv;
-    else
-      moved.grads.sequence_gate_up += 2L * slot * block.seq_inner * strides.h;
-    return moved;
+  template <class T> void operator()(T*& array, long per_slot) const {
+    array = arena.take<T>(slots * per_slot) + slot * per_slot;
   }
 };
 
@@ -110,14 +74,14 @@ public:
   ActivationStore(Arena& arena, const Job& job, int slots)
       : block_(job.nets[0].block), slots_(slots), length_(job.length) {
     Arena one(nullptr);
-    LayerActivations<T>(one, block_, slots, length_);
+    take(one, 0);
     per_layer_ = one.used();
     first_ = arena.take<char>(static_cast<long>(per_layer_) * most_layers(job));
     out_ = arena.take<T>(static_cast<long>(slots) * length_ * BlockStrides(block_).h);
   }
   BlockActivations<T> layer(int index, int slot) const {
     Arena arena(first_ + per_layer_ * static_cast<size_t>(index));
-    return LayerActivations<T>(arena, block_, slots_, length_).at(block_, slot, length_).act;
+    return take(arena, slot);
   }
   T* out(int slot) const { return out_ + static_cast<long>(slot) * length_ * BlockStrides(block_).h; }
   // Where layer `index` of `layers` writes its output.
@@ -132,6 +96,12 @@ public:
   }
 
 private:
+  BlockActivations<T> take(Arena& arena, int slot) const {
+    BlockActivations<T> act = {};
+    visit_arrays(act, block_, length_, TakeSlots{arena, slots_, slot});
+    return act;
+  }
+
   const BlockShape& block_;
   int slots_, length_;
   size_t per_layer_;
@@ -144,15 +114,14 @@ public:
   GradientStore(Arena& arena, const Job& job, int slots, bool in_place)
       : block_(job.nets[0].block), slots_(slots), length_(job.length), in_place_(in_place) {
     Arena one(nullptr);
-    LayerGradients<T>(one, block_, slots, length_, in_place);
+    take(one, 0);
     per_layer_ = one.used();
     first_ = arena.take<char>(static_cast<long>(per_layer_) * most_layers(job));
   }
   // act: the activations of the same slot.
   BlockGradients<T> layer(int index, int slot, const BlockActivations<T>& act) const {
     Arena arena(first_ + per_layer_ * static_cast<size_t>(index));
-    BlockGradients<T> grads =
-        LayerGradients<T>(arena, block_, slots_, length_, in_place_).at(block_, slot, length_).grads;
+    BlockGradients<T> grads = take(arena, slot);
     if (in_place_) {
       grads.qkv = act.qkv;
       grads.gate_up = act.gate_up;
@@ -162,6 +131,12 @@ public:
   }
 
 private:
+  BlockGradients<T> take(Arena& arena, int slot) const {
+    BlockGradients<T> grads = {};
+    visit_arrays(grads, block_, length_, in_place_, TakeSlots{arena, slots_, slot});
+    return grads;
+  }
+
   const BlockShape& block_;
   int slots_, length_;
   bool in_place_;

@@ -30,17 +30,10 @@ inline int64_t exchange_elements(const InstanceSizes& c, const BlockShape& block
 struct Device {
   int shared_bytes;    // most that a block can have: 163 KB on sm_80, 99 KB on sm_86, 89 and 120, 227 KB on 90 and 100
   int multiprocessors; // each runs one block of this kernel at a time
-  // With fewer rows a block waits for weights, not products: a multiprocessor's products per clock against the 64 bytes
-  // per clock of its L2 port.
-  int stream_rows;
-  int cache_blocks; // this many blocks saturate L2: 5120 bytes a clock on sm_80 and 90, elsewhere one port each
+  // Of the model of time, computed by kernels/persistent.py:
+  int stream_rows;  // with fewer rows a block waits for weights, not products
+  int cache_blocks; // this many blocks saturate L2
 };
-
-inline Device make_device(int major, int minor, int shared_bytes, int multiprocessors) {
-  if (major == 8 && minor == 0) return {shared_bytes, multiprocessors, 32, smaller(80, multiprocessors)};
-  if (major == 9) return {shared_bytes, multiprocessors, 40, smaller(80, multiprocessors)};
-  return {shared_bytes, multiprocessors, major == 10 ? 32 : 16, multiprocessors};
-}
 
 struct LaunchShape {
   InstanceSizes sizes;
@@ -68,8 +61,9 @@ inline bool matches(const InstanceSizes& c, const BlockShape& block) {
   return c.width_tiles == layout.width_tiles && c.token_tiles == layout.token_tiles;
 }
 
-// A model of the time of a launch, to choose among instances (kernels/persistent.py has it in seconds): rounds of the
-// resident groups, times a block's time per round, which is that of its products or of the weights.
+// The time of a launch in arbitrary units, to choose among instances: rounds of the resident groups, times a block's
+// time per round, which is that of its products or of the weights.  persistent_time in kernels/persistent.py, in
+// seconds, also counts keys and values, barriers and packing.
 inline int64_t cost(const InstanceSizes& c, int groups, int group_blocks, int batch, const Device& device) {
   const int64_t products = int64_t{16} * c.row_tiles * device.cache_blocks;
   const int64_t weights = int64_t{device.stream_rows} * larger(device.cache_blocks, groups * group_blocks);

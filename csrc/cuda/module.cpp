@@ -96,8 +96,11 @@ PYBIND11_MODULE(_cuda, m) {
       .def_property_readonly("packed_elements", [](const BlockShape& block) { return LayerLayout(block).elements(); });
 
   py::class_<Device>(m, "Device")
-      .def(py::init(&make_device), py::kw_only(), py::arg("major"), py::arg("minor"), py::arg("shared_bytes"),
-           py::arg("multiprocessors"));
+      .def(py::init([](int shared_bytes, int multiprocessors, int stream_rows, int cache_blocks) {
+             return Device{shared_bytes, multiprocessors, stream_rows, cache_blocks};
+           }),
+           py::kw_only(), py::arg("shared_bytes"), py::arg("multiprocessors"), py::arg("stream_rows"),
+           py::arg("cache_blocks"));
   m.def(
       "limits",
       [](int index) {

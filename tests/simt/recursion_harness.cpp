@@ -226,15 +226,15 @@ extern "C" int trmfast_forward(const Request* request, char* report, int capacit
 
 // The plan for a problem on a device as {row tiles, stages, width tiles, token tiles, strip tiles, groups, blocks of a
 // group, bytes of shared memory}.  1: there is none, for the reason given.
-extern "C" int trmfast_plan(const Request* request, int conv_taps, int major, int minor, int shared,
-                            int multiprocessors, int32_t* plan, char* reason, int capacity) {
+extern "C" int trmfast_plan(const Request* request, int conv_taps, int shared, int multiprocessors, int stream_rows,
+                            int cache_blocks, int32_t* plan, char* reason, int capacity) {
 #define LISTED(...) InstanceSizes{__VA_ARGS__},
   const std::vector<InstanceSizes> instances{TRMFAST_INSTANCES(LISTED)};
 #undef LISTED
   BlockShape block = block_of(*request);
   block.conv_taps = conv_taps;
   LaunchShape made{};
-  const Device device = make_device(major, minor, shared, multiprocessors);
+  const Device device{shared, multiprocessors, stream_rows, cache_blocks};
   const std::string refused = choose_launch(instances, block, request->batch, request->length, device, &made);
   const InstanceSizes& c = made.sizes;
   const int32_t words[8] = {c.row_tiles,   c.stages,    c.width_tiles,     c.token_tiles,

@@ -212,6 +212,23 @@ def _limits(index: int) -> Limits:
     return Limits(*_cuda.limits(index))
 
 
+@lru_cache(maxsize=64)
+def _device(limits: Limits) -> Any:
+    """The limits, and the constants of the model of time that chooses among instances."""
+    from trmfast.kernels.architectures import nearest_architecture
+    from trmfast.kernels.configurations import Configuration
+    from trmfast.kernels.persistent import cache_blocks, stream_rows
+
+    assert _cuda is not None
+    gpu = Configuration(nearest_architecture(limits.major, limits.minor), limits.multiprocessors).gpu
+    return _cuda.Device(
+        shared_bytes=limits.shared_bytes,
+        multiprocessors=limits.multiprocessors,
+        stream_rows=stream_rows(gpu),
+        cache_blocks=cache_blocks(gpu),
+    )
+
+
 @lru_cache(maxsize=256)
 def _block(problem: Problem) -> Any:
     assert _cuda is not None
@@ -231,7 +248,7 @@ def _prepare(problem: Problem, batch: int, length: int, limits: Limits) -> Any:
         program=update_rows(problem.program),
         batch=batch,
         length=length,
-        device=_cuda.Device(**limits._asdict()),
+        device=_device(limits),
     )
 
 

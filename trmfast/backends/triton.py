@@ -62,6 +62,8 @@ def _triton_problem() -> str | None:
 @lru_cache(maxsize=64)
 def _architecture(index: int) -> tuple[str | None, str]:
     """The architecture whose tiles a GPU gets, or None; and what the GPU calls itself."""
+    from trmfast.kernels.architectures import nearest_architecture
+
     if torch.version.hip is not None:
         found = str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
         return ("gfx942" if found in ("gfx90a", "gfx940", "gfx941", "gfx942", "gfx950") else None), found
@@ -69,10 +71,7 @@ def _architecture(index: int) -> tuple[str | None, str]:
     name = f"sm_{major}{minor}"
     if major < 8:
         return None, name
-    if name in ("sm_80", "sm_89"):
-        return name, name
-    # Others get the tiles of the nearest relative; those of sm_120 need the least shared memory.
-    return {8: "sm_86", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120"), name
+    return nearest_architecture(major, minor), name
 
 
 class TritonBackend:

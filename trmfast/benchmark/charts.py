@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trmfast.benchmark.recursions import Row
+from trmfast.benchmark.measure import Row
 from trmfast.benchmark.report import Report, title_of
 from trmfast.benchmark.rivals import OURS, TITLES
 from trmfast.benchmark.scaling import Sweep

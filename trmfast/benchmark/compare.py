@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trmfast.benchmark.recursions import Row
+from trmfast.benchmark.measure import Row
 from trmfast.benchmark.rivals import OURS
 
 __all__ = ["LIMIT", "Change", "compare_rows"]

@@ -23,11 +23,12 @@ from trmfast.program import RecursionProgram
 from trmfast.reference import summed_input, wide_dtype
 from trmfast.spec import BlockSpec, NetSpec
 
-__all__ = ["EagerHRM", "EagerInner", "EagerRecursion", "EagerTRM", "Stack", "apply_updates", "with_own_code"]
+__all__ = ["EagerHRM", "EagerInner", "EagerRecursion", "EagerTRM", "Stack", "Stacks", "apply_updates", "with_own_code"]
 
 CosSin = tuple[Tensor, Tensor]
 Apply = Callable[[int, Tensor, "CosSin | None"], Tensor]
 """(index of the network, h [B, L, D], RoPE tables) -> [B, L, D]"""
+Recur = Callable[[RecursionProgram, Sequence[Tensor], "Tensor | None", "CosSin | None"], list[Tensor]]
 
 
 def _rms_norm(h: Tensor, eps: float) -> Tensor:
@@ -151,28 +152,45 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-class _CompiledNets:
-    """Networks as compiled functions of their weights, which are cast once a step; equal specs share one.
+class Stacks:
+    """Networks that run any program over them, eagerly or compiled.
 
-    Eager PyTorch casts at every application; a compiler that sees the whole recursion hoists the cast.
+    Attributes:
+        nets: the networks, in the order of the program's.
+        recur: (program, states, x, RoPE tables) -> final states; states and x: [B, L, D] in the compute dtype.
     """
 
     def __init__(self, specs: Sequence[NetSpec], nets: Sequence[Stack]) -> None:
-        self.nets = nets
-        functions = {spec: torch.compile(self._function(spec), dynamic=False) for spec in dict.fromkeys(specs)}
-        self.functions = [functions[spec] for spec in specs]
+        self.specs, self.nets = list(specs), list(nets)
+        self.recur: Recur = self._eager
 
-    @staticmethod
-    def _function(spec: NetSpec) -> Callable[[dict[str, Tensor], Tensor, CosSin | None], Tensor]:
-        with torch.device("meta"):
-            skeleton = Stack(spec)
+    def compile(self, scope: str) -> None:
+        """Runs the recursion under torch.compile.
 
-        def apply(weights: dict[str, Tensor], h: Tensor, cos_sin: CosSin | None) -> Tensor:
-            return cast(Tensor, torch.func.functional_call(skeleton, weights, (h, cos_sin)))
+        Args:
+            scope: ``"recursion"``, all updates as one graph, minutes of compilation; or ``"network"``, one network as a
+                function of its weights, which all updates share.  It casts the weights to the compute dtype once a step
+                instead of at every application, as the compiler does for the whole recursion.
 
-        return with_own_code(apply)
+        Raises:
+            ValueError: another scope.
+        """
+        if scope == "recursion":
+            self.recur = torch.compile(self._eager, dynamic=False)
+        elif scope == "network":
+            functions = {spec: torch.compile(_function(spec), dynamic=False) for spec in dict.fromkeys(self.specs)}
+            self.functions = [functions[spec] for spec in self.specs]
+            self.recur = self._by_network
+        else:
+            raise ValueError(f"scope: got {scope!r}, accepted are 'network' and 'recursion'")
 
-    def recur(
+    def _eager(
+        self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None
+    ) -> list[Tensor]:
+        nets = self.nets
+        return apply_updates(program, lambda index, h, tables: nets[index](h, tables), states, x, cos_sin)
+
+    def _by_network(
         self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None
     ) -> list[Tensor]:
         dtype = states[0].dtype
@@ -186,9 +204,15 @@ class _CompiledNets:
         return apply_updates(program, net, states, x, cos_sin)
 
 
-def _check_scope(scope: str) -> None:
-    if scope not in ("network", "recursion"):
-        raise ValueError(f"scope: got {scope!r}, accepted are 'network' and 'recursion'")
+def _function(spec: NetSpec) -> Callable[[dict[str, Tensor], Tensor, CosSin | None], Tensor]:
+    """A network as a function of its weights."""
+    with torch.device("meta"):
+        skeleton = Stack(spec)
+
+    def apply(weights: dict[str, Tensor], h: Tensor, cos_sin: CosSin | None) -> Tensor:
+        return cast(Tensor, torch.func.functional_call(skeleton, weights, (h, cos_sin)))
+
+    return with_own_code(apply)
 
 
 class EagerRecursion(nn.Module):
@@ -204,37 +228,19 @@ class EagerRecursion(nn.Module):
         super().__init__()
         self.problem = problem
         self.cos_sin = cos_sin
-        for name, spec in zip(problem.program.nets, problem.nets, strict=True):
-            self.add_module(name, Stack(spec))
+        nets = [Stack(spec) for spec in problem.nets]
+        for name, net in zip(problem.program.nets, nets, strict=True):
+            self.add_module(name, net)
+        self.stacks = Stacks(problem.nets, nets)
         with torch.no_grad():
             for (_, parameter), weight in zip(self.named_parameters(), weights, strict=True):
                 parameter.copy_(weight)
-        self._recur: Callable[..., list[Tensor]] = self._recur_eagerly
-
-    @property
-    def nets(self) -> list[Stack]:
-        """The networks, in the order of the program's."""
-        return [cast(Stack, getattr(self, name)) for name in self.problem.program.nets]
-
-    def compile_recursion(self, scope: str) -> None:
-        """As :meth:`EagerInner.compile`."""
-        _check_scope(scope)
-        if scope == "recursion":
-            self._recur = torch.compile(self._recur_eagerly, dynamic=False)
-        else:
-            self._recur = _CompiledNets(self.problem.nets, self.nets).recur
-
-    def _recur_eagerly(
-        self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None
-    ) -> list[Tensor]:
-        nets = self.nets
-        return apply_updates(program, lambda index, h, tables: nets[index](h, tables), states, x, cos_sin)
 
     def forward(
         self, states: Sequence[Tensor], x: Tensor | None, program: RecursionProgram | None = None
     ) -> list[Tensor]:
         """The final states; states and x: [B, L, D].  ``program``: another one over the same networks."""
-        return self._recur(program or self.problem.program, states, x, self.cos_sin)
+        return self.stacks.recur(program or self.problem.program, states, x, self.cos_sin)
 
 
 class EagerInner(Inner):
@@ -242,40 +248,15 @@ class EagerInner(Inner):
 
     def __init__(self, config: ModelConfig, family: Family) -> None:
         super().__init__(config, family)
-        self._specs = [config.net_spec(getattr(config, depth)) for _, depth in family.nets]
-        for (name, _), spec in zip(family.nets, self._specs, strict=True):
-            setattr(self, name, Stack(spec))
-        self._recur: Callable[..., list[Tensor]] = self._recur_eagerly
-
-    def compile(self, scope: str) -> None:
-        """Runs the recursion under torch.compile.
-
-        Args:
-            scope: ``"recursion"``, all updates as one graph, minutes of compilation; or ``"network"``, one network as a
-                function of its weights, which all updates share.  It casts the weights to the compute dtype once a step
-                instead of at every application, as the compiler does for the whole recursion.
-
-        Raises:
-            ValueError: another scope.
-        """
-        _check_scope(scope)
-        if scope == "recursion":
-            self._recur = torch.compile(self._recur_eagerly, dynamic=False)
-        else:
-            self._recur = _CompiledNets(self._specs, self._nets()).recur
+        specs = [config.net_spec(getattr(config, depth)) for _, depth in family.nets]
+        nets = [Stack(spec) for spec in specs]
+        for name, net in zip(self.net_names, nets, strict=True):
+            setattr(self, name, net)
+        self.stacks = Stacks(specs, nets)
 
     def recur(self, states: Sequence[Tensor], x: Tensor) -> list[Tensor]:
         """The recursion, compiled if asked for; states and x: [B, L, D] in the forward dtype."""
-        return self._recur(self.program, states, x, self.rotary_emb() if self.config.uses_rope else None)
-
-    def _nets(self) -> list[Stack]:
-        return [cast(Stack, getattr(self, name)) for name, _ in self.family.nets]
-
-    def _recur_eagerly(
-        self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None
-    ) -> list[Tensor]:
-        nets = self._nets()
-        return apply_updates(program, lambda index, h, tables: nets[index](h, tables), states, x, cos_sin)
+        return self.stacks.recur(self.program, states, x, self.rotary_emb() if self.config.uses_rope else None)
 
     def forward(self, carry: Any, batch: dict[str, Tensor]) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
         """As :meth:`Inner.forward`."""

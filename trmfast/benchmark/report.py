@@ -12,7 +12,7 @@ from typing import Any
 
 from trmfast.benchmark.compare import Change
 from trmfast.benchmark.configs import CONFIGS
-from trmfast.benchmark.recursions import Row
+from trmfast.benchmark.measure import Row
 from trmfast.benchmark.rivals import OURS, TITLES
 from trmfast.benchmark.scaling import Fit, Sweep
 from trmfast.benchmark.suites import title

@@ -11,7 +11,7 @@ import logging
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from trmfast.cases import Inputs
 from trmfast.ops import recursion
 from trmfast.program import RecursionProgram
 
-__all__ = ["OURS", "RIVALS", "TITLES", "Runner", "Trained", "missing"]
+__all__ = ["OURS", "RIVALS", "TITLES", "Runner", "Trained", "descend", "missing"]
 
 # Above this many blocks OpenVINO would take minutes over the whole recursion; it then gets one network.
 MOST_BLOCKS = 64
@@ -118,11 +118,15 @@ class Trained(Runner):
         return saved_bytes(self.outputs, self.weights)
 
     def change_weights(self) -> None:
-        """A tiny step of gradient descent."""
-        with torch.no_grad():
-            for weight in self.weights:
-                if weight.grad is not None:
-                    weight.add_(weight.grad, alpha=-1e-9)
+        descend(self.weights, 1e-9)
+
+
+def descend(weights: Iterable[Tensor], rate: float) -> None:
+    """A tiny step of gradient descent, so that no training step sees the weights of the one before."""
+    with torch.no_grad():
+        for weight in weights:
+            if weight.grad is not None:
+                weight.add_(weight.grad, alpha=-rate)
 
 
 class Fused(Trained):
@@ -156,7 +160,7 @@ class Compiled(Eager):
 
     def __init__(self, inputs: Inputs, threads: int) -> None:
         super().__init__(inputs, threads)
-        self.model.compile_recursion("network")
+        self.model.stacks.compile("network")
         self.note = "network by network"
 
 
@@ -172,7 +176,7 @@ class _ByNetwork(Runner):
         self.states = [state.to(dtype) for state in inputs.states]
         self.x = None if inputs.x is None else inputs.x.to(dtype)
         model = EagerRecursion(inputs.problem, inputs.weights, _tables(inputs)).eval().requires_grad_(False)
-        self.nets = [_Network(net, model.cos_sin) for net in model.nets]
+        self.nets = [_Network(net, model.cos_sin) for net in model.stacks.nets]
         self.functions: list[Callable[[Tensor], Tensor]] = []
 
     def forward(self, program: RecursionProgram | None = None) -> Sequence[Tensor]:

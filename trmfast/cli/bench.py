@@ -6,26 +6,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from trmfast.benchmark.compare import Change
 from trmfast.benchmark.configs import CONFIGS
-from trmfast.benchmark.models import Settings, prepare_model
-from trmfast.benchmark.recursions import Row, measure_works
+from trmfast.benchmark.measure import Row
 from trmfast.benchmark.report import Report, cells, columns, fit_table, group_title, load, markdown, title_of
 from trmfast.benchmark.rivals import TITLES
 from trmfast.benchmark.suites import SUITES
-from trmfast.benchmark.turns import FEWEST_ROUNDS, VISIT_SECONDS, fastest_dtype
-from trmfast.cli.bench_compare import Again, compare_runs
-from trmfast.cli.bench_suite import measure_again, measure_suite
-from trmfast.cli.console import Progress, UsageError, print_json, print_table, progress
-from trmfast.cli.machine import commit, cores_of_process, describe_machine, machine, versions
+from trmfast.cli.bench_compare import compare_runs
+from trmfast.cli.bench_models import measure_models
+from trmfast.cli.bench_suite import measure_suite
+from trmfast.cli.console import UsageError, print_json, print_table
+from trmfast.cli.machine import cores_of_process
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -59,10 +53,6 @@ columns of suites besides:
   kept MB        as kept B/token, of the whole step
   peak MB        by how much resident memory rises during a step
 """
-
-# The share of time that compilation may take; configurations after that run without it.
-COMPILE_SHARE = 0.7
-TINY = {"hidden_size": 64, "num_heads": 2, "puzzle_emb_ndim": 64, "H_cycles": 2, "L_cycles": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the benchmark; 1 if trmfast is outside the tolerance policy or, with --compare, has become slower."""
-    start = time.monotonic()
     _check_options(arguments)
     try:
         earlier = [load(path) for path in arguments.compare or ()]
@@ -113,12 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--compare: {error}") from error
     if len(earlier) == 2:
         return int(compare_runs(earlier[0], earlier[1]))
-    again: Again
-    if arguments.suite is not None:
-        suite = SUITES[arguments.suite].tiny() if arguments.tiny else SUITES[arguments.suite]
-        report, again = measure_suite(suite, arguments), partial(measure_again, suite)
-    else:
-        report, again = _measure_models(arguments, start)
+    report, again = measure_models(arguments) if arguments.suite is None else measure_suite(arguments)
     written = _write(arguments.output, report)
     if arguments.json:
         print_json(report.record())
@@ -127,15 +111,13 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(report, written)
     for row in report.failures:
-        # One verdict is that of both steps of a model.
-        if report.suite is not None or row.step == "training":
-            print(f"trmfast bench: {title_of(row.case)}, {_what(report, row)}: {row.verdict}", file=sys.stderr)
+        print(f"trmfast bench: {title_of(row.case)}, {_what(report, row)}: {row.verdict}", file=sys.stderr)
     regressed = any(compare_runs(old, report, again) for old in earlier)
     return 1 if report.failures or regressed else 0
 
 
 def _what(report: Report, row: Row) -> str:
-    return row.step if report.suite is not None else TITLES[row.implementation]
+    return row.step if report.suite is not None else f"{row.step}, {TITLES[row.implementation]}"
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -168,67 +150,6 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"--output: got {str(arguments.output)!r}, not a folder one can write to: {error.strerror}"
         ) from error
-
-
-def _measure_models(arguments: argparse.Namespace, start: float) -> tuple[Report, Again]:
-    """Runs the configurations; and how to measure some of them once more."""
-    names = arguments.config or list(CONFIGS)
-    scope = None if arguments.no_compile or arguments.quick else arguments.compile
-    peak_dtype, peak_source = fastest_dtype()
-    facts: dict[str, Any] = {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "settings": {
-            "threads": torch.get_num_threads(),
-            "compile": scope,
-            "quick": arguments.quick,
-            "tiny": arguments.tiny,
-            "no_recompute": arguments.no_recompute,
-            "dtype": "bfloat16",
-        },
-        "peak_source": peak_source,
-    }
-
-    def measure(name: str, compiled: str | None, seconds: float, bar: Progress) -> tuple[list[Row], list[str]]:
-        settings = Settings(
-            compile_scope=compiled,
-            overrides=TINY if arguments.tiny else {},
-            peak_dtype=peak_dtype,
-            batch=arguments.batch,
-            check=(1, 2) if arguments.quick else None,
-            keep=arguments.no_recompute,
-        )
-        try:
-            prepared = prepare_model(CONFIGS[name], settings, bar.step)
-        except ModuleNotFoundError as error:
-            raise UsageError(str(error)) from error
-        fewest, visit = (2, 0.3) if arguments.quick else (FEWEST_ROUNDS, VISIT_SECONDS)
-        rows = measure_works([prepared], seconds, bar.step, fewest=fewest, visit_seconds=visit)
-        return rows, prepared.remarks
-
-    rows: list[Row] = []
-    remarks: list[str] = []
-    with progress(5 * len(names)) as bar:
-        for i, name in enumerate(names):
-            spent = time.monotonic() - start
-            late = scope is not None and spent > COMPILE_SHARE * arguments.seconds
-            if late:
-                remarks.append(f"{CONFIGS[name].title}: no torch.compile, {spent:.0f} s had passed (--seconds)")
-            # The rounds take half of an equal share; models, compilation and accuracy take the rest.
-            seconds = 2.0 if arguments.quick else max(2.0, (arguments.seconds - spent) / (len(names) - i) / 2)
-            found, said = measure(name, None if late else scope, seconds, bar)
-            rows += found
-            remarks += said
-            torch.compiler.reset()
-
-    def again(suspects: Sequence[Change]) -> list[Row]:
-        silent = Progress(None, 0)
-        cases = dict.fromkeys(change.key[0] for change in suspects)
-        return [row for name in cases for row in measure(name, None, 20 * FEWEST_ROUNDS, silent)[0]]
-
-    description, seconds = describe_machine(facts["machine"]), time.monotonic() - start
-    return Report(description, facts, {}, tuple(rows), (), tuple(remarks), seconds), again
 
 
 def _write(folder: Path, report: Report) -> str:

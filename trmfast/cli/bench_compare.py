@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from trmfast.benchmark.compare import Change, compare_rows
-from trmfast.benchmark.recursions import Row
+from trmfast.benchmark.measure import Row
 from trmfast.benchmark.report import CHANGE_COLUMNS, Report, change_cells
 from trmfast.cli.console import UsageError, print_table
 

@@ -7,20 +7,22 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 
 from trmfast.benchmark.compare import Change
-from trmfast.benchmark.recursions import Row, measure_work, measure_works, prepare_work
+from trmfast.benchmark.measure import Row, measure_works
+from trmfast.benchmark.recursions import measure_work, prepare_work
 from trmfast.benchmark.report import Report
 from trmfast.benchmark.scaling import Sweep, measure_sweeps
-from trmfast.benchmark.suites import Suite, Work
+from trmfast.benchmark.suites import SUITES, Suite, Work
 from trmfast.benchmark.turns import FEWEST_ROUNDS, read_bandwidth
+from trmfast.cli.bench_compare import Again
 from trmfast.cli.console import Progress, progress
-from trmfast.cli.machine import commit, describe_machine, machine, versions
+from trmfast.cli.machine import describe_machine, facts
 
-__all__ = ["measure_again", "measure_suite"]
+__all__ = ["measure_suite"]
 
 SCALING_SECONDS = 110
 # Problems that are built at the same time, to be timed in turns; what remains of their time after the rounds goes to
@@ -34,16 +36,12 @@ NOT_MEASURED = (
 )
 
 
-def measure_suite(suite: Suite, arguments: argparse.Namespace) -> Report:
-    """Runs a suite."""
+def measure_suite(arguments: argparse.Namespace) -> tuple[Report, Again]:
+    """Runs a suite; and how to measure some of its problems once more."""
     start = time.monotonic()
-    facts: dict[str, Any] = {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "settings": {"suite": arguments.suite, "threads": torch.get_num_threads(), "tiny": arguments.tiny},
-    }
-    cache = max([cache["size"] for cache in facts["machine"]["caches"]] or [32 << 20])
+    suite = SUITES[arguments.suite].tiny() if arguments.tiny else SUITES[arguments.suite]
+    known = facts({"suite": arguments.suite, "threads": torch.get_num_threads(), "tiny": arguments.tiny})
+    cache = max([cache["size"] for cache in known["machine"]["caches"]] or [32 << 20])
     bandwidth = {"memory": read_bandwidth(1 << 29), "cache": read_bandwidth(cache // 4)}
     reserved = SCALING_SECONDS if suite.scaling and suite.works else 0
     rows: list[Row] = []
@@ -66,22 +64,16 @@ def measure_suite(suite: Suite, arguments: argparse.Namespace) -> Report:
             gc.collect()
         if suite.scaling:
             sweeps = measure_sweeps(bar.step, arguments.tiny)
-    return Report(
-        describe_machine(facts["machine"]),
-        facts,
-        bandwidth,
-        tuple(rows),
-        tuple(sweeps),
-        (*remarks, *NOT_MEASURED),
-        time.monotonic() - start,
-    )
+    description, seconds = describe_machine(known["machine"]), time.monotonic() - start
+    report = Report(description, known, bandwidth, tuple(rows), tuple(sweeps), (*remarks, *NOT_MEASURED), seconds)
+    return report, partial(_measure_again, suite)
 
 
 def _steps(works: Sequence[Work]) -> int:
     return sum(len(work.steps) for work in works)
 
 
-def measure_again(suite: Suite, suspects: Sequence[Change]) -> list[Row]:
+def _measure_again(suite: Suite, suspects: Sequence[Change]) -> list[Row]:
     """The suspects' rows, measured again against eager PyTorch and the peak."""
     steps: dict[Work, list[str]] = {}
     for change in suspects:

@@ -16,7 +16,7 @@ import trmfast
 from trmfast.backends.cpu import thread_source
 from trmfast.build_info import build_info
 
-__all__ = ["commit", "cores_of_process", "describe_machine", "machine", "versions"]
+__all__ = ["commit", "cores_of_process", "describe_machine", "facts", "machine", "versions"]
 
 # What the engine's targets ask for, and what tells processors apart.
 INSTRUCTION_SETS = (
@@ -89,6 +89,15 @@ def versions() -> dict[str, str | None]:
     info = build_info()
     found["compiler"] = None if info.error else info.compiler
     return found
+
+
+def facts(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the record of a benchmark says of its circumstances.
+
+    Args:
+        settings: of the command.
+    """
+    return {"machine": machine(), "versions": versions(), "commit": commit(), "settings": settings}
 
 
 def commit() -> str | None:
