@@ -310,7 +310,7 @@ class BlockBackward:
     ) -> Buffer:
         """The gradient of a layer's input plus the residual's, through the norm that made the input.
 
-        One kernel, whose programs hold whole rows and so have narrow tiles, or two.
+        Either one kernel, whose programs hold whole rows and therefore have narrow tiles, or two.
         """
         writer = self.writer
         out, between = writer.state("grad_sum"), writer.state("grad_norm_output")

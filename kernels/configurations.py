@@ -65,7 +65,7 @@ class Configuration:
 
     @cached_property
     def gpu(self) -> Gpu:
-        """The GPU by its numbers; those of an unknown product are the typical one's, in proportion."""
+        """The GPU by its numbers: those of the typical product, scaled to its number of multiprocessors."""
         typical = GPUS[TYPICAL[self.architecture]]
         units = self.multiprocessors or typical.multiprocessors
         share = units / typical.multiprocessors
@@ -194,7 +194,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         _AMD: (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
         "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
     },
-    # Of two terms and more: the sum is recomputed for each column tile, and every term has a place in shared memory.
+    # Two terms or more: the sum is recomputed for each column tile, and every term takes shared memory.
     "qkv_sum": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
         _HOPPER: (

@@ -1,4 +1,4 @@
-"""The matrix product and the rounding of every kernel, and the one place that knows of Triton's interpreter.
+"""The matrix product and the rounding of every kernel, and the only place that handles Triton's interpreter.
 
 The interpreter keeps bfloat16 as raw 16-bit integers.  Its ``tl.dot`` multiplies those integers, and its conversion
 from float32 truncates instead of rounding: both silently wrong.  So operands are widened there, and

@@ -17,8 +17,8 @@ from fuzz.draw import draw_trial, generator
 from fuzz.files import examine_file
 from fuzz.judge import examine
 from fuzz.pool import run_jobs
-from fuzz.setting import Setting
 from fuzz.trial import Trial
+from fuzz.variant import Variant
 from fuzz.worker import Counts, Failure, Job, work
 from trmfast.backends import BACKENDS
 from trmfast.backends import cpu as engine
@@ -180,7 +180,7 @@ def test_a_failure_is_minimised_and_printed_as_a_test(monkeypatch: pytest.Monkey
         start = next(i for i in range(100) if draw_trial(generator(3, "problem", i)).length % 4 == 1)
         failures, _ = _found(_job(start=start, most=1, minimise_seconds=600.0))
         test = next(failure.test for failure in failures if failure.test)
-        names: dict[str, Any] = {"Trial": Trial, "Setting": Setting, "examine": examine}
+        names: dict[str, Any] = {"Trial": Trial, "Variant": Variant, "examine": examine}
         exec(test, names)
         case = next(value for key, value in names.items() if key.startswith("test_"))
         with pytest.raises(AssertionError):

@@ -18,7 +18,7 @@ LAYERS = (
     ("reference", "recompute", "flops", "watch"),
     ("backends",),
     ("ops", "transforms"),
-    ("nn", "foreign"),
+    ("layers", "nn", "foreign"),
     ("cases", "testing", "models", "layouts", "checkpoint", "puzzles"),
     ("dropin",),
     ("solving",),

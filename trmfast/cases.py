@@ -224,6 +224,6 @@ def make_inputs(
 
 def rope_tables(length: int, head_dim: int, base: float = 1e4) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables [length, head_dim] in float32, as :class:`trmfast.nn.RotaryEmbedding` holds them."""
-    from trmfast.nn import RotaryEmbedding
+    from trmfast.layers import RotaryEmbedding
 
     return RotaryEmbedding(head_dim, length, base)()

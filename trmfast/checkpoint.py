@@ -30,7 +30,7 @@ from trmfast.models.losses import LOSSES
 
 __all__ = ["Loaded", "load", "read", "save"]
 
-# What only training reads (and the rows of a puzzle embedding that is not there), where nothing else is said.
+# Defaults for keys that only training reads, and for the rows of an absent puzzle embedding.
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "halt_exploration_prob": 0.1, "num_puzzle_identifiers": 1}
 
 STORED = (torch.float32, torch.bfloat16)
@@ -53,8 +53,8 @@ def load(
             published training scripts (upstream saves averaged weights where it keeps an average), its tensors as
             safetensors, or a Lightning checkpoint of nano-trm, of which the averaged weights are taken if it has them.
             Prefixes such as ``_orig_mod.model.inner.`` do not matter.
-        config: configuration keys that the tensors do not tell, such as ``H_cycles`` and ``num_heads``: a dict, or a
-            YAML or JSON file.  By default ``all_config.yaml`` beside the checkpoint, if upstream left one there.
+        config: configuration keys that do not follow from the tensors, such as ``H_cycles`` and ``num_heads``: a dict, or
+            a YAML or JSON file.  By default ``all_config.yaml`` beside the checkpoint, if upstream left one there.
         strict: whether missing and unexpected tensors are an error; otherwise they are named in a warning, and what is
             missing is as the constructor draws it.
         device: where the model goes, by default the CPU.
@@ -177,7 +177,7 @@ def _plain_tensors(model: ACTModel) -> dict[str, Tensor]:
 def _replacing(path: Path) -> Iterator[Path]:
     """A file to write, which then takes the place of ``path``, or of what a link there names; else nothing is left.
 
-    The signal SIGTERM, where nobody handles it, waits until the file is complete or removed.
+    An unhandled SIGTERM waits until the file is complete or removed.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -207,7 +207,7 @@ class Loaded:
         model: the model.
         form: what kind of file it was, for people.
         layout: which model it is.
-        told: configuration keys that the tensors told.
+        told: the configuration keys that follow from the tensors.
         missing, unexpected: names of tensors, within the model.
     """
 
@@ -220,7 +220,7 @@ class Loaded:
 
 
 def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: bool = True, **options: Any) -> Loaded:
-    """As :func:`load`, with what was found on the way."""
+    """As :func:`load`, with what was found in the file."""
     content = _read_file(model_file(path))
     tensors = inner_names(content.tensors)
     layout = find_layout(tensors)
@@ -257,7 +257,7 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the model itself gives them
             wanted = layout.model(values).inner.state_dict()
-        # A size that the tensors don't bear out ends here, before anything of that size is allocated.
+        # Refuse sizes that contradict the tensors before anything of that size is allocated.
         missing, unexpected = _compare(wanted, tensors, strict)
         model: ACTModel = layout.model(values)
     present = {name: tensors[name] for name in wanted if name in tensors}
@@ -357,7 +357,7 @@ def _read_safetensors(path: Path) -> _Content:
 def _read_torch(path: Path) -> _Content:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # there is hardly a kind that no damaged file makes torch.load raise
+    except Exception as error:  # a damaged file can make torch.load raise almost anything
         raise ValueError(
             f"path: got {path}, accepted are safetensors files and PyTorch checkpoints of tensors and plain data"
         ) from error
@@ -419,5 +419,5 @@ def _read_config(config: Config | None) -> dict[str, Any]:
         values = {**values["arch"], **({} if batch is None else {"batch_size": batch})}
     if not isinstance(values, Mapping):
         raise ValueError(f"config: got {type(values).__name__}, accepted are dicts and YAML or JSON files of one")
-    # Interpolations (${.hidden_size}) are for what reads the training script's own files.
+    # Skip interpolations such as ${.hidden_size}: only the training script resolves them.
     return {str(k): v for k, v in values.items() if not (isinstance(v, str) and "${" in v) and v is not None}

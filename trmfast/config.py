@@ -24,7 +24,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 MAY_BE_ZERO = ("puzzle_emb_ndim", "puzzle_emb_len", "H_layers")
 LARGEST = 2**31 - 1  # of integers that are not in MOST
 MOST = {
-    # No tensor of a file bears these out, so they decide alone how much a model allocates.
+    # No tensor of a file confirms these, so they alone decide how much a model allocates.
     "batch_size": 2**16,
     "seq_len": 2**17,
     "puzzle_emb_len": 2**17,

@@ -1,9 +1,9 @@
 """Models with networks of any kind: their own recursion runs, and backward recomputes what it needs.
 
-Known by structure are ``TinyRecursiveModel`` of the package tiny-recursive-model (also the variant with losses on every
-cycle) and ``HRM`` of hrm-pytorch (also with adaptive computation).  The model's own code runs its updates, decides
-through which of them gradients flow, and gives the same outputs; a call of a network inside the gradient window keeps
-its input alone.  For any other model, call :func:`recompute` on its networks.
+Two models are recognised by their structure: ``TinyRecursiveModel`` of the package tiny-recursive-model (also the
+variant with losses on every cycle) and ``HRM`` of hrm-pytorch (also with adaptive computation).  The model's own code
+runs its updates and decides where gradients flow; its outputs stay the same.  A call of a network inside the gradient
+window keeps only its input.  For any other model, call :func:`recompute` on its networks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def recompute(module: nn.Module) -> nn.Module:
 
 
 def undo(model: nn.Module) -> int:
-    """Gives every module in a model its own forward back; returns how many were changed."""
+    """Restores the forward of every module in a model; returns how many were restored."""
     count = 0
     for module in model.modules():
         swapped = module.__dict__.get("forward")

@@ -118,7 +118,7 @@ LAYOUTS = (
 
 
 def inner_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by their names inside the inner model, without what wrappers put before them.
+    """The tensors by their names inside the inner model, without the prefixes of wrappers.
 
     Raises:
         ValueError: two tensors of one name.
@@ -214,7 +214,7 @@ def _split(layout: Layout, length: int, found: Mapping[str, Any], given: Mapping
 
 
 def _expansion(widths: Mapping[int, int]) -> float | None:
-    """An expansion that gives every width its inner width, the published 4 where it does; None if there is none."""
+    """An expansion that explains every inner width, 4 (as published) if it does; None if none does."""
     largest = min(1.5 * inner / width for width, inner in widths.items())
     for value in (4.0, 2.0, 1.0, 3.0, 8.0, largest):
         if all(swiglu_width(width, value) == inner for width, inner in widths.items()):

@@ -86,7 +86,7 @@ def recursion(
             raise TypeError(f"{name}: got {type(table).__name__}, accepted are Tensor and None")
     if states:
         device = states[0].device.type
-        # Of a device type without autocast, such as meta, the second question is an error; the first one takes 0.9 us.
+        # For a device type without autocast, such as meta, the second query is an error; the first takes 0.9 us.
         if (device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             states = [_autocast(state, dtype) for state in states]
@@ -327,7 +327,7 @@ def _below_autograd(keys: Any, *arguments: Any) -> Any:
 
 
 def _batched_backward(info: Any, in_dims: tuple[Any, ...], grad_states: list[Tensor], *rest: Any) -> tuple[Any, Any]:
-    """Many gradients of one call, under torch.func.vmap: one after the other."""
+    """Several gradients of one call, under torch.func.vmap: computed one after the other."""
     batched, *others = in_dims
     if any(dim is not None for dim in tree_leaves(others)):
         raise RuntimeError("trmfast::recursion_backward: got a batch of calls, accepted are gradients of one call")

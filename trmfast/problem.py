@@ -31,7 +31,7 @@ class Problem:
 
     program: RecursionProgram
     nets: tuple[NetSpec, ...]
-    # Everything below is derived; operators look at it on every call.
+    # Everything below is derived; operators read it on every call.
     hidden_size: int = field(init=False, repr=False, compare=False)
     num_grad_updates: int = field(init=False, repr=False, compare=False)
     uses_x: bool = field(init=False, repr=False, compare=False)

@@ -71,7 +71,7 @@ class _Call:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a module must not be called twice, or None; one that counts its calls would count wrong."""
+    """Why a module must not be called twice, or None; one that counts its calls would be wrong."""
     for name, inner in module.named_modules():
         where = f" at {name}" if name else ""
         if isinstance(inner, _NormBase) and inner.running_mean is not None:

@@ -8,10 +8,10 @@ A fused tensor passes if ``max|fused - truth| <= 2 * max|eager - truth| + roundi
 best possible result loses by being stored in its dtype, ``max|truth.to(dtype) - truth|``: at most half a unit in the
 last place of the largest element.  This is the rule of flash-attention's tests with a smaller rounding term.
 
-A small case is drawn several times, and the means over the draws are compared: of one draw, the largest error is a
-matter of luck on both sides.  (Measured in float32 over 1,520 tensors, five draws each, with a backend whose errors are
-eager's in the median: single draws are outside in 1 of 90 cases, the largest of five in 1 of 76, the mean of five in
-none.)  A result that is ten times as far off as eager in one of five draws is not averaged away.
+A small case is drawn several times, and the means over the draws are compared: the largest error of a single draw is
+a matter of luck on both sides.  (Measured in float32 over 1,520 tensors, five draws each, with a backend whose errors
+are eager's in the median: single draws are outside in 1 of 90 cases, the largest of five in 1 of 76, the mean of five
+in none.)  A result that is ten times as far off as eager in one of five draws is not averaged away.
 
 The rule proves nothing where eager itself is far off, so such a comparison is refused: eager's error must be below 0.1
 for states, which the last norm keeps of order 1, and below a tenth of the largest element for gradients, whose scale is
@@ -67,7 +67,7 @@ class MeaninglessComparisonError(Exception):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor against the truth; errors are the largest absolute difference.
+    """One tensor against the truth; errors are largest absolute differences.
 
     Attributes:
         name: which tensor, for example ``z_H`` or ``grad f.layers.0.mlp.down_proj.weight``.
@@ -191,7 +191,7 @@ def default_weight_scale(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Draw:
-    """The inputs of one draw of a case, and what eager PyTorch and the truth make of them."""
+    """The inputs of one draw of a case, with the results of eager PyTorch and the truth."""
 
     inputs: Inputs
     eager: Result

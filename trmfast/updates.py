@@ -33,7 +33,7 @@ class Update:
 
 
 Cycle = tuple[tuple[Update, int], ...]
-"""The updates of one cycle, each with how often it follows itself."""
+"""The updates of one cycle, each with its number of repetitions."""
 
 
 class Updates(Sequence[Update]):
@@ -44,7 +44,7 @@ class Updates(Sequence[Update]):
     hashing look at what is kept and not at every update.
 
     Attributes:
-        cycles: the distinct consecutive cycles, each with how often it follows itself.
+        cycles: the distinct consecutive cycles, each with its number of repetitions.
     """
 
     __slots__ = ("_ends", "cycles")
@@ -66,11 +66,11 @@ class Updates(Sequence[Update]):
         return Updates((tuple((u, 1) for u in updates[i : i + per_cycle]), 1) for i in starts)
 
     def are_cycles_of(self, length: int) -> bool:
-        """Whether every cycle has so many updates."""
+        """Whether every cycle has this many updates."""
         return all(sum(n for _, n in runs) == length for runs, _ in self.cycles)
 
     def changed(self, change: Callable[[Update], Update]) -> Updates:
-        """These updates, each changed alike."""
+        """These updates, each changed in the same way."""
         return Updates((tuple((change(u), n) for u, n in runs), count) for runs, count in self.cycles)
 
     def cut(self, cycles: int) -> tuple[Updates, Updates]:

@@ -134,8 +134,8 @@ def inside(
 ) -> tuple[Tensor, ...]:
     """``run(*tensors)`` inside one call of every module, each inside the one before.
 
-    So the hooks of ``fully_shard`` gather the parameters of all modules before they are read, and see the outputs, on
-    which they hang the gathering for backward.
+    So the hooks of ``fully_shard`` gather the parameters of all modules before they are read, and see the outputs, to
+    which they attach the gathering for backward.
     """
     if not modules:
         return run(*tensors)

@@ -1,13 +1,13 @@
 """A differential fuzzer of the CPU engine and of checkpoints: ``python -m tests.fuzz --seconds 60 --seed 1``.
 
-Random recursions, tensors and settings (instruction set, threads, recompute) run on the engine and are judged by the
-tolerance policy against float64, and by invariants of bits (checks.py).  Damaged checkpoints are loaded and converted
-(files.py).  A failure is minimised and printed as a test case, which needs
+Random recursions run on random tensors, in variants of a run (instruction set, threads, recompute), and are judged by
+the tolerance policy against float64, and by invariants of bits (checks.py).  Damaged checkpoints are loaded and
+converted (files.py).  A failure is minimised and printed as a test case, which needs
 
     from fuzz.damage import FileTrial
     from fuzz.files import examine_file
     from fuzz.judge import examine
-    from fuzz.setting import Setting
+    from fuzz.variant import Variant
     from fuzz.trial import Trial
 
 and the fuzzer goes on.  Problem i of a seed is the same on every machine: ``--seed 1 --number i`` runs it alone.

@@ -20,8 +20,8 @@ from trmfast import recursion
 from trmfast.cases import Inputs
 from trmfast.testing import Comparison, MeaninglessComparisonError, Result, compare, pool
 
-from .setting import Setting, applied, run_engine
 from .trial import Trial, references, tensors_of
+from .variant import Variant, applied, run_engine
 
 __all__ = ["CHECKS", "Run", "Tally"]
 
@@ -40,10 +40,10 @@ class Tally:
 
 
 class Run:
-    """A trial under a setting, computed once for all checks."""
+    """A trial under a variant, computed once for all checks."""
 
-    def __init__(self, trial: Trial, setting: Setting) -> None:
-        self.trial, self.setting, self.tally = trial, setting, Tally()
+    def __init__(self, trial: Trial, variant: Variant) -> None:
+        self.trial, self.variant, self.tally = trial, variant, Tally()
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -59,10 +59,10 @@ class Run:
         *,
         needs: Sequence[str] | None = None,
         plain: bool = False,
-        **setting: object,
+        **variant: object,
     ) -> Result:
-        """The engine on these or other tensors, under this setting or one that differs in some fields."""
-        changed = replace(self.setting, **setting)  # type: ignore[arg-type]
+        """The engine on these or other tensors, under this variant or one that differs in some fields."""
+        changed = replace(self.variant, **variant)  # type: ignore[arg-type]
         return run_engine(self.trial, self.inputs if inputs is None else inputs, changed, needs=needs, plain=plain)
 
 
@@ -102,7 +102,7 @@ def _still_outside(run: Run, names: list[str]) -> list[str]:
         for seed in seeds:
             trial = replace(run.trial, seed=run.trial.seed + seed)
             eager, truth = references(trial)
-            result = run_engine(trial, tensors_of(trial), run.setting)
+            result = run_engine(trial, tensors_of(trial), run.variant)
             found = [
                 (n, judged(n, named_tensor(result, n), *(named_tensor(r, n) for r in (eager, truth)))) for n in names
             ]
@@ -163,14 +163,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def threads(run: Run) -> list[str]:
     """The number of threads changes nothing."""
-    other = 1 if run.setting.threads > 1 else 3
+    other = 1 if run.variant.threads > 1 else 3
     changed = run.engine(threads=other)
-    return differences(run.result, changed, f"{run.setting.threads} and {other} threads differ")
+    return differences(run.result, changed, f"{run.variant.threads} and {other} threads differ")
 
 
 def recompute(run: Run) -> list[str]:
     """Computing the window again gives the bits of keeping it."""
-    return differences(run.result, run.engine(recompute=not run.setting.recompute), "recompute=True and False differ")
+    return differences(run.result, run.engine(recompute=not run.variant.recompute), "recompute=True and False differ")
 
 
 def alone(run: Run) -> list[str]:
@@ -211,8 +211,8 @@ def untouched(run: Run) -> list[str]:
     states = [t.detach().requires_grad_() for t in inputs.states]
     weights = [t.detach().requires_grad_() for t in inputs.weights]
     before = {name: t.clone() for name, t in given.items() if t is not None}
-    with applied(run.setting):
-        arguments = (inputs.cos, inputs.sin, "cpu", run.setting.recompute)
+    with applied(run.variant):
+        arguments = (inputs.cos, inputs.sin, "cpu", run.variant.recompute)
         out = recursion(problem.program, problem.nets, states, inputs.x, weights, *arguments)
         pairs = [(z, g) for z, g in zip(out, inputs.grad_states, strict=True) if z.requires_grad]
         if pairs:
@@ -227,8 +227,8 @@ def packs(run: Run) -> list[str]:
     inputs = run.inputs
     problem = inputs.problem
     weights = [weight.clone() for weight in inputs.weights]
-    arguments = (inputs.cos, inputs.sin, "cpu", run.setting.recompute)
-    with applied(run.setting), torch.no_grad():
+    arguments = (inputs.cos, inputs.sin, "cpu", run.variant.recompute)
+    with applied(run.variant), torch.no_grad():
         recursion(problem.program, problem.nets, inputs.states, inputs.x, weights, *arguments)
         for weight in weights:
             weight.data.view(-1)[-1] += 0.5

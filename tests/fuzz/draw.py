@@ -1,4 +1,4 @@
-"""Draws trials and settings.  Number i of a seed is the same whatever ran before it, so that it can be run again."""
+"""Draws trials and variants.  Number i of a seed is the same whatever ran before it, so that it can be run again."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from .checks import CHECKS
 from .layouts import LAYOUTS
-from .setting import Setting, targets_for
 from .trial import Program, Trial
+from .variant import Variant, targets_for
 
-__all__ = ["draw_checks", "draw_setting", "draw_trial", "generator"]
+__all__ = ["draw_checks", "draw_trial", "draw_variant", "generator"]
 
 # Sizes around the widths of vectors (4, 8, 16), panels (32) and row tiles (4, 6, 14, 32), and those far from them.
 WIDTHS = (1, 2, 3, 5, 7, 8, 12, 15, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 80, 96, 127, 128, 130)
@@ -122,8 +122,8 @@ def _needs(rng: random.Random) -> tuple[str, ...]:
     return tuple(group for group in ("states", "x", "weights") if rng.random() < 0.5)
 
 
-def draw_setting(rng: random.Random, trial: Trial, targets: list[str]) -> Setting | None:
-    """One setting, of a target that computes in the trial's dtype; the emulation, which is slow, comes seldom.
+def draw_variant(rng: random.Random, trial: Trial, targets: list[str]) -> Variant | None:
+    """One variant, of a target that computes in the trial's dtype; the emulation, which is slow, comes seldom.
 
     Args:
         rng: random numbers.
@@ -133,7 +133,7 @@ def draw_setting(rng: random.Random, trial: Trial, targets: list[str]) -> Settin
     able = [target for target in targets_for(trial.torch_dtype) if not targets or target in targets]
     if not able:
         return None
-    return Setting(
+    return Variant(
         target=rng.choices(able, [1 if target == "amx_emulated" else 4 for target in able])[0],
         threads=rng.choice((1,) * 6 + (2, 3, 5)),
         recompute=rng.random() < 0.5,

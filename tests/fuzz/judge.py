@@ -1,4 +1,4 @@
-"""Examines one trial under one setting with a choice of checks."""
+"""Examines one trial under one variant with a choice of checks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from .checks import CHECKS, Run, Tally
 from .poison import poisoned_allocations
-from .setting import Setting
 from .trial import Trial
+from .variant import Variant
 
 __all__ = ["Finding", "examine"]
 
@@ -31,16 +31,16 @@ class Finding:
 
 
 def examine(
-    trial: Trial, setting: Setting, checks: Iterable[str] = tuple(CHECKS), tally: Tally | None = None
+    trial: Trial, variant: Variant, checks: Iterable[str] = tuple(CHECKS), tally: Tally | None = None
 ) -> list[Finding]:
-    """The faults of a trial under a setting; empty if the engine is right.
+    """The faults of a trial under a variant; empty if the engine is right.
 
     Args:
-        trial, setting: what to run, and how.
+        trial, variant: what to run, and how.
         checks: names of :data:`CHECKS`, all by default.
         tally: counts are added to it.
     """
-    run = Run(trial, setting)
+    run = Run(trial, variant)
     found = []
     with poisoned_allocations():
         for check in checks:

@@ -12,42 +12,42 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import TypeVar
 
-from .setting import Setting
 from .trial import Program, Trial, make_program
+from .variant import Variant
 
 __all__ = ["minimise"]
 
-T = TypeVar("T", Trial, Setting)
+T = TypeVar("T", Trial, Variant)
 
 
 def minimise(
-    trial: Trial, setting: Setting, fails: Callable[[Trial, Setting], bool], seconds: float
-) -> tuple[Trial, Setting]:
-    """The simplest trial and setting that were found in the time; ``fails`` is true of them."""
+    trial: Trial, variant: Variant, fails: Callable[[Trial, Variant], bool], seconds: float
+) -> tuple[Trial, Variant]:
+    """The simplest trial and variant that were found in the time; ``fails`` is true of them."""
     until = time.monotonic() + seconds
     found = True
     while found:
         found = False
-        for simpler_trial, simpler_setting in _simpler(trial, setting):
+        for simpler_trial, simpler_variant in _simpler(trial, variant):
             if time.monotonic() > until:
-                return trial, setting
+                return trial, variant
             try:
                 simpler_trial.case  # noqa: B018 (raises)
             except ValueError:
                 continue
-            if fails(simpler_trial, simpler_setting):
-                trial, setting, found = simpler_trial, simpler_setting, True
+            if fails(simpler_trial, simpler_variant):
+                trial, variant, found = simpler_trial, simpler_variant, True
                 break
-    return trial, setting
+    return trial, variant
 
 
-def _simpler(trial: Trial, setting: Setting) -> Iterator[tuple[Trial, Setting]]:
+def _simpler(trial: Trial, variant: Variant) -> Iterator[tuple[Trial, Variant]]:
     for program in _programs(trial.program):
-        yield replace(trial, program=program), setting
-    for changed in _fields(setting):
+        yield replace(trial, program=program), variant
+    for changed in _fields(variant):
         yield trial, changed
     for simpler in _fields(trial):
-        yield simpler, setting
+        yield simpler, variant
 
 
 def _fields(plain: T) -> Iterator[T]:

@@ -13,12 +13,12 @@ import torch
 
 from .checks import Tally
 from .damage import FileTrial, draw_file
-from .draw import draw_checks, draw_setting, draw_trial, generator
+from .draw import draw_checks, draw_trial, draw_variant, generator
 from .files import examine_file
 from .judge import Finding, examine
 from .minimise import minimise
-from .setting import Setting
 from .trial import Trial
+from .variant import Variant
 
 __all__ = ["Counts", "Failure", "Job", "work"]
 
@@ -120,30 +120,30 @@ def work(job: Job, report: Report) -> None:
 def _problem(job: Job, number: int, counts: Counts, told: set[str], report: Report) -> None:
     rng = generator(job.seed, "problem", number)
     trial = draw_trial(rng)
-    setting = draw_setting(rng, trial, list(job.targets))
-    if setting is None:
+    variant = draw_variant(rng, trial, list(job.targets))
+    if variant is None:
         return
     counts.problems = 1
     checks = list(job.checks) or draw_checks(rng)
-    report("at", (number, _test(job.seed, number, trial, setting, checks)))
-    counts.runs[setting.target] += 1
+    report("at", (number, _test(job.seed, number, trial, variant, checks)))
+    counts.runs[variant.target] += 1
     counts.checks.update(checks)
-    for finding in examine(trial, setting, checks, counts.tally):
-        report("failure", _failure(job, number, trial, setting, finding, told))
+    for finding in examine(trial, variant, checks, counts.tally):
+        report("failure", _failure(job, number, trial, variant, finding, told))
 
 
-def _failure(job: Job, number: int, trial: Trial, setting: Setting, finding: Finding, told: set[str]) -> Failure:
+def _failure(job: Job, number: int, trial: Trial, variant: Variant, finding: Finding, told: set[str]) -> Failure:
     kind = _kind(trial, finding)
     if kind in told:
         return Failure(kind, number, str(finding))
     told.add(kind)
 
-    def fails(simpler: Trial, simpler_setting: Setting) -> bool:
-        return any(_kind(simpler, found) == kind for found in examine(simpler, simpler_setting, [finding.check]))
+    def fails(simpler: Trial, simpler_variant: Variant) -> bool:
+        return any(_kind(simpler, found) == kind for found in examine(simpler, simpler_variant, [finding.check]))
 
-    trial, setting = minimise(trial, setting, fails, job.minimise_seconds)
-    left = examine(trial, setting, [finding.check])
-    return Failure(kind, number, str((left or [finding])[0]), _test(job.seed, number, trial, setting, [finding.check]))
+    trial, variant = minimise(trial, variant, fails, job.minimise_seconds)
+    left = examine(trial, variant, [finding.check])
+    return Failure(kind, number, str((left or [finding])[0]), _test(job.seed, number, trial, variant, [finding.check]))
 
 
 def _kind(trial: Trial, finding: Finding) -> str:
@@ -157,11 +157,11 @@ def _kind(trial: Trial, finding: Finding) -> str:
     return f"{finding.check}, {group}, {trial.dtype}, {trial.token_mixer}"
 
 
-def _test(seed: int, number: int, trial: Trial, setting: Setting, checks: list[str]) -> str:
+def _test(seed: int, number: int, trial: Trial, variant: Variant, checks: list[str]) -> str:
     return (
         f"def test_problem_{number}_of_seed_{seed}() -> None:\n"
         f"    trial = {trial!r}\n"
-        f"    assert examine(trial, {setting!r}, {checks!r}) == []\n"
+        f"    assert examine(trial, {variant!r}, {checks!r}) == []\n"
     )
 
 

@@ -81,8 +81,8 @@ def select(name: str, problem: Problem, device: torch.device, dtype: torch.dtype
     """The backend that runs a problem.
 
     Args:
-        name: the name of a backend, or ``"auto"`` for the first one that takes the problem.  A backend that is made for
-            this type of device and refuses is named in a warning, once for each reason.
+        name: the name of a backend, or ``"auto"`` for the first one that takes the problem.  A backend made for this
+            type of device that refuses is named in a warning, once for each reason.
         problem, device, dtype, batch, length: what is to be run: [batch, length, D] states of a dtype on a device.
 
     Raises:

@@ -25,7 +25,7 @@ from trmfast.targets import extension, force_target, import_error, target_of, ta
 __all__ = ["CpuBackend", "force_target", "release_memory", "target_for", "targets", "thread_source"]
 
 ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-# Memory for what weight gradients read, over all sequences of a backward pass.
+# Memory for the operands of weight gradients, over all sequences of a backward pass.
 STORE_BYTES = 36 << 20
 MOST_STATES, MOST_NETS, MOST_TAPS = 64, 16, 8
 PACKED_NETS = 16
@@ -78,7 +78,7 @@ PROFILE = os.environ.get("TRMFAST_PROFILE") == "1"
 
 
 class _Ranges:
-    """Told by the engine which phase its first thread begins: a range of torch.profiler for each."""
+    """Opens a range of torch.profiler for each phase that the engine's first thread begins."""
 
     def __init__(self) -> None:
         self._open: record_function | None = None
@@ -161,10 +161,10 @@ CHECK_WEIGHTS = os.environ.get("TRMFAST_CHECK_WEIGHTS") != "0"
 
 
 class _SeenWeights:
-    """The fingerprints of the weights that a forward pass saw, for as long as the inputs that it saved live."""
+    """Fingerprints of the weights of forward passes, kept as long as the inputs they saved."""
 
     def __init__(self) -> None:
-        # By the address of a storage, which is not given to another one while there is a weak reference to it.
+        # Keyed by the address of a storage: no other storage gets it while a weak reference exists.
         self._entries: dict[int, tuple[StorageWeakRef, list[int]]] = {}
 
     def note(self, saved: Tensor, fingerprints: list[int]) -> None:
@@ -175,7 +175,7 @@ class _SeenWeights:
         self._entries[storage.cdata] = (storage, fingerprints)
 
     def check(self, problem: Problem, saved: Tensor, fingerprints: list[int]) -> None:
-        """Raises RuntimeError if the weights are others; copies of ``saved``, as hooks make them, are not known."""
+        """Raises RuntimeError if the weights have changed; a copy of ``saved``, as hooks make it, is not checked."""
         _, seen = self._entries.get(saved.untyped_storage()._cdata, (None, fingerprints))
         for name, before, now in zip(problem.program.nets, seen, fingerprints, strict=True):
             if before != now:
@@ -190,7 +190,7 @@ _seen = _SeenWeights()
 
 
 def release_memory() -> None:
-    """Frees what the engine keeps between calls: packed weights and its workspace.  Later calls make both again."""
+    """Frees what the engine keeps between calls: packed weights and its workspace.  Later calls rebuild both."""
     _cache.clear()
     if _cpu is not None:
         _cpu.release_memory()
@@ -232,7 +232,7 @@ def _keep(size: int) -> Tensor:
 
 
 def _explained(error: Exception, problem: Problem, state: Tensor) -> Exception:
-    """Of an error for want of memory, one with the sizes and what would need less; every other one as it is."""
+    """Adds the sizes, and what would need less, to an out-of-memory error; returns other errors unchanged."""
     reason = str(error)
     if not isinstance(error, MemoryError):
         bytes_of_pytorch = re.search(r"you tried to allocate (\d+) bytes", reason)

@@ -93,7 +93,7 @@ class CudaBackend:
         return None if reason is None else f"its backward pass needs the triton backend: {reason}"
 
     def declines(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> bool:
-        """Whether the launches of the triton backend are as fast, by the rule of :func:`is_slower`; docs/gpu.md."""
+        """Whether the triton backend is about as fast, by the rule of :func:`is_slower`; see docs/gpu.md."""
         from trmfast.backends.triton import forward_setting
 
         setting = forward_setting(problem, device, dtype, batch, length)
@@ -152,9 +152,9 @@ class CudaBackend:
 
 @lru_cache(maxsize=256)
 def is_slower(problem: Problem, batch: int, length: int, setting: Setting, limits: Limits) -> bool:
-    """The rule of ``backend="auto"``: whether one launch is not faster than the plan of a setting by the factor GAIN.
+    """The rule of ``backend="auto"``: whether one launch is modelled less than GAIN times as fast as a Triton plan.
 
-    Both times are modelled.  True where there is no plan for one launch.
+    True if nothing can be launched.
     """
     from trmfast.kernels.persistent import GAIN
 

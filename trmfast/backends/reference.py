@@ -106,7 +106,7 @@ def _vjp(
     leaves = [leaf for leaf in (h, *used) if leaf.requires_grad]
     if not leaves:
         return None, [None] * len(used)
-    # The dispatcher skips autograd inside an operator; this lets it in again, for these tensors only.
+    # The dispatcher skips autograd inside an operator; this re-enables it, for these tensors only.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         found = iter(torch.autograd.grad(run_net(net, h, used, cos, sin), leaves, g))
     dh = next(found) if needs_h else None

@@ -38,7 +38,7 @@ GRAPHS = 16
 
 
 def interprets() -> bool:
-    """Whether Triton's interpreter is on in this process; it was if ``TRITON_INTERPRET=1`` when Triton was imported."""
+    """Whether Triton's interpreter is on: whether ``TRITON_INTERPRET=1`` was set when Triton was imported."""
     if importlib.util.find_spec("triton") is None:
         return False
     from trmfast.kernels.dot import INTERPRETED
@@ -61,7 +61,7 @@ def _triton_problem() -> str | None:
 
 @lru_cache(maxsize=64)
 def _architecture(index: int) -> tuple[str | None, str]:
-    """The architecture whose tiles a GPU gets, or None; and what the GPU calls itself."""
+    """The architecture whose tiles a GPU uses, or None; and the name of its own."""
     from trmfast.kernels.architectures import nearest_architecture
 
     if torch.version.hip is not None:
@@ -205,7 +205,7 @@ def _setting(problem: Problem, like: Tensor, rope: bool, dtype: torch.dtype | No
 
 
 def forward_setting(problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> Setting:
-    """What the plan of a forward pass is made for, before there are tensors."""
+    """The setting of a forward plan, before there are tensors."""
     from trmfast.kernels.forward_plan import Setting
 
     return Setting(problem, batch, length, dtype, problem.rope_dim is not None, _configuration(device))
@@ -324,7 +324,7 @@ class _Graph:
 
 
 class _Graphs:
-    """The graphs of the most recent plans.  The first call of a plan gets none: it compiles the kernels."""
+    """The graphs of the most recent plans.  The first call of a plan only compiles the kernels."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,6 +1,6 @@
 """Two runs against each other: has trmfast become slower?
 
-Times of two runs differ with clock speed and neighbours, so only ratios measured in the same rounds are compared:
+Clock speed and neighbours change the times of two runs, so only ratios measured in the same rounds are compared:
 trmfast's rate to the machine's matrix peak, and each rival's time to trmfast's.  The first decides, with an interval
 from drawing the rounds of both runs again (bootstrap): the peak is the steadier reference, while PyTorch's time varies
 with the memory traffic of neighbours.  The rivals have a veto: if trmfast has not lost against them too, the loss

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trmfast.layers import CastedLinear
 from trmfast.models import HRM, TRM, ACTModel, ModelConfig
 from trmfast.models.inner import Family, Inner
-from trmfast.nn import CastedLinear
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram
 from trmfast.reference import summed_input, wide_dtype
@@ -89,10 +89,10 @@ class ConvSwiGLU(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(h).chunk(2, dim=-1)
-        gated, conv = (F.silu(gate) * up).transpose(1, 2), self.dwconv
+        activation, conv = (F.silu(gate) * up).transpose(1, 2), self.dwconv
         bias = None if conv.bias is None else conv.bias.to(h.dtype)
-        mixed = F.conv1d(gated, conv.weight.to(h.dtype), bias, padding=conv.padding, groups=conv.groups)
-        return self.down_proj(F.silu(mixed[..., : h.shape[1]]).transpose(1, 2))
+        out = F.conv1d(activation, conv.weight.to(h.dtype), bias, padding=conv.padding, groups=conv.groups)
+        return self.down_proj(F.silu(out[..., : h.shape[1]]).transpose(1, 2))
 
 
 class Block(nn.Module):

@@ -1,7 +1,7 @@
 """What a user could run a recursion with: eager PyTorch, compilers, inference engines, and trmfast.
 
-All get the same states, x and float32 weights, and all run any program over their networks, but for OpenVINO where it
-has the whole recursion as one graph.
+All get the same states, x and float32 weights.  All run any program over their networks, except OpenVINO when it
+compiles the whole recursion as one graph.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Runner(ABC):
         self.program = inputs.problem.program
         self.threads = threads
         self.note = ""
-        """What the reader should know about how it was run."""
+        """How it was run, for the reader."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     """What it computes in."""
@@ -165,7 +165,7 @@ class Compiled(Eager):
 
 
 class _ByNetwork(Runner):
-    """Inference that has each network as a function of h [B, L, D], sums of states in PyTorch."""
+    """Inference with each network as a function of h [B, L, D]; PyTorch sums the states."""
 
     wide = False
     """Whether h is float32 whatever the compute dtype."""

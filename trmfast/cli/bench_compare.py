@@ -17,7 +17,7 @@ Again = Callable[[Sequence[Change]], list[Row]]
 
 
 def compare_runs(old: Report, new: Report, again: Again | None = None) -> bool:
-    """Prints the changes; whether one is a regression.
+    """Prints the changes; returns whether one is a regression.
 
     Rows of this process that look worse are measured again: noise does not repeat, a slowdown does.
 

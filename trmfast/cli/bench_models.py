@@ -26,7 +26,7 @@ TINY = {"hidden_size": 64, "num_heads": 2, "puzzle_emb_ndim": 64, "H_cycles": 2,
 
 
 def measure_models(arguments: argparse.Namespace) -> tuple[Report, Again]:
-    """Runs the configurations; and how to measure some of them once more.
+    """Runs the configurations; also returns what measures some of them again.
 
     Raises:
         UsageError: puzzles come with a package that is not installed.

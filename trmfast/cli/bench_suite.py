@@ -37,7 +37,7 @@ NOT_MEASURED = (
 
 
 def measure_suite(arguments: argparse.Namespace) -> tuple[Report, Again]:
-    """Runs a suite; and how to measure some of its problems once more."""
+    """Runs a suite; also returns what measures some of its problems again."""
     start = time.monotonic()
     suite = SUITES[arguments.suite].tiny() if arguments.tiny else SUITES[arguments.suite]
     known = facts({"suite": arguments.suite, "threads": torch.get_num_threads(), "tiny": arguments.tiny})

@@ -36,7 +36,7 @@ def frame(puzzle: Grid, answer: Grid, before: Grid | None, status: str, confiden
                 text.append("| ", style="dim")
             digit = str(answer[cell] or puzzle[cell] or ".")
             if puzzle[cell]:
-                # A model may overwrite a clue; that is an error to be seen.
+                # A model may overwrite a clue: show the error.
                 style = "bold" if answer[cell] in (0, puzzle[cell]) else "bold red"
             elif before is not None and before[cell] != answer[cell]:
                 style = "black on yellow"

@@ -53,7 +53,7 @@ QUICK = ("trm", "trm-mlp_t", "hrm", "hier6", "grouped-heads", "odd-sizes")
 DTYPES = (torch.float32, torch.bfloat16)
 SEEDS = tuple(range(5))
 
-# Finite differences also see updates without gradient, so every update here has one.
+# Finite differences see every update, so every update here has a gradient.
 GRADCHECK = tuple(
     make_case(
         name,
@@ -208,10 +208,10 @@ class _Draws:
 
 
 def _last_updates(case: Case, count: int) -> Case:
-    """The case with the end of its program alone.
+    """The case with only the last updates of its program.
 
-    In 16 bits eager PyTorch is off by more than the policy allows for a verdict after a whole published program: of
-    half a million elements at 916 tokens, the largest error is that large even with small weights.
+    Over a whole published program in 16 bits, eager PyTorch's own error is too large for a verdict: at 916 tokens the
+    largest error of half a million elements is, even with small weights.
     """
     program = case.problem.program
     last = RecursionProgram(program.states, program.nets, program.updates[-count:], count)

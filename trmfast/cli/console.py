@@ -1,4 +1,4 @@
-"""What the commands print with: tables, and a progress bar on terminals if rich is installed."""
+"""Output of the commands: tables, and a progress bar on terminals if rich is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Progress", "UsageError", "print_json", "print_table", "progress", "t
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; the message is one line that names the option."""
+    """A request that cannot be met; the message is one line that names the option."""
 
 
 def print_json(record: object) -> None:

@@ -20,7 +20,7 @@ examples:
   trmfast convert trm.pt trm.safetensors --config arch.yaml --set H_cycles=3 L_cycles=6
   trmfast convert in.safetensors out.safetensors --set num_puzzle_identifiers=1000
 
-What the tensors tell (sizes, layers, kind of mixer) needs no option; the rest is asked for by name.
+Sizes, layers and mixers follow from the tensors; an error names every other key that is needed.
 """
 
 
@@ -98,7 +98,7 @@ def _check_output(source: Path, output: Path) -> None:
 
 
 def _usage_error(error: Exception, names: dict[str, str]) -> UsageError:
-    """The error in one line, an argument of load or save under its name on the command line."""
+    """The error in one line, with arguments of load and save under their names on the command line."""
     text = " ".join(str(error).split())
     argument, colon, rest = text.partition(":")
     return UsageError(names.get(argument, argument) + colon + rest)

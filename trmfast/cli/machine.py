@@ -18,7 +18,7 @@ from trmfast.build_info import build_info
 
 __all__ = ["commit", "cores_of_process", "describe_machine", "facts", "machine", "versions"]
 
-# What the engine's targets ask for, and what tells processors apart.
+# What the engine's targets need, and what distinguishes processors.
 INSTRUCTION_SETS = (
     *("avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16"),
@@ -92,7 +92,7 @@ def versions() -> dict[str, str | None]:
 
 
 def facts(settings: dict[str, Any]) -> dict[str, Any]:
-    """What the record of a benchmark says of its circumstances.
+    """The circumstances of a benchmark, for its record.
 
     Args:
         settings: of the command.

@@ -120,7 +120,7 @@ class Double:
         settings = copy.copy(getattr(source, self.family.settings))
         for name in self.family.cycles:
             setattr(settings, name, CYCLES)
-        # A property of this name, as Lightning's hparams, reads the attribute with an underscore.
+        # A property, such as Lightning's hparams, reads the attribute with an underscore.
         key = self.family.settings
         double.__dict__[key if key in source.__dict__ else f"_{key}"] = settings
         for module in double.modules():

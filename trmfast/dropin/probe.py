@@ -59,7 +59,7 @@ class _OwnCodeError(Exception):
 def _own(name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except Exception as error:  # any error in the model's code means: leave the model alone
+    except Exception as error:  # a model whose code raises is left alone
         first = str(error).strip().splitlines()
         raise _OwnCodeError(f"{name}: raised {type(error).__name__}: {first[0] if first else ''}") from error
 
@@ -100,7 +100,7 @@ def _block_differences(double: Double) -> list[str]:
         for net, spec in zip(double.family.nets, double.found.nets, strict=True):
             prefix = net if net == "layers" else f"{net}.layers"
             for i, block in enumerate(blocks_of(double.inner, net)):
-                for training in (True, False):  # dropout of any implementation shows in training
+                for training in (True, False):  # training mode reveals dropout of any implementation
                     found = _mixers(double, block.train(training), spec.block, f"{prefix}.{i}")
                     found = found or _whole_block(double, block, spec.block, f"{prefix}.{i}")
                     if found:

@@ -16,9 +16,9 @@ from trmfast import ops
 from trmfast.architectures import Architecture
 from trmfast.backends import BACKENDS
 from trmfast.config import ModelConfig
-from trmfast.models.embedding import CastedEmbedding
+from trmfast.layers import CastedEmbedding, CastedLinear, RotaryEmbedding, trunc_normal_init_
 from trmfast.models.sparse_embedding import CastedSparseEmbedding
-from trmfast.nn import CastedLinear, Net, RotaryEmbedding, trunc_normal_init_, watch_nets
+from trmfast.nn import Net, watch_nets
 from trmfast.program import GradientWindow, RecursionProgram
 from trmfast.spec import NetSpec
 from trmfast.watch import inside

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trmfast.nn import trunc_normal_init_
+from trmfast.layers import trunc_normal_init_
 
 __all__ = ["CastedSparseEmbedding", "CastedSparseEmbeddingSignSGD_Distributed"]
 
@@ -88,7 +88,7 @@ class CastedSparseEmbedding(nn.Module):
         if self.weights is before:
             return
         _leave(before)
-        # With assign=True a model on meta gets its table alone: what the state_dict lacks is made beside it.
+        # load_state_dict(assign=True) gives a model on meta only its table; create the other buffers beside it.
         if self.local_weights.is_meta and not self.weights.is_meta:
             for name in ("local_weights", "local_ids"):
                 old = self._buffers[name]

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from trmfast.architectures import ARCHITECTURES
 from trmfast.config import URMConfig
+from trmfast.layers import ConvSwiGLU
 from trmfast.models.act import ACTModel, check_carry
 from trmfast.models.carry import Carry
 from trmfast.models.inner import Family
-from trmfast.nn import Block, ConvSwiGLU
+from trmfast.nn import Block
 from trmfast.spec import NetSpec
 
 __all__ = ["URM", "URMCarry"]

@@ -1,4 +1,4 @@
-"""A model without PyTorch, as the solving loop takes it."""
+"""A model for the solving loop, without PyTorch."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Model:
 
     @cached_property
     def program(self) -> Any:
-        """The recursion as the engine takes it, a list of its updates; millions of them wait for the first step."""
+        """The recursion as the engine's list of updates; made at the first step, for there may be millions."""
         assert extension is not None
         return extension.Program(len(self.recursion.states), update_rows(self.recursion))
 

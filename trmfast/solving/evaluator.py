@@ -64,7 +64,7 @@ class Evaluator(Protocol):
 
     @property
     def has_q_head(self) -> bool:
-        """Whether steps come with ``q_halt``."""
+        """Whether steps return ``q_halt``."""
 
     @property
     def halt_max_steps(self) -> int:

@@ -17,14 +17,14 @@ from trmfast.testing import Result
 from .layouts import lay_out
 from .trial import Trial, _Plain
 
-__all__ = ["Setting", "run_engine", "targets_for"]
+__all__ = ["Variant", "run_engine", "targets_for"]
 
 NAN = float("nan")
 
 
 @dataclass(frozen=True, repr=False)
-class Setting(_Plain):
-    """Settings that must not change a result beyond rounding, and mostly not at all.
+class Variant(_Plain):
+    """A way to run a trial; none may change a result beyond rounding, and most not at all.
 
     Attributes:
         target: instruction set.
@@ -48,12 +48,12 @@ def targets_for(dtype: torch.dtype) -> list[str]:
 
 
 @contextmanager
-def applied(setting: Setting) -> Iterator[None]:
+def applied(variant: Variant) -> Iterator[None]:
     threads, store = torch.get_num_threads(), cpu.STORE_BYTES
-    torch.set_num_threads(setting.threads)
-    cpu.STORE_BYTES = setting.store or store
+    torch.set_num_threads(variant.threads)
+    cpu.STORE_BYTES = variant.store or store
     try:
-        with cpu.force_target(setting.target):
+        with cpu.force_target(variant.target):
             yield
     finally:
         torch.set_num_threads(threads)
@@ -61,14 +61,14 @@ def applied(setting: Setting) -> Iterator[None]:
 
 
 def run_engine(
-    trial: Trial, inputs: Inputs, setting: Setting, *, needs: Sequence[str] | None = None, plain: bool = False
+    trial: Trial, inputs: Inputs, variant: Variant, *, needs: Sequence[str] | None = None, plain: bool = False
 ) -> Result:
     """Final states and the gradients that are needed.
 
     Args:
         trial: which gradients are needed, and how tensors lie.
         inputs: the tensors, of which copies are used.
-        setting: how the engine runs.
+        variant: how the engine runs.
         needs: other needs than the trial's.
         plain: contiguous tensors instead of the trial's layouts.
     """
@@ -76,10 +76,10 @@ def run_engine(
         trial = replace(trial, needs=tuple(needs))
     if plain:
         trial = replace(trial, layouts=())
-    with applied(setting):
-        if setting.dirty:
-            _run(trial, _spoilt(inputs), setting)
-        return _run(trial, inputs, setting)
+    with applied(variant):
+        if variant.dirty:
+            _run(trial, _spoilt(inputs), variant)
+        return _run(trial, inputs, variant)
 
 
 def _spoilt(inputs: Inputs) -> Inputs:
@@ -94,7 +94,7 @@ def _spoilt(inputs: Inputs) -> Inputs:
     )
 
 
-def _run(trial: Trial, inputs: Inputs, setting: Setting) -> Result:
+def _run(trial: Trial, inputs: Inputs, variant: Variant) -> Result:
     def leaf(tensor: Tensor, group: str) -> Tensor:
         return lay_out(tensor, trial.layout(group)).detach().requires_grad_(trial.needed(group))
 
@@ -103,7 +103,7 @@ def _run(trial: Trial, inputs: Inputs, setting: Setting) -> Result:
     x = None if inputs.x is None else leaf(inputs.x, "x")
     weights = [leaf(weight, "weights") for weight in inputs.weights]
     cos, sin = (None if t is None else lay_out(t, trial.layout("tables")) for t in (inputs.cos, inputs.sin))
-    out = recursion(problem.program, problem.nets, states, x, weights, cos, sin, "cpu", setting.recompute)
+    out = recursion(problem.program, problem.nets, states, x, weights, cos, sin, "cpu", variant.recompute)
     names = problem.program.states
     leaves = {f"grad {name}": state for name, state in zip(names, states, strict=True)}
     if x is not None:
