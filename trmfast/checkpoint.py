@@ -53,8 +53,8 @@ def load(
             published training scripts (upstream saves averaged weights where it keeps an average), its tensors as
             safetensors, or a Lightning checkpoint of nano-trm, of which the averaged weights are taken if it has them.
             Prefixes such as ``_orig_mod.model.inner.`` do not matter.
-        config: configuration keys that do not follow from the tensors, such as ``H_cycles`` and ``num_heads``: a dict, or
-            a YAML or JSON file.  By default ``all_config.yaml`` beside the checkpoint, if upstream left one there.
+        config: configuration keys that do not follow from the tensors, such as ``H_cycles`` and ``num_heads``: a dict,
+            or a YAML or JSON file.  By default ``all_config.yaml`` beside the checkpoint, if upstream left one there.
         strict: whether missing and unexpected tensors are an error; otherwise they are named in a warning, and what is
             missing is as the constructor draws it.
         device: where the model goes, by default the CPU.
