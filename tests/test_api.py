@@ -27,6 +27,7 @@ def test_every_public_name_is_known_before_it_is_used() -> None:
     assert names_of_type_checkers() == {**trmfast._LAZY, "nn": "trmfast"}
     assert {*trmfast._LAZY, "nn", "__version__"} == set(trmfast.__all__)
     assert set(trmfast.__all__) <= set(dir(trmfast))
+    assert not {"Any", "import_module", "sys"} & set(dir(trmfast))
 
 
 @pytest.mark.parametrize("name", trmfast.__all__)

@@ -67,6 +67,14 @@ def test_windows(window: str | int, expected: tuple[int, ...]) -> None:
     assert RecursionProgram.trm(3, 2).with_window(window).grad_updates == expected
 
 
+@pytest.mark.parametrize("program", ALL, ids=lambda program: program.nets[0])
+def test_last_updates(program: RecursionProgram) -> None:
+    count = len(program.updates)
+    assert program.last(count) is program
+    assert steps(program.last(2)) == steps(program)[-2:]
+    assert program.last(2).num_cycles == 1
+
+
 def test_default_windows_are_the_published_ones() -> None:
     assert RecursionProgram.trm(3, 6).grad_updates == tuple(range(14, 21))
     assert RecursionProgram.hrm(2, 2).grad_updates == (4, 5)

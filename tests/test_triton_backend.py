@@ -444,7 +444,7 @@ def test_under_torch_compile(options: dict[str, str]) -> None:
 def test_published_sizes(case: Case, dtype: torch.dtype) -> None:
     """The last two updates at weight scale 1; and bitwise the same twice: nothing depends on the order of programs."""
     program = case.problem.program
-    last = RecursionProgram(program.states, program.nets, program.updates[-2:], 2)
+    last = program.last(2)
     case = replace(case, problem=Problem(last, case.problem.nets), batch=2)
     inputs = make_inputs(case, dtype, device="cuda", weight_scale=default_weight_scale(dtype))
     first, second = run_fused(inputs, "triton"), run_fused(inputs, "triton")

@@ -74,7 +74,7 @@ if not TYPE_CHECKING:  # type checkers report unknown names only where they see 
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})
 
 
 if "torch" in sys.modules:  # so that programs exported by torch.export find the operators when they are loaded

@@ -194,6 +194,12 @@ class RecursionProgram:
         updates = Updates((*front.cycles, *back.cycles))
         return RecursionProgram(self.states, self.nets, updates, self.updates_per_cycle)
 
+    def last(self, count: int) -> RecursionProgram:
+        """The last updates of the program, as one cycle; the program itself if it has no more than ``count``."""
+        if count >= len(self.updates):
+            return self
+        return RecursionProgram(self.states, self.nets, self.updates[-count:], count)
+
     @staticmethod
     @lru_cache(maxsize=256)
     def from_key(key: str) -> RecursionProgram:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -137,22 +138,13 @@ def minimal_bytes(problem: Problem, batch: int, length: int, element: int) -> in
     state = batch * length * problem.hidden_size
     count = 0
     for update in problem.program.updates:
-        weights = sum(_product(shape) for shape in problem.weight_shapes[problem.weight_slices[update.net]])
+        weights = sum(prod(shape) for shape in problem.weight_shapes[problem.weight_slices[update.net]])
         count += weights + state * (len(update.sources) + update.inject_x + 1)
     return count * element
 
 
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def _roofline(pyplot: Any, report: Report) -> Any:
     """Forward passes under the machine's matrix peaks and bandwidths."""
-    import statistics
-
     figure, axis = pyplot.subplots(figsize=(9.5, 6.2), layout="constrained")
     rows = [row for row in report.rows if row.step == "forward" and row.implementation in ("eager", "trmfast")]
     points = []
@@ -328,8 +320,5 @@ def _scaling(pyplot: Any, report: Report) -> Any:
         axis.set_ylabel("ms an update (log scale)")
         axis.set_title(f"cost against {text.split(':')[0]}", fontsize=10.5)
         axis.legend(fontsize=8, frameon=False)
-        axis.grid(which="major", color="#e3e5e8", linewidth=0.8)
-        axis.set_axisbelow(True)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        _clean(axis, "both")
     return figure

@@ -52,15 +52,13 @@ def check_forward(runners: dict[str, Runner], inputs: Inputs) -> dict[str, Check
     program = inputs.problem.program
     flops = forward_flops(inputs.problem, 1, inputs.states[0].shape[1])
     count = len(program.updates)
-    if flops > TRUTH_FLOPS and all(r.runs(_end(program, 1)) for r in runners.values()):
+    if flops > TRUTH_FLOPS and all(r.runs(program.last(1)) for r in runners.values()):
         count = max(1, min(2, count), int(count * TRUTH_FLOPS / flops))
     checks = _check_end(runners, inputs, count)
     # If eager PyTorch itself is too far off for a verdict, judge fewer updates.
     for fewer in (2, 1):
         unjudged = {
-            name: runner
-            for name, runner in runners.items()
-            if not checks[name].judged and runner.runs(_end(program, 1))
+            name: runner for name, runner in runners.items() if not checks[name].judged and runner.runs(program.last(1))
         }
         if "eager" not in unjudged or fewer >= count:
             break
@@ -69,7 +67,7 @@ def check_forward(runners: dict[str, Runner], inputs: Inputs) -> dict[str, Check
 
 
 def _check_end(runners: dict[str, Runner], inputs: Inputs, count: int) -> dict[str, Check]:
-    checked = _end(inputs.problem.program, count)
+    checked = inputs.problem.program.last(count)
     true = run_truth(_with_program(_first_sequence(inputs), checked), backward=False).outputs
     dtype = inputs.states[0].dtype
     found = {
@@ -83,7 +81,7 @@ def check_training(runners: dict[str, Runner], inputs: Inputs) -> dict[str, Chec
     """The gradients of x and the weights through the last two updates, seeded in the first sequence alone."""
     program = inputs.problem.program
     count = min(2, len(program.updates))
-    checked = _end(program, count).with_window("all")
+    checked = program.last(count).with_window("all")
     true = _gradients(run_truth(_with_program(_first_sequence(inputs), checked)))
     only_first = tuple(torch.cat((g[:1], torch.zeros_like(g[1:]))) for g in inputs.grad_states)
     found = {}
@@ -94,13 +92,6 @@ def check_training(runners: dict[str, Runner], inputs: Inputs) -> dict[str, Chec
             runner.inputs = inputs
             found[name] = {key: g[:1] if key == "grad x" else g for key, g in runner.gradients().items() if key in true}
     return _judge(found, {key: g for key, g in true.items() if key in found["trmfast"]}, count, gradients=True)
-
-
-def _end(program: RecursionProgram, count: int) -> RecursionProgram:
-    """The last updates of a program; itself if that is all of them."""
-    if count == len(program.updates):
-        return program
-    return RecursionProgram(program.states, program.nets, program.updates[-count:], count)
 
 
 def _with_program(inputs: Inputs, program: RecursionProgram) -> Inputs:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from trmfast.benchmark.recursions import WEIGHT_SCALE
 from trmfast.benchmark.rivals import RIVALS, Runner
 from trmfast.benchmark.turns import take_turns
 from trmfast.cases import Case, make_case, make_inputs
@@ -149,7 +150,7 @@ def _sweep(
     say(f"cost against {name}, {step}, D={block.hidden_size}")
     runners: dict[str, Runner] = {}
     for size, case in zip(x, cases, strict=True):
-        inputs = make_inputs(case, torch.bfloat16, weight_scale=0.3)
+        inputs = make_inputs(case, torch.bfloat16, weight_scale=WEIGHT_SCALE)
         for implementation in names:
             if implementation == "eager" and size > MOST_EAGER.get((name, step), size):
                 continue

@@ -18,8 +18,6 @@ from torch.autograd.gradcheck import GradcheckError
 from trmfast import recursion
 from trmfast.backends import BACKENDS, Backend
 from trmfast.cli.console import UsageError, print_json, print_table, progress
-from trmfast.problem import Problem
-from trmfast.program import RecursionProgram
 from trmfast.testing import (
     PUBLISHED,
     SMALL,
@@ -98,12 +96,12 @@ class Row:
     backend: str
     target: str
     dtype: str
-    tensors: int
-    worst: str
-    error: float | None
-    eager: float | None
-    limit: float | None
-    passed: bool
+    tensors: int = 0
+    worst: str = ""
+    error: float | None = None
+    eager: float | None = None
+    limit: float | None = None
+    passed: bool = False
     reason: str = ""
 
 
@@ -213,9 +211,7 @@ def _last_updates(case: Case, count: int) -> Case:
     Over a whole published program in 16 bits, eager PyTorch's own error is too large for a verdict: at 916 tokens the
     largest error of half a million elements is, even with small weights.
     """
-    program = case.problem.program
-    last = RecursionProgram(program.states, program.nets, program.updates[-count:], count)
-    return replace(case, problem=Problem(last, case.problem.nets))
+    return replace(case, problem=replace(case.problem, program=case.problem.program.last(count)))
 
 
 def _jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[dict[str, str]]]:
@@ -327,21 +323,16 @@ def _run(inputs: Inputs, job: Job) -> Result:
 
 
 def _parity(job: Job, draws: _Draws) -> Row:
-    dtype = str(job.dtype).removeprefix("torch.")
+    what = (job.case.name, job.backend, job.target, str(job.dtype).removeprefix("torch."))
     drawn = draws.get(job)
     try:
         with _forced(job.target):
             comparisons = pool([compare_results(_run(i, job), eager, truth) for i, eager, truth in drawn])
     except MeaninglessComparisonError as error:
-        return Row(
-            job.case.name, job.backend, job.target, dtype, 0, "", None, None, None, False, f"no verdict: {error}"
-        )
+        return Row(*what, reason=f"no verdict: {error}")
     worst = max(comparisons, key=_closeness)
     passed = all(comparison.passed for comparison in comparisons)
-    return Row(
-        *(job.case.name, job.backend, job.target, dtype, len(comparisons)),
-        *(worst.name, worst.error, worst.eager, worst.bound, passed),
-    )
+    return Row(*what, len(comparisons), worst.name, worst.error, worst.eager, worst.bound, passed)
 
 
 def _closeness(comparison: Comparison) -> float:
@@ -369,14 +360,8 @@ def _print(
             ("problem", "backend", "target", "dtype", "tensors", "tensor", "error", "eager", "limit", "pass"),
             [
                 [
-                    *(
-                        row.problem,
-                        row.backend,
-                        row.target or "-",
-                        row.dtype,
-                        str(row.tensors),
-                        row.worst or "no verdict",
-                    ),
+                    *(row.problem, row.backend, row.target or "-", row.dtype),
+                    *(str(row.tensors), row.worst or "no verdict"),
                     *(_number(row.error), _number(row.eager), _number(row.limit), "yes" if row.passed else "NO"),
                 ]
                 for row in rows
