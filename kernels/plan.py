@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Argument", "Buffer", "Launch", "Plan", "Tile", "map_buffers", "resolve", "run"]
+__all__ = ["Argument", "Buffer", "Call", "Launch", "Plan", "Tile", "map_buffers", "resolve", "run", "start"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,20 @@ class Launch:
         return sum(buffer.nbytes for buffer in self.buffers((*self.reads, *self.writes)))
 
 
+class Call(NamedTuple):
+    """A launch, prepared so that little is left to do for each run.
+
+    Attributes:
+        launch: what is launched.
+        buffers: places in :attr:`Plan.pieces` by the name of an argument, one or a tuple of them.
+        options: the other arguments, constants and launch options.
+    """
+
+    launch: Launch
+    buffers: tuple[tuple[str, int | tuple[int, ...]], ...]
+    options: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Launches in order, over buffers that they share.
@@ -190,6 +204,29 @@ class Plan:
             size = max(buffer.offset + buffer.numel, found.get(buffer.name, (0, buffer.dtype))[0])
             found[buffer.name] = (size, buffer.dtype)
         return found
+
+    @cached_property
+    def pieces(self) -> tuple[Buffer, ...]:
+        """Every piece that is an argument, once."""
+        used = (launch.buffers(name for name, _ in launch.arguments) for launch in self.launches)
+        return tuple(dict.fromkeys(buffer for buffers in used for buffer in buffers))
+
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """The launches, prepared."""
+        places = {piece: i for i, piece in enumerate(self.pieces)}
+        found = []
+        for launch in self.launches:
+            options: dict[str, Any] = {**dict(launch.constants), "num_warps": launch.num_warps}
+            options["num_stages"] = launch.num_stages
+            buffers: list[tuple[str, int | tuple[int, ...]]] = []
+            for name, value in launch.arguments:
+                if isinstance(value, Buffer | tuple):
+                    buffers.append((name, map_buffers(places.__getitem__, value)))
+                else:
+                    options[name] = value
+            found.append(Call(launch, tuple(buffers), options))
+        return tuple(found)
 
     @property
     def scratch_bytes(self) -> int:
@@ -264,13 +301,17 @@ def run(launches: Iterable[Launch], tensors: Mapping[str, Tensor]) -> None:
     """Launches kernels one after the other on the current stream.
 
     Args:
-        launches: what to launch.
+        launches: what to launch; a plan is prepared once, other iterables anew.
         tensors: the tensor of every buffer, by name; contiguous, at least as large as the buffer.
     """
-    for launch in launches:
-        arguments = {
-            name: map_buffers(lambda buffer: buffer.of(tensors[buffer.name]), value) for name, value in launch.arguments
-        }
-        resolve(launch.kernel)[launch.grid](
-            **arguments, **dict(launch.constants), num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+    plan = launches if isinstance(launches, Plan) else Plan(tuple(launches))
+    # A view takes PyTorch 2 us, and launches share most of them.
+    views = [piece.of(tensors[piece.name]) for piece in plan.pieces]
+    for launch, buffers, options in plan.calls:
+        arguments = {name: views[at] if isinstance(at, int) else tuple(views[i] for i in at) for name, at in buffers}
+        start(launch, arguments, options)
+
+
+def start(launch: Launch, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Launches one kernel over tensors."""
+    resolve(launch.kernel)[launch.grid](**arguments, **options)

@@ -19,6 +19,11 @@ from fuzz.poison import poisoned_allocations
 from trmfast.backends import BACKENDS
 from trmfast.cases import Case
 
+# The files whose kernels run on the GPU if there is one.
+ON_A_GPU = {
+    f"test_triton_{name}.py"
+    for name in ("accuracy", "backend", "backward", "block", "forward", "guard", "mixer_backward", "offsets")
+}
 LEFT_TO_CI = ("sanitizer", "grid", "compile", "breadth")  # markers that the default run deselects
 _left: Counter[str] = Counter()
 
@@ -37,7 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             when: Callable[..., bool] = mark.kwargs["when"]
             if not when(**{name: parameters[name] for name in inspect.signature(when).parameters}):
                 item.add_marker(pytest.mark.breadth)
-        if found and Path(str(item.fspath)).name.startswith("test_triton_"):
+        # What compiles without a GPU, takes hours or needs none is not for the machine that has one.
+        if found and Path(str(item.fspath)).name in ON_A_GPU and not item.get_closest_marker("compile"):
             item.add_marker(pytest.mark.gpu)
         if not found and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is False"))

@@ -268,7 +268,8 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "version, reason", [("3.3.1", "Triton 3.3.1 is too old: it needs 3.4 or newer"), ("3.10.0", None)]
+    "version, reason",
+    [("3.3.1", "Triton 3.3.1 is too old: it needs 3.4 or newer, which PyTorch 2.8 brings"), ("3.10.0", None)],
 )
 def test_old_triton(version: str, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", version)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trmfast.backends.call import BackwardCall, ForwardCall
+from trmfast.backends.graphs import outside_of_pools
 from trmfast.backends.triton import TritonBackend
 from trmfast.build_info import build_info
 from trmfast.engine import address, block_fields, update_rows
@@ -265,10 +266,13 @@ def _resident_blocks(problem: Problem, dtype: torch.dtype, batch: int, length: i
 def _words(problem: Problem, batch: int, length: int, index: int) -> _Words:
     prepared = _prepare(problem, batch, length, _limits(index))
 
-    def on_device(words: list[int]) -> Tensor:
-        return torch.tensor(words, dtype=torch.int64).to(torch.int32).to(torch.device("cuda", index))
+    device = torch.device("cuda", index)
 
-    return _Words(*(on_device(words) for words in (prepared.steps, prepared.sources, prepared.runs)))
+    def make() -> _Words:
+        words = (prepared.steps, prepared.sources, prepared.runs)
+        return _Words(*(torch.tensor(w, dtype=torch.int64).to(torch.int32).to(device) for w in words))
+
+    return outside_of_pools(device, make)
 
 
 def _pack(problem: Problem, weights: Sequence[Tensor], dtype: torch.dtype, stream: int) -> list[Tensor]:
@@ -298,8 +302,8 @@ def _pack(problem: Problem, weights: Sequence[Tensor], dtype: torch.dtype, strea
 @lru_cache(maxsize=64)
 def _failed(index: int) -> Tensor:
     """A word of host memory that kernels write when a group of blocks has waited too long."""
-    with torch.cuda.device(index):
-        return torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    make = partial(torch.zeros, 1, dtype=torch.int32, pin_memory=True)
+    return outside_of_pools(torch.device("cuda", index), make)
 
 
 def _raise_if_failed(index: int) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trmfast.backends.call import BackwardCall, ForwardCall
+from trmfast.backends.graphs import Graphs, allocate, fill, new_input
 from trmfast.problem import Problem
 
 if TYPE_CHECKING:
@@ -31,15 +30,11 @@ OLDEST_TRITON = (3, 4)
 MOST_TERMS = 8
 WIDEST, WIDEST_HEAD = 512, 128
 MOST_SEQUENCES = 65535  # CUDA's limit for the second and third axis of a grid
-# Above this many tokens a kernel takes longer than Python takes to launch the next one, and a graph would only cost the
-# copies in and out of its buffers.
-GRAPH_TOKENS = 16384
-GRAPHS = 16
 
 
 def interprets() -> bool:
     """Whether Triton's interpreter is on: whether ``TRITON_INTERPRET=1`` was set when Triton was imported."""
-    if importlib.util.find_spec("triton") is None:
+    if _triton_problem() is not None:
         return False
     from trmfast.kernels.dot import INTERPRETED
 
@@ -55,7 +50,8 @@ def _triton_problem() -> str | None:
 
     found = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found < OLDEST_TRITON:
-        return f"Triton {triton.__version__} is too old: it needs {'.'.join(map(str, OLDEST_TRITON))} or newer"
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"Triton {triton.__version__} is too old: it needs {oldest} or newer, which PyTorch 2.8 brings"
     return None
 
 
@@ -77,8 +73,9 @@ def _architecture(index: int) -> tuple[str | None, str]:
 class TritonBackend:
     """Kernels in kernels/, planned by :mod:`trmfast.kernels.forward_plan` and :mod:`trmfast.kernels.backward_plan`.
 
-    Up to 16,384 tokens the second call of a problem captures the plan into a CUDA graph, which later calls replay; the
-    environment variable ``TRMFAST_GRAPHS`` set to ``0`` or ``1`` turns that off or on for any number of tokens.
+    Where launching takes the host longer than the GPU is modelled to run, the second call of a problem captures the
+    plan into a CUDA graph, which later calls replay (graphs.py); the environment variable ``TRMFAST_GRAPHS`` set to
+    ``0`` or ``1`` turns that off or on.
     ``TRMFAST_TUNE=1`` times tiles on the GPU instead of asking the model of time, see kernels/tuning.py.  With
     ``TRITON_INTERPRET=1`` it runs on CPU tensors, slowly, if asked for by name.
     """
@@ -200,8 +197,20 @@ def _setting(problem: Problem, like: Tensor, rope: bool, dtype: torch.dtype | No
     from trmfast.kernels.forward_plan import Setting
 
     batch, length, _ = like.shape
-    tf32 = like.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return Setting(problem, batch, length, dtype or like.dtype, rope, _configuration(like.device), tf32)
+    dtype = dtype or like.dtype
+    tf32 = like.is_cuda and dtype == torch.float32 and _allows_tf32(like.device)
+    return Setting(problem, batch, length, dtype, rope, _configuration(like.device), tf32)
+
+
+def _allows_tf32(device: torch.device) -> bool:
+    """Whether products of float32 may round their operands to TF32, by PyTorch's setting and the GPU's ability."""
+    if torch.version.hip is not None and _architecture(_index(device))[1] != "gfx942":
+        return False  # Triton has no TF32 for other AMD GPUs
+    matmul = torch.backends.cuda.matmul
+    # Once a program has set `fp32_precision`, reading `allow_tf32` is an error.
+    if hasattr(matmul, "fp32_precision"):
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
 
 
 def forward_setting(problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> Setting:
@@ -230,6 +239,8 @@ def _backward_plan(
 
 # ---------------------------------------------------------------- execution
 
+_graphs = Graphs()
+
 
 def _run(key: tuple[Any, ...], plan: Plan, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Runs the plan of a key; returns its outputs by name, in tensors of their own."""
@@ -238,22 +249,19 @@ def _run(key: tuple[Any, ...], plan: Plan, inputs: Mapping[str, Tensor]) -> dict
         return _run_eagerly(plan, inputs, device)
     with torch.cuda.device(device):
         # While the caller captures a graph, the launches become part of it.
-        if torch.cuda.is_current_stream_capturing() or not _wants_graph(key[0].tokens):
-            return _run_eagerly(plan, inputs, device)
-        graph = _graphs.get((*key, device), plan, device)
-        return _run_eagerly(plan, inputs, device) if graph is None else graph(inputs)
-
-
-def _wants_graph(tokens: int) -> bool:
-    asked = os.environ.get("TRMFAST_GRAPHS", "")
-    return asked == "1" if asked in ("0", "1") else tokens <= GRAPH_TOKENS
+        if not torch.cuda.is_current_stream_capturing():
+            graph = _graphs.get(key, plan, device, key[0].configuration.gpu)
+            results = None if graph is None else graph(inputs)
+            if results is not None:
+                return results
+        return _run_eagerly(plan, inputs, device)
 
 
 def _run_eagerly(plan: Plan, inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Kernel by kernel on the current stream, over the caller's tensors and new ones."""
     from trmfast.kernels.plan import run
 
-    tensors = _allocate(plan, device, skip=inputs)
+    tensors = allocate(plan, device, skip=inputs)
     changed = {buffer.name for launch in plan for buffer in launch.buffers(launch.writes)}
     for buffer in plan.inputs:
         given = inputs[buffer.name]
@@ -261,101 +269,10 @@ def _run_eagerly(plan: Plan, inputs: Mapping[str, Tensor], device: torch.device)
         if fits and buffer.name not in changed:
             tensors[buffer.name] = given
         else:
-            tensors[buffer.name] = _new(buffer, device)
-            _fill(tensors[buffer.name], given)
+            tensors[buffer.name] = new_input(buffer, device)
+            fill(tensors[buffer.name], given)
     run(plan, tensors)
     return {buffer.name: buffer.of(tensors[buffer.name]) for buffer in plan.outputs}
-
-
-def _allocate(plan: Plan, device: torch.device, skip: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A tensor for every buffer except those to skip; zeroed where the plan says so."""
-    tensors = {
-        name: torch.empty(size, dtype=dtype, device=device)
-        for name, (size, dtype) in plan.sizes().items()
-        if name not in skip
-    }
-    for buffer in plan.zeros:
-        tensors[buffer.name].zero_()
-    return tensors
-
-
-def _new(buffer: Buffer, device: torch.device) -> Tensor:
-    """A zeroed tensor for an input: rows of the weights over the sequence end in zeros."""
-    return torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
-
-
-def _fill(target: Tensor, given: Tensor) -> None:
-    """Copies and casts; what is wider than the given tensor keeps its zeros."""
-    target[..., : given.shape[-1]].copy_(given)
-
-
-class _Graph:
-    """A plan as a CUDA graph, with buffers of its own.
-
-    Inputs are copied in and outputs copied out, so that no caller holds a buffer that the next replay overwrites.  A
-    call waits until the previous call has copied its outputs, on whichever stream that was.
-    """
-
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        from trmfast.kernels.plan import run
-
-        self.plan = plan
-        inputs = {buffer.name: _new(buffer, device) for buffer in plan.inputs}
-        self.tensors = {**_allocate(plan, device, skip=inputs), **inputs}
-        self.lock = threading.Lock()
-        self.done = torch.cuda.Event()
-        self.graph = torch.cuda.CUDAGraph()
-        torch.cuda.current_stream().synchronize()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            for buffer in plan.zeros:
-                self.tensors[buffer.name].zero_()
-            run(plan, self.tensors)
-        self.done.record()
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with self.lock:
-            torch.cuda.current_stream().wait_event(self.done)
-            for buffer in self.plan.inputs:
-                _fill(self.tensors[buffer.name].view(buffer.shape), inputs[buffer.name])
-            self.graph.replay()
-            results = {buffer.name: buffer.of(self.tensors[buffer.name]).clone() for buffer in self.plan.outputs}
-            self.done.record()
-        return results
-
-
-class _Graphs:
-    """The graphs of the most recent plans.  The first call of a plan only compiles the kernels."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[Any, ...], _Graph | None] = OrderedDict()
-
-    def get(self, key: tuple[Any, ...], plan: Plan, device: torch.device) -> _Graph | None:
-        with self._lock:
-            if key not in self._entries:
-                self._entries[key] = None
-                while len(self._entries) > GRAPHS:
-                    self._drop()
-                return None
-            self._entries.move_to_end(key)
-            graph = self._entries[key]
-            if graph is None:
-                graph = self._entries[key] = _Graph(plan, device)
-            return graph
-
-    def clear(self) -> None:
-        with self._lock:
-            while self._entries:
-                self._drop()
-
-    def _drop(self) -> None:
-        _, graph = self._entries.popitem(last=False)
-        if graph is not None:
-            # Its buffers go back to the stream that allocated them and may still be in use on another.
-            graph.done.synchronize()
-
-
-_graphs = _Graphs()
 
 
 def release_memory() -> None:

@@ -1,0 +1,144 @@
+"""What the Triton backend decides before it launches: TF32 or not, a graph or not; and Triton that is too old."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from trmfast.kernels.architectures import GPUS
+from trmfast.kernels.configurations import Configuration
+from trmfast.kernels.forward_plan import Setting, forward_plan
+
+from standin import Runtime, standin
+from trmfast.backends import graphs
+from trmfast.backends import triton as backend
+from trmfast.cases import PUBLISHED, make_case
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the stand-in takes its place")
+
+
+# ---------------------------------------------------------------- TF32
+
+
+@pytest.fixture
+def cuda() -> Iterator[Runtime]:
+    with standin() as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def matmul() -> Iterator[object]:
+    """PyTorch's setting for products of float32, restored afterwards."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield matmul
+    matmul.fp32_precision = before
+
+
+def uses_tf32(dtype: torch.dtype) -> bool:
+    problem = make_case("small", hidden_size=32).problem
+    return backend._setting(problem, torch.zeros(1, 5, 32, dtype=dtype, device="cuda:0"), True).tf32
+
+
+@without_gpu
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch has no fp32_precision")
+@pytest.mark.usefixtures("cuda")
+def test_either_way_to_ask_for_tf32(matmul: object) -> None:
+    """After ``fp32_precision`` was set, PyTorch 2.13 raises where ``allow_tf32`` is read."""
+    for name, value, expected in (
+        ("allow_tf32", True, True),
+        ("allow_tf32", False, False),
+        ("fp32_precision", "tf32", True),
+        ("fp32_precision", "ieee", False),
+    ):
+        setattr(matmul, name, value)
+        assert uses_tf32(torch.float32) is expected
+        assert not uses_tf32(torch.bfloat16)
+
+
+@without_gpu
+@pytest.mark.usefixtures("cuda")
+def test_an_older_pytorch_has_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Matmul:
+        allow_tf32 = True
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Matmul())
+    assert uses_tf32(torch.float32)
+
+
+@without_gpu
+@pytest.mark.parametrize("name, expected", [("gfx90a", False), ("gfx942", True), ("gfx950", False)])
+def test_tf32_on_amd(name: str, expected: bool, cuda: Runtime, matmul: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's compiler accepts it for gfx942 alone, whose tiles the others share."""
+    setattr(matmul, "allow_tf32", True)  # noqa: B010 the module has no declared attributes
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    cuda.gcn_arch = f"{name}:sramecc+:xnack-"
+    assert backend._architecture(0) == ("gfx942", name)
+    assert uses_tf32(torch.float32) is expected
+    from triton.backends.amd.compiler import HIPBackend
+    from triton.backends.compiler import GPUTarget
+
+    accepted = HIPBackend(GPUTarget("hip", name, 64)).parse_options({}).allowed_dot_input_precisions
+    assert ("tf32" in accepted) is expected
+
+
+# ---------------------------------------------------------------- graphs
+
+
+@pytest.mark.parametrize(
+    "gpu, batch, expected",
+    [("H100", 1, True), ("H100", 8, True), ("H100", 768, False), ("A100", 768, False), ("RTX 4090", 768, False)],
+)
+def test_a_graph_where_the_host_is_slower(
+    gpu: str, batch: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in PUBLISHED if case.name == "trm-sudoku-att")
+    configuration = Configuration(GPUS[gpu].architecture, GPUS[gpu].multiprocessors)
+    plan = forward_plan(Setting(case.problem, batch, 97, torch.bfloat16, True, configuration), save=True)
+    monkeypatch.delenv("TRMFAST_GRAPHS", raising=False)
+    assert graphs.pays(plan, GPUS[gpu]) is expected
+    for asked in (True, False):
+        monkeypatch.setenv("TRMFAST_GRAPHS", str(int(asked)))
+        assert graphs.pays(plan, GPUS[gpu]) is asked
+
+
+# ---------------------------------------------------------------- Triton that is too old
+
+
+@pytest.mark.parametrize("version", ["3.2.0", "3.3.1"])
+def test_the_triton_of_an_older_pytorch(version: str, tmp_path: Path) -> None:
+    """It has no ``triton.knobs``: what is missing is said in one line, and the CPU goes on without."""
+    package = tmp_path / "triton"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"__version__ = '{version}'\n")
+    code = (
+        "import torch\n"
+        "from trmfast.backends import BACKENDS, select\n"
+        "from trmfast.backends.triton import interprets\n"
+        "from trmfast.cases import make_case\n"
+        "case = make_case('small')\n"
+        "print(BACKENDS['triton'].available(), interprets())\n"
+        "print(select('auto', case.problem, torch.device('cpu'), torch.float32, 2, case.length).name)\n"
+        "try:\n"
+        "    select('triton', case.problem, torch.device('cpu'), torch.float32, 2, case.length)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    said, chosen, refused = done.stdout.splitlines()
+    reason = f"Triton {version} is too old: it needs 3.4 or newer, which PyTorch 2.8 brings"
+    assert said == f"{reason} False"
+    assert chosen in ("cpu", "reference")
+    assert refused.startswith(f"backend: got 'triton', which does not work here: {reason}; accepted are ")
