@@ -3,7 +3,8 @@
     python docs/examples/export_sudoku.py runs/mlp sudoku.safetensors
 
 The file holds the averaged weights rounded to bfloat16, and in its metadata the configuration, the recipe, the clues of
-the puzzles and how many held-out puzzles these rounded weights solve.  The model that comes with trmfast was made so:
+the puzzles, how many held-out puzzles these rounded weights solve, and the threshold of the Q head's logit at which
+halting loses none of others that were made for this choice.  The model that comes with trmfast was made so:
 
     python docs/examples/export_sudoku.py runs/mlp trmfast/data/sudoku-mlp.safetensors
 """
@@ -15,29 +16,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sudoku_data
 import torch
 from torch import nn
 from train_sudoku import Training, options_of, parse, puzzles_of
 
 import trmfast
-from trmfast.solving import Confident, Halting, Never
+from trmfast.solving import Never
+from trmfast.solving.schedule import Row
 
 BATCH = 64
+CALIBRATION = 256  # puzzles on which the threshold is chosen
+THRESHOLDS = np.arange(0, 10.5, 0.5)
 OF_THE_RUN = ("folder", "stop_after")  # options that are no part of the recipe
 
 
-def solved(model: nn.Module, pairs: np.ndarray, halt: Halting) -> tuple[float, float]:
-    """The share of puzzles solved, and the mean of their supervision steps.
+Outcomes = np.ndarray
+"""[N, steps, 2]: whether a puzzle is solved after a step, and the Q head's logit."""
+
+
+def outcomes(model: nn.Module, pairs: np.ndarray) -> Outcomes:
+    """What the model says after every supervision step of the published evaluation.
 
     Args:
         model: the model.
         pairs: puzzles and solutions, digits, [N, 2, 81].
-        halt: the halting rule.
     """
-    solver = trmfast.Solver(model, halt=halt, batch_size=BATCH)
-    results = list(solver.solve(pairs[:, 0].astype(np.int32) + 1))
-    right = [np.array_equal(r.prediction, pair[1].astype(np.int32) + 1) for r, pair in zip(results, pairs, strict=True)]
-    return float(np.mean(right)), float(np.mean([result.steps for result in results]))
+    tokens = pairs.astype(np.int32) + 1
+    steps: list[list[tuple[bool, float]]] = [[] for _ in tokens]
+
+    def record(row: Row) -> None:
+        assert row.q_halt is not None
+        steps[row.index].append((np.array_equal(row.prediction, tokens[row.index, 1]), row.q_halt))
+
+    for _ in trmfast.Solver(model, halt=Never(), batch_size=BATCH).solve(tokens[:, 0], on_step=record):
+        pass
+    return np.array(steps, dtype=np.float64)
+
+
+def halting(found: Outcomes, threshold: float) -> tuple[float, float]:
+    """Share of puzzles solved, and mean of the steps, where a row halts as its logit exceeds the threshold."""
+    over = found[:, :, 1] > threshold
+    last = np.where(over.any(1), over.argmax(1), found.shape[1] - 1)
+    return float(found[np.arange(len(found)), last, 0].mean()), float(last.mean() + 1)
+
+
+def calibrated(found: Outcomes) -> float:
+    """The lowest threshold that solves as many puzzles as all supervision steps do, or else the most."""
+    goal = halting(found, np.inf)[0]
+    return float(max(THRESHOLDS, key=lambda threshold: (min(goal, halting(found, threshold)[0]), -threshold)))
 
 
 def recipe(options: dict[str, Any]) -> str:
@@ -63,12 +90,15 @@ def export(folder: Path, file: Path, count: int | None = None) -> dict[str, Any]
     training = Training(argparse.Namespace(**options), puzzles_of(argparse.Namespace(**options)))
     training.resume(folder)
     model, test = training.averaged(), training.test[:count]
-    unrounded, _ = solved(model, test, Confident())
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.copy_(tensor.bfloat16())
-    exact, _ = solved(model, test, Never())
-    halting, steps = solved(model, test, Confident())
+    clues = (options["fewest_clues"], options["most_clues"])
+    # Of the same classes as the test puzzles, and other puzzles.
+    apart = sudoku_data.make(CALIBRATION if count is None else count, options["seed"] + 1, True, clues, lambda: None)
+    threshold = calibrated(outcomes(model, apart))
+    rounded, unrounded = outcomes(model, test), outcomes(training.averaged(), test)
+    exact, steps = halting(rounded, threshold)
     notes = {
         "puzzles": "Sudoku 9x9 with one solution, of random solutions; train and test share no solution class",
         "fewest_clues": options["fewest_clues"],
@@ -79,9 +109,11 @@ def export(folder: Path, file: Path, count: int | None = None) -> dict[str, Any]
         "optimizer_steps": training.step,
         "training_seconds": round(training.seconds),
         "held_out_puzzles": len(test),
-        "held_out_exact": round(exact, 4),  # after all supervision steps
-        "held_out_exact_halting": round(halting, 4),
-        "held_out_exact_halting_before_rounding": round(unrounded, 4),
+        "held_out_exact": round(halting(rounded, np.inf)[0], 4),  # after all supervision steps
+        "held_out_exact_before_rounding": round(halting(unrounded, np.inf)[0], 4),
+        "threshold": threshold,
+        "calibration_puzzles": len(apart),
+        "held_out_exact_halting": round(exact, 4),
         "supervision_steps_halting": round(steps, 2),
     }
     trmfast.save(model, file, dtype=torch.bfloat16, notes=notes)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from trmfast.benchmark.measure import Row
 from trmfast.benchmark.report import Report, cells, columns, fit_table, group_title, load, markdown, title_of
 from trmfast.benchmark.rivals import TITLES
 from trmfast.benchmark.suites import SUITES
+from trmfast.cli import bench_solve
 from trmfast.cli.bench_compare import compare_runs
 from trmfast.cli.bench_models import measure_models
 from trmfast.cli.bench_suite import measure_suite
@@ -34,6 +36,7 @@ examples:
                                         training that keeps the activations of the gradient window, too
   trmfast bench --suite quick           recursions alone, of every model, size and dtype; under three minutes
   trmfast bench --suite full            with every rival that is installed, and scaling; under fifteen minutes
+  trmfast bench --suite solve           Sudoku puzzles a second of a trained model; under six minutes
   trmfast bench --suite quick --compare old/suite.json
                                         exit status 1 if trmfast has become slower against its rivals and the peak
   trmfast bench --compare old/bench.json
@@ -79,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where results go (default: trmfast-bench)",
     )
     add(
-        "--suite", choices=tuple(SUITES), help="recursions without embeddings, heads and losses, see docs/benchmarks.md"
+        "--suite",
+        choices=(*SUITES, "solve"),
+        help="recursions without embeddings, heads and losses, see docs/benchmarks.md; solve: puzzles, docs/solver.md",
     )
     add(
         "--compare",
@@ -91,11 +96,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object")
     add("--markdown", action="store_true", help="print the README's table")
     add("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests: width 64
+    bench_solve.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the benchmark; 1 if trmfast is outside the tolerance policy or, with --compare, has become slower."""
     _check_options(arguments)
+    if arguments.suite == "solve":
+        return bench_solve.run(arguments)
     try:
         earlier = [load(path) for path in arguments.compare or ()]
     except ValueError as error:
@@ -138,10 +146,13 @@ def _check_options(arguments: argparse.Namespace) -> None:
             raise UsageError("--compare: got two files with --suite, which are compared with each other alone")
         if arguments.json:
             raise UsageError("--json: not an option of --compare, which prints a table")
-    if arguments.suite is not None:
-        for option in ("quick", "config", "batch", "no_compile", "no_recompute"):
-            if getattr(arguments, option):
-                raise UsageError(f"--{option.replace('_', '-')}: not an option of --suite, whose problems are fixed")
+    if arguments.suite == "solve":
+        _refuse(arguments, ("quick", "config", "no_recompute", "compare"), "not an option of --suite solve")
+    else:
+        _refuse(arguments, bench_solve.OPTIONS, "an option of --suite solve alone")
+        if arguments.suite is not None:
+            fixed = ("quick", "config", "batch", "no_compile", "no_recompute")
+            _refuse(arguments, fixed, "not an option of --suite, whose problems are fixed")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
@@ -150,6 +161,13 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"--output: got {str(arguments.output)!r}, not a folder one can write to: {error.strerror}"
         ) from error
+
+
+def _refuse(arguments: argparse.Namespace, options: Sequence[str], reason: str) -> None:
+    for option in options:
+        value = getattr(arguments, option)
+        if value is not None and value is not False:
+            raise UsageError(f"--{option.replace('_', '-')}: {reason}")
 
 
 def _write(folder: Path, report: Report) -> str:

@@ -10,8 +10,9 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trmfast.cli.console import UsageError
 from trmfast.data import model_names
@@ -21,7 +22,10 @@ from trmfast.solving.solver import CHOICES
 from trmfast.sudoku import CELLS, Grid, conflict, grid_of, is_solved, parse, tokens
 from trmfast.sudoku_puzzles import sudoku_puzzle
 
-__all__ = ["EXAMPLES", "add_arguments", "run"]
+if TYPE_CHECKING:
+    from trmfast.runtime import Model
+
+__all__ = ["EXAMPLES", "MODEL", "add_arguments", "clues_of", "naming_options", "run", "sudoku_model", "threshold_of"]
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 VOCABULARY = 11
@@ -57,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(model_names())} (default: {MODEL})",
     )
     add("--dtype", choices=list(DTYPES), help="compute dtype (default: the model's)")
-    add(
-        "--threshold", type=float, default=0.0, metavar="T", help="halt when the Q head's logit is above T (default: 0)"
-    )
+    add("--threshold", type=float, metavar="T", help="halt when the Q head's logit is above T (default: the model's)")
     add("--max-steps", type=int, metavar="N", help="most supervision steps of a puzzle (default: the model's)")
     add("--trajectories", type=int, default=1, metavar="K", help="noisy copies of each puzzle (default: 1)")
     add("--noise", type=float, default=0.0, metavar="SIGMA", help="standard deviation of the noise on the latent state")
@@ -91,7 +93,7 @@ def _boards(arguments: argparse.Namespace, notes: Mapping[str, Any]) -> Iterator
         raise UsageError(f"{names[given[1]]}: got both {names[given[0]]} and it, accepted is one of them")
     if arguments.random is not None:
         _in_range("--random", arguments.random, 1, None)
-        clues = _clues(arguments.clues, notes)
+        clues = clues_of(arguments.clues, notes)
         generator = random.Random(arguments.seed)
         return (sudoku_puzzle(generator, generator.randint(*clues))[0] for _ in range(arguments.random))
     if arguments.boards:
@@ -107,7 +109,7 @@ def _boards(arguments: argparse.Namespace, notes: Mapping[str, Any]) -> Iterator
     return _parsed(sys.stdin, "standard input")
 
 
-def _clues(given: int | None, notes: Mapping[str, Any]) -> tuple[int, int]:
+def clues_of(given: int | None, notes: Mapping[str, Any]) -> tuple[int, int]:
     """The fewest and most clues of a random puzzle."""
     if given is not None:
         _in_range("--clues", given, FEWEST_CLUES, CELLS)
@@ -137,18 +139,11 @@ def _parsed(lines: Iterable[str], source: str) -> Iterator[Grid]:
 
 def _solver(arguments: argparse.Namespace, batch: int) -> tuple[Solver, dict[str, Any]]:
     """The solver, and the notes of its model."""
-    from trmfast import runtime
-
-    try:
-        if arguments.threads is not None:
-            _in_range("--threads", arguments.threads, 1, runtime.cores())
-        model = runtime.load(arguments.model, DTYPES.get(arguments.dtype), arguments.threads)
-        if (model.seq_len, model.vocab_size) != (CELLS, VOCABULARY):
-            got = f"a model of {model.seq_len} tokens and {model.vocab_size} ids"
-            raise ValueError(f"path: got {got}, accepted are those of Sudoku, of {CELLS} tokens and {VOCABULARY} ids")
+    model = sudoku_model(arguments.model, DTYPES.get(arguments.dtype), arguments.threads)
+    with naming_options():
         solver = Solver(
             model,
-            halt=Confident(arguments.threshold),
+            halt=Confident(threshold_of(arguments.threshold, model.notes)),
             max_steps=arguments.max_steps,
             batch_size=batch,
             trajectories=arguments.trajectories,
@@ -156,7 +151,38 @@ def _solver(arguments: argparse.Namespace, batch: int) -> tuple[Solver, dict[str
             choose=arguments.choose,
             seed=arguments.seed,
         )
-        return solver, model.notes
+    return solver, model.notes
+
+
+def sudoku_model(path: str, dtype: str | None, threads: int | None) -> Model:
+    """The model of a file, or of a name.
+
+    Raises:
+        UsageError: there is none that plays Sudoku.
+    """
+    from trmfast import runtime
+
+    with naming_options():
+        if threads is not None:
+            _in_range("--threads", threads, 1, runtime.cores())
+        model = runtime.load(path, dtype, threads)
+        if (model.seq_len, model.vocab_size) != (CELLS, VOCABULARY):
+            got = f"a model of {model.seq_len} tokens and {model.vocab_size} ids"
+            raise ValueError(f"path: got {got}, accepted are those of Sudoku, of {CELLS} tokens and {VOCABULARY} ids")
+    return model
+
+
+def threshold_of(given: float | None, notes: Mapping[str, Any]) -> float:
+    """The logit above which a row halts: the one that was asked for, the model's own, or 0."""
+    trained = notes.get("threshold", 0.0)
+    return given if given is not None else float(trained) if isinstance(trained, (int, float)) else 0.0
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Errors name the option in place of the argument."""
+    try:
+        yield
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         argument, colon, rest = " ".join(str(error).split()).partition(":")
         names = {"path": "--model", "halt": "--model", "dtype": "--dtype", "max_steps": "--max-steps"}

@@ -14,7 +14,7 @@ from trmfast.solving.halting import Confident, Halting, Unchanged
 from trmfast.solving.noise import gaussian
 from trmfast.solving.puzzle import Puzzle, Result
 
-__all__ = ["Row", "Search", "run"]
+__all__ = ["Row", "Search", "choice", "run"]
 
 
 @dataclass(frozen=True)
@@ -198,16 +198,27 @@ def _leaves(job: _Job, row: Row) -> bool:
     return row.halted or row.steps >= min(job.puzzle.max_steps, job.first or job.puzzle.max_steps)
 
 
-def _result(search: Search, job: _Job) -> Result:
-    rows = sorted(job.finished, key=lambda row: row.trajectory)
-    total = sum(min(row.steps, job.first or row.steps) for row in rows)
-    if job.first is not None:
-        rows = [row for row in rows if row.halted and row.steps == job.first]
-    elif search.choose == "majority":
+def choice(choose: str, rows: list[Row], first: int | None) -> Row:
+    """The trajectory that answers.
+
+    Args:
+        choose: as in :class:`trmfast.solving.Solver`.
+        rows: all trajectories of a puzzle, finished, in order.
+        first: for ``"first"`` the fewest steps after which one has halted; None if none has, and for the other rules.
+    """
+    if first is not None:
+        rows = [row for row in rows if row.halted and row.steps == first]
+    elif choose == "majority":
         votes = Counter(row.prediction.tobytes() for row in rows)
         most = max(votes.values())
         rows = [row for row in rows if votes[row.prediction.tobytes()] == most]
-    best = max(rows, key=lambda row: -math.inf if row.q_halt is None or math.isnan(row.q_halt) else row.q_halt)
+    return max(rows, key=lambda row: -math.inf if row.q_halt is None or math.isnan(row.q_halt) else row.q_halt)
+
+
+def _result(search: Search, job: _Job) -> Result:
+    rows = sorted(job.finished, key=lambda row: row.trajectory)
+    total = sum(min(row.steps, job.first or row.steps) for row in rows)
+    best = choice(search.choose, rows, job.first)
     history = np.stack(best.history) if search.history else None
     return Result(
         index=job.index,
