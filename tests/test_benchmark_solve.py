@@ -13,7 +13,7 @@ import torch
 import trmfast
 from trmfast import runtime
 from trmfast.benchmark import solve_worker
-from trmfast.benchmark.solve import Plan, puzzles_of, search_row
+from trmfast.benchmark.solve import Task, puzzles_of, search_row
 from trmfast.cli import main
 from trmfast.models import TRM
 from trmfast.solving import Confident, Never
@@ -61,14 +61,14 @@ def test_every_way_gives_the_answers_of_its_rule(model: str) -> None:
             tokens, on_step=lambda row: at_first.append(row.q_halt or 0.0)
         )
     )
-    plan = Plan(model, 3, 1, float(np.median(at_first)), (0.5,), 1.0)  # some halt at once
+    task = Task(model, 3, 1, float(np.median(at_first)), (0.5,), 1.0)  # some halt at once
     never, halting = (
-        list(trmfast.Solver(loaded, halt=halt).solve(tokens)) for halt in (Never(), Confident(plan.threshold))
+        list(trmfast.Solver(loaded, halt=halt).solve(tokens)) for halt in (Never(), Confident(task.threshold))
     )
     assert len({result.steps for result in halting}) > 1
     for kind in ("eager", "fixed", "waiting", "leaving", "continuous"):
         prepare = solve_worker._published if kind == "eager" else solve_worker._solver
-        answers = prepare(plan.setup(kind))(tokens)
+        answers = prepare(task.setup(kind))(tokens)
         expected = never if kind in ("eager", "fixed") else halting
         right = [a == r.prediction.tolist() for a, r in zip(answers["predictions"], expected, strict=True)]
         # Eager PyTorch rounds otherwise, so a near tie may go the other way.
@@ -87,7 +87,7 @@ def test_every_way_gives_the_answers_of_its_rule(model: str) -> None:
 def test_trajectories_are_counted_as_the_solver_counts_them(model: str) -> None:
     """One run of all trajectories tells what the solver does with fewer of them."""
     pairs = puzzles_of(5, (40, 60))
-    search = solve_worker._searcher(Plan(model, 8, 1, 0.0, (), 1.0).setup("search", trajectories=4, noise=0.5))
+    search = solve_worker._searcher(Task(model, 8, 1, 0.0, (), 1.0).setup("search", trajectories=4, noise=0.5))
     groups = [
         [Row(i, k, steps, np.array(p, dtype=np.int32), q, halted) for k, (p, q, steps, halted) in enumerate(rows)]
         for i, rows in enumerate(search(pairs[:, 0])["rows"])

@@ -27,9 +27,9 @@ from trmfast.solving.schedule import Row, choice
 from trmfast.sudoku_puzzles import sudoku_puzzle
 
 __all__ = [
-    "Plan",
     "SearchRow",
     "SolveRow",
+    "Task",
     "Width",
     "measure_search",
     "measure_solving",
@@ -43,7 +43,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 
 
 @dataclass(frozen=True)
-class Plan:
+class Task:
     """What is measured.
 
     Attributes:
@@ -217,29 +217,29 @@ def _rounds(turns: Turns, seconds: float, say: Callable[[str], None]) -> None:
 
 
 def measure_solving(
-    plan: Plan, pairs: np.ndarray, steps: int, seconds: float, say: Callable[[str], None]
+    task: Task, pairs: np.ndarray, steps: int, seconds: float, say: Callable[[str], None]
 ) -> tuple[list[SolveRow], list[str]]:
     """Every way in turns, and a remark for each that does not run here.
 
     Args:
-        plan: what is measured.
+        task: what is measured.
         pairs: token ids of puzzles and solutions [N, 2, 81].
         steps: of the published evaluation.
         seconds: for the rounds; there are at least three.
         say: is called with what is being done.
     """
-    search = {"trajectories": 4, "noise": plan.sigmas[0]}
+    search = {"trajectories": 4, "noise": task.sigmas[0]}
     titles: dict[str, tuple[str, dict[str, Any]]] = {
-        "eager": (f"PyTorch eager, {steps} steps", plan.setup("eager")),
-        "compile": (f"torch.compile, {steps} steps", plan.setup("compile")),
-        "fixed": (f"trmfast, {steps} steps", plan.setup("fixed")),
-        "waiting": ("trmfast, halting; the batch waits for its last row", plan.setup("waiting")),
-        "leaving": ("trmfast, halting; rows leave, none enter", plan.setup("leaving")),
-        "continuous": ("trmfast, halting, continuous batching", plan.setup("continuous")),
-        "int8": ("the same in int8", plan.setup("continuous", dtype="int8")),
-        "trajectories": (f"the same, 4 trajectories, sigma {plan.sigmas[0]:g}", plan.setup("continuous", **search)),
+        "eager": (f"PyTorch eager, {steps} steps", task.setup("eager")),
+        "compile": (f"torch.compile, {steps} steps", task.setup("compile")),
+        "fixed": (f"trmfast, {steps} steps", task.setup("fixed")),
+        "waiting": ("trmfast, halting; the batch waits for its last row", task.setup("waiting")),
+        "leaving": ("trmfast, halting; rows leave, none enter", task.setup("leaving")),
+        "continuous": ("trmfast, halting, continuous batching", task.setup("continuous")),
+        "int8": ("the same in int8", task.setup("continuous", dtype="int8")),
+        "trajectories": (f"the same, 4 trajectories, sigma {task.sigmas[0]:g}", task.setup("continuous", **search)),
     }
-    if not plan.compiled:
+    if not task.compiled:
         del titles["compile"]
     inputs = pairs[:, 0]
     with _workers({name: setup for name, (_, setup) in titles.items()}, say) as workers:
@@ -247,7 +247,7 @@ def measure_solving(
         present = {name: worker for name, worker in workers.items() if worker.absent is None}
         say("first batches")
         for worker in present.values():
-            worker.solve(inputs[: plan.batch])
+            worker.solve(inputs[: task.batch])
         start = time.monotonic()
         turns = Turns({name: partial(worker.solve, inputs) for name, worker in present.items()}, torch.float32)
         _rounds(turns, seconds - (time.monotonic() - start), say)
@@ -277,17 +277,17 @@ def measure_solving(
     return rows, remarks
 
 
-def measure_widths(plan: Plan, seconds: float, say: Callable[[str], None]) -> tuple[list[Width], list[str]]:
+def measure_widths(task: Task, seconds: float, say: Callable[[str], None]) -> tuple[list[Width], list[str]]:
     """Supervision steps of the published Sudoku models with random weights, in every dtype."""
     rows, remarks = [], []
-    overrides = {"hidden_size": 32, "num_heads": 2, "puzzle_emb_ndim": 32} if plan.tiny else {}
-    for name in ("sudoku-mlp",) if plan.tiny else ("sudoku", "sudoku-mlp"):
+    overrides = {"hidden_size": 32, "num_heads": 2, "puzzle_emb_ndim": 32} if task.tiny else {}
+    for name in ("sudoku-mlp",) if task.tiny else ("sudoku", "sudoku-mlp"):
         config = CONFIGS[name]
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
             file = Path(folder) / "model.safetensors"
             save(config.model(config.batch, True, overrides), file)
-            setup = replace(plan, model=str(file), batch=config.batch)
+            setup = replace(task, model=str(file), batch=config.batch)
             setups = {name: setup.setup("steps", dtype=dtype) for name, dtype in DTYPES.items()}
             with _workers(setups, say) as workers:
                 absent = {name: worker.absent for name, worker in workers.items() if worker.absent is not None}
@@ -319,7 +319,7 @@ def measure_widths(plan: Plan, seconds: float, say: Callable[[str], None]) -> tu
 # ---------------------------------------------------------------- trajectories
 
 
-def measure_search(plan: Plan, pairs: np.ndarray, say: Callable[[str], None]) -> list[SearchRow]:
+def measure_search(task: Task, pairs: np.ndarray, say: Callable[[str], None]) -> list[SearchRow]:
     """What 1, 4, 16 and 64 trajectories solve, and cost, for every sigma.
 
     Noise depends on puzzle, trajectory and step alone, so the first of 64 trajectories are those of a smaller K: one
@@ -327,11 +327,11 @@ def measure_search(plan: Plan, pairs: np.ndarray, say: Callable[[str], None]) ->
     until the time is over.
     """
     most = TRAJECTORIES[-1]
-    setups = {"one": plan.setup("search", trajectories=1, noise=0.0)}
-    setups |= {f"{sigma:g}": plan.setup("search", trajectories=most, noise=sigma) for sigma in plan.sigmas}
+    setups = {"one": task.setup("search", trajectories=1, noise=0.0)}
+    setups |= {f"{sigma:g}": task.setup("search", trajectories=most, noise=sigma) for sigma in task.sigmas}
     found: dict[str, list[list[Row]]] = {name: [] for name in setups}
     spent = dict.fromkeys(setups, 0.0)
-    stop = time.monotonic() + plan.seconds
+    stop = time.monotonic() + task.seconds
     with _workers(setups, say) as workers:
         for at in range(0, len(pairs), CHUNK):
             for name, worker in workers.items():

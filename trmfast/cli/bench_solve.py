@@ -10,9 +10,9 @@ import torch
 
 from trmfast import runtime
 from trmfast.benchmark.solve import (
-    Plan,
     SearchRow,
     SolveRow,
+    Task,
     Width,
     measure_search,
     measure_solving,
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     name = MODEL if arguments.model is None else arguments.model
     threads = arguments.threads or runtime.cores()
     model = sudoku_model(name, None, threads)
-    plan = Plan(
+    task = Task(
         model=name,
         batch=arguments.batch or 32,
         threads=threads,
@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         tiny=arguments.tiny,
     )
     clues = clues_of(arguments.clues, model.notes)
-    settings = {"suite": "solve", "threads": threads, "batch": plan.batch, "clues": clues, "model": name}
-    settings |= {"threshold": plan.threshold, "dtype": model.dtype, "sigmas": sigmas, "tiny": plan.tiny}
+    settings = {"suite": "solve", "threads": threads, "batch": task.batch, "clues": clues, "model": name}
+    settings |= {"threshold": task.threshold, "dtype": model.dtype, "sigmas": sigmas, "tiny": task.tiny}
     about_model = {"notes": model.notes, "config": vars(model.config)}
     circumstances: dict[str, Any] = {**facts(settings), "model": about_model}
     pairs = puzzles_of(count, clues)
@@ -86,15 +86,15 @@ def run(arguments: argparse.Namespace) -> int:
     remarks: list[str] = []
     with progress(20) as bar:
         if arguments.trajectories:
-            searches = measure_search(plan, pairs, bar.step)
+            searches = measure_search(task, pairs, bar.step)
             if searches[0].puzzles < count:
                 remarks.append(f"{searches[0].puzzles} of {count} puzzles fit into the time (--seconds)")
         else:
-            widths, remarks = measure_widths(plan, WIDTHS * plan.seconds, bar.step)
-            rows, more = measure_solving(plan, pairs, model.halt_max_steps, WAYS * plan.seconds, bar.step)
+            widths, remarks = measure_widths(task, WIDTHS * task.seconds, bar.step)
+            rows, more = measure_solving(task, pairs, model.halt_max_steps, WAYS * task.seconds, bar.step)
             remarks += more
     about = (
-        f"model {name}, {model.dtype}, threshold {plan.threshold:g}; eager PyTorch and torch.compile in its dtype; "
+        f"model {name}, {model.dtype}, threshold {task.threshold:g}; eager PyTorch and torch.compile in its dtype; "
         f"latencies from the entry into the batch to the answer"
     )
     seconds = time.monotonic() - start
