@@ -122,7 +122,7 @@ def find_ninja() -> str:
             return found
     found = shutil.which("ninja")
     if found is None:
-        raise CannotBuildError("no ninja: `pip install ninja` puts it where the build finds it")
+        raise CannotBuildError("no ninja: `pip install ninja` is enough")
     return found
 
 
@@ -130,7 +130,7 @@ def find_headers() -> list[str]:
     try:
         import pybind11
     except ImportError as error:
-        raise CannotBuildError("no pybind11: `pip install pybind11` puts it where the build finds it") from error
+        raise CannotBuildError("no pybind11: `pip install pybind11` is enough") from error
     include = sysconfig.get_paths()["include"]
     if not (Path(include) / "Python.h").exists():
         raise CannotBuildError(f"no Python.h in {include}: install the headers of this Python (python3-dev)")

@@ -270,7 +270,7 @@ def test_a_missing_rival_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work(find_case("trm"), torch.bfloat16, ("forward",), ("eager", "openvino", "onnxruntime"))
     rows, remarks = measure_work(work, 0.1, lambda _: None)
     assert [row.implementation for row in rows] == ["eager", "trmfast"]
-    assert "openvino not installed, `pip install 'trmfast[rivals]'` brings it" in remarks[0]
+    assert "openvino not installed, `pip install 'trmfast[rivals]'` installs it" in remarks[0]
     assert remarks[1].startswith("trm, B=2, L=12, bf16: no ONNX Runtime: ")
 
 

@@ -183,7 +183,7 @@ def test_all_config_beside_the_checkpoint(tmp_path: Path) -> None:
     arch |= {"puzzle_emb_ndim": "${.hidden_size}", "vocab_size": None}  # neither says anything
     everything = {"arch": arch, "global_batch_size": 6, "lr": 1e-4, "project_name": None}
     (tmp_path / "all_config.yaml").write_text(json.dumps(everything))  # JSON is YAML
-    with pytest.raises(ValueError, match=r"^config: got no seq_len, which the tensors of TRM do not tell"):
+    with pytest.raises(ValueError, match=r"^config: got no seq_len, which do not follow from the tensors of TRM"):
         load(tmp_path / "step_9")
     loaded = load(tmp_path / "step_9", seq_len=6)
     assert loaded.config.batch_size == 6

@@ -58,7 +58,7 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
         (["info", "--program", "trm:3"], "--program: got 'trm:3'"),
         (["info", "--program", "trm:0,6"], "H_cycles: got 0"),
         (["info", "--program", "trm:3,6,9"], "window: got 9"),
-        (["info", "--batch", "4"], "--batch: got 4 without --plan, accepted with --plan alone"),
+        (["info", "--batch", "4"], "--batch: got 4 without --plan, accepted only with --plan"),
         (["info", "--gpu", "H100"], "--gpu: got H100 without --plan"),
         (["info", "--program", "trm:3,6", "--dtype", "float32"], "--dtype: got float32 without --plan"),
         (["info", "--plan", "trm", "--program", "trm:3,6"], "--program: got trm:3,6 with --plan, accepted is one of"),

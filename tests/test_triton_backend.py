@@ -314,7 +314,7 @@ def test_trmfast_works_without_triton(tmp_path: Any) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )
-    assert done.stdout == "Triton is not installed: `pip install trmfast[triton]` brings it on Linux\n"
+    assert done.stdout == "Triton is not installed: `pip install trmfast[triton]` installs it on Linux\n"
     assert done.returncode == 2
     assert "--plan: needs Triton" in done.stderr
 

@@ -242,7 +242,9 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
             tensors["puzzle_emb.weights"] = mean.contiguous()
         except RuntimeError as error:
             size = mean.numel() * mean.element_size()
-            raise ValueError(f"num_puzzle_identifiers: got {rows}, which take {size:,} bytes: too many here") from error
+            raise ValueError(
+                f"num_puzzle_identifiers: got {rows}, which take {size:,} bytes, more than can be allocated here"
+            ) from error
     told = inferred(layout, tensors, given)
     _contradictions(given, told)
     values = {**DEFAULTS, **told, **given}
@@ -250,7 +252,7 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
     unknown = [name for name in required if name not in values]
     if unknown:
         raise ValueError(
-            f"config: got no {', '.join(unknown)}, which the tensors of {layout.name} do not tell; "
+            f"config: got no {', '.join(unknown)}, which do not follow from the tensors of {layout.name}; "
             "accepted as arguments or in config"
         )
     with torch.random.fork_rng(devices=[]):
@@ -402,7 +404,7 @@ def _read_values(path: Path) -> Any:
         except yaml.YAMLError as error:
             raise ValueError(str(error).splitlines()[0]) from error
     except ModuleNotFoundError as error:
-        raise ValueError(f"config: {path} is YAML, which `pip install pyyaml` reads") from error
+        raise ValueError(f"config: {path} is YAML, which needs pyyaml: `pip install pyyaml`") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config: {path} is not {kind} of plain data: {shortened(error)}") from error
 

@@ -224,7 +224,7 @@ def _expansion(widths: Mapping[int, int]) -> float | None:
 
 def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
-        raise ValueError(f"path: holds no {name}, which tells the sizes of the model")
+        raise ValueError(f"path: holds no {name}, which gives the sizes of the model")
     return tensors[name]
 
 

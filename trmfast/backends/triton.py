@@ -45,7 +45,7 @@ def interprets() -> bool:
 def _triton_problem() -> str | None:
     """None, or why Triton cannot be used."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: `pip install trmfast[triton]` brings it on Linux"
+        return "Triton is not installed: `pip install trmfast[triton]` installs it on Linux"
     import triton
 
     found = tuple(int(part) for part in triton.__version__.split(".")[:2])

@@ -375,7 +375,7 @@ def missing(name: str, dtype: torch.dtype) -> str | None:
     kind = RIVALS[name]
     absent = [module for module in kind.modules if find_spec(module) is None]
     if absent:
-        return f"{', '.join(absent)} not installed, `pip install 'trmfast[rivals]'` brings it"
+        return f"{', '.join(absent)} not installed, `pip install 'trmfast[rivals]'` installs it"
     if dtype not in kind.dtypes:
         return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in kind.dtypes)}"
     return None

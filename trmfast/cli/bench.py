@@ -159,7 +159,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"--output: got {str(arguments.output)!r}, not a folder one can write to: {error.strerror}"
+            f"--output: got {str(arguments.output)!r}, accepted are folders that can be written: {error.strerror}"
         ) from error
 
 
@@ -179,7 +179,7 @@ def _write(folder: Path, report: Report) -> str:
 
         charts = ", ".join(write_charts(folder, report))
     except ModuleNotFoundError:
-        charts = "no chart: `pip install -c constraints.txt -e '.[bench]'` brings matplotlib"
+        charts = "no chart: `pip install -c constraints.txt -e '.[bench]'` installs matplotlib"
     return f"{folder}: {stem}.json, .csv, .md, {charts}"
 
 

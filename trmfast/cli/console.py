@@ -77,7 +77,7 @@ def progress(total: int) -> Iterator[Progress]:
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
     except ModuleNotFoundError:
-        print("no progress bar: `pip install rich` brings it", file=sys.stderr)
+        print("no progress bar: `pip install rich` adds one", file=sys.stderr)
         yield Progress(None, total)
         return
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="configuration keys, before the file's",
     )
     parser.add_argument(
-        "--partial", action="store_true", help="go on with missing and unexpected tensors; missing ones are drawn anew"
+        "--partial",
+        action="store_true",
+        help="continue despite missing and unexpected tensors; missing ones are random",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

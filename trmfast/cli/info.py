@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"print the updates of a program; models are {', '.join(PROGRAMS)}; windows are one_step, last_cycle, "
         "all, none, or a number of cycles",
     )
-    parser.add_argument(
-        "--plan", metavar="PROBLEM", help="print the launches of a problem on a GPU, which need not exist"
-    )
+    parser.add_argument("--plan", metavar="PROBLEM", help="print the launches of a problem on a GPU; needs no GPU")
     parser.add_argument("--batch", type=int, metavar="B", help="sequences of the plan; by default the problem's")
     parser.add_argument("--dtype", help="compute dtype of the plan (default: bfloat16)")
     parser.add_argument("--gpu", help="GPU of the plan (default: H100)")
@@ -51,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         for option in ("batch", "dtype", "gpu"):
             value = getattr(arguments, option)
             if value is not None:
-                raise UsageError(f"--{option}: got {value} without --plan, accepted with --plan alone")
+                raise UsageError(f"--{option}: got {value} without --plan, accepted only with --plan")
     else:
         if arguments.program is not None:
             raise UsageError(f"--program: got {arguments.program} with --plan, accepted is one of the two")

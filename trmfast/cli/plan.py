@@ -38,7 +38,7 @@ def describe(name: str, batch: int | None, dtype: str, gpu: str) -> dict[str, An
         if value not in accepted:
             raise UsageError(f"{option}: got {value!r}, accepted are {', '.join(accepted)}")
     if importlib.util.find_spec("triton") is None:
-        raise UsageError("--plan: needs Triton, `pip install -c constraints.txt -e '.[triton]'` brings it on Linux")
+        raise UsageError("--plan: needs Triton, `pip install -c constraints.txt -e '.[triton]'` installs it on Linux")
     from trmfast.kernels.architectures import GPUS
     from trmfast.kernels.plans import plans
 

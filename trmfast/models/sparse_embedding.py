@@ -145,7 +145,7 @@ class CastedSparseEmbeddingSignSGD_Distributed(Optimizer):  # noqa: N801 (upstre
         for group in self.param_groups:
             table, local, ids = _buffers(group["params"])
             if any(hasattr(buffer, "_trmfast_left") for buffer in (table, local, ids)):
-                raise RuntimeError("params: the embedding has other buffers now, build the optimizer after the move")
+                raise RuntimeError("params: the embedding's buffers were replaced, build the optimizer after the move")
             if local.grad is None:
                 continue
             grad = _gather(local.grad, group["world_size"])

@@ -214,7 +214,7 @@ class _Tensors:
     def __call__(self, name: str, *shape: int) -> np.ndarray:
         tensor = self.tensors.get(f"inner.{name}")
         if tensor is None:
-            raise ValueError(f"path: has no tensor inner.{name}, which the configuration asks for")
+            raise ValueError(f"path: has no tensor inner.{name}, which the configuration requires")
         if tensor.shape != shape:
             got, expected = list(tensor.shape), list(shape)
             raise ValueError(f"inner.{name}: got shape {got}, the configuration makes it {expected}")
