@@ -19,7 +19,7 @@ LAYERS = (
     ("backends",),
     ("ops", "transforms"),
     ("layers", "nn", "foreign"),
-    ("cases", "testing", "models", "layouts", "checkpoint", "puzzles"),
+    ("cases", "testing", "models", "layouts", "checkpoint", "checkpoint_files", "puzzles"),
     ("dropin",),
     ("solving",),
     ("runtime",),

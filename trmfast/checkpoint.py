@@ -21,9 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from trmfast.checkpoint_files import Config, read_config, read_file
 from trmfast.config import LARGEST
 from trmfast.data import model_file
-from trmfast.file_format import KEY, LONGEST, VALUES, VERSION, described, naming, shortened
+from trmfast.file_format import KEY, LONGEST, VALUES, VERSION
 from trmfast.layouts import LAYOUTS, Layout, find_layout, inferred, inner_names
 from trmfast.models import ACTLossHead, ACTModel
 from trmfast.models.losses import LOSSES
@@ -34,8 +35,6 @@ __all__ = ["Loaded", "load", "read", "save"]
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "halt_exploration_prob": 0.1, "num_puzzle_identifiers": 1}
 
 STORED = (torch.float32, torch.bfloat16)
-
-Config = Mapping[str, Any] | str | os.PathLike[str]
 
 
 def load(
@@ -221,7 +220,7 @@ class Loaded:
 
 def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: bool = True, **options: Any) -> Loaded:
     """As :func:`load`, with what was found in the file."""
-    content = _read_file(model_file(path))
+    content = read_file(model_file(path))
     tensors = inner_names(content.tensors)
     layout = find_layout(tensors)
     about = content.described
@@ -231,7 +230,7 @@ def read(path: str | os.PathLike[str], config: Config | None = None, *, strict: 
     beside = Path(path).parent / "all_config.yaml"
     if config is None and about is None and beside.is_file():
         config = beside
-    given = layout.translate({**content.config, **_read_config(config), **options})
+    given = layout.translate({**content.config, **read_config(config), **options})
 
     tensors = layout.adapt(tensors)
     rows, puzzles = options.get("num_puzzle_identifiers"), tensors.get("puzzle_emb.weights")
@@ -311,115 +310,3 @@ def _contradictions(given: Mapping[str, Any], told: Mapping[str, Any]) -> None:
     for name in told.keys() & given.keys() - {"expansion", "forward_dtype"}:
         if given[name] != told[name]:
             raise ValueError(f"{name}: got {reprlib.repr(given[name])}, the tensors of the file say {told[name]!r}")
-
-
-# ---------------------------------------------------------------- files
-
-
-@dataclass(frozen=True)
-class _Content:
-    form: str
-    tensors: dict[str, Tensor]
-    config: dict[str, Any] = field(default_factory=dict)
-    described: dict[str, Any] | None = None
-
-
-def _read_file(path: Path) -> _Content:
-    with naming("path", path), path.open("rb") as file:
-        start = file.read(9)
-    # A safetensors file starts with the length of its header, which is JSON.
-    content = _read_safetensors(path) if start[8:] == b"{" else _read_torch(path)
-    for name, tensor in content.tensors.items():
-        if not name.isprintable():
-            raise ValueError(f"path: {path} holds a tensor named {reprlib.repr(name)}, accepted are names in one line")
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-            kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
-            raise ValueError(f"{name}: got {kind} on {tensor.device}, accepted are dense tensors of real numbers")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{name}: got shape {list(tensor.shape)}, accepted are tensors that store each element")
-    return content
-
-
-def _read_safetensors(path: Path) -> _Content:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Clones, which do not lie in the mapped file.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"path: {path} is not a whole safetensors file: {shortened(error)}") from error
-    found = described(path, metadata)
-    if found is None:
-        return _Content("safetensors", tensors)
-    return _Content("safetensors of trmfast", tensors, found["config"], found)
-
-
-def _read_torch(path: Path) -> _Content:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make torch.load raise almost anything
-        raise ValueError(
-            f"path: got {path}, accepted are safetensors files and PyTorch checkpoints of tensors and plain data"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"path: {path} holds a {type(content).__name__}, accepted are dicts of tensors")
-    inside = next((k for k in ("state_dict", "model_state_dict", "model") if isinstance(content.get(k), Mapping)), None)
-    if inside is None:
-        return _Content("PyTorch state_dict", _tensors(path, content))
-    tensors = _tensors(path, content[inside])
-    form = f"PyTorch checkpoint, its {inside}"
-    callbacks = content.get("callbacks")
-    for callback in callbacks.values() if isinstance(callbacks, Mapping) else ():
-        shadow = callback.get("shadow") if isinstance(callback, Mapping) else None
-        if isinstance(shadow, Mapping):
-            tensors.update(_tensors(path, shadow))
-            form += " with averaged weights"
-    hyper_parameters = content.get("hyper_parameters")
-    config = hyper_parameters if isinstance(hyper_parameters, Mapping) else {}
-    return _Content(form, tensors, {str(k): v for k, v in config.items() if not isinstance(v, Tensor)})
-
-
-def _tensors(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    other = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
-    if other is not None or not content:
-        what = "nothing" if other is None else f"{type(content[other]).__name__} at {reprlib.repr(other)}"
-        raise ValueError(f"path: {path} holds {what}, accepted are dicts of tensors")
-    return {str(name): value for name, value in content.items()}
-
-
-def _read_values(path: Path) -> Any:
-    """The content of a JSON or YAML file."""
-    kind = "JSON" if path.suffix == ".json" else "YAML"
-    try:
-        with naming("config", path):
-            text = path.read_text()
-        if kind == "JSON":
-            return json.loads(text)
-        import yaml  # type: ignore[import-untyped]
-
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(str(error).splitlines()[0]) from error
-    except ModuleNotFoundError as error:
-        raise ValueError(f"config: {path} is YAML, which needs pyyaml: `pip install pyyaml`") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"config: {path} is not {kind} of plain data: {shortened(error)}") from error
-
-
-def _read_config(config: Config | None) -> dict[str, Any]:
-    """The configuration keys, of a training script's ``arch`` part if there is one."""
-    if config is None:
-        return {}
-    values: Any = config
-    if not isinstance(config, Mapping):
-        values = _read_values(Path(config))
-    if isinstance(values, Mapping) and isinstance(values.get("arch"), Mapping):
-        batch = values.get("global_batch_size")
-        values = {**values["arch"], **({} if batch is None else {"batch_size": batch})}
-    if not isinstance(values, Mapping):
-        raise ValueError(f"config: got {type(values).__name__}, accepted are dicts and YAML or JSON files of one")
-    # Skip interpolations such as ${.hidden_size}: only the training script resolves them.
-    return {str(k): v for k, v in values.items() if not (isinstance(v, str) and "${" in v) and v is not None}

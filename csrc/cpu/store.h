@@ -28,7 +28,7 @@ void visit_arrays(BlockActivations<T>& act, const BlockShape& block, int length,
   }
 }
 
-// The same of the gradients that weight gradients read.  Where the activations are this pass's own (in_place),
+// The same for the gradients that weight gradients read.  Where the activations are this pass's own (in_place),
 // d(q, k, v) and d(gate, up) take their places.
 template <class T, class Visit>
 void visit_arrays(BlockGradients<T>& grads, const BlockShape& block, int length, bool in_place, const Visit& visit) {
