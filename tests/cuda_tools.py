@@ -39,11 +39,12 @@ def skip_or_fail(reason: str, required_by: str) -> None:
     pytest.skip(reason)
 
 
-def _digest(*parts: str, files: Sequence[Path] = ()) -> str:
-    digest = hashlib.sha256("\0".join(parts).encode())
+def digest(*parts: str, files: Sequence[Path] = ()) -> str:
+    """Names a build by everything it depends on."""
+    found = hashlib.sha256("\0".join(parts).encode())
     for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
+        found.update(file.name.encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _headers(of_emulator: bool = False) -> list[Path]:
@@ -52,7 +53,7 @@ def _headers(of_emulator: bool = False) -> list[Path]:
     return sorted([*kernels, *SIMT.glob("*.h"), *SIMT.glob("*.cuh")])
 
 
-def _make(output: Path, command: Sequence[str]) -> Path:
+def make(output: Path, command: Sequence[str]) -> Path:
     """Runs the command, which writes the file appended to it, unless the file is there; a warning is an error."""
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -91,12 +92,12 @@ def build_emulated(
     objects = []
     for source in [*EMULATOR, *sources]:
         own = [f"-D{define}" for define in defines] if source in sources else []
-        key = _digest(version, *flags, *own, str(source), files=[source, *_headers(source in EMULATOR)])
+        key = digest(version, *flags, *own, str(source), files=[source, *_headers(source in EMULATOR)])
         command = [compiler, *flags, *own, *INCLUDES, "-c", str(source)]
-        objects.append(_make(CACHE / f"{source.stem}-{variant}-{key}.o", command))
-    name = f"{Path(sources[0]).stem}-{_digest(str(shared), *map(str, objects))}{'.so' if shared else ''}"
+        objects.append(make(CACHE / f"{source.stem}-{variant}-{key}.o", command))
+    name = f"{Path(sources[0]).stem}-{digest(str(shared), *map(str, objects))}{'.so' if shared else ''}"
     link = [compiler, *VARIANTS[variant], *(["-shared"] if shared else []), *map(str, objects)]
-    return _make(CACHE / name, link)
+    return make(CACHE / name, link)
 
 
 def nvcc() -> str:
@@ -114,5 +115,5 @@ def build_device(source: Path, architecture: int, defines: Sequence[str] = ()) -
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     flags = ["-std=c++17", f"-arch=sm_{architecture}", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-warn-spills", "-cubin"]
     flags += ["--Werror=all-warnings", *[f"-D{define}" for define in defines], *INCLUDES]
-    key = _digest(version, *flags, str(source), files=[source, *_headers()])
-    return _make(CACHE / f"{source.stem}-sm_{architecture}-{key}.cubin", [compiler, *flags, str(source)])
+    key = digest(version, *flags, str(source), files=[source, *_headers()])
+    return make(CACHE / f"{source.stem}-sm_{architecture}-{key}.cubin", [compiler, *flags, str(source)])
