@@ -17,7 +17,9 @@ if not torch.cuda.is_available():
 
 from fuzz.poison import poisoned_allocations
 from trmfast.backends import BACKENDS
+from trmfast.backends import cpu as engine
 from trmfast.cases import Case
+from trmfast.targets import TARGETS
 
 # The files whose kernels run on the GPU if there is one.
 ON_A_GPU = {
@@ -32,8 +34,9 @@ _left: Counter[str] = Counter()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Adds the markers that depend on a test's parameters or on the machine.
 
-    A case that is not ``representative`` is marked ``breadth``. Without a GPU, tests marked ``gpu`` are skipped; with
-    one, the tests of Triton kernels run there and are marked.
+    A case that is not ``representative`` is marked ``breadth``. With ``pytest -n`` the tests of a file share a process,
+    and with it what the file builds, unless they are ``spread`` or have an ``xdist_group``. Without a GPU, tests marked
+    ``gpu`` are skipped; with one, the tests of Triton kernels run there and are marked.
     """
     found = torch.cuda.is_available()
     for item in items:
@@ -42,8 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             when: Callable[..., bool] = mark.kwargs["when"]
             if not when(**{name: parameters[name] for name in inspect.signature(when).parameters}):
                 item.add_marker(pytest.mark.breadth)
+        file = Path(str(item.fspath))
+        if not item.get_closest_marker("xdist_group"):
+            spread = item.get_closest_marker("spread")
+            names = spread.args if spread else ()
+            values = (str(item.callspec.params[name]) for name in names)  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.xdist_group("-".join((file.stem, *values))))
         # What compiles without a GPU, takes hours or needs none is not for the machine that has one.
-        if found and Path(str(item.fspath)).name in ON_A_GPU and not item.get_closest_marker("compile"):
+        if found and file.name in ON_A_GPU and not item.get_closest_marker("compile"):
             item.add_marker(pytest.mark.gpu)
         if not found and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is False"))
@@ -74,6 +83,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU engine on every instruction set; one that is not built or does not run here is a skip with its reason."""
+    reason = BACKENDS["cpu"].available() or engine.targets().get(request.param, f"{request.param} is not in this build")
+    if reason is not None:
+        pytest.skip(reason)
+    with engine.force_target(request.param):
+        yield request.param
 
 
 CPU_BACKENDS = [name for name, backend in BACKENDS.items() if not backend.device_types or "cpu" in backend.device_types]

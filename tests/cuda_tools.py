@@ -5,6 +5,7 @@ Results are kept under build/simt, named by a hash of everything they depend on.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -54,9 +55,17 @@ def _headers(of_emulator: bool = False) -> list[Path]:
 
 
 def make(output: Path, command: Sequence[str]) -> Path:
-    """Runs the command, which writes the file appended to it, unless the file is there; a warning is an error."""
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
+    """Runs the command, which writes the file appended to it, unless the file is there; a warning is an error.
+
+    A process that finds another at it (``pytest -n``) waits for the other's file.
+    """
+    if output.exists():
+        return output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_suffix(f"{output.suffix}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if output.exists():
+            return output
         with tempfile.TemporaryDirectory(dir=output.parent) as folder:
             made = Path(folder) / output.name
             done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
@@ -78,20 +87,20 @@ def host_compiler() -> tuple[str, str]:
 
 
 def build_emulated(
-    sources: Sequence[Path], *, variant: str = "plain", defines: Sequence[str] = (), shared: bool = False
+    sources: Sequence[Path], *, variant: str = "plain", options: Sequence[str] = (), shared: bool = False
 ) -> Path:
     """A program, or a shared library, of the sources and the emulator.
 
     Args:
         sources: .cpp files that include kernels and simt.h; they find csrc/cuda, tests and tests/simt.
         variant: a key of VARIANTS.
-        defines: NAME or NAME=VALUE, for the sources.
+        options: of the compiler, for the sources alone; the emulator's objects serve every library of a variant.
     """
     compiler, version = host_compiler()
     flags = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", *VARIANTS[variant]]
     objects = []
     for source in [*EMULATOR, *sources]:
-        own = [f"-D{define}" for define in defines] if source in sources else []
+        own = list(options) if source in sources else []
         key = digest(version, *flags, *own, str(source), files=[source, *_headers(source in EMULATOR)])
         command = [compiler, *flags, *own, *INCLUDES, "-c", str(source)]
         objects.append(make(CACHE / f"{source.stem}-{variant}-{key}.o", command))

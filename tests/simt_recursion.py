@@ -10,9 +10,7 @@ import ctypes
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,17 +22,11 @@ from trmfast.kernels.architectures import ARCHITECTURES
 from trmfast.kernels.configurations import Configuration
 from trmfast.kernels.persistent import Grid, Traffic, cache_blocks, persistent_traffic, stream_rows
 
+import cuda_tools
 from trmfast.cases import Case, Inputs, find_case, make_inputs
 from trmfast.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
-SIMT = ROOT / "tests" / "simt"
-SOURCES = [
-    SIMT / f"{name}.cpp" for name in ("recursion_harness", "access", "collectives", "fiber", "machine", "memory")
-]
-INCLUDES = [f"-I{folder}" for folder in (ROOT / "tests", SIMT, ROOT / "csrc" / "cuda")]
-FLAGS = ["-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-OPTIMIZE = os.environ.get("TRMFAST_SIMT_FLAGS", "-O1")
 
 
 class Instance(NamedTuple):
@@ -114,23 +106,19 @@ def listed_instances() -> list[Instance]:
     return [Instance(*map(int, row.split(","))) for row in rows]
 
 
-def build(folder: Path, instances: Iterable[Instance] = ()) -> ctypes.CDLL:
-    """Compiles the harness with some instances, by default all that are listed.
+def build(instances: Iterable[Instance] = (), plans_alone: bool = False) -> ctypes.CDLL:
+    """Compiles the harness; ``TRMFAST_SIMT_VARIANT`` is a key of ``cuda_tools.VARIANTS``.
 
-    The compiler is ``CXX`` or g++; ``TRMFAST_SIMT_FLAGS`` replaces its optimisation level.
+    Args:
+        instances: by default all that are listed.
+        plans_alone: for :func:`plan`, without the kernels.
     """
-    library = folder / "simt_recursion.so"
     listed = " ".join(f"X({', '.join(map(str, i))})" for i in instances)
-    command = [
-        os.environ.get("CXX", "g++"),
-        *FLAGS,
-        *OPTIMIZE.split(),
-        *INCLUDES,
-        *([f"-DTRMFAST_INSTANCES(X)={listed}"] if listed else []),
-    ]
-    done = subprocess.run([*command, "-o", str(library), *map(str, SOURCES)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
+    options = ["-O1"]  # compiling takes longer than running
+    options += [f"-DTRMFAST_INSTANCES(X)={listed}"] * bool(listed) + ["-DTRMFAST_PLANS_ALONE"] * plans_alone
+    variant = os.environ.get("TRMFAST_SIMT_VARIANT", "plain")
+    source = cuda_tools.SIMT / "recursion_harness.cpp"
+    return ctypes.CDLL(str(cuda_tools.build_emulated([source], variant=variant, options=options, shared=True)))
 
 
 def _request(problem: Problem, batch: int, length: int, **fields: Any) -> _Request:
@@ -265,14 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     case = find_case(options.problem)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        # The plan of as many sequences as the device takes at a time.
-        found = plan(build(Path(folder)), replace(case, batch=54), options.architecture)
-        if isinstance(found, str):
-            print(found)
-            return 1
-        library = build(Path(folder), [found.instance])
-        run = run_emulated(library, make_inputs(case, torch.bfloat16), found.instance, Schedule("random", 1))
+    # The plan of as many sequences as the device takes at a time.
+    found = plan(build(plans_alone=True), replace(case, batch=54), options.architecture)
+    if isinstance(found, str):
+        print(found)
+        return 1
+    library = build([found.instance])
+    run = run_emulated(library, make_inputs(case, torch.bfloat16), found.instance, Schedule("random", 1))
     expected = persistent_traffic(case.problem, 1, case.length, run.grid, rope=case.rope)
     print(f"{case}, {options.architecture}: {run.grid}")
     for name in ("weights", "tables", "exchange", "states"):

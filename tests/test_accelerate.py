@@ -188,7 +188,7 @@ def test_inside_a_loss_head_and_a_compiled_model() -> None:
     assert fused_calls(averaged.module, batch) == 1
 
 
-@pytest.mark.representative(when=lambda when: when == "before")
+@pytest.mark.breadth
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("name, when", [("trm", "before"), *((name, "after") for name in FAMILIES)])
 def test_compiles_whole_with_its_loss(name: str, when: str) -> None:

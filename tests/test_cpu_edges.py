@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from statistics import median
 
 import pytest
 import torch
 
-from trmfast.backends import BACKENDS
 from trmfast.backends import cpu as engine
 from trmfast.cases import Case, Inputs, make_case, make_inputs
-from trmfast.targets import TARGETS
 from trmfast.testing import Comparison, require, run_eager, run_fused, run_truth
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest) -> Iterator[str]:
-    reason = BACKENDS["cpu"].available() or engine.targets().get(request.param, f"{request.param} is not in this build")
-    if reason is not None:
-        pytest.skip(reason)
-    with engine.force_target(request.param):
-        yield request.param
 
 
 def small(name: str, **options: object) -> Case:

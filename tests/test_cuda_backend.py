@@ -293,8 +293,8 @@ HAND_OVER = {"attention": Instance(1, 8, 4), "mlp_t": Instance(1, 8, 4, 2, 4)}
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build(tmp_path_factory.mktemp("simt"), HAND_OVER.values())
+def emulator() -> Any:
+    return build(HAND_OVER.values())
 
 
 @pytest.mark.breadth

@@ -100,21 +100,28 @@ def compare(inputs: Inputs, run: Run) -> list[Comparison]:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def small() -> ctypes.CDLL:
     """The harness with instances for small cases, and two others to compare them with."""
     chosen = [ATTENTION, MIXER, LONG_MIXER, Instance(4, 3, 4), Instance(4, 3, 4, 2, 4)]
-    return build(tmp_path_factory.mktemp("simt_small"), chosen)
+    return build(chosen)
 
 
 @pytest.fixture(scope="session")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def wide() -> ctypes.CDLL:
     """The harness with all instances."""
-    return build(tmp_path_factory.mktemp("simt_wide"))
+    return build()
+
+
+@pytest.fixture(scope="session")
+def plans() -> ctypes.CDLL:
+    """The harness without kernels."""
+    return build(plans_alone=True)
 
 
 @pytest.mark.representative(
     when=lambda case, dtype: (case.name, dtype) in {("trm", torch.bfloat16), ("trm-mlp_t", torch.float16)}
 )
+@pytest.mark.spread("case", "dtype")
 @pytest.mark.parametrize("dtype", HALVES, ids=("bf16", "fp16"))
 @pytest.mark.parametrize("case", PROGRAMS, ids=str)
 def test_programs(small: ctypes.CDLL, case: Case, dtype: torch.dtype) -> None:
@@ -261,6 +268,7 @@ def check_one_block(library: ctypes.CDLL, case: Case, instance: Instance, dtype:
 
 
 @pytest.mark.breadth
+@pytest.mark.spread("instance")
 @pytest.mark.parametrize("instance", listed_instances(), ids=str)
 def test_every_instance(wide: ctypes.CDLL, instance: Instance) -> None:
     """Two blocks of the grid for a sequence, the second with few rows; long sequences of mlp_t fill more."""
@@ -294,6 +302,7 @@ def test_full_width(wide: ctypes.CDLL, instance: Instance) -> None:
 
 
 @pytest.mark.grid
+@pytest.mark.spread("instance", "dtype")
 @pytest.mark.parametrize("dtype", HALVES, ids=("bf16", "fp16"))
 @pytest.mark.parametrize("instance", WIDE, ids=str)
 def test_full_width_of_every_instance(wide: ctypes.CDLL, instance: Instance, dtype: torch.dtype) -> None:
@@ -302,6 +311,7 @@ def test_full_width_of_every_instance(wide: ctypes.CDLL, instance: Instance, dty
 
 
 @pytest.mark.grid
+@pytest.mark.spread("instance")
 @pytest.mark.parametrize("instance", LONG, ids=str)
 def test_long_sequences_of_every_instance(wide: ctypes.CDLL, instance: Instance) -> None:
     """Attention of the published width at L = 916 or 901; mlp_t of half that, its inner width over tokens 2560."""
@@ -310,16 +320,15 @@ def test_long_sequences_of_every_instance(wide: ctypes.CDLL, instance: Instance)
     check_one_block(wide, case_for(instance, length, width), instance, torch.bfloat16)
 
 
-@pytest.mark.breadth
 @pytest.mark.parametrize("device", DEVICES)
-def test_plans(wide: ctypes.CDLL, device: str) -> None:
+def test_plans(plans: ctypes.CDLL, device: str) -> None:
     """The published problems on every architecture: which instance, and that its shared memory fits."""
     shared = ARCHITECTURES[device].block_shared
     rows = set()
     for case in PUBLISHED:
         if case.name == "urm-arc":
             continue
-        made = plan(wide, case, device)
+        made = plan(plans, case, device)
         assert isinstance(made, LaunchShape), f"{case}: {made}"
         assert made.shared_bytes <= shared
         assert made.group_blocks * made.instance.row_tiles * 16 >= case.length
@@ -328,7 +337,7 @@ def test_plans(wide: ctypes.CDLL, device: str) -> None:
     assert rows <= ({1, 2} if shared == 99 << 10 else {1, 2, 4})
 
 
-def test_every_instance_is_the_plan_of_something(wide: ctypes.CDLL) -> None:
+def test_every_instance_is_the_plan_of_something(plans: ctypes.CDLL) -> None:
     """No row of csrc/cuda/instances.h is left that no architecture would run; all of them are tested above."""
     planned = set()
     for device in DEVICES:
@@ -336,7 +345,7 @@ def test_every_instance_is_the_plan_of_something(wide: ctypes.CDLL) -> None:
             case = make_case(
                 "some", batch=batch, hidden_size=width, num_heads=width // 64, length=length, token_mixer=mixer
             )
-            made = plan(wide, case, device)
+            made = plan(plans, case, device)
             assert isinstance(made, LaunchShape), made
             planned.add(made.instance)
     assert planned == set(listed_instances())
@@ -348,12 +357,12 @@ def test_constants_of_the_choice() -> None:
 
 
 @pytest.mark.parametrize("device", ["sm_80", "sm_90"])
-def test_plan_takes_more_rows_for_more_sequences(wide: ctypes.CDLL, device: str) -> None:
+def test_plan_takes_more_rows_for_more_sequences(plans: ctypes.CDLL, device: str) -> None:
     """Few sequences spread over the device; many share weights between as many rows as fit."""
     few = make_case("few", batch=1, length=97, hidden_size=512, num_heads=8)
     many = make_case("many", batch=768, length=97, hidden_size=512, num_heads=8)
-    plans = [plan(wide, case, device) for case in (few, many)]
-    assert [made.instance.row_tiles for made in plans if isinstance(made, LaunchShape)] == [2, 4]
+    made = [plan(plans, case, device) for case in (few, many)]
+    assert [one.instance.row_tiles for one in made if isinstance(one, LaunchShape)] == [2, 4]
 
 
 @pytest.mark.parametrize(
@@ -369,8 +378,8 @@ def test_plan_takes_more_rows_for_more_sequences(wide: ctypes.CDLL, device: str)
     ],
     ids=str,
 )
-def test_refusals(wide: ctypes.CDLL, case: Case, reason: str) -> None:
-    made = plan(wide, case, "sm_89", 20)
+def test_refusals(plans: ctypes.CDLL, case: Case, reason: str) -> None:
+    made = plan(plans, case, "sm_89", 20)
     assert isinstance(made, str)
     assert made.startswith(reason), made
 
@@ -388,7 +397,7 @@ def test_sanitizers() -> None:
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "CXX": "g++",
-        "TRMFAST_SIMT_FLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
+        "TRMFAST_SIMT_VARIANT": "sanitized",
         "OMP_NUM_THREADS": "1",
     }
     tests = "test_options or test_blocks_that or test_unwritten"

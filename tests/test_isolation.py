@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,9 +9,7 @@ import torch
 from torch import Tensor
 
 from trmfast.backends import BACKENDS
-from trmfast.backends import cpu as engine
 from trmfast.cases import Case, Inputs, make_case, make_inputs
-from trmfast.targets import TARGETS
 from trmfast.testing import Result, compare_results, require, run_eager, run_fused, run_truth
 
 POISONED = 1  # of three sequences: one is computed before it, one after it in the same buffers
@@ -67,15 +64,6 @@ def check(inputs: Inputs, backend: str, value: float, places: tuple[str, ...] = 
         for name, tensor in truth.gradients.items():
             if not tensor.isfinite().all():
                 assert not got.gradients[name].isfinite().all(), (where, name)
-
-
-@pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest) -> Iterator[str]:
-    reason = BACKENDS["cpu"].available() or engine.targets().get(request.param, f"{request.param} is not in this build")
-    if reason is not None:
-        pytest.skip(reason)
-    with engine.force_target(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize(

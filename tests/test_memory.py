@@ -19,8 +19,8 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the measurement reads Linux's /proc/self/statm"),
 ]
 
-WARM_UP = 2000
-CALLS = 1000  # in each part
+WARM_UP = 1000
+CALLS = 500  # in each part
 PARTS = 4
 # The heap settles in ever fewer steps of a page (and a few larger ones): a part may grow by one, not every part by two,
 # as it would with a leak of ten bytes a call.

@@ -78,16 +78,42 @@ def _seeds(case: Case) -> range:
     return range(1 if _elements(case) > 40_000 else 3)
 
 
+# What the interpreter of Triton runs by default in .ci/run, half a minute each: every length and every width.
+INTERPRETED = {
+    ("attention", 81, 512): torch.bfloat16,
+    ("attention", 82, 128): torch.float32,
+    ("attention", 97, 64): torch.bfloat16,
+    ("attention", 901, 64): torch.bfloat16,
+    ("mlp_t", 81, 512): torch.float32,
+    ("mlp_t", 82, 128): torch.bfloat16,
+    ("mlp_t", 97, 64): torch.float32,
+    ("mlp_t", 916, 64): torch.float32,
+}
+
+
+def _interpreted(case: Case, dtype: torch.dtype) -> bool:
+    block = case.problem.nets[0].block
+    return INTERPRETED.get((block.token_mixer, case.length, block.hidden_size)) == dtype
+
+
 def _sample_of_backends() -> list[Any]:
-    """Every backend on every case of the sample; Triton's interpreter on those that take it seconds."""
+    """Every backend on every case of the sample; Triton's interpreter on some, on all in test_every_shape."""
     sample = itertools.product(_sample(), DTYPES, ["reference", "cpu", "triton"])
     return [
         pytest.param(case, dtype, backend, id=f"{case}-{dtype}-{backend}")
         for case, dtype, backend in sample
-        if backend != "triton" or _elements(case) < 60_000
+        if backend != "triton" or _interpreted(case, dtype)
     ]
 
 
+@pytest.fixture
+def interpreter_in_one_thread(request: pytest.FixtureRequest, backend: str) -> None:
+    if backend == "triton":
+        request.getfixturevalue("one_thread")
+
+
+@pytest.mark.usefixtures("interpreter_in_one_thread")
+@pytest.mark.spread("case", "dtype")
 @pytest.mark.representative(when=lambda case, backend: backend != "triton" and _elements(case) < 20_000)
 @pytest.mark.parametrize("case, dtype, backend", _sample_of_backends(), indirect=["backend"])
 def test_shapes(case: Case, dtype: torch.dtype, backend: str, need_support: Need) -> None:
@@ -96,6 +122,8 @@ def test_shapes(case: Case, dtype: torch.dtype, backend: str, need_support: Need
 
 
 @pytest.mark.grid
+@pytest.mark.usefixtures("interpreter_in_one_thread")
+@pytest.mark.spread("case", "dtype", "backend")
 @pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", _every_shape(), ids=str)

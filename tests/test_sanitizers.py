@@ -155,6 +155,7 @@ print("swept", *ran)
 """
 
 
+@pytest.mark.xdist_group("address")
 def test_a_write_past_a_tensor_is_reported(address: Build) -> None:
     # Proof that the preloaded library watches torch's memory: without it a clean run would mean nothing.
     code = "import ctypes, torch; t = torch.zeros(1024); ctypes.memset(t.data_ptr() + 4096, 0, 1)"
@@ -162,6 +163,7 @@ def test_a_write_past_a_tensor_is_reported(address: Build) -> None:
         address.run("-c", code)
 
 
+@pytest.mark.xdist_group("thread")
 def test_a_race_in_a_library_is_reported(thread: Build, tmp_path: Path) -> None:
     # The same proof for the thread sanitizer.
     source = tmp_path / "race.cpp"
@@ -176,14 +178,17 @@ def test_a_race_in_a_library_is_reported(thread: Build, tmp_path: Path) -> None:
         thread.run("-c", f"import torch, trmfast, ctypes; ctypes.CDLL({str(library)!r}).race()")
 
 
+@pytest.mark.xdist_group("address")
 def test_every_target_reads_and_writes_only_its_memory(address: Build) -> None:
     print(address.run("-c", SWEEP, ADDRESS.flags))
 
 
+@pytest.mark.xdist_group("thread")
 def test_the_engines_threads_do_not_race(thread: Build) -> None:
     print(thread.run("-c", SWEEP, THREAD.flags))
 
 
+@pytest.mark.xdist_group("address")
 def test_threads_processes_and_packed_weights(address: Build) -> None:
     config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
     tests = str(ROOT / "tests" / "test_cpu_engine.py")

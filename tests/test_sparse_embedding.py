@@ -118,6 +118,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+@pytest.mark.breadth
 def test_two_ranks_agree_on_the_sum(tmp_path: Path) -> None:
     processes = [get_context("spawn").Process(target=run_rank, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:

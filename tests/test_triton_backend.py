@@ -72,9 +72,8 @@ PARITY = [
 ]
 
 
-@pytest.mark.representative(
-    when=lambda case, dtype: dtype == torch.bfloat16 and case in CASES[:8] and case.name != "mlp_t-and-conv"
-)
+@pytest.mark.representative(when=lambda case, dtype: dtype == torch.bfloat16 and case.name in {"trm-mlp_t", "hrm"})
+@pytest.mark.spread("case", "dtype")
 @pytest.mark.parametrize("case, dtype", PARITY, ids=str)
 @pytest.mark.usefixtures("one_thread")
 def test_every_program(case: Case, dtype: torch.dtype) -> None:
@@ -84,6 +83,7 @@ def test_every_program(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.breadth
+@pytest.mark.spread("mixer", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mixer", ["attention", "mlp_t"])
 @pytest.mark.usefixtures("one_thread")
@@ -129,6 +129,7 @@ GUARDED = [
 
 
 @pytest.mark.representative(when=lambda case, fusion: fusion == "most" and case.name in {"trm", "trm-mlp_t"})
+@pytest.mark.spread("case", "fusion")
 @pytest.mark.parametrize("case, fusion", GUARDED, ids=str)
 @pytest.mark.usefixtures("one_thread")
 def test_nothing_is_read_or_written_out_of_bounds(case: Case, fusion: str) -> None:
@@ -173,6 +174,7 @@ def test_backward_recomputes_the_same_bits() -> None:
     assert torch.equal(again.view(torch.int16), forward["out.0"].view(torch.int16))
 
 
+@pytest.mark.representative(when=lambda frozen: frozen != "all but one weight")
 @pytest.mark.parametrize("frozen", ["weights", "states and x", "all but one weight"])
 @pytest.mark.usefixtures("one_thread")
 def test_needs_flags(frozen: str) -> None:

@@ -106,7 +106,7 @@ def test_small(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, range(3))
 
 
-@pytest.mark.representative(when=lambda case: case is SMALL[0])
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     "case",
     [SMALL[0], SMALL[3], make("wide heads", BlockSpec(192, 80, num_heads=2), 2, 13)],
