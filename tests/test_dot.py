@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import aarch64
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "tests" / "cpp" / "test_dot.cpp"
 ISA = ROOT / "csrc" / "cpu" / "isa.cpp"
@@ -65,14 +67,13 @@ def host_compiler() -> str | None:
 
 def compile_dot(target: str, optimize: list[str], folder: Path) -> tuple[Path | None, str]:
     """The test executable and the reason why it cannot run here, or no executable and the reason why there is none."""
-    reason, link = "", ["-pthread"]
+    link = ["-pthread"]
     if target == "aarch64":
-        compiler = shutil.which("aarch64-linux-gnu-g++")
-        if compiler is None:
-            return None, "no cross compiler for AArch64 (Debian: g++-aarch64-linux-gnu)"
-        link.append("-static")
-        if shutil.which("qemu-aarch64") is None:
-            reason = "compiled, but there is no qemu-aarch64 to run it"
+        missing = aarch64.missing_reason()
+        if missing is not None:
+            return None, missing
+        compiler: str | None = aarch64.COMPILER
+        link += aarch64.LINK
     else:
         compiler = host_compiler()
         if compiler is None:
@@ -92,9 +93,7 @@ def compile_dot(target: str, optimize: list[str], folder: Path) -> tuple[Path | 
     )
     if done.returncode != 0:
         return None, done.stderr
-    if target != "aarch64":
-        reason = missing_reason(RUNS_ON.get(target, target), folder, compiler)
-    return output, reason
+    return output, "" if target == "aarch64" else missing_reason(RUNS_ON.get(target, target), folder, compiler)
 
 
 def missing_reason(target: str, folder: Path, compiler: str) -> str:
@@ -124,7 +123,7 @@ class Executables:
         assert "error:" not in reason, reason
         if reason:
             pytest.skip(reason)
-        command = ["qemu-aarch64", str(executable)] if target == "aarch64" else [str(executable)]
+        command = [aarch64.QEMU, str(executable)] if target == "aarch64" else [str(executable)]
         return subprocess.run([*command, name], capture_output=True, text=True, timeout=300)
 
 

@@ -96,6 +96,7 @@ Reasons detect() {
 
 #else
 
+const char* request_amx() { return Reasons().amx; }
 Reasons detect() { return Reasons(); }
 
 #endif
