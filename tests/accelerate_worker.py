@@ -1,4 +1,5 @@
-"""One of two processes: gradients of accelerated models under DDP, FSDP2 and a manual all_reduce.
+"""One of two processes: gradients of accelerated models under DDP, FSDP2 and a manual all_reduce; parts of our own
+classes under FSDP2.
 
 Started by test_accelerate_distributed.py through torchrun.  Prints one line for each combination that has given the
 gradients of the plain model in a single process, and fails at the first that has not.
@@ -15,12 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import trmfast
-from dropin_cases import inner_of, make, make_batch, same, step
+from dropin_cases import TINY, inner_of, make, make_batch, same, step
 from dropin_models import ACTLossHead
 
 ROWS = 4
@@ -143,6 +145,46 @@ def mixed_precision(rank: int) -> None:
     assert 0 < (got - expected).norm() < 0.05 * expected.norm()
 
 
+BARE = {"puzzle_emb_ndim": 0, "puzzle_emb_len": 0}
+OWN = TINY | {"L_cycles": 3} | BARE
+OWN_PARTS: dict[str, Callable[[Any], list[nn.Module]]] = {
+    "whole": lambda model: [model],
+    "network": lambda model: [model.inner.L_level],
+    "block": lambda model: [model.inner.L_level.layers[0]],
+    "MLP": lambda model: [model.inner.L_level.layers[1].mlp],
+    "weight": lambda model: [model.inner.L_level.layers[0].mlp.down_proj],
+    "heads": lambda model: [model.inner.lm_head, model.inner.q_head],
+    "MLP, network, whole": lambda model: [model.inner.L_level.layers[0].mlp, model.inner.L_level, model],
+}
+
+
+def parts_of_own_classes(rank: int) -> None:
+    """fully_shard of any module of trmfast.TRM gives the gradients of one process; other shards are refused."""
+    whole = make_batch("trm", rows=ROWS)
+    half = {key: value[2 * rank : 2 * rank + 2] for key, value in whole.items()}
+    torch.manual_seed(0)
+    plain = trmfast.TRM(OWN)
+    plain.load_state_dict(endless("trm", **BARE).state_dict())
+    expected = gradients(plain, ACTLossHead(plain), whole)
+    for part, modules in OWN_PARTS.items():
+        model = trmfast.TRM(OWN | {"batch_size": 2})
+        model.load_state_dict(plain.state_dict())
+        for module in modules(model):
+            fully_shard(module)
+        found = gradients(model, ACTLossHead(model), half, dist.get_world_size())
+        for key, parameter in model.named_parameters():
+            if key in found and not isinstance(parameter, DTensor):
+                dist.all_reduce(found[key])
+                found[key] /= dist.get_world_size()
+        compare("trmfast.TRM", part, found, expected)
+
+    model = trmfast.TRM(OWN | {"batch_size": 2})
+    linear = model.inner.L_level.layers[0].mlp.down_proj
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    with pytest.raises(TypeError, match=r"^weights\[3\]: got DTensor, accepted are Tensor, and DTensor only by fully"):
+        gradients(model, ACTLossHead(model), half)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -156,6 +198,7 @@ def main() -> None:
             compare(name, mode, run(endless(name, batch_size=2), half), expected)
     restored_after_sharding(rank)
     mixed_precision(rank)
+    parts_of_own_classes(rank)
     dist.destroy_process_group()
 
 

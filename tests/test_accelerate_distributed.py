@@ -1,4 +1,4 @@
-"""Accelerated models in two processes on gloo give the gradients of the plain model in one."""
+"""Accelerated models, and sharded parts of our own, in two processes on gloo give the gradients of one process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 HERE = Path(__file__).parent
 MODES = ("all_reduce", "ddp", "accelerate after ddp", "fsdp2 whole", "fsdp2 blocks")
+OWN_PARTS = ("whole", "network", "block", "MLP", "weight", "heads", "MLP, network, whole")
 
 
 @pytest.mark.breadth
@@ -24,4 +25,5 @@ def test_two_processes_have_the_gradients_of_one() -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     expected = {f"same gradients: {name}, {mode}" for name in ("trm", "hrm", "urm") for mode in MODES}
+    expected |= {f"same gradients: trmfast.TRM, {part}" for part in OWN_PARTS}
     assert set(run.stdout.splitlines()) >= expected

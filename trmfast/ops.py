@@ -77,10 +77,10 @@ def recursion(
     for name, items, kind in (("nets", nets, NetSpec), ("states", states, Tensor), ("weights", weights, Tensor)):
         if not isinstance(items, (list, tuple)):
             raise TypeError(f"{name}: got {type(items).__name__}, accepted are lists and tuples of {kind.__name__}")
+        usual = _USUAL[kind]
         for item in items:
-            if not isinstance(item, kind):
-                i = next(i for i, other in enumerate(items) if other is item)
-                raise TypeError(f"{name}[{i}]: got {type(item).__name__}, accepted are {kind.__name__}")
+            if type(item) not in usual:
+                _require_kind(item, kind, name, items)
     for name, table in (("x", x), ("cos", cos), ("sin", sin)):
         if table is not None and not isinstance(table, Tensor):
             raise TypeError(f"{name}: got {type(table).__name__}, accepted are Tensor and None")
@@ -102,6 +102,20 @@ def recursion(
         list(states), x, list(weights), cos, sin, program.key, net_keys, backend, save, recompute
     )
     return tuple(out)
+
+
+# The types that most items have, which takes no longer to see than that they are tensors.
+_USUAL = {NetSpec: (NetSpec,), Tensor: (Tensor, torch.nn.Parameter)}
+
+
+def _require_kind(item: object, kind: type, name: str, items: Sequence[object]) -> None:
+    """Raises TypeError if an item is of the wrong type, or a tensor of which this process has a part."""
+    got = type(item).__name__
+    if isinstance(item, kind) and got != "DTensor":
+        return
+    accepted = "Tensor, and DTensor only by fully_shard of a module" if got == "DTensor" else kind.__name__
+    i = next(i for i, other in enumerate(items) if other is item)
+    raise TypeError(f"{name}[{i}]: got {got}, accepted are {accepted}")
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
