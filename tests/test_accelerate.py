@@ -170,6 +170,27 @@ def test_backends_and_arguments() -> None:
         trmfast.accelerate(cast(Any, {}))
 
 
+@pytest.mark.skipif(trmfast.backends.BACKENDS["cpu"].available() is not None, reason="the CPU engine is not built")
+def test_recompute() -> None:
+    model, batch = make("trm"), make_batch("trm")
+    found = []
+    for recompute in (True, False):  # the second call changes it
+        trmfast.accelerate(model, recompute=recompute)
+        kept: list[int] = []
+
+        def pack(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            if tensor.dtype == torch.uint8:
+                kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found.append(step(model, batch))
+        assert (sum(kept) > 0) is not recompute
+    assert same(*found)  # the engine gives the same bits both ways
+    with pytest.raises(TypeError, match="recompute: got 1, accepted are True and False"):
+        trmfast.accelerate(model, recompute=cast(Any, 1))
+
+
 # ---------------------------------------------------------------- wrappers
 
 

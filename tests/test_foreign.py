@@ -225,6 +225,8 @@ def test_accelerate_refuses() -> None:
     model = make("trm-mixer")
     with pytest.raises(ValueError, match=r"^backend: got 'cpu', accepted is 'auto', the networks are TinyRecursive"):
         trmfast.accelerate(model, backend="cpu")
+    with pytest.raises(ValueError, match=r"^recompute: got False, accepted is True, which is all that is done for"):
+        trmfast.accelerate(model, recompute=False)
     both = nn.ModuleDict({"model": model, "ema": copy.deepcopy(model)})
     with pytest.raises(trmfast.UnsupportedModelError, match="several modules hold a recursion: model, ema; accelerate"):
         trmfast.accelerate(both)

@@ -18,14 +18,14 @@ __all__ = ["accelerate", "restore"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def accelerate(model: M, backend: str = "auto") -> M:
+def accelerate(model: M, backend: str = "auto", recompute: bool = True) -> M:
     """Lets a model's recursion run as one fused operation; the model itself is changed and returned.
 
     Takes TRM and its variants, HRM, the transformer baseline, URM and nano-trm under whatever class names, plain or
     inside a loss head, ``torch.compile``, DistributedDataParallel or another wrapper.  The model is recognised by the
     names, shapes and parts of its modules, and then by what its own code computes on random numbers, in a private
     double that shares no tensor with it.  Parameters, buffers, state_dict, hooks outside of the networks and random
-    generators stay as they are.  An accelerated model takes the new backend and is otherwise left alone.
+    generators stay as they are.  An accelerated model takes the new backend and recompute and is otherwise left alone.
 
     A model of tiny-recursive-model or hrm-pytorch, whose networks are of any kind, keeps running its own code and
     recomputes its gradient window in backward, see :mod:`trmfast.foreign`.
@@ -33,25 +33,31 @@ def accelerate(model: M, backend: str = "auto") -> M:
     Args:
         model: the model.
         backend: the name of a backend, or ``"auto"`` for the best that supports the problem.
+        recompute: whether backward computes the gradient window again.  If not, the CPU engine keeps its activations,
+            as :func:`trmfast.recursion` says.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or recompute not a bool.
         UnsupportedModelError: a ValueError that lists every difference of the model, one per line.
-        ValueError: there is no backend of that name.
+        ValueError: there is no backend of that name, or ``recompute=False`` for networks of any kind.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, accepted are torch.nn.Module")
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute: got {recompute!r}, accepted are True and False")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, accepted are {', '.join(('auto', *BACKENDS))}")
     swapped = [module for module in model.modules() if is_swapped(module)]
     if swapped and len(inner_modules(model)) == len(swapped):
         for module in swapped:
-            swap_of(module).backend = backend
+            swap_of(module).backend, swap_of(module).recompute = backend, recompute
         return model
     other = _foreign(model)
     if other is not None:
         if backend != "auto":
             raise ValueError(f"backend: got {backend!r}, accepted is 'auto', the networks are {other.kind}'s own")
+        if not recompute:
+            raise ValueError(f"recompute: got False, accepted is True, which is all that is done for {other.kind}")
         other.swap()
         return model
     found = find(model)
@@ -59,7 +65,7 @@ def accelerate(model: M, backend: str = "auto") -> M:
     if differences:
         raise UnsupportedModelError(differences)
     forwards = forwards_of(found.inner, FAMILIES[found.family])
-    swap(found.inner, Swap(found.family, found.nets, backend, forwards))
+    swap(found.inner, Swap(found.family, found.nets, backend, forwards, recompute))
     return model
 
 

@@ -40,12 +40,14 @@ class Swap:
         nets: the specs of its networks.
         backend: the backend of its recursion.
         forwards: the function that computes each module of the networks, see :func:`forwards_of`.
+        recompute: as in :func:`trmfast.recursion`.
     """
 
     family: str
     nets: tuple[NetSpec, ...]
     backend: str
     forwards: dict[str, str]
+    recompute: bool = True
 
 
 def fused_step(self: Any, carry: Any, batch: dict[str, Tensor]) -> tuple[Any, Tensor, Any]:
@@ -99,6 +101,7 @@ def _recur(
             cos,
             sin,
             own.backend,
+            own.recompute,
         )
         return tuple(state.to(dtype) for state in out)  # autocast computes in another dtype
 
