@@ -167,7 +167,7 @@ def parts_of_own_classes(rank: int) -> None:
     plain.load_state_dict(endless("trm", **BARE).state_dict())
     expected = gradients(plain, ACTLossHead(plain), whole)
     for part, modules in OWN_PARTS.items():
-        model = trmfast.TRM(OWN | {"batch_size": 2})
+        model: Any = trmfast.TRM(OWN | {"batch_size": 2})
         model.load_state_dict(plain.state_dict())
         for module in modules(model):
             fully_shard(module)

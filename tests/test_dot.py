@@ -72,12 +72,13 @@ def compile_dot(target: str, optimize: list[str], folder: Path) -> tuple[Path | 
         missing = aarch64.missing_reason()
         if missing is not None:
             return None, missing
-        compiler: str | None = aarch64.COMPILER
+        compiler = aarch64.COMPILER
         link += aarch64.LINK
     else:
-        compiler = host_compiler()
-        if compiler is None:
+        found = host_compiler()
+        if found is None:
             return None, "no C++ compiler on this machine"
+        compiler = found
         if TARGETS[target] and platform.machine() != "x86_64":
             return None, f"{target} is for x86-64"
     probe = folder / "probe.cpp"
