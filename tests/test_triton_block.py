@@ -12,7 +12,8 @@ from trmfast.kernels.forward_plan import Setting
 
 import triton_guard
 from triton_bounds import checked_run
-from triton_guard import guarded_run
+from triton_guard import DEVICE, INTERPRETED, guarded_run
+from trmfast.backends import triton as backend
 from trmfast.cases import Case, Inputs, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
@@ -50,7 +51,8 @@ SMALL = [
 ]
 
 
-WHOLE = Configuration(INTERPRETER)
+# On a GPU its own tiles: those of the interpreter take 320 KB of shared memory.
+WHOLE = Configuration(INTERPRETER) if INTERPRETED else backend._configuration(DEVICE)
 
 
 class Apart(Configuration):
@@ -113,7 +115,7 @@ def test_small(case: Case, dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_short_sequences_in_tiles(case: Case) -> None:
-    check(case, torch.float32, range(3), Apart(INTERPRETER))
+    check(case, torch.float32, range(3), Apart(WHOLE.architecture, WHOLE.multiprocessors))
 
 
 @pytest.mark.breadth

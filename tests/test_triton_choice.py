@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from trmfast.kernels import tuning
 from trmfast.kernels.architectures import GPUS
 from trmfast.kernels.configurations import Configuration
 from trmfast.kernels.forward_plan import Setting, forward_plan
 
 from standin import Runtime, standin
-from trmfast.backends import graphs
+from trmfast.backends import BACKENDS, graphs
 from trmfast.backends import triton as backend
 from trmfast.cases import PUBLISHED, make_case
 
@@ -88,6 +91,61 @@ def test_tf32_on_amd(name: str, expected: bool, cuda: Runtime, matmul: object, m
 
     accepted = HIPBackend(GPUTarget("hip", name, 64)).parse_options({}).allowed_dot_input_precisions
     assert ("tf32" in accepted) is expected
+
+
+# ---------------------------------------------------------------- what runs on a device
+
+
+@without_gpu
+def test_refusals_on_a_device(cuda: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = BACKENDS["triton"]
+
+    def supports(dtype: torch.dtype = torch.float16, batch: int = 2, device: str = "cuda:0", **sizes: Any) -> str:
+        problem = make_case("case", "hier6", **sizes).problem
+        reason = triton.supports(problem, torch.device(device), dtype, batch, 5)
+        return "" if reason is None else reason
+
+    assert triton.available() is None
+    assert triton.slow_device_types == ()
+    assert supports() == ""
+    assert triton.kept_bytes(make_case("case").problem, torch.float16, 2, 5) == 0
+    assert supports(torch.float64) == "it computes in float32, bfloat16, float16, not in float64"
+    assert supports(device="cpu") == "it runs on cuda, not on cpu"
+    assert supports(batch=1 << 17) == "it takes up to 65535 sequences and 2^31 tokens, not 131072 of 5"
+    assert supports(hidden_size=1024, num_heads=16) == "it takes widths up to 512, not 1024"
+    assert supports(hidden_size=512, num_heads=2) == "it takes head_dim up to 128, not 256"
+    monkeypatch.setattr(backend, "MOST_TERMS", 2)
+    assert supports().startswith("it adds up to 2 tensors in an update, not ")
+    cuda.capability = (7, 5)
+    backend._architecture.cache_clear()
+    assert supports().startswith("it has no tiles for sm_75: it needs compute capability 8.0 or newer")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton.available() == "no GPU: torch.cuda.is_available() is False"
+    monkeypatch.setattr(backend, "interprets", lambda: True)
+    assert supports() == "TRITON_INTERPRET is set: it interprets, on CPU tensors"
+
+
+@without_gpu
+@pytest.mark.usefixtures("cuda")
+def test_tiles_are_timed_on_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The largest is the fastest by this timer; the model would take the smallest for ten tokens."""
+    file = tmp_path / "tuning.json"
+    monkeypatch.setenv("TRMFAST_TUNING_CACHE", str(file))
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    case = make_case("case", H_cycles=1, L_cycles=1, num_layers=1, **sizes)
+
+    def rows() -> int:
+        backend._configuration.cache_clear()
+        setting = backend.forward_setting(case.problem, torch.device("cuda:0"), torch.bfloat16, 2, 5)
+        return dict(backend._forward_plan(setting, False).launches[0].constants)["BLOCK_M"]
+
+    modelled = rows()
+    backend._forward_plan.cache_clear()
+    monkeypatch.setattr(tuning, "time_launch", lambda launch: 1 / dict(launch.constants)["BLOCK_M"])
+    monkeypatch.setenv("TRMFAST_TUNE", "1")
+    assert rows() > modelled
+    backend._forward_plan.cache_clear()
+    assert json.loads(file.read_text())
 
 
 # ---------------------------------------------------------------- graphs

@@ -9,8 +9,8 @@ a kernel launched on another device than its tensors'.  Each is a :class:`Hazard
         ...                                  torch.cuda and tensors of "cuda:0" and "cuda:1" work as far as needed
 
 ``memory.py`` has blocks of memory and the order of accesses, ``streams.py`` streams and events, ``graphs.py`` captures,
-``tensors.py`` the tensors, ``kernels.py`` launches of Triton kernels, ``runtime.py`` puts them in the place of
-``torch.cuda``.
+``tensors.py`` the tensors, ``kernels.py`` launches of Triton kernels, ``engine.py`` the CUDA engine, ``runtime.py``
+puts them in the place of ``torch.cuda``.
 """
 
 from standin.memory import HazardError

@@ -49,6 +49,7 @@ class Block:
         device: index of its device.
         begin, size: address and bytes.
         access: its last accesses.
+        storage: its bytes.
         pool: of the graphs during whose capture it was allocated, or a pool that a caller chose; or None.
         inference: whether it was allocated in inference mode, and may be written only there.
     """
@@ -57,6 +58,7 @@ class Block:
     begin: int
     size: int
     access: Access
+    storage: torch.UntypedStorage = field(repr=False)
     pool: object | None = None
     inference: bool = False
 
@@ -93,7 +95,8 @@ class Memory:
         found = self._blocks.get(begin) if size else None
         if found is not None:
             return found
-        block = Block(device, begin, size, Access(owner), pool, torch.is_inference_mode_enabled())
+        inference = torch.is_inference_mode_enabled()
+        block = Block(device, begin, size, Access(owner), storage, pool, inference)
         if size:
             self._blocks[begin] = block
             self.used[device] = self.used.get(device, 0) + size

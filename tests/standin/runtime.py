@@ -37,6 +37,7 @@ class Runtime:
         fail_captures: whether allocations during a capture raise it, and the end of the capture then another error.
         gcn_arch: what an AMD GPU calls itself.
         counts: operators that ran, by name.
+        pinned: addresses of tensors in pinned memory.
         compiled: the kernels that Triton would have compiled so far.
     """
 
@@ -50,6 +51,7 @@ class Runtime:
         self.capacity = 1 << 60
         self.fail_captures = False
         self.gcn_arch = ""
+        self.pinned: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.compiled: set[Any] = set()
         self.pool: object | None = None
@@ -141,7 +143,9 @@ class Runtime:
             with DeviceMode(self):
                 return kernel(*args, **kwargs)
         if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": None}
+            pinned = func(*args, **{**kwargs, "pin_memory": None})
+            self.pinned.add(pinned.data_ptr())
+            return pinned
         operation = Operation(self, func, args, kwargs)
         if operation.index is None:
             return func(*args, **kwargs)
@@ -160,6 +164,8 @@ class Runtime:
         for block, read, write in operation.accesses:
             block.touch(stream, read=read, write=write)
         result = operation.run()
+        if operation.from_host:
+            merge(self.host, stream.clock)  # from pageable memory: the host waits
         if func in READ_BY_HOST or operation.to_host:
             merge(self.host, stream.clock)
             return args[0] if operation.writes else result
@@ -170,11 +176,11 @@ class Runtime:
         return wrapped
 
     def _capture(self, graph: Graph, operation: Operation, args: Any, kwargs: dict[str, Any]) -> Any:
+        if operation.from_host:
+            raise HazardError(f"{operation.func}: a copy from pageable memory during a capture")
         if operation.writes:
             graph.add(operation.run, operation.accesses)
             return args[0] if operation.func._schema.returns else None
-        if any(isinstance(a, Tensor) and not isinstance(a, DeviceTensor) and a.dim() for a in args):
-            raise HazardError(f"{operation.func}: a copy from pageable memory during a capture")
         result = operation.run()
         assert isinstance(result, Tensor), operation.func
         wrapped = self._wrap(result, operation.index)

@@ -99,6 +99,7 @@ class Operation:
         self.runtime, self.func = runtime, func
         self.accesses: list[tuple[Block, bool, bool]] = []
         self.index: int | None = None
+        self.to_host = self.from_host = False
         schema = func._schema.arguments
         named = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
         for argument, value in named:
@@ -106,10 +107,9 @@ class Operation:
             tree_map(lambda v, w=write: self._take(v, w), value)
         self.writes = any(write for _, _, write in self.accesses)
         asked = kwargs.get("device")
-        self.to_host = False
         if asked is not None:
             asked = torch.device(asked)
-            self.to_host = asked.type == "cpu" and self.index is not None
+            self.to_host |= asked.type == "cpu" and self.index is not None
             if asked.type == "cuda":
                 self.index = runtime.index(asked)
         self.args = tree_map(unwrap, args)
@@ -124,8 +124,9 @@ class Operation:
                 raise RuntimeError(f"{self.func}: Inplace update to inference tensor outside InferenceMode")
             self.index = value.block.device
             self.accesses.append((value.block, not write, write))
-        elif isinstance(value, Tensor) and write:
-            self.to_host = True
+        elif isinstance(value, Tensor):
+            self.to_host |= write
+            self.from_host = self.func._opname in ("copy_", "_to_copy")
 
     def run(self) -> Any:
         """Calls the operator on the tensors of the CPU, outside of inference mode: that is the device tensors'."""
