@@ -126,6 +126,9 @@ def test_the_suite(words: list[str], model: str, tmp_path: Path, capsys: pytest.
     # PyTorch is in the memory of the rival alone.
     assert rows["continuous"]["peak"] < 0.5 * rows["eager"]["peak"]
     assert rows["fixed"]["steps"] == rows["eager"]["steps"] == 4
+    eager, ours = record["starts"]
+    assert eager["title"] == "PyTorch eager, all steps"
+    assert ours["peak"] < 80e6 < eager["peak"]
     assert {row["dtype"] for row in record["widths"]} >= {"fp32", "bf16"}
     assert "PyTorch eager, 4 steps" in printed
     assert "| trmfast, halting, continuous batching |" in (tmp_path / "solve.md").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable
 
@@ -159,6 +158,8 @@ def solution_class(solution: np.ndarray | Grid) -> int:
     Two puzzles that are symmetric have solutions of one class, so a split by class leaves no test puzzle that is a
     training puzzle in disguise.
     """
+    import hashlib  # loads OpenSSL, 5 ms that `trmfast solve` does not need
+
     grid = np.asarray(solution, dtype=np.int64).reshape(9, 9) - 1
 
     def cycles(a: np.ndarray, b: np.ndarray) -> tuple[int, ...]:

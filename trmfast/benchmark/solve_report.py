@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trmfast.benchmark.solve import SearchRow, SolveRow, Width
+from trmfast.benchmark.solve_start import Start
 
 __all__ = ["SolveReport", "Table"]
 
@@ -34,7 +35,7 @@ class SolveReport:
     Attributes:
         machine: the machine in one line.
         facts: machine, versions, commit, settings; of the puzzles and of the model.
-        rows, widths, searches: what was measured; each may be empty.
+        rows, starts, widths, searches: what was measured; each may be empty.
         remarks: lines for the reader; what did not run is named here.
         seconds: how long the run took.
     """
@@ -42,6 +43,7 @@ class SolveReport:
     machine: str
     facts: dict[str, Any]
     rows: tuple[SolveRow, ...]
+    starts: tuple[Start, ...]
     widths: tuple[Width, ...]
     searches: tuple[SearchRow, ...]
     remarks: tuple[str, ...]
@@ -55,6 +57,7 @@ class SolveReport:
             "seconds": round(self.seconds, 1),
             "remarks": list(self.remarks),
             "rows": [asdict(row) for row in self.rows],
+            "starts": [asdict(row) for row in self.starts],
             "widths": [asdict(row) for row in self.widths],
             "searches": [asdict(row) for row in self.searches],
         }
@@ -68,6 +71,10 @@ class SolveReport:
             heads = ["", "puzzles/s", "quartiles", "times eager", "p50 ms", "p99 ms", "solved", "steps", "peak MB"]
             title = f"{self.rows[0].puzzles} puzzles of {puzzles}, {len(self.rows[0].times)} rounds"
             found.append((title, heads, [_solve_cells(row) for row in self.rows]))
+        if self.starts:
+            heads = ["", "s", "quartiles", "processor s", "peak MB"]
+            title = f"one puzzle, from the start of the process to the answer, {len(self.starts[0].times)} rounds"
+            found.append((title, heads, [*map(_start, self.starts)]))
         if self.widths:
             heads = ["random weights", "dtype", "ms a supervision step", "quartiles", "times bf16"]
             found.append((f"a supervision step of {self.widths[0].batch} puzzles", heads, [*map(_width, self.widths)]))
@@ -113,6 +120,11 @@ def _solve_cells(row: SolveRow) -> list[str]:
         *(f"{1e3 * row.p50:.0f}", f"{1e3 * row.p99:.0f}", f"{row.exact:.1%}"),
         *(f"{row.steps:.2f}", f"{row.peak / 1e6:.0f}"),
     ]
+
+
+def _start(row: Start) -> list[str]:
+    spread = f"{row.low:.2f} to {row.high:.2f}"
+    return [row.title, f"{row.seconds:.2f}", spread, f"{row.processor:.2f}", f"{row.peak / 1e6:.0f}"]
 
 
 def _width(row: Width) -> list[str]:

@@ -20,6 +20,7 @@ from trmfast.benchmark.solve import (
     puzzles_of,
 )
 from trmfast.benchmark.solve_report import SolveReport
+from trmfast.benchmark.solve_start import ROUNDS, Start, measure_start
 from trmfast.cli.console import UsageError, print_json, print_table, progress
 from trmfast.cli.machine import describe_machine, facts
 from trmfast.cli.solve import MODEL, clues_of, naming_options, sudoku_model, threshold_of
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     circumstances: dict[str, Any] = {**facts(settings), "model": about_model}
     pairs = puzzles_of(count, clues)
     rows: list[SolveRow] = []
+    starts: list[Start] = []
     widths: list[Width] = []
     searches: list[SearchRow] = []
     remarks: list[str] = []
@@ -91,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
                 remarks.append(f"{searches[0].puzzles} of {count} puzzles fit into the time (--seconds)")
         else:
             widths, remarks = measure_widths(task, WIDTHS * task.seconds, bar.step)
+            starts = measure_start(task.setup("eager"), bar.step, 1 if task.tiny else ROUNDS)
             rows, more = measure_solving(task, pairs, model.halt_max_steps, WAYS * task.seconds, bar.step)
             remarks += more
     about = (
@@ -99,9 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     seconds = time.monotonic() - start
     machine_line = describe_machine(circumstances["machine"])
-    report = SolveReport(
-        machine_line, circumstances, tuple(rows), tuple(widths), tuple(searches), (*remarks, about), seconds
-    )
+    measured = tuple(rows), tuple(starts), tuple(widths), tuple(searches)
+    report = SolveReport(machine_line, circumstances, *measured, (*remarks, about), seconds)
     written = report.write(arguments.output)
     if arguments.json:
         print_json(report.record())
