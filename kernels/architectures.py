@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ARCHITECTURES", "GPUS", "TYPICAL", "Architecture", "Gpu", "nearest_architecture"]
+__all__ = ["ARCHITECTURES", "GPUS", "TYPICAL", "Gpu", "GpuArchitecture", "nearest_architecture"]
 
 
 @dataclass(frozen=True)
-class Architecture:
+class GpuArchitecture:
     """A target of compilation.
 
     Attributes:
@@ -55,11 +55,11 @@ class Architecture:
         return min(by_registers, by_shared, self.blocks, self.warps // num_warps) * num_warps
 
 
-def _nvidia(number: int, block_kib: int, shared_kib: int, warps: int, blocks: int) -> Architecture:
-    return Architecture(f"sm_{number}", "cuda", number, 32, block_kib * 1024, shared_kib * 1024, 1024, warps, blocks)
+def _nvidia(number: int, block_kib: int, shared_kib: int, warps: int, blocks: int) -> GpuArchitecture:
+    return GpuArchitecture(f"sm_{number}", "cuda", number, 32, block_kib * 1024, shared_kib * 1024, 1024, warps, blocks)
 
 
-ARCHITECTURES: dict[str, Architecture] = {
+ARCHITECTURES: dict[str, GpuArchitecture] = {
     architecture.name: architecture
     for architecture in (
         _nvidia(80, 163, 164, 64, 32),
@@ -68,7 +68,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _nvidia(90, 227, 228, 64, 32),
         _nvidia(100, 227, 228, 64, 32),
         _nvidia(120, 99, 100, 48, 24),
-        Architecture("gfx942", "hip", "gfx942", 64, 64 * 1024, 64 * 1024, 0, 32, 32),
+        GpuArchitecture("gfx942", "hip", "gfx942", 64, 64 * 1024, 64 * 1024, 0, 32, 32),
     )
 }
 """Architectures by name."""

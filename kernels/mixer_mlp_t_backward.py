@@ -3,9 +3,9 @@
 The norm ``h1 = r * s`` runs over the L rows of one column, s = h + mixer(h).  Sequences up to 128 fit a tile whole:
 
 * mlp_t_backward: a program owns BLOCK_N columns of one sequence, all L rows; the columns are the rows of its products,
-  as queries are in attention.  It differentiates the norm in
-  registers, walks the inner width It in steps of BLOCK_I, recomputes gate and up, and adds both products of their
-  gradients into the gradient of h.  The intermediates, It / L = 5 times as large as the state, never leave the chip.
+  as queries are in attention.  It differentiates the norm in registers, walks the inner width It in steps of BLOCK_I,
+  recomputes gate and up, and adds both products of their gradients to the gradient of h.  The intermediates, It / L = 5
+  times as large as the state, never leave the chip.
   Reads 3 D (grad h1, h1, h), writes 2 D (ds1 and grad h) elements a token; 10 It D FLOP a token, and the weights of
   some 300 KB come from L2 or L1.
 * mlp_t_weight_gradient: a program owns BLOCK_I inner rows of both weights' gradients, three [L, BLOCK_I] in float32

@@ -9,9 +9,9 @@ layer takes as long as the slowest of
   tokens once for each of its strips of channels), and reads the keys and values of its sequence,
 * the loads of all resident blocks together, from the shared cache,
 
-and the barriers of the group.  A block cannot load weights faster than its port allows, so this
-engine is for narrow networks and for GPUs with slow launches.  At width 512, Triton's tiles over all tokens spread one
-pass over the weights across all multiprocessors.
+and the barriers of the group.  A block cannot load weights faster than its port allows, so this engine is for narrow
+networks and for GPUs with slow launches.  At width 512, Triton's tiles over all tokens spread one pass over the weights
+across all multiprocessors.  The choice among the engine's instances (csrc/cuda/launch_shape.h) uses the same constants.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Traffic:
         tables: cosines and sines.
         exchange: keys and values, or rows and strips, between the blocks of a group.
         states: states and x, and what is saved for backward.
-        compulsory: of states, what no kernel avoids: states and x in, states and the gradient window out.
+        compulsory: the part of ``states`` that no kernel avoids: states and x in, states and the gradient window out.
     """
 
     weights: int

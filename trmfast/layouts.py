@@ -85,7 +85,7 @@ def _nano_config(values: dict[str, Any]) -> dict[str, Any]:
     dtype = found.get("forward_dtype")
     if isinstance(dtype, torch.dtype):
         found["forward_dtype"] = str(dtype).removeprefix("torch.")
-    elif dtype is None:  # its default: the tensors tell
+    elif dtype is None:  # its default; the tensors decide
         found.pop("forward_dtype", None)
     return found
 

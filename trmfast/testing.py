@@ -115,7 +115,7 @@ def compare(name: str, fused: Tensor, eager: Tensor, truth: Tensor, is_gradient:
         raise MeaninglessComparisonError(f"{name}: float64 is the truth itself, check it with gradcheck")
     eager_error = _largest(eager.double() - truth)
     scale = _largest(truth) if is_gradient else 1.0
-    # A gradient that is zero throughout has no scale; eager has to agree that it is zero.
+    # A gradient of zeros has no scale; eager must agree that it is zero.
     if not (eager_error < LARGEST_EAGER_ERROR * scale or eager_error == scale == 0):
         raise MeaninglessComparisonError(
             f"{name}: eager is off by {eager_error:.3g} at scale {scale:.3g}, accepted is less than a tenth; "

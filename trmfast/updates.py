@@ -98,7 +98,7 @@ class Updates(Sequence[Update]):
                 else:
                     seen.add(update.dst)
                     last += [(change(update), 1), (update, n - 1)]
-            # Of a repeated cycle the last repetition has the last updates, all of them.
+            # In a repeated cycle, the last repetition holds all of the last updates.
             changed = len(seen) > before
             back += [(tuple(reversed(last)), int(changed)), (runs, count - changed)]
         return Updates(reversed(back))

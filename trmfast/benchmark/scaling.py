@@ -132,7 +132,7 @@ def measure_sweeps(say: Callable[[str], None], tiny: bool = False) -> list[Sweep
     sweeps: list[Sweep] = []
     cases = [case(width, heads, batch, 97, 7) for batch in batches]
     sweeps += _sweep("batch", "forward", batches, cases, both, say)
-    # The gradient window of these training steps is all of their updates.
+    # The gradient window of these training steps covers all updates.
     trained = [batch for batch in batches if batch <= MOST_TRAINED]
     sweeps += _sweep("batch", "training", trained, cases[: len(trained)], both, say)
     cases = [case(width, heads, 2, length, 7) for length in lengths]

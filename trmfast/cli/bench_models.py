@@ -20,7 +20,7 @@ from trmfast.cli.machine import describe_machine, facts
 
 __all__ = ["measure_models"]
 
-# The share of time that compilation may take; configurations after that run without it.
+# Configurations that begin after this share of the time run without torch.compile.
 COMPILE_SHARE = 0.7
 TINY = {"hidden_size": 64, "num_heads": 2, "puzzle_emb_ndim": 64, "H_cycles": 2, "L_cycles": 2}
 
@@ -65,7 +65,7 @@ def measure_models(arguments: argparse.Namespace) -> tuple[Report, Again]:
 
     rows: list[Row] = []
     remarks: list[str] = []
-    # Eager PyTorch, trmfast and what was asked for, accuracy and two steps.
+    # Eager PyTorch, trmfast, the options, accuracy and two steps.
     with progress((5 + (scope is not None) + arguments.no_recompute) * len(names)) as bar:
         for i, name in enumerate(names):
             spent = time.monotonic() - start

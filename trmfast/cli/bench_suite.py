@@ -25,10 +25,9 @@ from trmfast.cli.machine import describe_machine, facts
 __all__ = ["measure_suite"]
 
 SCALING_SECONDS = 110
-# Problems that are built at the same time, to be timed in turns; what remains of their time after the rounds goes to
-# memory.
+# Problems that are built together and timed in turns, and the share of their time for rounds; memory takes the rest.
 GROUP, ROUNDS = 7, 0.75
-# A rival that takes long to build is left out if less than this share of the time is left.
+# Rivals that build slowly are left out if less than this share of the time is left.
 SLOW_BUILDS, LATE = ("max-autotune", "openvino", "compile"), 0.1
 NOT_MEASURED = (
     "no CUDA graphs: a suite measures the processor",

@@ -79,7 +79,7 @@ GRADCHECK = tuple(
 
 
 @dataclass(frozen=True)
-class Row:
+class Verdict:
     """The verdict on one problem; error, eager and limit are of the tensor that comes closest to its limit.
 
     Attributes:
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     jobs, skipped = _jobs(arguments)
     gradients: list[dict[str, object]] = []
-    rows: list[Row] = []
+    rows: list[Verdict] = []
     with progress(len(GRADCHECK) + len(jobs)) as bar:
         if arguments.problem is None:
             for case in GRADCHECK:
@@ -322,17 +322,17 @@ def _run(inputs: Inputs, job: Job) -> Result:
     return Result(outputs, gradients)
 
 
-def _parity(job: Job, draws: _Draws) -> Row:
+def _parity(job: Job, draws: _Draws) -> Verdict:
     what = (job.case.name, job.backend, job.target, str(job.dtype).removeprefix("torch."))
     drawn = draws.get(job)
     try:
         with _forced(job.target):
             comparisons = pool([compare_results(_run(i, job), eager, truth) for i, eager, truth in drawn])
     except MeaninglessComparisonError as error:
-        return Row(*what, reason=f"no verdict: {error}")
+        return Verdict(*what, reason=f"no verdict: {error}")
     worst = max(comparisons, key=_closeness)
     passed = all(comparison.passed for comparison in comparisons)
-    return Row(*what, len(comparisons), worst.name, worst.error, worst.eager, worst.bound, passed)
+    return Verdict(*what, len(comparisons), worst.name, worst.error, worst.eager, worst.bound, passed)
 
 
 def _closeness(comparison: Comparison) -> float:
@@ -345,7 +345,7 @@ def _closeness(comparison: Comparison) -> float:
 
 
 def _print(
-    gradients: Sequence[dict[str, object]], rows: Sequence[Row], skipped: Sequence[dict[str, str]], seconds: float
+    gradients: Sequence[dict[str, object]], rows: Sequence[Verdict], skipped: Sequence[dict[str, str]], seconds: float
 ) -> None:
     if gradients:
         print_table(

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 NET_NAMES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.nets))
-# Modules without weights that do nothing, or what the block does anyway: URM names its SiLU.
+# Modules without weights that do nothing, or only what the block computes anyway: URM names its SiLU.
 INERT = (nn.Identity, nn.SiLU)
 
 

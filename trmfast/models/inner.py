@@ -158,7 +158,7 @@ class Inner(nn.Module):
             puzzle = F.pad(puzzle, (0, self.puzzle_emb_len * D - puzzle.shape[-1]))
             embedding = torch.cat((puzzle.view(-1, self.puzzle_emb_len, D), embedding), dim=-2)
         if self.config.pos_encodings == "learned":
-            # Half of the variance comes from each of the two summands.
+            # sqrt(1/2): each summand contributes half of the variance.
             embedding = 0.707106781 * (embedding + self.embed_pos.embedding_weight.to(self.forward_dtype))
         return self.embed_scale * embedding
 

@@ -63,8 +63,8 @@ class CastedSparseEmbedding(nn.Module):
         return self.local_weights.to(self.cast_to)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CastedSparseEmbedding:
-        # nn.Module would put fn(local_weights), which is no leaf, in the place of the leaf.  The tensors stay where
-        # they can, as parameters do, and with them an optimizer that was built before.
+        # nn.Module would replace the leaf by fn(local_weights), which is none.  Tensors keep their identity where they
+        # can, as parameters do, so that an optimizer built before stays valid.
         with torch.no_grad():
             for name, old in self._buffers.items():
                 assert old is not None

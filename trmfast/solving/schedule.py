@@ -67,7 +67,7 @@ class _Job:
 
     index: int
     puzzle: Puzzle
-    waiting: int  # trajectories that have not begun
+    waiting: int  # of trajectories not yet started
     first: int | None = None  # fewest steps after which a trajectory has halted, where the first to halt answers
     running: int = 0
     finished: list[Row] = field(default_factory=list)
