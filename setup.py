@@ -165,7 +165,7 @@ def make_build() -> Build:
     common = ["-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
     common += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
     if sanitize:
-        common += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
+        common += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
     else:
         common += ["-O3", "-DNDEBUG"]
     common += shlex.split(os.environ.get("CXXFLAGS", ""))

@@ -63,18 +63,22 @@ CASES = (
 )
 
 
-PARITY = [
-    (case, dtype)
-    for case in CASES
-    for dtype in DTYPES
-    # A norm over one token makes it 1 or -1: what is left of its gradient lies below the rounding of 16 bits.
-    if case.name != "one-token-mlp_t" or dtype == torch.float32
-]
+def parity() -> list[Any]:
+    """Short cases in float32 and one of the halves, long ones in a half; the other dtypes are marked ``grid``."""
+    found = []
+    for i, case in enumerate(CASES):
+        for dtype in DTYPES:
+            # A norm over one token makes it 1 or -1: what is left of its gradient lies below the rounding of 16 bits.
+            if case.name == "one-token-mlp_t" and dtype != torch.float32:
+                continue
+            chosen = case.length < 80 if dtype == torch.float32 else dtype == HALF[i % 2]
+            found.append(pytest.param(case, dtype, marks=[] if chosen else [pytest.mark.grid]))
+    return found
 
 
-@pytest.mark.representative(when=lambda case, dtype: dtype == torch.bfloat16 and case.name in {"trm-mlp_t", "hrm"})
+@pytest.mark.representative(when=lambda case, dtype: dtype != torch.float32 and case.name in {"trm-mlp_t", "hrm"})
 @pytest.mark.spread("case", "dtype")
-@pytest.mark.parametrize("case, dtype", PARITY, ids=str)
+@pytest.mark.parametrize("case, dtype", parity(), ids=str)
 @pytest.mark.usefixtures("one_thread")
 def test_every_program(case: Case, dtype: torch.dtype) -> None:
     # Of one draw the largest error is luck, and in float32 whole programs amplify it: the mean of five, as elsewhere.

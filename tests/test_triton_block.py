@@ -102,6 +102,7 @@ def check(case: Case, dtype: torch.dtype, seeds: range, configuration: Configura
 
 
 @pytest.mark.breadth
+@pytest.mark.spread("case", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small(case: Case, dtype: torch.dtype) -> None:
