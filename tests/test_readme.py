@@ -62,7 +62,10 @@ def test_solver(capsys: pytest.CaptureFixture[str]) -> None:
     execute(EXAMPLES[2])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [int(row[0]) for row in rows] == list(range(8))
-    assert {int(row[1]) for row in rows} == {16}  # a new Q head says -5
+    assert all(1 <= int(row[1]) <= 16 for row in rows)
+    # The default rule halts a row whose confidence exceeds a half.
+    assert any(int(row[1]) < 16 for row in rows)
+    assert all(float(row[2]) > 0.5 for row in rows if int(row[1]) < 16)
 
 
 def test_program(capsys: pytest.CaptureFixture[str]) -> None:
