@@ -40,12 +40,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCE = ROOT / "csrc" / "cpu"
 CUDA_SOURCE = ROOT / "csrc" / "cuda"
-PER_TARGET_SOURCE = "engine_target.cpp"
+PER_TARGET_SOURCES = {"f32": "engine_target.cpp", "bf16": "engine_target.cpp", "i8": "engine_int8.cpp"}
 
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-AVX512_BF16 = (*AVX512, "-mavx512bf16")
-AMX = (*AVX512_BF16, "-mamx-tile", "-mamx-bf16")
+AVX_VNNI = (*AVX2, "-mavxvnni")
+AVX512_VNNI = (*AVX512, "-mavx512vnni")
+AVX512_BF16 = (*AVX512_VNNI, "-mavx512bf16")
+AMX = (*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,15 @@ class Target:
 
 # Best first, the order of preference in csrc/cpu/isa.cpp and the dispatcher.
 X86_TARGETS = (
-    Target("amx", AMX, ("bf16",)),
-    Target("avx512_bf16", AVX512_BF16, ("bf16",)),
-    Target("avx512", AVX512, ("f32", "bf16")),
-    Target("avx2", AVX2, ("f32", "bf16")),
+    Target("amx", AMX, ("bf16", "i8")),
+    Target("avx512_bf16", AVX512_BF16, ("bf16", "i8")),
+    Target("avx512_vnni", AVX512_VNNI, ("i8",)),
+    Target("avx512", AVX512, ("f32", "bf16", "i8")),
+    Target("avx_vnni", AVX_VNNI, ("i8",)),
+    Target("avx2", AVX2, ("f32", "bf16", "i8")),
 )
-EMULATED_AMX = Target("amx_emulated", (*AVX2, "-DTRMFAST_EMULATE_AMX"), ("bf16",))
-PORTABLE = Target("portable", (), ("f32", "bf16"))
+EMULATED_AMX = Target("amx_emulated", (*AVX2, "-DTRMFAST_EMULATE_AMX"), ("bf16", "i8"))
+PORTABLE = Target("portable", (), ("f32", "bf16", "i8"))
 
 
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -153,7 +157,7 @@ def compiler_problem(compiler: list[str], flags: list[str] | tuple[str, ...], so
 
 
 def make_build() -> Build:
-    for name in (PER_TARGET_SOURCE, "module.cpp"):
+    for name in (*PER_TARGET_SOURCES.values(), "module.cpp"):
         if not (SOURCE / name).exists():
             raise CannotBuildError(f"csrc/cpu/{name} is not in this source tree")
     compiler, version = find_compiler()
@@ -221,11 +225,11 @@ def ninja_text(build: Build, output_name: str) -> str:
         lines.extend([f"build {name}: compile {ninja_path(source)}", f"  flags = {quote(flags)}"])
 
     for source in sorted(SOURCE.glob("*.cpp")):
-        if source.name != PER_TARGET_SOURCE:
+        if source.name not in PER_TARGET_SOURCES.values():
             compile_one(source, f"{source.stem}.o", build.baseline_flags)
     for target, element in build.pairs():
         flags = [*target.flags, f"-DTRMFAST_TARGET={target.name}", f"-DTRMFAST_ELEMENT={element}"]
-        compile_one(SOURCE / PER_TARGET_SOURCE, f"engine_{target.name}_{element}.o", flags)
+        compile_one(SOURCE / PER_TARGET_SOURCES[element], f"engine_{target.name}_{element}.o", flags)
     lines += [f"build {output_name}: link {' '.join(objects)}", f"default {output_name}"]
     return "\n".join(lines) + "\n"
 

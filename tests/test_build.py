@@ -70,7 +70,8 @@ def tree(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "trmfast" / "version.py", root / "trmfast" / "version.py")
     for package in ("trmfast", "kernels"):
         (root / package / "__init__.py").write_text("")
-    (root / "csrc" / "cpu" / "engine_target.cpp").write_text(ENGINE)
+    for name in ("engine_target.cpp", "engine_int8.cpp"):
+        (root / "csrc" / "cpu" / name).write_text(ENGINE)
     (root / "csrc" / "cpu" / "module.cpp").write_text(MODULE)
     return root
 
@@ -108,7 +109,7 @@ def test_every_target_is_built_with_its_own_flags(tree: Path) -> None:
     assert record["error"] is None
     features = found(tree)
     assert sorted(features) == sorted(record["targets"])
-    assert features["portable/f32"] == features["portable/bf16"] == 0
+    assert features["portable/f32"] == features["portable/bf16"] == features["portable/i8"] == 0
     if platform.machine() == "x86_64":
         assert features["avx2/f32"] == features["avx2/bf16"] == 1
         assert features["amx_emulated/bf16"] == 5

@@ -185,7 +185,7 @@ def test_info() -> None:
         assert target["reason"] or target["chosen_for"]
         assert target["supported"] or not target["chosen_for"]
     chosen = sorted(dtype for target in record["targets"] for dtype in target["chosen_for"])
-    assert chosen == (["bfloat16", "float32"] if backends["cpu"]["available"] else [])
+    assert chosen == (["bfloat16", "float32", "int8"] if backends["cpu"]["available"] else [])
     text = run("info").stdout
     for heading in ("Machine", "Versions", "Targets of the CPU engine", "Backends"):
         assert heading in text

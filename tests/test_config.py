@@ -27,7 +27,7 @@ from trmfast.models import HRM, TRM, URM, ACTModel, HRMConfig, ModelConfig, TRMC
             "num_heads: got 7, accepted are divisors of hidden_size 64 that make heads of even width",
         ),
         ({"pos_encodings": "ropes"}, ValueError, "pos_encodings: got 'ropes', accepted are rope, learned, none"),
-        ({"forward_dtype": "int8"}, ValueError, "forward_dtype: got 'int8', accepted are bfloat16"),
+        ({"forward_dtype": "int4"}, ValueError, "forward_dtype: got 'int4', accepted are bfloat16"),
         ({"halt_exploration_prob": 2}, ValueError, "halt_exploration_prob: got 2.0, accepted are 0 to 1"),
         ({"puzzle_emb_ndim": 100}, ValueError, "puzzle_emb_len: got 3, accepted are 0 and integers >= 4"),
         ({"backend": "x"}, ValueError, "backend: got 'x', accepted are auto"),

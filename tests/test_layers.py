@@ -15,7 +15,7 @@ LAYERS = (
     ("version", "build_info", "spec", "updates", "program", "problem"),
     ("config", "architectures", "engine", "targets", "file_format", "data", "sudoku", "sudoku_puzzles"),
     ("kernels",),
-    ("reference", "recompute", "flops", "watch"),
+    ("int8", "reference", "recompute", "flops", "watch"),
     ("backends",),
     ("ops", "transforms"),
     ("layers", "nn", "foreign"),

@@ -44,15 +44,17 @@ def urm(dtype: str) -> URM:
     return model.eval()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("name", [*MODELS, "hrm-mlp_t", "urm"])
 def test_a_step_is_that_of_the_torch_model(name: str, dtype: str, tmp_path: Path) -> None:
-    model = urm(dtype) if name == "urm" else model_of(name, forward_dtype=dtype)
-    ours = runtime.load(saved(model, tmp_path), threads=1)
+    given = "bfloat16" if dtype == "int8" else dtype
+    model = urm(given) if name == "urm" else model_of(name, forward_dtype=given)
+    ours = runtime.load(saved(model, tmp_path), "int8" if dtype == "int8" else None, threads=1)
     assert isinstance(ours, Evaluator)
     assert (ours.seq_len, ours.vocab_size, ours.halt_max_steps, ours.dtype) == (6, 7, 8, dtype)
     batch = make_batch(3, rows=5)
     inner: Any = model.inner
+    inner.product_dtype = "int8" if dtype == "int8" else None
     if ours.tables is not None:
         # The last bit of a cosine is the library's; from the same tables on, everything is the same.
         theirs = [table.numpy() for table in inner.rotary_emb()]

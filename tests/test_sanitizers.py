@@ -132,6 +132,7 @@ import sys, torch
 from trmfast.backends import BACKENDS, cpu
 from trmfast.build_info import build_info
 from trmfast.cases import SMALL, make_case, make_inputs
+from trmfast.ops import recursion
 from trmfast.testing import run_fused
 
 assert build_info().sanitize == sys.argv[1], build_info()
@@ -153,6 +154,13 @@ for target in ran:
                     result = run_fused(make_inputs(case, dtype), "cpu")
                 for name, value in (*result.outputs.items(), *result.gradients.items()):
                     assert value.isfinite().all(), (target, case.name, dtype, threads, name)
+        i = make_inputs(case, torch.bfloat16)
+        with cpu.force_target(target):
+            if cpu.target_for(torch.int8) == target:
+                for z in recursion(
+                    i.problem.program, i.problem.nets, i.states, i.x, i.weights, i.cos, i.sin, "cpu", dtype="int8"
+                ):
+                    assert z.isfinite().all(), (target, case.name, "int8")
 print("swept", *ran)
 """
 

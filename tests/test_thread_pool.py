@@ -106,7 +106,9 @@ def test_instruction_sets_match_the_kernels_list(executables: Executables) -> No
             "avx2": {"avx2", "fma", "f16c"},
             "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
         }
-        needs["avx512_bf16"] = needs["avx512"] | {"avx512_bf16"}
-        needs["amx"] = needs["avx512_bf16"] | {"amx_tile", "amx_bf16"}
+        needs["avx_vnni"] = needs["avx2"] | {"avx_vnni"}
+        needs["avx512_vnni"] = needs["avx512"] | {"avx512_vnni"}
+        needs["avx512_bf16"] = needs["avx512_vnni"] | {"avx512_bf16"}
+        needs["amx"] = needs["avx512_bf16"] | {"amx_tile", "amx_bf16", "amx_int8"}
         expected = {"portable"} | {target for target, flags in needs.items() if flags <= have}
     assert set(run(executables, "plain", "instruction_sets").split()) == expected

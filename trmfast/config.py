@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HRMConfig", "ModelConfig", "TRMConfig", "URMConfig", "own_names"]
 
-DTYPES = ("bfloat16", "float16", "float32", "float64")
+DTYPES = ("bfloat16", "float16", "float32", "float64", "int8")
 MAY_BE_ZERO = ("puzzle_emb_ndim", "puzzle_emb_len", "H_layers")
 LARGEST = 2**31 - 1  # of integers that are not in MOST
 MOST = {
@@ -67,7 +67,8 @@ class ModelConfig:
         rope_theta: base of the rotary frequencies.
         halt_max_steps: most supervision steps of one puzzle.
         halt_exploration_prob: probability that training holds a row back for a random number of steps.
-        forward_dtype: compute dtype: ``"bfloat16"``, ``"float16"``, ``"float32"`` or ``"float64"``.
+        forward_dtype: compute dtype: ``"bfloat16"``, ``"float16"``, ``"float32"`` or ``"float64"``; or ``"int8"`` for
+            inference: bfloat16 with int8 operands in the products by weights, as in :func:`trmfast.recursion`.
         mlp_t: whether a SwiGLU over the sequence axis takes the place of attention.
         backend: backend of the recursion; ``"auto"`` takes the best that supports the problem.
         recompute: whether backward recomputes the gradient window, instead of forward keeping its activations; as in
@@ -156,7 +157,7 @@ class ModelConfig:
         """The compute dtype."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.forward_dtype)
+        dtype: torch.dtype = torch.bfloat16 if self.forward_dtype == "int8" else getattr(torch, self.forward_dtype)
         return dtype
 
     @property

@@ -10,7 +10,9 @@ from trmfast.spec import BlockSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["address", "block_fields", "update_rows"]
+__all__ = ["address", "block_fields", "int8_refusal", "update_rows"]
+
+DEEPEST_INT8 = 66_000  # 255 * 127 * depth stays below 2^31
 
 
 def block_fields(block: BlockSpec) -> dict[str, Any]:
@@ -28,6 +30,13 @@ def block_fields(block: BlockSpec) -> dict[str, Any]:
         "conv_taps": block.conv_kernel if block.channel_mixer == "conv_swiglu" else 0,
         "eps": block.rms_norm_eps,
     }
+
+
+def int8_refusal(block: BlockSpec) -> str | None:
+    """None, or why an engine does not multiply a block's weights in int8."""
+    channels = max(block.hidden_size, block.intermediate_size, block.num_heads * block.head_dim)
+    deepest = max(channels, block.seq_len, block.seq_intermediate_size)
+    return None if deepest <= DEEPEST_INT8 else f"it sums up to {DEEPEST_INT8} int8 products, not {deepest}"
 
 
 def update_rows(program: RecursionProgram) -> list[tuple[int, list[int], bool, int, bool]]:

@@ -231,6 +231,8 @@ class Recursion(nn.Module):
         backend: the name of a backend, or ``"auto"``; networks other than :class:`Net` accept ``"auto"`` only.
         recompute: whether the gradient window is computed again in backward, or keeps what backward needs: faster, and
             for :class:`Net` about thirty times the memory.
+        dtype: ``"int8"`` for inference with int8 operands, as in :func:`trmfast.recursion`; every network is a
+            :class:`Net` then.
 
     Raises:
         TypeError: ``nets`` is not a list, a network is not a module, or the program none.
@@ -238,9 +240,16 @@ class Recursion(nn.Module):
     """
 
     def __init__(
-        self, program: RecursionProgram, nets: Sequence[nn.Module], backend: str = "auto", recompute: bool = True
+        self,
+        program: RecursionProgram,
+        nets: Sequence[nn.Module],
+        backend: str = "auto",
+        recompute: bool = True,
+        dtype: str | None = None,
     ) -> None:
         super().__init__()
+        if dtype not in (None, "int8"):
+            raise ValueError(f"dtype: got {dtype!r}, accepted are 'int8' and None")
         if not isinstance(nets, (Sequence, nn.ModuleList)):
             raise TypeError(f"nets: got {type(nets).__name__}, accepted are lists and tuples of torch.nn.Module")
         for i, net in enumerate(nets):
@@ -253,6 +262,8 @@ class Recursion(nn.Module):
         if foreign is None:
             self.specs = Problem(program, tuple(cast(Net, net).spec for net in nets)).nets
         else:
+            if dtype is not None:
+                raise ValueError(f"dtype: got {dtype!r}, accepted is None, nets[{foreign}] is not a trmfast.nn.Net")
             if backend != "auto":
                 raise ValueError(
                     f"backend: got {backend!r}, accepted is 'auto', nets[{foreign}] is not a trmfast.nn.Net"
@@ -264,6 +275,7 @@ class Recursion(nn.Module):
         self.program = program
         self.backend = backend
         self.recompute = recompute
+        self.dtype = dtype
 
     def forward(
         self,
@@ -288,14 +300,15 @@ class Recursion(nn.Module):
         if specs is None:
             return self._run(program, states, x, cos_sin)
         cos, sin = cos_sin if cos_sin is not None else (None, None)
+        settings = self.backend, self.recompute, self.dtype
         if torch.compiler.is_compiling():
             weights = [weight for net in self.nets for weight in cast(Net, net).weights()]
-            return recursion(program, specs, states, x, weights, cos, sin, self.backend, self.recompute)
+            return recursion(program, specs, states, x, weights, cos, sin, *settings)
         watch = watch_nets(self.nets, tuple(self.nets._modules), "nets.")
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
             current, injected = (tensors, None) if x is None else (tensors[:-1], tensors[-1])
-            return recursion(program, specs, current, injected, watch.weights(), cos, sin, self.backend, self.recompute)
+            return recursion(program, specs, current, injected, watch.weights(), cos, sin, *settings)
 
         return inside(watch.sharded, run, (*states, *(() if x is None else (x,))))
 

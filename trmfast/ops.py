@@ -23,7 +23,8 @@ __all__ = ["recursion"]
 _library = torch.library.Library("trmfast", "DEF")
 _library.define(
     "recursion(Tensor[] states, Tensor? x, Tensor[] weights, Tensor? cos, Tensor? sin, "
-    "str program, str[] nets, str backend, bool save, bool recompute) -> (Tensor[] states, Tensor saved, Tensor kept)",
+    "str program, str[] nets, str backend, bool save, bool recompute, bool int8=False) "
+    "-> (Tensor[] states, Tensor saved, Tensor kept)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -43,6 +44,7 @@ def recursion(
     sin: Tensor | None = None,
     backend: str = "auto",
     recompute: bool = True,
+    dtype: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Runs a whole recursion as one operation.
 
@@ -62,6 +64,8 @@ def recursion(
         backend: the name of a backend, or ``"auto"``.
         recompute: whether the backward pass recomputes the gradient window.  If not, a backend may keep its activations
             instead: faster, but about thirty times the memory of the summed inputs.
+        dtype: ``"int8"`` for int8 operands in the products by weights (trmfast/int8.py); states and x are cast to
+            bfloat16 here, and gradients are refused.
 
     Returns:
         The final value of every state, [B, L, D] in the compute dtype; never a view of an input.
@@ -74,6 +78,9 @@ def recursion(
         raise TypeError(f"program: got {type(program).__name__}, accepted are RecursionProgram")
     if not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, accepted are str")
+    if dtype not in (None, "int8"):
+        raise ValueError(f"dtype: got {dtype!r}, accepted are 'int8' and None, for the dtype of the states")
+    int8 = dtype is not None
     for name, items, kind in (("nets", nets, NetSpec), ("states", states, Tensor), ("weights", weights, Tensor)):
         if not isinstance(items, (list, tuple)):
             raise TypeError(f"{name}: got {type(items).__name__}, accepted are lists and tuples of {kind.__name__}")
@@ -88,18 +95,23 @@ def recursion(
         device = states[0].device.type
         # For a device type without autocast, such as meta, the second query is an error; the first takes 0.9 us.
         if (device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            states = [_autocast(state, dtype) for state in states]
-            x = None if x is None else _autocast(x, dtype)
+            wanted = torch.get_autocast_dtype(device)
+            states = [_autocast(state, wanted) for state in states]
+            x = None if x is None else _autocast(x, wanted)
+    if int8:
+        states = [state.to(torch.bfloat16) for state in states]
+        x = None if x is None else x.to(torch.bfloat16)
     # Dynamo, which sees only what follows, has checks of its own.
     if not torch.compiler.is_dynamo_compiling() and inside_transform():
+        if int8:
+            raise ValueError("dtype: got 'int8' in a transform of torch.func or with dual numbers, accepted is None")
         return run_plainly(program, nets, states, x, weights, cos, sin, backend)
     save = torch.is_grad_enabled() and (
         any(tensor.requires_grad for tensor in (*weights, *states)) or (x is not None and x.requires_grad)
     )
     net_keys = [net.key for net in nets]
     out, _, _ = torch.ops.trmfast.recursion.default(
-        list(states), x, list(weights), cos, sin, program.key, net_keys, backend, save, recompute
+        list(states), x, list(weights), cos, sin, program.key, net_keys, backend, save, recompute, int8
     )
     return tuple(out)
 
@@ -137,18 +149,21 @@ def _forward(
     backend: str,
     save: bool,
     recompute: bool,
+    int8: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     problem = Problem.from_keys(program, tuple(nets))
     problem.validate(states, x, weights, cos, sin)
     first = states[0]
+    if int8:
+        _check_int8(first.dtype, save)
     batch, length, _ = first.shape
-    chosen = select(backend, problem, first.device, first.dtype, batch, length)
+    chosen = select(backend, problem, first.device, torch.int8 if int8 else first.dtype, batch, length)
     if first.numel() == 0:
         return _forward_fake(states, x, weights, cos, sin, program, nets, backend, save, recompute)
     cos, sin = _tables(problem, cos, sin, length, first.dtype)
     states = [state.contiguous() for state in states]
     x = x.contiguous() if x is not None and problem.uses_x else None
-    out, saved, kept = chosen.forward(ForwardCall(problem, states, x, weights, cos, sin, save, recompute))
+    out, saved, kept = chosen.forward(ForwardCall(problem, states, x, weights, cos, sin, save, recompute, int8))
     return [t.contiguous() for t in out], saved, kept
 
 
@@ -163,11 +178,14 @@ def _forward_fake(
     backend: str,
     save: bool,
     recompute: bool,
+    int8: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     refuse_onnx()
     problem = Problem.from_keys(program, tuple(nets))
     problem.validate(states, x, weights, cos, sin)
     first = states[0]
+    if int8:
+        _check_int8(first.dtype, save)
     saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
     size = 0
     if save and not recompute and first.numel():
@@ -175,6 +193,14 @@ def _forward_fake(
         chosen = select(backend, problem, first.device, first.dtype, batch, length)
         size = chosen.kept_bytes(problem, first.dtype, batch, length)
     return [first.new_empty(first.shape) for _ in states], saved, first.new_empty(size, dtype=torch.uint8)
+
+
+def _check_int8(dtype: torch.dtype, save: bool) -> None:
+    if dtype != torch.bfloat16:
+        got = str(dtype).removeprefix("torch.")
+        raise ValueError(f"states[0].dtype: got {got}, accepted is bfloat16 with dtype 'int8'")
+    if save:
+        raise ValueError("dtype: got 'int8' where gradients are wanted, accepted in inference, under torch.no_grad()")
 
 
 def _tables(
@@ -275,7 +301,7 @@ class TrmfastRecursion(torch.autograd.Function):
     def forward(
         ctx: Any,
         keys: Any,
-        settings: tuple[str, list[str], str, bool, bool],
+        settings: tuple[Any, ...],
         num_states: int,
         x: Tensor | None,
         cos: Tensor | None,
@@ -284,7 +310,7 @@ class TrmfastRecursion(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         states, weights = list(tensors[:num_states]), list(tensors[num_states:])
         out, saved, kept = _below_autograd(keys, states, x, weights, cos, sin, *settings)
-        program, nets, backend, save, _ = settings
+        program, nets, backend, save = settings[:4]
         _, live = Problem.from_keys(program, tuple(nets)).live_updates(
             [s.requires_grad for s in states],
             x is not None and x.requires_grad,

@@ -20,7 +20,7 @@ else:
 __all__ = ["TARGETS", "extension", "force_target", "import_error", "target_of", "targets"]
 
 # Best first.  If a target is not compiled for an element, the next one below serves it.
-TARGETS = ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable")
+TARGETS = ("amx", "amx_emulated", "avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable")
 
 _forced: str | None = os.environ.get("TRMFAST_CPU_ISA") or None
 

@@ -22,14 +22,16 @@ draw to draw, so that the errors of two equally good results do too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trmfast.cases import PUBLISHED, SMALL, Case, Inputs, make_case, make_inputs
+from trmfast.models.inner import Inner
 from trmfast.ops import recursion
 from trmfast.reference import run_program
 
@@ -42,6 +44,7 @@ __all__ = [
     "Inputs",
     "MeaninglessComparisonError",
     "Result",
+    "carry_fidelity",
     "check_case",
     "check_draws",
     "compare",
@@ -244,6 +247,47 @@ def check_case(
     """
     draws = draw_case(case, dtype, backward=backward, seeds=seeds, device=device, weight_scale=weight_scale)
     return check_draws(draws, backend, backward=backward)
+
+
+@torch.inference_mode()
+def carry_fidelity(
+    model: nn.Module, batch: Mapping[str, Tensor], dtype: str, steps: int | None = None
+) -> list[dict[str, float]]:
+    """How close a compute dtype stays to float32 over the supervision steps of a trained model.
+
+    Both paths start from the initial states and each goes on with its own carry, so errors add up as in use.
+
+    Args:
+        model: a model of ``trmfast.models``, in any dtype and wrapper; it is not changed.
+        batch: ``inputs`` [B, S] and perhaps ``puzzle_identifiers`` [B].
+        dtype: a ``forward_dtype``, such as ``"int8"``.
+        steps: supervision steps, by default the model's ``halt_max_steps``.
+
+    Returns:
+        For each step the cosine of every state, by name, with its float32 twin: over the L * D values of a sequence,
+        averaged over the batch.
+    """
+    (found,) = (m for m in model.modules() if isinstance(m, Inner))
+    count = found.config.halt_max_steps if steps is None else steps
+    paths = []
+    for name in ("float32", dtype):
+        inner = Inner(cast(Any, type(found.config)(**{**asdict(found.config), "forward_dtype": name})), found.family)
+        inner.load_state_dict(found.state_dict())
+        inner.eval()
+        rows = len(batch["inputs"])
+        carry = inner.reset_carry(torch.ones(rows, dtype=torch.bool), inner.empty_carry(rows))
+        trajectory = []
+        for _ in range(count):
+            carry, _, _ = inner(carry, dict(batch))
+            trajectory.append([z.float().flatten(1) for z in inner._states(carry)])
+        paths.append(trajectory)
+    return [
+        {
+            name: nn.functional.cosine_similarity(z, other, dim=1).mean().item()
+            for name, z, other in zip(found.state_names, exact, narrow, strict=True)
+        }
+        for exact, narrow in zip(*paths, strict=True)
+    ]
 
 
 Forward = Callable[[Sequence[Tensor], "Tensor | None", Sequence[Tensor]], tuple[Tensor, ...]]

@@ -107,19 +107,28 @@ inline float half(uint32_t pair, int which) {
   return flush_denormal(x);
 }
 
+struct Product {
+  int rows, columns, depth; // in dwords
+};
+
+inline Product checked_product(int c, int a, int b) {
+  require(c != a && c != b && a != b, "the three tiles of a product must differ (#UD)");
+  const Product p{rows(c), column_bytes(c) / 4, column_bytes(a) / 4};
+  require(rows(a) == p.rows, "product: rows of the destination and of the first operand differ (#UD)");
+  require(column_bytes(b) == column_bytes(c),
+          "product: columns of the destination and of the second operand differ (#UD)");
+  require(rows(b) == p.depth, "product: depths of the operands differ (#UD)");
+  require(column_bytes(c) % 4 == 0 && column_bytes(a) % 4 == 0, "product: rows that are not whole dwords (#UD)");
+  return p;
+}
+
 inline void dot_product_bf16(int c, int a, int b) {
   State& s = state();
-  require(c != a && c != b && a != b, "the three tiles of TDPBF16PS must differ (#UD)");
-  const int m = rows(c), n = column_bytes(c) / 4, k = column_bytes(a) / 4;
-  require(rows(a) == m, "TDPBF16PS: rows of the destination and of the first operand differ (#UD)");
-  require(column_bytes(b) == column_bytes(c),
-          "TDPBF16PS: columns of the destination and of the second operand differ (#UD)");
-  require(rows(b) == k, "TDPBF16PS: depths of the operands differ (#UD)");
-  require(column_bytes(c) % 4 == 0 && column_bytes(a) % 4 == 0, "TDPBF16PS: rows that are not whole dwords (#UD)");
-  for (int i = 0; i < m; ++i) {
-    for (int j = 0; j < n; ++j) {
+  const Product p = checked_product(c, a, b);
+  for (int i = 0; i < p.rows; ++i) {
+    for (int j = 0; j < p.columns; ++j) {
       float sum[2] = {0, 0};
-      for (int l = 0; l < k; ++l) {
+      for (int l = 0; l < p.depth; ++l) {
         for (int w = 0; w < 2; ++w) {
           sum[w] = flush_denormal(__builtin_fmaf(half(s.tile[a][i][l], w), half(s.tile[b][l][j], w), sum[w]));
         }
@@ -128,6 +137,22 @@ inline void dot_product_bf16(int c, int a, int b) {
       std::memcpy(&old, &s.tile[c][i][j], sizeof old);
       const float result = flush_denormal(flush_denormal(old) + flush_denormal(sum[0] + sum[1]));
       std::memcpy(&s.tile[c][i][j], &result, sizeof result);
+    }
+  }
+}
+
+// TDPBUSD: unsigned bytes of a times signed bytes of b, in 32-bit integers that wrap around.
+inline void dot_product_u8s8(int c, int a, int b) {
+  State& s = state();
+  const Product p = checked_product(c, a, b);
+  for (int i = 0; i < p.rows; ++i) {
+    for (int j = 0; j < p.columns; ++j) {
+      for (int l = 0; l < p.depth; ++l) {
+        for (int byte = 0; byte < 32; byte += 8) {
+          const int x = static_cast<uint8_t>(s.tile[a][i][l] >> byte), y = static_cast<int8_t>(s.tile[b][l][j] >> byte);
+          s.tile[c][i][j] += static_cast<uint32_t>(x * y);
+        }
+      }
     }
   }
 }
@@ -142,6 +167,7 @@ inline void dot_product_bf16(int c, int a, int b) {
 #undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbusd
 #define _tile_loadconfig(p) ::trmfast::amx_emulated::load_config(p)
 #define _tile_release() ::trmfast::amx_emulated::release()
 #define _tile_zero(t) ::trmfast::amx_emulated::zero(t)
@@ -149,3 +175,4 @@ inline void dot_product_bf16(int c, int a, int b) {
 #define _tile_stream_loadd(t, base, stride) ::trmfast::amx_emulated::load(t, base, stride)
 #define _tile_stored(t, base, stride) ::trmfast::amx_emulated::store(t, base, stride)
 #define _tile_dpbf16ps(c, a, b) ::trmfast::amx_emulated::dot_product_bf16(c, a, b)
+#define _tile_dpbusd(c, a, b) ::trmfast::amx_emulated::dot_product_u8s8(c, a, b)

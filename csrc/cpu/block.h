@@ -74,41 +74,36 @@ void norm_rows(const Team& team, int rows, const BlockShape& block, const float*
   }
 }
 
-// qkv <- rotated queries and keys, values
+// Epilogue: qkv <- rotated queries and keys, values
 template <class T>
-void project_qkv(const Team& team, const BlockShape& block, const ForwardWeights<T>& weights, const Rope& rope,
-                 int rows, int length, const BlockActivations<T>& act, const BlockScratch<T>& scratch) {
+auto qkv_epilogue(const BlockShape& block, const Rope& rope, int length, const BlockActivations<T>& act) {
   const HeadLayout heads(block);
-  const BlockStrides strides(block);
+  const long stride = BlockStrides(block).qkv;
   const int rotated = rope.cos ? heads.value(0) : 0;
-  gemm(team, act.h, strides.h, rows, weights.qkv, block.width, heads.columns(), scratch.tile,
-       [&](int row, int n, int panel, const float* tile) {
-         const int c = panel * kPanel;
-         for_rows(row, n, tile, [&](int t, const float* in) {
-           T* to = act.qkv + t * strides.qkv + c;
-           if (c < rotated) {
-             const long at = static_cast<long>(t % length) * rope.width + c % rope.width;
-             rotate(in, rope.cos + at, rope.sin + at, to);
-           } else {
-             store_group(in, to);
-           }
-         });
-       });
+  return [=](int row, int n, int panel, const float* tile) {
+    const int c = panel * kPanel;
+    for_rows(row, n, tile, [&](int t, const float* in) {
+      T* to = act.qkv + t * stride + c;
+      if (c < rotated) {
+        const long at = static_cast<long>(t % length) * rope.width + c % rope.width;
+        rotate(in, rope.cos + at, rope.sin + at, to);
+      } else {
+        store_group(in, to);
+      }
+    });
+  };
 }
 
-// activation <- silu(gate) * up
-template <class T>
-void project_gate_up(const Team& team, const BlockShape& block, const ForwardWeights<T>& weights, int rows,
-                     const BlockActivations<T>& act, const BlockScratch<T>& scratch) {
+// Epilogue: activation <- silu(gate) * up
+template <class T> auto gate_up_epilogue(const BlockShape& block, const BlockActivations<T>& act) {
   const BlockStrides strides(block);
-  gemm(team, act.h1, strides.h, rows, weights.gate_up, block.width, GateLayout{block.inner}.columns(), scratch.tile,
-       [&](int row, int n, int panel, const float* tile) {
-         for_rows(row, n, tile, [&](int t, const float* in) {
-           T* to = act.activation + t * strides.activation + panel * kHalf;
-           for (int j = 0; j < kHalf; j += kLanes) store(to + j, swiglu<T>(load(in + j), load(in + kHalf + j)));
-           if (act.gate_up) store_group(in, act.gate_up + t * strides.gate_up + panel * kPanel);
-         });
-       });
+  return [=](int row, int n, int panel, const float* tile) {
+    for_rows(row, n, tile, [&](int t, const float* in) {
+      T* to = act.activation + t * strides.activation + panel * kHalf;
+      for (int j = 0; j < kHalf; j += kLanes) store(to + j, swiglu<T>(load(in + j), load(in + kHalf + j)));
+      if (act.gate_up) store_group(in, act.gate_up + t * strides.gate_up + panel * kPanel);
+    });
+  };
 }
 
 // out: [rows, out_stride].  u: f32 [rows, strides.u], scratch of the team.
@@ -121,7 +116,8 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
   const int rows = sequences * length, D = block.width;
   if (block.attention) {
     team.begin("qkv");
-    project_qkv(team, block, weights, rope, rows, length, act, scratch);
+    gemm(team, act.h, strides.h, rows, weights.qkv, D, heads.columns(), scratch.tile,
+         qkv_epilogue(block, rope, length, act));
     team.sync();
     team.begin("attention");
     attention_forward(team, block, sequences, length, act.qkv, strides.qkv, act.mixed, strides.mixed,
@@ -142,7 +138,8 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
   }
   team.sync();
   team.begin("gate and up");
-  project_gate_up(team, block, weights, rows, act, scratch);
+  gemm(team, act.h1, strides.h, rows, weights.gate_up, D, GateLayout{block.inner}.columns(), scratch.tile,
+       gate_up_epilogue(block, act));
   team.sync();
   if (block.conv_taps) {
     team.begin("convolution");

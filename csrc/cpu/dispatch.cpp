@@ -42,6 +42,7 @@ const Engine& find_engine(const std::string& target, const std::string& element)
 PackedWeights::PackedWeights(const Engine& engine, const NetShape& net, const std::vector<const float*>& weights,
                              bool backward, int threads)
     : engine(engine), net(net), forward_(packed_weights_pool(), engine.packed_bytes(net, false)) {
+  if (backward && !engine.backward) throw std::invalid_argument("backward: i8 is for inference");
   if (backward) backward_.emplace(packed_weights_pool(), engine.packed_bytes(net, true));
   parallel(threads, [&](int thread) {
     engine.pack(net, weights.data(), false, forward_.get(), thread, threads);
@@ -61,9 +62,15 @@ template <class SomeJob> void run_region(SomeJob job, size_t bytes, void (*body)
 
 } // namespace
 
-void run(const Engine& engine, const ForwardJob& job) { run_region(job, engine.forward_bytes(job), engine.forward); }
+void run(const Engine& engine, const ForwardJob& job) {
+  if (!engine.backward && (job.saved || job.kept)) throw std::invalid_argument("saved: i8 is for inference");
+  run_region(job, engine.forward_bytes(job), engine.forward);
+}
 
-void run(const Engine& engine, const BackwardJob& job) { run_region(job, engine.backward_bytes(job), engine.backward); }
+void run(const Engine& engine, const BackwardJob& job) {
+  if (!engine.backward) throw std::invalid_argument("nets: i8 is for inference");
+  run_region(job, engine.backward_bytes(job), engine.backward);
+}
 
 double measure_peak(const Engine& engine, int threads, double seconds) {
   std::vector<double> rates(static_cast<size_t>(threads));

@@ -1,8 +1,8 @@
 // The interface between the target-independent part of the engine and the code compiled once per instruction set:
 // plain structs of sizes and pointers, so that no inline library code is shared across compiler flags.
 //
-// Sizes: B sequences of L tokens of D channels.  Elements are f32 or bf16 (the compute dtype), gradients returned by
-// the engine are f32.
+// Sizes: B sequences of L tokens of D channels.  Elements are f32 or bf16 (the compute dtype), or i8: bf16 with int8
+// operands in the products by weights.  Gradients returned by the engine are f32.
 #pragma once
 
 #include <cstddef>
@@ -92,6 +92,22 @@ struct BackwardJob {
   size_t store_bytes;                 // limit on the memory for operands of weight gradients
 };
 
+// One product as the blocks compute it, for tests: bf16 x times f32 weights [columns, depth], both quantised.  With
+// `left` the weights are the streamed rows and x the panel, as in mlp_t.
+struct Int8Product {
+  const void* x;        // [rows, depth]; left: [depth, rows]
+  const float* weights; // [columns, depth]
+  int rows, columns, depth;
+  bool left;
+  int8_t* x_quantized; // [rows, depth]
+  float* x_scales;     // [rows]
+  int8_t* w_quantized; // [columns, depth]
+  float* w_scales;     // [columns]
+  int32_t* sums;       // [rows, columns]; left: [columns, rows]
+  float* result;       // the sums times the scales
+  void* workspace;     // int8_product_bytes
+};
+
 // The code of one (target, element) pair.  Every function but the *_bytes is called by all threads of a region.
 struct Engine {
   const char* target;
@@ -101,9 +117,13 @@ struct Engine {
   size_t (*kept_bytes)(const Job& job);
   size_t (*forward_bytes)(const ForwardJob& job);
   void (*forward)(const ForwardJob& job, void* workspace, int thread);
+  // Null for i8, which is for inference, as is kept_bytes.
   size_t (*backward_bytes)(const BackwardJob& job);
   void (*backward)(const BackwardJob& job, void* workspace, int thread);
   double (*peak_gflops)(double seconds);
+  // Null but for i8.
+  size_t (*int8_product_bytes)(const Int8Product& product);
+  void (*int8_product)(const Int8Product& product);
 };
 
 // How B sequences are divided: `each` whole sequences per thread; teams of `team_size` threads take the `rest` (fewer

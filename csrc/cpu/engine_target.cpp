@@ -60,6 +60,8 @@ const Engine TRMFAST_JOIN(engine, TRMFAST_NAMESPACE) = {
     TRMFAST_NAMESPACE::backward_bytes<TRMFAST_NAMESPACE::Element>,
     TRMFAST_NAMESPACE::backward<TRMFAST_NAMESPACE::Element>,
     TRMFAST_NAMESPACE::peak_gflops<TRMFAST_NAMESPACE::Element>,
+    nullptr,
+    nullptr,
 };
 
 } // namespace trmfast

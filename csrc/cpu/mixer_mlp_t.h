@@ -71,6 +71,22 @@ template <class Term> TRMFAST_INLINE vf sum_over_positions(int length, Term&& te
   return total;
 }
 
+// y <- norm of u [L, 32] over the positions of each of `columns` channels; r, if not null: [columns].
+template <class T>
+void norm_over_positions(const BlockShape& block, const float* u, int columns, T* y, long stride, float* r) {
+  const int L = block.seq_len;
+  for (int j = 0; j < columns; j += kLanes) {
+    const vf squares = sum_over_positions(L, [&](int t) {
+      const vf value = load(u + t * kPanel + j);
+      return value * value;
+    });
+    const vf scale = rsqrt(squares / static_cast<float>(L) + block.eps);
+    for (int t = 0; t < L; ++t)
+      store_lanes(y + t * stride + j, load(u + t * kPanel + j) * scale, smaller(kLanes, columns - j));
+    if (r) store(r + j, scale);
+  }
+}
+
 template <class T>
 void mlp_t_forward(const Team& team, const BlockShape& block, const T* gate_up, const T* down, int sequences,
                    const T* h, long stride, T* h1, const MlpTActivations<T>& keep, const MlpTScratch<T>& scratch) {
@@ -116,16 +132,9 @@ void mlp_t_forward(const Team& team, const BlockShape& block, const T* gate_up, 
         }
       });
     }
-    for (int j = 0; j < columns; j += kLanes) {
-      const vf squares = sum_over_positions(L, [&](int t) {
-        const vf u = load(scratch.u + t * kPanel + j);
-        return u * u;
-      });
-      const vf r = rsqrt(squares / static_cast<float>(L) + block.eps);
-      for (int t = 0; t < L; ++t)
-        store_lanes(y + t * stride + j, load(scratch.u + t * kPanel + j) * r, smaller(kLanes, columns - j));
-      if (keep.rstd) store(keep.rstd + static_cast<long>(sequence) * round_up(block.width, kPanel) + c + j, r);
-    }
+    norm_over_positions(block, scratch.u, columns, y, stride,
+                        keep.rstd ? keep.rstd + static_cast<long>(sequence) * round_up(block.width, kPanel) + c
+                                  : nullptr);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -168,6 +169,30 @@ void backward(const OwnedProgram& program, const std::vector<const PackedWeights
   python.rethrow();
 }
 
+// One int8 product of a target, on a workspace of garbage: see Int8Product.
+void int8_product(const std::string& target, Address x, Address weights, std::tuple<int, int, int> sizes, bool left,
+                  const std::vector<Address>& outputs) {
+  const Engine& engine = find_engine(target, "i8");
+  const auto [rows, columns, depth] = sizes;
+  Int8Product product{reinterpret_cast<const void*>(x),
+                      reinterpret_cast<const float*>(weights),
+                      rows,
+                      columns,
+                      depth,
+                      left,
+                      reinterpret_cast<int8_t*>(outputs.at(0)),
+                      reinterpret_cast<float*>(outputs.at(1)),
+                      reinterpret_cast<int8_t*>(outputs.at(2)),
+                      reinterpret_cast<float*>(outputs.at(3)),
+                      reinterpret_cast<int32_t*>(outputs.at(4)),
+                      reinterpret_cast<float*>(outputs.at(5)),
+                      nullptr};
+  const Workspace workspace(engine.int8_product_bytes(product));
+  product.workspace = workspace.get();
+  std::memset(workspace.get(), 0xff, engine.int8_product_bytes(product));
+  engine.int8_product(product);
+}
+
 } // namespace
 } // namespace trmfast
 
@@ -232,6 +257,8 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("parallel"), py::arg("num_threads"), py::arg("thread_num"));
   m.def("uses_openmp", &uses_openmp);
+  m.def("int8_product", &int8_product, py::arg("target"), py::arg("x"), py::arg("weights"), py::arg("sizes"),
+        py::arg("left"), py::arg("outputs"), Released());
   m.def("kept_bytes", &kept_bytes, Released());
   m.def("forward", &forward, py::arg("program"), py::arg("nets"), py::arg("shape"), py::arg("states_in"),
         py::arg("states_out"), py::arg("x"), py::arg("saved"), py::arg("kept"), py::arg("cos"), py::arg("sin"),

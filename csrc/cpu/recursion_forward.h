@@ -62,6 +62,14 @@ template <class T> struct ForwardBuffers {
   }
 };
 
+// The type of states, x and activations where T is that of the operands of products.
+template <class T> struct StateElement {
+  using Type = T;
+};
+template <> struct StateElement<int8_t> {
+  using Type = bf16;
+};
+
 template <class T> struct ForwardWorkspace {
   RopeTables tables;
   char* first; // of thread 0
@@ -189,19 +197,22 @@ template <class T> size_t forward_bytes(const ForwardJob& job) {
 
 template <class T> void forward(const ForwardJob& forward, void* memory, int thread) {
   const Job& job = forward.job;
+  constexpr bool keeps = sizeof(T) > 1; // int8 is for inference
   Arena arena(memory);
   const ForwardWorkspace<T> workspace(arena, forward);
   const Team all = everyone(job, thread);
   all.begin("start");
   workspace.tables.pack(job, all);
-  if (forward.kept) {
-    Arena kept(forward.kept);
-    ActivationStore<T>(kept, job, all_slots(job)).clear_padding(most_layers(job), all.split(all_slots(job)));
+  if constexpr (keeps) {
+    if (forward.kept) {
+      Arena kept(forward.kept);
+      ActivationStore<T>(kept, job, all_slots(job)).clear_padding(most_layers(job), all.split(all_slots(job)));
+    }
   }
   if (workspace.tables.cos || forward.kept) all.sync();
   const Rope rope = workspace.tables.rope(job);
   const Division division(job.batch, job.threads);
-  const T* states[kMostStates];
+  const typename StateElement<T>::Type* states[kMostStates];
 
   const auto mine = workspace.thread(job, thread);
   clear_activation_padding(job.nets[0].block, workspace.together * job.length, mine.buffers.act);

@@ -40,7 +40,10 @@ class Backend(Protocol):
     def supports(
         self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int
     ) -> str | None:
-        """None if the backend can run this problem on [batch, length, D] states, else the reason in one line."""
+        """None if the backend can run this problem on [batch, length, D] states, else the reason in one line.
+
+        ``dtype`` is that of the products by weights: torch.int8 for bfloat16 states with int8 operands.
+        """
 
     def declines(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> bool:
         """Whether ``"auto"`` should take the next backend although this one supports the problem."""
@@ -83,7 +86,8 @@ def select(name: str, problem: Problem, device: torch.device, dtype: torch.dtype
     Args:
         name: the name of a backend, or ``"auto"`` for the first one that takes the problem.  A backend made for this
             type of device that refuses is named in a warning, once for each reason.
-        problem, device, dtype, batch, length: what is to be run: [batch, length, D] states of a dtype on a device.
+        problem, device, dtype, batch, length: what is to be run: [batch, length, D] states of a dtype on a device;
+            torch.int8 is as in :meth:`Backend.supports`.
 
     Raises:
         ValueError: there is no backend of that name, it does not work on this machine, or it refuses the problem.

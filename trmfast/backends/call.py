@@ -27,6 +27,8 @@ class ForwardCall(NamedTuple):
             attends, or for no rotation.
         save: whether a backward pass will follow.
         recompute: whether that pass recomputes the activations of the gradient window.
+        int8: whether the operands of products by weights are int8; the compute dtype is bfloat16 then, and ``save``
+            False.
     """
 
     problem: Problem
@@ -37,6 +39,7 @@ class ForwardCall(NamedTuple):
     sin: Tensor | None
     save: bool
     recompute: bool
+    int8: bool = False
 
 
 class BackwardCall(NamedTuple):

@@ -18,13 +18,15 @@ from torch.profiler import record_function
 
 from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.build_info import build_info
-from trmfast.engine import address, block_fields, update_rows
+from trmfast.engine import address, block_fields, int8_refusal, update_rows
 from trmfast.problem import Problem
 from trmfast.targets import extension, force_target, import_error, target_of, targets
 
 __all__ = ["CpuBackend", "force_target", "release_memory", "target_for", "targets", "thread_source"]
 
 ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# Those of inference too: int8 operands with bfloat16 states.
+FORWARD_ELEMENTS = {**ELEMENTS, torch.int8: "i8"}
 # Memory for the operands of weight gradients, over all sequences of a backward pass.
 STORE_BYTES = 36 << 20
 MOST_STATES, MOST_NETS, MOST_TAPS = 64, 16, 8
@@ -34,8 +36,8 @@ _cpu = extension
 
 
 def target_for(dtype: torch.dtype) -> str:
-    """The target that computes in a dtype: the best that this machine runs, or the one forced."""
-    return target_of(ELEMENTS[dtype])
+    """The target that multiplies in a dtype: the best that this machine runs, or the one forced."""
+    return target_of(FORWARD_ELEMENTS[dtype])
 
 
 # ---------------------------------------------------------------- threads
@@ -131,7 +133,7 @@ class _PackedCache:
         addresses = [weight.data_ptr() for weight in weights]
         sizes = [weight.nbytes for weight in weights]
         fingerprint = _cpu.fingerprint(addresses, sizes, threads)
-        target, element = target_for(dtype), ELEMENTS[dtype]
+        target, element = target_for(dtype), FORWARD_ELEMENTS[dtype]
         key = (target, element, engine.net_keys[net], *addresses, *[weight.dtype for weight in weights])
         with self._lock:
             entry = self._entries.pop(key, None)
@@ -264,8 +266,8 @@ class CpuBackend:
         self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int
     ) -> str | None:
         """None, or why the engine does not run this problem."""
-        if dtype not in ELEMENTS:
-            accepted = ", ".join(str(d).removeprefix("torch.") for d in ELEMENTS)
+        if dtype not in FORWARD_ELEMENTS:
+            accepted = ", ".join(str(d).removeprefix("torch.") for d in FORWARD_ELEMENTS)
             return f"it computes in {accepted}, not in {str(dtype).removeprefix('torch.')}"
         blocks = {net.block for net in problem.nets}
         if len(blocks) > 1:
@@ -273,6 +275,9 @@ class CpuBackend:
         block = blocks.pop()
         if block.channel_mixer == "conv_swiglu" and block.conv_kernel > MOST_TAPS:
             return f"it convolves with up to {MOST_TAPS} taps, not with {block.conv_kernel}"
+        refusal = int8_refusal(block) if dtype == torch.int8 else None
+        if refusal is not None:
+            return refusal
         if len(problem.program.states) > MOST_STATES or len(problem.nets) > MOST_NETS:
             return f"it takes up to {MOST_STATES} states and {MOST_NETS} networks"
         return None
@@ -321,9 +326,8 @@ class CpuBackend:
         engine = _engine(problem)
         shape = tuple(first.shape)
         threads = torch.get_num_threads()
-        fingerprints, packed = self._packed(
-            problem, engine, first.dtype, call.weights, backward=call.save, threads=threads
-        )
+        dtype = torch.int8 if call.int8 else first.dtype
+        fingerprints, packed = self._packed(problem, engine, dtype, call.weights, backward=call.save, threads=threads)
         out = [
             torch.empty_like(state) if written else state.clone()
             for state, written in zip(call.states, engine.written, strict=True)

@@ -37,7 +37,7 @@ class ReferenceBackend:
     def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         problem, first = call.problem, call.states[0]
         saved = first.new_empty((problem.num_grad_updates if call.save else 0, *first.shape))
-        cast = [w.to(first.dtype) for w in call.weights]
+        cast = list(call.weights) if call.int8 else [w.to(first.dtype) for w in call.weights]
         current = list(call.states)
         slot = 0
         with _plain(first):
@@ -47,7 +47,8 @@ class ReferenceBackend:
                     saved[slot] = h
                     slot += 1
                 net = problem.nets[update.net]
-                current[update.dst] = run_net(net, h, problem.net_weights(cast, update.net), call.cos, call.sin)
+                weights = problem.net_weights(cast, update.net)
+                current[update.dst] = run_net(net, h, weights, call.cos, call.sin, call.int8)
         # A state that no update writes is still the caller's tensor.
         out = [z.clone() if z is state else z for z, state in zip(current, call.states, strict=True)]
         return out, saved, saved.new_empty(0, dtype=torch.uint8)

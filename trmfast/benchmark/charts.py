@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ COLOURS = {
     "max-autotune": "#5f7c99",
     "openvino": "#e0a458",
     "onnxruntime": "#a3b18a",
+    "trmfast-bf16": "#7aa6cf",
     "trmfast": "#1f4e79",
     "kept": "#5b8fc0",
 }
@@ -150,7 +152,7 @@ def _roofline(pyplot: Any, report: Report) -> Any:
     points = []
     for row in rows:
         case = find_case(row.case)
-        element = 2 if row.dtype == "bf16" else 4
+        element = {"int8": 1, "bf16": 2, "fp32": 4}[row.dtype]
         if report.facts["settings"]["tiny"]:
             continue
         points.append((row, row.gflop * 1e9 / minimal_bytes(case.problem, row.batch, row.length, element)))
@@ -184,7 +186,7 @@ def _roofline(pyplot: Any, report: Report) -> Any:
             fontsize=8,
             color="#60656c",
         )
-    markers = {"bf16": "o", "fp32": "s"}
+    markers = {"bf16": "o", "fp32": "s", "int8": "D"}
     numbers: dict[str, int] = {}
     for row, x in points:
         fused = row.implementation == "trmfast"
@@ -202,8 +204,8 @@ def _roofline(pyplot: Any, report: Report) -> Any:
             label = f"{title_of(row.case)}, B={row.batch}, L={row.length}, {row.dtype}"
             number = numbers.setdefault(label, len(numbers) + 1)
             axis.annotate(str(number), (x, row.gflops), fontsize=6.5, color="white", ha="center", va="center_baseline")
-    for name, dtype in (("trmfast", "bf16"), ("trmfast", "fp32"), ("eager", "bf16"), ("eager", "fp32")):
-        if dtype in peaks:
+    for name, dtype in product(("trmfast", "eager"), ("int8", "bf16", "fp32")):
+        if any((row.implementation, row.dtype) == (name, dtype) for row in rows):
             axis.plot([], [], markers[dtype], color=COLOURS[name], label=f"{TITLES[name]}, {dtype}", linestyle="none")
     axis.set_xscale("log")
     axis.set_yscale("log")

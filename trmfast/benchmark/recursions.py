@@ -9,7 +9,7 @@ import torch
 
 from trmfast.benchmark.errors import check_forward, check_training
 from trmfast.benchmark.measure import Prepared, Row, Runs, build, count_flops, measure_works
-from trmfast.benchmark.rivals import OURS, RIVALS, Runner, missing
+from trmfast.benchmark.rivals import OURS, Runner, missing, runner_of
 from trmfast.benchmark.suites import Work
 from trmfast.cases import make_inputs
 
@@ -28,11 +28,11 @@ def prepare_work(work: Work, say: Callable[[str], None], without: Sequence[str] 
         say: called with what is being done.
         without: rivals to leave out.
     """
-    inputs = make_inputs(work.case, work.dtype, weight_scale=WEIGHT_SCALE)
+    inputs = make_inputs(work.case, work.state_dtype, weight_scale=WEIGHT_SCALE)
     makers: dict[str, tuple[str, Callable[[], Runs]]] = {}
     absent = []
     for name in (*work.rivals, "trmfast"):
-        kind = RIVALS[name]
+        kind = runner_of(name, work.dtype)
         reason = "left out" if name in without else missing(name, work.dtype)
         if reason is None:
             makers[name] = kind.title, partial(kind, inputs, torch.get_num_threads())

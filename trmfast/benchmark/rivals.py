@@ -25,7 +25,7 @@ from trmfast.cases import Inputs
 from trmfast.ops import recursion
 from trmfast.program import RecursionProgram
 
-__all__ = ["OURS", "RIVALS", "TITLES", "Runner", "Trained", "descend", "missing"]
+__all__ = ["OURS", "RIVALS", "TITLES", "Runner", "Trained", "descend", "missing", "runner_of"]
 
 # Above this many blocks OpenVINO would take minutes over the whole recursion; it then gets one network.
 MOST_BLOCKS = 64
@@ -139,6 +139,25 @@ class Fused(Trained):
     def recur(self, x: Tensor | None, program: RecursionProgram) -> Sequence[Tensor]:
         i = self.inputs
         return recursion(program, i.problem.nets, i.states, x, self.weights, i.cos, i.sin)
+
+
+class FusedInt8(Fused):
+    """trmfast where the work is int8: inference alone."""
+
+    steps = ("forward",)
+    dtypes = (torch.int8,)
+
+    def recur(self, x: Tensor | None, program: RecursionProgram) -> Sequence[Tensor]:
+        i = self.inputs
+        return recursion(program, i.problem.nets, i.states, x, self.weights, i.cos, i.sin, dtype="int8")
+
+
+class FusedBf16(Fused):
+    """What int8 is compared with: the same states with bf16 operands."""
+
+    title = "trmfast bf16"
+    steps = ("forward",)
+    dtypes = (torch.int8,)
 
 
 class Eager(Trained):
@@ -359,6 +378,7 @@ RIVALS: dict[str, type[Runner]] = {
     "max-autotune": MaxAutotune,
     "openvino": OpenVino,
     "onnxruntime": OnnxRuntime,
+    "trmfast-bf16": FusedBf16,
     "trmfast": Fused,
 }
 """Implementations of a recursion by name, trmfast the last."""
@@ -370,9 +390,14 @@ TITLES = {**{name: kind.title for name, kind in RIVALS.items()}, "kept": "trmfas
 """What tables and charts call an implementation, in their order."""
 
 
+def runner_of(name: str, dtype: torch.dtype) -> type[Runner]:
+    """The implementation of that name, in a dtype of products."""
+    return FusedInt8 if (name, dtype) == ("trmfast", torch.int8) else RIVALS[name]
+
+
 def missing(name: str, dtype: torch.dtype) -> str | None:
     """None, or why an implementation does not run in a dtype here."""
-    kind = RIVALS[name]
+    kind = runner_of(name, dtype)
     absent = [module for module in kind.modules if find_spec(module) is None]
     if absent:
         return f"{', '.join(absent)} not installed, `pip install 'trmfast[rivals]'` installs it"

@@ -11,7 +11,7 @@ from trmfast.cases import Case, find_case, make_case
 
 __all__ = ["BOTH", "SUITES", "Suite", "Work", "title"]
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
 FORWARD, BOTH = ("forward",), ("forward", "training")
 TORCH = ("eager", "compile")
 ENGINES = (*TORCH, "openvino", "onnxruntime")
@@ -45,7 +45,7 @@ class Work:
 
     Attributes:
         case: problem, batch and length.
-        dtype: compute dtype.
+        dtype: of the products by weights; states are bfloat16 where it is int8.
         steps: ``"forward"``, the recursion without gradients, and ``"training"``, forward and backward.
         rivals: names in :data:`trmfast.benchmark.rivals.RIVALS`.
     """
@@ -57,7 +57,12 @@ class Work:
 
     @property
     def dtype_name(self) -> str:
-        return {BF16: "bf16", F32: "fp32"}[self.dtype]
+        return {BF16: "bf16", F32: "fp32", INT8: "int8"}[self.dtype]
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return BF16 if self.dtype == INT8 else self.dtype
 
     def __str__(self) -> str:
         return f"{title(self.case.name)}, B={self.case.batch}, L={self.case.length}, {self.dtype_name}"
@@ -154,10 +159,17 @@ BLOCKS = tuple(
     for name, batch in (("block-att-97", 8), ("block-att-916", 1), ("block-mlp-97", 8), ("block-conv-97", 8))
 )
 
+INT8_WORKS = tuple(
+    _work(name, batch, INT8, FORWARD, rivals=("trmfast-bf16",))
+    for batch in (1, 8)
+    for name in ("trm-sudoku-att", "trm-sudoku-mlp", "trm-small-att", "trm-small-mlp")
+)
+
 SUITES: dict[str, Suite] = {
     "quick": Suite(QUICK, 120),
     "standard": Suite(STANDARD, 400),
     "full": Suite(FULL, 800, scaling=True),
     "blocks": Suite(BLOCKS, 60),
+    "int8": Suite(INT8_WORKS, 90),
     "scaling": Suite((), 120, scaling=True),
 }

@@ -37,12 +37,12 @@ def dtype_peak(dtype: torch.dtype, seconds: float = 0.02) -> float:
 
     With the CPU engine: on registers alone.  Without it: the best rate of torch.mm, which is lower.
     """
-    from trmfast.backends.cpu import ELEMENTS, CpuBackend, target_for
+    from trmfast.backends.cpu import FORWARD_ELEMENTS, CpuBackend, target_for
 
     if CpuBackend().available() is None:
         from trmfast import _cpu
 
-        return float(_cpu.peak_gflops(target_for(dtype), ELEMENTS[dtype], torch.get_num_threads(), seconds))
+        return float(_cpu.peak_gflops(target_for(dtype), FORWARD_ELEMENTS[dtype], torch.get_num_threads(), seconds))
     a = torch.randn(1024, 1024).to(dtype)
     best, stop = 0.0, time.perf_counter() + seconds
     while best == 0 or time.perf_counter() < stop:

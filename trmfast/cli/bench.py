@@ -36,6 +36,7 @@ examples:
                                         training that keeps the activations of the gradient window, too
   trmfast bench --suite quick           recursions alone, of every model, size and dtype; under three minutes
   trmfast bench --suite full            with every rival that is installed, and scaling; under fifteen minutes
+  trmfast bench --suite int8            recursions forward, int8 beside bf16
   trmfast bench --suite solve           Sudoku puzzles a second of a trained model; under six minutes
   trmfast bench --suite quick --compare old/suite.json
                                         exit status 1 if trmfast has become slower against its rivals and the peak

@@ -29,10 +29,7 @@ SCALING_SECONDS = 110
 GROUP, ROUNDS = 7, 0.75
 # Rivals that build slowly are left out if less than this share of the time is left.
 SLOW_BUILDS, LATE = ("max-autotune", "openvino", "compile"), 0.1
-NOT_MEASURED = (
-    "no CUDA graphs: a suite measures the processor",
-    "no int8: no implementation here computes in it",
-)
+NOT_MEASURED = ("no CUDA graphs: a suite measures the processor",)
 
 
 def measure_suite(arguments: argparse.Namespace) -> tuple[Report, Again]:

@@ -15,6 +15,7 @@ from trmfast.cli.console import UsageError, print_json, print_table
 from trmfast.cli.machine import commit, machine, versions
 from trmfast.cli.plan import describe, print_plan
 from trmfast.program import GradientWindow, RecursionProgram
+from trmfast.targets import TARGETS
 
 __all__ = ["EXAMPLES", "add_arguments", "parse_program", "run"]
 
@@ -118,10 +119,11 @@ def engine_targets() -> list[dict[str, Any]]:
     compiled = targets()
     chosen: dict[str, list[str]] = {}
     if off is None:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.int8):
             chosen.setdefault(target_for(dtype), []).append(str(dtype).removeprefix("torch."))
     rows = []
-    for name in ("amx", "avx512_bf16", "avx512", "avx2", "portable", *(t for t in compiled if t == "amx_emulated")):
+    shipped = [name for name in TARGETS if name != "amx_emulated"]
+    for name in (*shipped, *(target for target in compiled if target == "amx_emulated")):
         if name in compiled:
             reason = compiled[name]
             if reason is None and name == "amx_emulated":

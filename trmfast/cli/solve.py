@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLES", "MODEL", "add_arguments", "clues_of", "naming_options", "run", "sudoku_model", "threshold_of"]
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "int8": "int8"}
 VOCABULARY = 11
 MODEL = "sudoku-mlp"
 FEWEST_CLUES = 17  # no puzzle with fewer has one solution

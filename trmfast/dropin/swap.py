@@ -41,6 +41,7 @@ class Swap:
         backend: the backend of its recursion.
         forwards: the function that computes each module of the networks, see :func:`forwards_of`.
         recompute: as in :func:`trmfast.recursion`.
+        dtype: ``"int8"`` or None, as in :func:`trmfast.recursion`.
     """
 
     family: str
@@ -48,6 +49,7 @@ class Swap:
     backend: str
     forwards: dict[str, str]
     recompute: bool = True
+    dtype: str | None = None
 
 
 def fused_step(self: Any, carry: Any, batch: dict[str, Tensor]) -> tuple[Any, Tensor, Any]:
@@ -102,6 +104,7 @@ def _recur(
             sin,
             own.backend,
             own.recompute,
+            own.dtype,
         )
         return tuple(state.to(dtype) for state in out)  # autocast computes in another dtype
 

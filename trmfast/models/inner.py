@@ -83,6 +83,7 @@ class Inner(nn.Module):
 
         D, dtype = config.hidden_size, config.dtype
         self.forward_dtype = dtype
+        self.product_dtype = "int8" if config.forward_dtype == "int8" else None
         self.embed_scale = math.sqrt(D)
         std = 1.0 / self.embed_scale
         self.puzzle_emb_len = config.prefix_len
@@ -189,6 +190,7 @@ class Inner(nn.Module):
                 sin,
                 backend=self.backend,
                 recompute=self.config.recompute,
+                dtype=self.product_dtype,
             )
 
         states = inside(watch.sharded if watch else (), run, (*self._states(carry), x))

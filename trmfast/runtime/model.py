@@ -14,7 +14,7 @@ from trmfast.architectures import ARCHITECTURES
 from trmfast.build_info import build_info
 from trmfast.config import ModelConfig
 from trmfast.data import model_file
-from trmfast.engine import block_fields, update_rows
+from trmfast.engine import block_fields, int8_refusal, update_rows
 from trmfast.runtime.arrays import narrow, read, rounded, widen
 from trmfast.solving.checks import integer
 from trmfast.solving.evaluator import Step
@@ -23,7 +23,8 @@ from trmfast.targets import extension, import_error, target_of
 
 __all__ = ["Model", "cores", "load"]
 
-ELEMENTS = {"float32": "f32", "bfloat16": "bf16"}
+# Of states and of products, by dtype.
+ELEMENTS = {"float32": ("f32", "f32"), "bfloat16": ("bf16", "bf16"), "int8": ("bf16", "i8")}
 
 
 def load(path: str | os.PathLike[str], dtype: str | None = None, threads: int | None = None) -> Model:
@@ -31,7 +32,8 @@ def load(path: str | os.PathLike[str], dtype: str | None = None, threads: int | 
 
     Args:
         path: the file, or the name of a model that comes with trmfast, such as ``"sudoku-mlp"``.
-        dtype: ``"bfloat16"`` or ``"float32"``; by default the file's.
+        dtype: ``"bfloat16"``, ``"float32"``, or ``"int8"``: bfloat16 with int8 operands in the recursion's products by
+            weights.  By default the file's.
         threads: threads of the engine; by default one per core of the process.
 
     Raises:
@@ -78,7 +80,7 @@ class Model:
         if self.dtype not in ELEMENTS:
             raise ValueError(f"dtype: got {self.dtype!r}, accepted are {', '.join(ELEMENTS)}")
         self.threads = cores() if threads is None else integer("threads", threads, 1)
-        self.element = ELEMENTS[self.dtype]
+        self.element, self.product_element = ELEMENTS[self.dtype]
         self.learns_to_continue = not config.no_ACT_continue
         self.seq_len, self.vocab_size = config.seq_len, config.vocab_size
         self.num_identifiers = config.num_puzzle_identifiers if config.puzzle_emb_ndim else 0
@@ -113,8 +115,12 @@ class Model:
         weights = [take(prefix + weight, *shape) for weight, shape in spec.weight_shapes]
         addresses = [weight.ctypes.data for weight in weights]
         block = extension.BlockShape(**block_fields(spec.block))
-        target = target_of(self.element)
-        return extension.PackedWeights(target, self.element, block, spec.num_layers, addresses, False, self.threads)
+        element = self.product_element
+        refusal = int8_refusal(spec.block) if element == "i8" else None
+        if refusal is not None:
+            raise ValueError(f"dtype: got 'int8', accepted is another one: {refusal}")
+        target = target_of(element)
+        return extension.PackedWeights(target, element, block, spec.num_layers, addresses, False, self.threads)
 
     @cached_property
     def program(self) -> Any:

@@ -43,6 +43,8 @@ class Solver:
             halt, the highest ``q_halt`` answers.  ``"majority"``: the most frequent prediction of all.
         seed: of the noise.
         history: whether results include the prediction of every step.
+        dtype: ``"int8"`` for int8 operands and bfloat16 states in the recursion of a PyTorch model; by default the
+            model's own.  A model of :mod:`trmfast.runtime` was loaded in its dtype.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -62,8 +64,9 @@ class Solver:
         choose: str = "first",
         seed: int = 0,
         history: bool = False,
+        dtype: str | None = None,
     ) -> None:
-        self.evaluator = _evaluator(model)
+        self.evaluator = _evaluator(model, dtype)
         if not isinstance(halt, (Confident, Unchanged, Never)):
             raise TypeError(f"halt: got {halt!r}, accepted are Confident, Unchanged and Never")
         most = self.evaluator.halt_max_steps if max_steps is None else max_steps
@@ -120,12 +123,15 @@ class Solver:
         return run(search, complete, in_order)
 
 
-def _evaluator(model: Any) -> Evaluator:
+def _evaluator(model: Any, dtype: str | None) -> Evaluator:
     if isinstance(model, Evaluator):
+        own = getattr(model, "dtype", None)
+        if dtype not in (None, own):
+            raise ValueError(f"dtype: got {dtype!r}, accepted is None: the model has its own, {own}")
         return model
     from trmfast.solving.torch_model import TorchEvaluator
 
-    return TorchEvaluator(model)
+    return TorchEvaluator(model, dtype)
 
 
 def _noise(noise: Any, trajectories: int) -> float:

@@ -30,15 +30,16 @@ class TorchEvaluator:
 
     Args:
         model: a model of ``trmfast.models`` or an accelerated one, plain, in its loss head or another wrapper.
+        dtype: ``"int8"`` for int8 operands in the recursion, with bfloat16 states; by default the model's own.
 
     Raises:
         TypeError: not a module.
-        ValueError: no such recursion in it, several of them, or no Q head.
+        ValueError: no such recursion in it, several of them, no Q head, or another dtype.
     """
 
     has_q_head = True
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, dtype: str | None = None) -> None:
         if not isinstance(model, nn.Module):
             accepted = "models of trmfast.models, accelerated models, and those of trmfast.runtime"
             raise TypeError(f"model: got {type(model).__name__}, accepted are {accepted}")
@@ -72,6 +73,9 @@ class TorchEvaluator:
         puzzle_emb = getattr(inner, "puzzle_emb", None)
         self.num_identifiers = 0 if puzzle_emb is None else int(puzzle_emb.weights.shape[0])
         hidden = int(inner.lm_head.weight.shape[1])
+        self.dtype = dtype
+        if dtype not in (None, "int8"):
+            raise ValueError(f"dtype: got {dtype!r}, accepted are 'int8' and None, for the model's own")
         # The heads read the first state.
         self.noisy = self.state_names[1:] or self.state_names
         self.noise_shape = (len(self.noisy), self.seq_len + int(inner.puzzle_emb_len), hidden)
@@ -95,7 +99,11 @@ class TorchEvaluator:
 
     def step(self, carry: Any, data: dict[str, Tensor]) -> tuple[Any, Tensor, Any]:
         """The inner module's own step in evaluation mode."""
-        with _evaluating(self.inner), _padded(self.inner.lm_head, self.inner.q_head):
+        with (
+            _evaluating(self.inner),
+            _padded(self.inner.lm_head, self.inner.q_head),
+            _multiplying(self.inner, self.dtype),
+        ):
             return cast(tuple[Any, Tensor, Any], getattr(self.inner, self._method)(carry, data))
 
 
@@ -167,6 +175,20 @@ def _evaluating(inner: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _multiplying(inner: nn.Module, dtype: str | None) -> Iterator[None]:
+    """Gives a recursion the dtype of its products, if one is named, and restores its own afterwards."""
+    own: Any = inner if isinstance(inner, Inner) else swap_of(inner)
+    name = "product_dtype" if isinstance(inner, Inner) else "dtype"
+    before = getattr(own, name)
+    if dtype is not None:
+        setattr(own, name, dtype)
+    try:
+        yield
+    finally:
+        setattr(own, name, before)
 
 
 @contextmanager
