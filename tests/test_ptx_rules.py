@@ -66,6 +66,13 @@ def test_faults_of_memory(body: str, message: str, schedule: Schedule) -> None:
         run_64(body, schedule)
 
 
+def test_one_of_the_lanes_that_store_to_one_place_wins() -> None:
+    body = f"""setp.lt.u32 %p1, %t, 32; @%p1 st.shared.b32 [%shared], %t; bar.sync 0;
+    ld.shared.b32 %r3, [%shared]; {STORE}"""
+    assert run_64(body) == [31] * 64
+    assert run_64(body, SCHEDULES[1]) == [0] * 64
+
+
 def test_equal_stores_are_no_race() -> None:
     body = f"mov.b32 %r9, 7; st.shared.b32 [%shared], %r9; bar.sync 0; ld.shared.b32 %r3, [%shared]; {STORE}"
     assert run_64(body) == [7] * 64

@@ -70,7 +70,24 @@ template <Space kSpace, class T, int kCount, Access kAccess = Access::read> void
   }
 }
 
+// Of lanes that store to one place at once only one does, and which is not defined: the first or the last.
+template <Space kSpace> Mask winners(Warp& w, const Op& op, Mask m) {
+  using Address = std::conditional_t<kSpace == Space::shared, uint32_t, uint64_t>;
+  const Bits<Address>* at = w.reg<Address>(op.src[0]);
+  const bool is_first = w.block->arrival == Arrival::early;
+  for (int lane = 1; lane < kLanes; ++lane) {
+    if (!(m >> lane & 1)) continue;
+    for (int other = 0; other < lane; ++other) {
+      if (!(m >> other & 1) || at[other] != at[lane]) continue;
+      m &= ~(1u << (is_first ? lane : other));
+      if (is_first) break;
+    }
+  }
+  return m;
+}
+
 template <Space kSpace, class T, int kCount> void store(Warp& w, const Op& op, Mask m) {
+  m = winners<kSpace>(w, op, m);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(m >> lane & 1)) continue;
     T values[kCount];

@@ -90,7 +90,8 @@ struct Warp {
   Actor actor(int lane) const;
 };
 
-// Whether source bytes of a cp.async are read when it is issued or when somebody waits for it: both happen.
+// What a device leaves open: whether source bytes of a cp.async are read when it is issued (early) or when somebody
+// waits for it, and which of several lanes that store to one place wins.
 enum class Arrival : uint8_t { late, early };
 
 struct Block {
