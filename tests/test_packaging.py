@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -86,16 +87,35 @@ def test_kernels_import_without_triton() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the source tree on a machine whose compiler does not exist."""
-    source = tmp_path_factory.mktemp("source") / "trmfast"
+def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made from a copy of the source tree."""
+    source, output = tmp_path_factory.mktemp("source") / "trmfast", tmp_path_factory.mktemp("sdist")
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__", "_build_info_*.json")
     shutil.copytree(ROOT, source, ignore=ignored)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", str(output)], cwd=source, check=True, timeout=300)
+    (archive,) = output.glob("*.tar.gz")
+    return archive
+
+
+def test_source_distribution_holds_the_repository(source_distribution: Path) -> None:
+    with tarfile.open(source_distribution) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = {name for name in repository_files() if (ROOT / name).exists()}
+    assert {name for name in files - names if not name.startswith(".")} == set()
+
+
+@pytest.fixture(scope="module")
+def wheel_without_compiler(source_distribution: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from the source distribution on a machine whose compiler does not exist."""
     output = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     environment = {**os.environ, "CXX": "/nonexistent/g++"}
     done = subprocess.run(
-        [*pip, "-w", str(output), str(source)], env=environment, capture_output=True, text=True, timeout=300
+        [*pip, "-w", str(output), str(source_distribution)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = output.glob("*.whl")
