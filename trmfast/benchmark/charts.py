@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from itertools import product
-from math import prod
+from math import cos, dist, pi, prod, sin
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ COLOURS = {
     "trmfast": "#1f4e79",
     "kept": "#5b8fc0",
 }
+GREY = "#60656c"
 STEP_TITLES = {"forward": "forward", "training": "training step"}
 
 
@@ -54,7 +55,7 @@ def write_charts(folder: Path, report: Report) -> list[str]:
             figure = draw(pyplot, report)
             margin = 0.22 / figure.get_figheight()
             figure.get_layout_engine().set(rect=(0, margin, 1, 1 - margin))
-            figure.text(0.005, 0.2 * margin, caption, ha="left", va="bottom", fontsize=7.5, color="#60656c")
+            figure.text(0.005, 0.2 * margin, caption, ha="left", va="bottom", fontsize=7.5, color=GREY)
             figure.savefig(folder / file, dpi=150)
             pyplot.close(figure)
             written.append(file)
@@ -79,12 +80,13 @@ def _speed(pyplot: Any, report: Report) -> Any:
     bars = {step: sum(len(g) + 1.0 for g in found) for step, found in groups.items()}
     height = max(3.0, 0.17 * max(bars.values()) + 1.4)
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(6.6 * len(groups), height), squeeze=False, layout="constrained"
+        1, len(groups), figsize=(4.9 * len(groups), height), squeeze=False, layout="constrained"
     )
     handles: dict[str, Any] = {}
     for axis, (step, found) in zip(axes[0], groups.items(), strict=True):
         position, ticks, labels = 0.0, [], []
         longest = 0.0
+        everywhere = {row.implementation for group in found for row in group}
         for group in found:
             rows = {row.implementation: row for row in group}
             if "eager" not in rows:
@@ -108,12 +110,18 @@ def _speed(pyplot: Any, report: Report) -> Any:
                 position += 1
             ticks.append((begin + position - 1) / 2)
             labels.append(_label(group[0]))
+            missing = [name for name in TITLES if name in everywhere - rows.keys()]
+            if missing:
+                text = f"not run: {', '.join(missing)}"
+                axis.annotate(
+                    text, (0, position), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6, color=GREY
+                )
             position += 1
         axis.set_yticks(ticks, labels, fontsize=8)
         axis.set_ylim(position - 0.4, -0.9)
         axis.set_xlim(0, longest * 1.12)
-        axis.axvline(1, color="#60656c", linewidth=0.8, linestyle=":")
-        axis.set_xlabel("speed relative to eager PyTorch (1 = as fast)")
+        axis.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+        axis.set_xlabel("speed (eager PyTorch: 1)")
         axis.set_title(STEP_TITLES[step], fontsize=11)
         _clean(axis, "x")
     figure.legend(
@@ -172,29 +180,29 @@ def _roofline(pyplot: Any, report: Report) -> Any:
             [bottom * 1e9 / bandwidth, ridge],
             [bottom, top],
             style,
-            color="#60656c",
+            color=GREY,
             linewidth=1.2,
             label=f"{name}, {bandwidth * 1e-9:.0f} GB/s",
         )
     for dtype, peak in peaks.items():
-        axis.plot([left, right], [peak, peak], color="#60656c", linewidth=1.2)
+        axis.plot([left, right], [peak, peak], color=GREY, linewidth=1.2)
         axis.annotate(
             f"{dtype} matrix peak, {peak:.0f} GFLOP/s",
             (16, peak),
             xytext=(0, 4),
             textcoords="offset points",
             fontsize=8,
-            color="#60656c",
+            color=GREY,
         )
     markers = {"bf16": "o", "fp32": "s", "int8": "D"}
-    numbers: dict[str, int] = {}
+    numbers: dict[str, tuple[float, float]] = {}
     for row, x in points:
         fused = row.implementation == "trmfast"
         axis.plot(
             x,
             row.gflops,
             markers[row.dtype],
-            markersize=12 if fused else 6,
+            markersize=7 if fused else 5,
             color=COLOURS[row.implementation],
             markeredgecolor="white",
             markeredgewidth=0.6,
@@ -202,8 +210,7 @@ def _roofline(pyplot: Any, report: Report) -> Any:
         )
         if fused:
             label = f"{title_of(row.case)}, B={row.batch}, L={row.length}, {row.dtype}"
-            number = numbers.setdefault(label, len(numbers) + 1)
-            axis.annotate(str(number), (x, row.gflops), fontsize=6.5, color="white", ha="center", va="center_baseline")
+            numbers[label] = (x, row.gflops)
     for name, dtype in product(("trmfast", "eager"), ("int8", "bf16", "fp32")):
         if any((row.implementation, row.dtype) == (name, dtype) for row in rows):
             axis.plot([], [], markers[dtype], color=COLOURS[name], label=f"{TITLES[name]}, {dtype}", linestyle="none")
@@ -225,14 +232,40 @@ def _roofline(pyplot: Any, report: Report) -> Any:
     figure.legend(handles, labels, loc="outside right lower", fontsize=7.5, frameon=False, labelspacing=0.7)
     figure.legend(
         [pyplot.Line2D([], [], linestyle="none") for _ in numbers],
-        [f"{number}  {label}" for label, number in numbers.items()],
+        [f"{number}  {label}" for number, label in enumerate(numbers, 1)],
         loc="outside right upper",
         fontsize=7.5,
         frameon=False,
         handlelength=0,
         handletextpad=0,
     )
+    _number(figure, axis, list(numbers.values()), [(x, row.gflops) for row, x in points])
     return figure
+
+
+def _number(figure: Any, axis: Any, places: list[tuple[float, float]], points: list[tuple[float, float]]) -> None:
+    """Numbers the places in turn: each number as near as it stands clear of points and other numbers."""
+    if not places:
+        return
+    figure.canvas.draw()  # the layout decides how far apart the points are
+    per_point = figure.dpi / 72
+    taken = [tuple(at) for at in axis.transData.transform(points) / per_point]
+    around = [(r, 2 * pi * i / 16) for r in (9, 14, 20, 27, 35, 44) for i in range(16)]
+    for number, place in enumerate(places, 1):
+        x, y = axis.transData.transform(place) / per_point
+        free = [(r, a) for r, a in around if all(dist((x + r * cos(a), y + r * sin(a)), at) > 8.5 for at in taken)]
+        r, a = (free or around[-1:])[0]
+        taken.append((x + r * cos(a), y + r * sin(a)))
+        axis.annotate(
+            str(number),
+            place,
+            xytext=(r * cos(a), r * sin(a)),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 3, "shrinkB": 3},
+        )
 
 
 def _memory(pyplot: Any, report: Report) -> Any:
