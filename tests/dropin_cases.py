@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import trmfast
 from dropin_models import HRM, TRM, URM, Baseline, Hier6, NanoTRM, SingleZ
@@ -152,3 +153,23 @@ def refused(model: nn.Module) -> tuple[str, ...]:
 
 def blocks(model: Any) -> Any:
     return model.inner.L_level.layers
+
+
+class Recursions(TorchDispatchMode):
+    """Counts the recursions that run as an operator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.trmfast.recursion.default
+        return func(*args, **(kwargs or {}))
+
+
+def fused_calls(model: Any, batch: dict[str, Tensor]) -> int:
+    """How many recursions one evaluation step runs as an operator."""
+    carry = model.initial_carry(batch)
+    training = model.training
+    with torch.no_grad(), Recursions() as recursions:
+        model.eval()(carry, batch)
+    model.train(training)
+    return recursions.count

@@ -27,15 +27,7 @@ from trmfast.cases import PUBLISHED, Case, Inputs, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
 from trmfast.reference import summed_input
-from trmfast.testing import (
-    Comparison,
-    Result,
-    compare_results,
-    pool,
-    require,
-    run_eager,
-    run_truth,
-)
+from trmfast.testing import Comparison, Result, compare_results, pool, require, run_eager, run_truth
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

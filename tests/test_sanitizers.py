@@ -201,8 +201,8 @@ def test_the_engines_threads_do_not_race(thread: Build) -> None:
 @pytest.mark.xdist_group("address")
 def test_threads_processes_and_packed_weights(address: Build) -> None:
     config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-    tests = str(ROOT / "tests" / "test_cpu_engine.py")
+    tests = [str(ROOT / "tests" / f"test_cpu_{name}.py") for name in ("engine", "threads")]
     # The children of a busy process hang in the sanitizer's own allocator, whose locks they find taken.
-    output = address.run("-m", "pytest", *config, tests, "-m", "", "-k", "not test_every_target and not busy_process")
+    output = address.run("-m", "pytest", *config, *tests, "-m", "", "-k", "not test_every_target and not busy_process")
     assert " passed" in output
     print(output[-2000:])

@@ -27,5 +27,5 @@ What it leaves out, and why:
   where eager and the truth are;
 * NaN and Inf in weights, which rightly reach all sequences, and which elements of a poisoned sequence are NaN;
 * programs of more than a few tens of updates, and calls from several threads or forked processes, which have tests of
-  their own (test_cpu_engine.py).
+  their own (test_cpu_threads.py).
 """
