@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
-import pytest
 from torch import Tensor
 from trmfast.kernels.dot import INTERPRETED
 from trmfast.kernels.plan import Launch, run
+
+from triton_access import watched
 
 __all__ = ["checked_addresses", "checked_run"]
 
@@ -28,29 +28,22 @@ def checked_addresses(tensors: Mapping[str, Tensor]) -> Iterator[None]:
     Raises:
         triton.runtime.errors.InterpreterError: with the text of an AssertionError that gives the addresses.
     """
-    from triton.runtime.interpreter import interpreter_builder
-
-    spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors.values()]
-
-    def check(pointers: Any, mask: Any, what: str) -> None:
-        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
-        if addresses.size:
-            first, last = int(addresses.min()), int(addresses.max())
-            end = last + max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-            found = any(begin <= first and end <= limit for begin, limit in spans)
-            assert found, f"{what} {addresses.size} elements between {first:#x} and {end:#x}: outside of every buffer"
-
-    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
-
-    def checked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        check(pointers, mask, "reads")
-        return load(pointers, mask, *rest)
-
-    def checked_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        check(pointers, mask, "writes")
-        return store(pointers, value, mask, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter_builder, "create_masked_load", checked_load)
-        patch.setattr(interpreter_builder, "create_masked_store", checked_store)
+    with watched(_Bounds([(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors.values()])):
         yield
+
+
+class _Bounds:
+    """Checks accesses against the spans of addresses that may be used."""
+
+    def __init__(self, spans: list[tuple[int, int]]) -> None:
+        self.spans = spans
+
+    def program(self) -> None: ...
+
+    def barrier(self) -> None: ...
+
+    def access(self, kind: str, addresses: Any, size: int) -> None:
+        if addresses.size:
+            first, end = int(addresses.min()), int(addresses.max()) + size
+            found = any(begin <= first and end <= limit for begin, limit in self.spans)
+            assert found, f"{kind} {addresses.size} elements between {first:#x} and {end:#x}: outside of every buffer"
