@@ -122,7 +122,7 @@ def test_the_suite(words: list[str], model: str, tmp_path: Path, capsys: pytest.
     rows = {row["name"]: row for row in record["rows"]}
     assert {"eager", "fixed", "waiting", "leaving", "continuous", "trajectories"} <= rows.keys()
     assert ("int8" in rows) != any("int8: not available" in remark for remark in record["remarks"])
-    assert all(len(row["times"]) >= 3 and row["puzzles"] == 3 for row in rows.values())
+    assert all(len(row["times"]) >= 2 and row["puzzles"] == 3 for row in rows.values())
     # PyTorch is in the memory of the rival alone.
     assert rows["continuous"]["peak"] < 0.5 * rows["eager"]["peak"]
     assert rows["fixed"]["steps"] == rows["eager"]["steps"] == 4

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from trmfast.benchmark.configs import CONFIGS
-from trmfast.benchmark.turns import FEWEST_ROUNDS, MOST_ROUNDS, Turns, quartiles
+from trmfast.benchmark.turns import MOST_ROUNDS, Turns, quartiles
 from trmfast.checkpoint import save
 from trmfast.solving.schedule import Row, choice
 from trmfast.sudoku_puzzles import sudoku_puzzle
@@ -37,6 +37,7 @@ __all__ = [
     "puzzles_of",
 ]
 
+FEWEST = 2  # rounds; all puzzles have been solved once before
 CHUNK = 2  # puzzles whose trajectories run before the next sigma has its turn
 TRAJECTORIES = (1, 4, 16, 64)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
@@ -202,11 +203,11 @@ def _workers(setups: dict[str, dict[str, Any]], say: Callable[[str], None]) -> I
 
 
 def _rounds(turns: Turns, seconds: float, say: Callable[[str], None]) -> None:
-    """At least three rounds, and as many as fit into the seconds."""
+    """At least two rounds, and as many as fit into the seconds."""
     stop, longest = time.monotonic() + seconds, 0.0
     for number in range(MOST_ROUNDS):
         start = time.monotonic()
-        if number >= FEWEST_ROUNDS and start + longest > stop:
+        if number >= FEWEST and start + longest > stop:
             break
         say(f"round {number + 1}")
         turns.round()
@@ -225,7 +226,7 @@ def measure_solving(
         task: what is measured.
         pairs: token ids of puzzles and solutions [N, 2, 81].
         steps: of the published evaluation.
-        seconds: for the rounds; there are at least three.
+        seconds: for the rounds; there are at least two.
         say: is called with what is being done.
     """
     search = {"trajectories": 4, "noise": task.sigmas[0]}

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = group.add_argument
     add("--model", metavar="FILE", help=f"a file or name, as of trmfast solve (default: {MODEL})")
-    add("--puzzles", type=int, metavar="N", help="how many (default: 200, of trajectories 64)")
+    add("--puzzles", type=int, metavar="N", help="how many (default: 128, of trajectories 64)")
     add("--clues", type=int, metavar="N", help="of a puzzle (default: as the model was trained)")
     add("--threshold", type=float, metavar="T", help="a row halts when its logit is above T (default: the model's)")
     add("--sigma", type=float, nargs="+", metavar="S", help="noise of trajectories (default: 0.1 0.3 1)")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures; 0."""
     start = time.monotonic()
-    count = (64 if arguments.trajectories else 200) if arguments.puzzles is None else arguments.puzzles
+    count = (64 if arguments.trajectories else 128) if arguments.puzzles is None else arguments.puzzles
     if count < 1:
         raise UsageError(f"--puzzles: got {count}, accepted are integers >= 1")
     sigmas = tuple(arguments.sigma or (0.1, 0.3, 1.0))
