@@ -81,7 +81,7 @@ def pair(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return low.astype(np.uint32) | high.astype(np.uint32) << 16
 
 
-def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray, bits: int) -> np.ndarray:
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray, *, bits: int) -> np.ndarray:
     """a b + c with one rounding; what is not finite by float64."""
     with np.errstate(all="ignore"):
         plain = a.astype(np.float64) * b + c
@@ -98,7 +98,7 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray, bits: int) -> np.ndarray:
 
 def fused_bf16(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     parts = zip(halves(a), halves(b), halves(c), strict=True)
-    return pair(*(to_bf16(fused(*(from_bf16(x) for x in part), 8)) for part in parts))
+    return pair(*(to_bf16(fused(*(from_bf16(x) for x in part), bits=8)) for part in parts))
 
 
 def sum_f16(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -249,8 +249,8 @@ def floats() -> list[Case]:
         ]
     return [
         *found,
-        Case("fma.rn.f32", "r=rrr", "f32 f32 f32", lambda a, b, c: fused(a, b, c, 24)),
-        Case("fma.rn.ftz.f32", "r=rrr", "f32 f32 f32", lambda a, b, c: flush(fused(*map(flush, (a, b, c)), 24))),
+        Case("fma.rn.f32", "r=rrr", "f32 f32 f32", lambda a, b, c: fused(a, b, c, bits=24)),
+        Case("fma.rn.ftz.f32", "r=rrr", "f32 f32 f32", lambda a, b, c: flush(fused(*map(flush, (a, b, c)), bits=24))),
         Case("fma.rn.bf16x2", "r=rrr", "pair pair pair", fused_bf16),
         Case("add.f16x2", "r=rr", "pair16 pair16", sum_f16),
         Case("div.full.f32", "r=rr", "f32 f32", np.divide),

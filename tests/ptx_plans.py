@@ -165,7 +165,8 @@ class Executor:
 
 def pack(launch: Launch, compiled: Compiled, tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Piece]]:
     """The block of parameters, and the buffers that it points to: no more than the launch says that it uses."""
-    params, pieces = b"", []
+    params = b""
+    pieces: list[Piece] = []
     arguments = dict(launch.arguments)
 
     def add(name: str, kind: Any, value: Any) -> None:

@@ -12,6 +12,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -84,7 +85,7 @@ def library() -> ctypes.CDLL:
     compiler, version = cuda_tools.host_compiler()
     headers, sources = sorted(PTX.glob("*.h")), sorted(PTX.glob("*.cpp"))
 
-    def build(source: cuda_tools.Path) -> cuda_tools.Path:
+    def build(source: Path) -> Path:
         key = cuda_tools.digest(version, *FLAGS, files=[source, *headers])
         return cuda_tools.make(cuda_tools.CACHE / f"ptx-{source.stem}-{key}.o", [compiler, *FLAGS, "-c", str(source)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def test_shuffles(mode: str, width: int) -> None:
     values, b = draw("u32"), RANDOM.integers(0, 32, LANES).astype(np.uint32)
     if mode != "idx":
         b[:] = 3
-    operands = [values, b, str(bounds), "-1"]
+    operands: list[np.ndarray | str] = [values, b, str(bounds), "-1"]
     found, inside = evaluate(f"shfl.sync.{mode}.b32", "rp=rrrr", operands)
     expected = [shuffled(mode, lane, int(b[lane]), bounds) for lane in range(LANES)]
     assert found.tolist() == [values[lane] for lane, _ in expected]
@@ -170,13 +171,10 @@ def atomics() -> set[str]:
 
 def test_atomics() -> None:
     """All lanes on one word: the result is that of some order; what a lane gets is what the ones before it left."""
-    apply = {
-        **{name: (lambda old, a, function=function: function(old, a)) for name, function in REDUCTIONS.items()},
-        "exch": lambda _, a: a,
-    }
+    apply: dict[str, Callable[..., Any]] = {**REDUCTIONS, "exch": lambda _, a: a}
     for opcode in atomics():
         operation, kind = opcode.split(".")[-2:]
-        dtype = {"u": np.uint32, "s": np.int32, "f": np.float32, "b": np.uint32}[kind[0]]
+        dtype: Any = {"u": np.uint32, "s": np.int32, "f": np.float32, "b": np.uint32}[kind[0]]
         values = RANDOM.integers(-50 if kind[0] in "sf" else 0, 50, LANES).astype(dtype)
         shared, returns = ".shared" in opcode, opcode.startswith("atom")
         place = "[%shared]" if shared else "[%out]"
