@@ -107,6 +107,11 @@ def listed_instances() -> list[Instance]:
 
 
 def build(instances: Iterable[Instance] = (), plans_alone: bool = False) -> ctypes.CDLL:
+    """Compiles the harness and loads it; the arguments are those of :func:`compile_harness`."""
+    return ctypes.CDLL(str(compile_harness(instances, plans_alone)))
+
+
+def compile_harness(instances: Iterable[Instance] = (), plans_alone: bool = False) -> Path:
     """Compiles the harness; ``TRMFAST_SIMT_VARIANT`` is a key of ``cuda_tools.VARIANTS``.
 
     Args:
@@ -118,7 +123,7 @@ def build(instances: Iterable[Instance] = (), plans_alone: bool = False) -> ctyp
     options += [f"-DTRMFAST_INSTANCES(X)={listed}"] * bool(listed) + ["-DTRMFAST_PLANS_ALONE"] * plans_alone
     variant = os.environ.get("TRMFAST_SIMT_VARIANT", "plain")
     source = cuda_tools.SIMT / "recursion_harness.cpp"
-    return ctypes.CDLL(str(cuda_tools.build_emulated([source], variant=variant, options=options, shared=True)))
+    return cuda_tools.build_emulated([source], variant=variant, options=options, shared=True)
 
 
 def _request(problem: Problem, batch: int, length: int, **fields: Any) -> _Request:

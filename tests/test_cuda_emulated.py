@@ -21,6 +21,7 @@ import torch
 from trmfast.kernels.architectures import ARCHITECTURES, GPUS
 from trmfast.kernels.persistent import cache_blocks, persistent_traffic, stream_rows
 
+import simt_recursion
 from benchmarks.offline.cuda import CUDA_ARCHITECTURES
 from simt_recursion import Instance, LaunchShape, Run, Schedule, build, listed_instances, plan, run_emulated
 from trmfast.cases import PUBLISHED, Case, Inputs, make_case, make_inputs
@@ -37,6 +38,7 @@ pytestmark = [
 HALVES = (torch.bfloat16, torch.float16)
 SCALE = 0.4  # of weights: eager PyTorch keeps to the policy in every program
 ATTENTION, MIXER, LONG_MIXER = Instance(1, 8, 4), Instance(1, 8, 4, 2, 4), Instance(2, 4, 8, 16, 1)
+FEW = [ATTENTION, MIXER, LONG_MIXER, Instance(4, 3, 4), Instance(4, 3, 4, 2, 4)]
 WIDE = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles <= 2]
 LONG = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles in (0, 16)]
 SCHEDULES = [Schedule("forward"), Schedule("reverse"), *(Schedule("random", seed) for seed in (1, 2, 3))]
@@ -94,8 +96,7 @@ def compare(inputs: Inputs, run: Run) -> list[Comparison]:
 @pytest.fixture(scope="session")
 def small() -> ctypes.CDLL:
     """The harness with instances for small cases, and two others to compare them with."""
-    chosen = [ATTENTION, MIXER, LONG_MIXER, Instance(4, 3, 4), Instance(4, 3, 4, 2, 4)]
-    return build(chosen)
+    return build(FEW)
 
 
 @pytest.fixture(scope="session")
@@ -374,8 +375,12 @@ def test_refusals(plans: ctypes.CDLL, case: Case, reason: str) -> None:
 
 
 @pytest.mark.sanitizer
-def test_sanitizers() -> None:
+def test_sanitizers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests of small cases, with kernels and emulator under the address and undefined-behaviour sanitizers."""
+    monkeypatch.setenv("TRMFAST_SIMT_VARIANT", "sanitized")
+    simt_recursion.compile_harness(
+        FEW
+    )  # here: with the sanitizer preloaded, as below, the compiler itself would be slow
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
@@ -386,7 +391,6 @@ def test_sanitizers() -> None:
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "CXX": "g++",
-        "TRMFAST_SIMT_VARIANT": "sanitized",
         "OMP_NUM_THREADS": "1",
     }
     tests = "test_options or test_blocks_that or test_unwritten"
