@@ -67,6 +67,7 @@ def attention(
     o_proj: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
+    *,
     linear: Linear = cast_linear,
 ) -> Tensor:
     """Self-attention of h [B, L, D]; the rows of qkv_proj are query heads, then key heads, then value heads."""
@@ -83,14 +84,14 @@ def attention(
     return linear(mixed.transpose(1, 2).flatten(2), o_proj)
 
 
-def swiglu(h: Tensor, gate_up_proj: Tensor, down_proj: Tensor, linear: Linear = cast_linear) -> Tensor:
+def swiglu(h: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *, linear: Linear = cast_linear) -> Tensor:
     """``down(silu(gate) * up)`` over the last axis; the rows of gate_up_proj are the gate, then the up projection."""
     gate, up = linear(h, gate_up_proj).chunk(2, dim=-1)
     return linear(F.silu(gate) * up, down_proj)
 
 
 def conv_swiglu(
-    h: Tensor, gate_up_proj: Tensor, conv: Tensor, bias: Tensor, down_proj: Tensor, linear: Linear = cast_linear
+    h: Tensor, gate_up_proj: Tensor, conv: Tensor, bias: Tensor, down_proj: Tensor, *, linear: Linear = cast_linear
 ) -> Tensor:
     """URM's SwiGLU of h [B, L, D]: after the gate a depthwise convolution over the sequence, its bias and a SiLU.
 
@@ -119,10 +120,10 @@ def run_block(
     eps = block.rms_norm_eps
     linear = int8_linear if int8 else cast_linear
     if block.token_mixer == "attention":
-        h = rms_norm(h + attention(block, h, weights[0], weights[1], cos, sin, linear), eps)
+        h = rms_norm(h + attention(block, h, weights[0], weights[1], cos, sin, linear=linear), eps)
     else:
         t = h.transpose(1, 2)  # [B, D, L]: mixer and norm both run over the sequence
-        h = rms_norm(t + swiglu(t, weights[0], weights[1], linear), eps).transpose(1, 2)
+        h = rms_norm(t + swiglu(t, weights[0], weights[1], linear=linear), eps).transpose(1, 2)
     mix = swiglu if block.channel_mixer == "swiglu" else conv_swiglu
     return rms_norm(h + mix(h, *weights[2:], linear=linear), eps)
 

@@ -80,7 +80,7 @@ class Runner(ABC):
 class Trained(Runner):
     """What autograd differentiates."""
 
-    steps = ("forward", "training")
+    steps: tuple[str, ...] = ("forward", "training")
 
     def __init__(self, inputs: Inputs, threads: int) -> None:
         super().__init__(inputs, threads)
