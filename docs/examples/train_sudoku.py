@@ -130,10 +130,14 @@ class Training:
         self.history: list[Row] = []
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Symmetric copies of random training puzzles, the same for the same step and rank."""
+        """Symmetric copies of random training puzzles, some cells revealed; the same for a step and rank."""
         generator = np.random.default_rng([self.options.seed, RANK, step])
         chosen = self.train[generator.integers(0, len(self.train), self.options.batch)]
-        return self.tensors(symmetric_copies(chosen, generator))
+        pairs = symmetric_copies(chosen, generator)
+        most = self.options.reveal * max(0.0, 1 - 2 * step / self.options.steps)
+        revealed = generator.random((len(pairs), 81)) < most * generator.random((len(pairs), 1))
+        pairs[:, 0][revealed] = pairs[:, 1][revealed]
+        return self.tensors(pairs)
 
     def tensors(self, pairs: np.ndarray) -> dict[str, Tensor]:
         """Puzzles and solutions [B, 2, 81] as the model's batch; token 1 is an empty cell."""
@@ -356,8 +360,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--hidden", type=int, default=128, metavar="D", help="width of the states (default: 128)")
     add("--H-cycles", type=int, default=2, metavar="N")
     add("--L-cycles", type=int, default=2, metavar="N")
-    add("--batch", type=int, default=64, metavar="N", help="puzzles of a batch on each rank (default: 64)")
-    add("--steps", type=int, default=2600, metavar="N", help="optimizer steps (default: 2600)")
+    add("--batch", type=int, default=32, metavar="N", help="puzzles of a batch on each rank (default: 32)")
+    add("--steps", type=int, default=3000, metavar="N", help="optimizer steps (default: 3000)")
     add("--stop-after", type=float, metavar="SECONDS", help="stop with a checkpoint after this time")
     add("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
     add("--warmup", type=int, default=200, metavar="N", help="steps of linear warm-up (default: 200)")
@@ -368,8 +372,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--recompute", action="store_true", help="compute the gradient window again instead of keeping it")
     add("--puzzles", type=int, default=8000, metavar="N", help="generated for training (default: 8000)")
     add("--test-puzzles", type=int, default=512, metavar="N", help="held out (default: 512)")
-    add("--fewest-clues", type=int, default=36, metavar="N", help="clues are uniform from here (default: 36)")
-    add("--most-clues", type=int, default=55, metavar="N", help="to here (default: 55)")
+    add("--fewest-clues", type=int, default=28, metavar="N", help="clues are uniform from here (default: 28)")
+    add("--most-clues", type=int, default=50, metavar="N", help="to here (default: 50)")
+    add(
+        "--reveal",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="share of a puzzle's empty cells filled in at most, falling to 0 in the first half (default: 0.5)",
+    )
     add("--log-every", type=int, default=100, metavar="N", help="steps from checkpoint to checkpoint (default: 100)")
     add("--test-every", type=int, default=1000, metavar="N", help="steps from test to test (default: 1000)")
     add("--seed", type=int, default=0)
