@@ -103,6 +103,12 @@ def test_a_row_that_is_not_finite_becomes_nan_alone(target: str, value: float) -
         assert torch.equal(result[clean].bfloat16(), int8_linear(x, weight)[clean])
 
 
+def test_the_inverse_of_a_scale_is_rounded_once() -> None:
+    """127 / (255 / 128) lies within 2^-18 below a number of 16 bits: an error of one unit is cut to that."""
+    _, scale = quantize(torch.tensor([[255 / 128]]).bfloat16())
+    assert scale.item() == torch.tensor(63 + 766 / 1024).reciprocal().item()
+
+
 def test_quantising_is_within_half_a_step() -> None:
     x = torch.randn(50, 300).bfloat16()
     q, scale = quantize(x)

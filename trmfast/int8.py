@@ -29,7 +29,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     most = x.abs().amax(-1, keepdim=True).float()
     valid = (most >= LEAST) & (most <= LARGEST)
-    cut = ((127 / most).view(torch.int32) & ~0xFF).view(torch.float32)
+    # PyTorch computes 127 / most as 127 times the reciprocal, which is rounded twice.
+    cut = ((torch.full_like(most, 127) / most).view(torch.int32) & ~0xFF).view(torch.float32)
     inverse = torch.where(valid, cut, 0)
     q = (x.double() * inverse.double()).round().nan_to_num(0)
     return q.to(torch.int8), torch.where(valid, 1 / cut, most - most)
