@@ -62,7 +62,7 @@ def _sample() -> list[Case]:
 
 def _every_shape() -> list[Any]:
     """The whole product of sizes; .ci/run leaves out what is marked: every pair of sizes is in the rest as well."""
-    cases = []
+    cases: list[Any] = []
     sizes = itertools.product(enumerate(LENGTHS), enumerate(WIDTHS), enumerate(BATCHES))
     for (i, length), (j, width), (k, batch) in sizes:
         cases.append(_shape("mlp_t", length, width, batch, 2))
