@@ -281,7 +281,7 @@ void instruction_sets() {
   const auto targets = trmfast::supported_targets();
   CHECK(!targets.empty() && targets.back() == "portable");
   for (const auto& target : targets) CHECK(trmfast::missing_reason(target) == nullptr);
-  for (const char* target : {"amx", "avx512_bf16", "avx512", "avx2", "portable"}) {
+  for (const char* target : {"amx", "avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable"}) {
     const bool listed = std::find(targets.begin(), targets.end(), target) != targets.end();
     CHECK(listed == (trmfast::missing_reason(target) == nullptr));
     if (listed) std::printf("%s ", target);
