@@ -150,7 +150,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
     path = saved(model_of("trm"), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"^path: got .*none\.safetensors, accepted are files that can be read"):
         runtime.load(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match=r"^dtype: got 'int4', accepted are float32, bfloat16$"):
+    with pytest.raises(ValueError, match=r"^dtype: got 'int4', accepted are float32, bfloat16, int8$"):
         runtime.load(path, "int4")
     with pytest.raises(ValueError, match=r"^threads: got 0, accepted are integers >= 1$"):
         runtime.load(path, threads=0)
