@@ -77,13 +77,14 @@ def recipe(options: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def export(folder: Path, file: Path, count: int | None = None) -> dict[str, Any]:
+def export(folder: Path, file: Path, count: int | None = None, remark: str | None = None) -> dict[str, Any]:
     """Writes the file; returns its notes.
 
     Args:
         folder: of the training.
         file: what is written.
         count: how many held-out puzzles to solve, by default all.
+        remark: what the notes should say besides.
     """
     checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=False)
     options = {**options_of(checkpoint), "folder": folder}
@@ -116,6 +117,8 @@ def export(folder: Path, file: Path, count: int | None = None) -> dict[str, Any]
         "held_out_exact_halting": round(exact, 4),
         "supervision_steps_halting": round(steps, 2),
     }
+    if remark is not None:
+        notes["remark"] = remark
     trmfast.save(model, file, dtype=torch.bfloat16, notes=notes)
     return notes
 
@@ -125,8 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="of the training")
     parser.add_argument("file", type=Path, help="what is written, ending in .safetensors")
     parser.add_argument("--count", type=int, metavar="N", help="held-out puzzles to solve (default: all)")
+    parser.add_argument("--remark", metavar="TEXT", help="what the notes should say besides")
     options = parser.parse_args(arguments)
-    notes = export(options.folder, options.file, options.count)
+    notes = export(options.folder, options.file, options.count, options.remark)
     width = max(map(len, notes))
     for name, value in notes.items():
         print(f"{name:{width}}  {value}")

@@ -361,7 +361,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--H-cycles", type=int, default=2, metavar="N")
     add("--L-cycles", type=int, default=2, metavar="N")
     add("--batch", type=int, default=32, metavar="N", help="puzzles of a batch on each rank (default: 32)")
-    add("--steps", type=int, default=3000, metavar="N", help="optimizer steps (default: 3000)")
+    add("--steps", type=int, default=4000, metavar="N", help="optimizer steps (default: 4000)")
     add("--stop-after", type=float, metavar="SECONDS", help="stop with a checkpoint after this time")
     add("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
     add("--warmup", type=int, default=200, metavar="N", help="steps of linear warm-up (default: 200)")
