@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("file", type=Path, help="what is written, ending in .svg")
     add("--clues", type=int, default=27, metavar="N", help="of the puzzle (default: 27)")
-    add("--seed", type=int, default=4, metavar="N", help="of the puzzle (default: 4)")
+    add("--seed", type=int, default=2, metavar="N", help="of the puzzle (default: 2)")
     add("--threshold", type=float, metavar="T", help="halt when the Q head's logit is above T (default: the model's)")
     options = parser.parse_args(arguments)
     puzzle, _ = sudoku_puzzle(random.Random(options.seed), options.clues)
