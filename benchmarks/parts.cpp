@@ -96,7 +96,8 @@ template <class T> struct PartsOf : Parts, Memory<T> {
     const BlockActivations<T>& act = buffers.act;
     switch (part) {
     case 0:
-      project_qkv(kAlone, block, weights, rope, length, length, act, scratch);
+      gemm(kAlone, act.h, strides.h, length, weights.qkv, block.width, heads.columns(), scratch.tile,
+           qkv_epilogue(block, rope, length, act));
       break;
     case 1:
       attention_forward(kAlone, block, 1, length, act.qkv, strides.qkv, act.mixed, strides.mixed, scratch.attention);
@@ -109,7 +110,8 @@ template <class T> struct PartsOf : Parts, Memory<T> {
       norm_rows(kAlone, length, block, buffers.u, strides.u, out, strides.h, static_cast<float*>(nullptr));
       break;
     case 4:
-      project_gate_up(kAlone, block, weights, length, act, scratch);
+      gemm(kAlone, act.h1, strides.h, length, weights.gate_up, block.width, GateLayout{block.inner}.columns(),
+           scratch.tile, gate_up_epilogue(block, act));
       break;
     case 5:
       gemm(kAlone, act.activation, strides.activation, length, weights.down, block.inner, block.width, scratch.tile,
