@@ -129,10 +129,37 @@ def test_export_makes_one_small_file(whole: Path, example: ModuleType, tmp_path:
     assert all(torch.equal(value, averaged[name].bfloat16().to(value.dtype)) for name, value in exported.items())
 
 
-def test_eager_training_starts_where_trmfast_starts(whole: Path, example: ModuleType, tmp_path: Path) -> None:
+def test_attention_starts_shallow_and_fixed(whole: Path, example: ModuleType, tmp_path: Path) -> None:
+    words = [str(tmp_path), "--mixer", "attention", *SMALL, "--H-cycles", "2", "--shallow-steps", "2"]
+    words += ["--fixed-attention", "1", "--weight-decay", "0"]
+    training = example.Training(example.parse(words), dict(np.load(whole / "puzzles.npz")))
+    inner = training.head.model.inner
+
+    def start() -> list[torch.Tensor]:
+        products = [layer.self_attn.qkv_proj.weight.detach().chunk(3) for layer in inner.L_level.layers]
+        return [inner.embed_pos.embedding_weight.detach().clone(), *(torch.cat(qkv[:2]) for qkv in products)]
+
+    seen = [start()]
+    for _ in range(4):
+        inputs = training.carry.current_data["inputs"].clone()
+        training.advance()
+        seen.append(start())
+        shallow = training.step <= 2
+        assert (inner.H_cycles, inner.L_cycles) == ((1, 1) if shallow else (2, 1))
+        # In the first steps and the first of the whole recursion every puzzle is new.
+        assert torch.equal(inputs, training.carry.current_data["inputs"]) == (training.step == 4)
+    for before, first, second in zip(seen[0], seen[1], seen[2], strict=True):
+        assert torch.equal(before, first)
+        assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mixer", ["mlp_t", "attention"])
+def test_eager_training_starts_where_trmfast_starts(
+    mixer: str, whole: Path, example: ModuleType, tmp_path: Path
+) -> None:
     """Same weights, same puzzles, and in float32 nearly the same losses."""
     shutil.copy(whole / "puzzles.npz", tmp_path)
-    words = [str(tmp_path), "--steps", "3", *SMALL, "--dtype", "float32"]
+    words = [str(tmp_path), "--mixer", mixer, "--steps", "3", *SMALL, "--dtype", "float32"]
     losses = []
     for more in ([], ["--eager"]):
         training = example.Training(example.parse([*words, *more]), dict(np.load(whole / "puzzles.npz")))

@@ -7,7 +7,9 @@
 
 The recipe is that of the paper (arXiv 2510.04871): deep supervision through the carry, halting with exploration,
 stablemax cross entropy, AdamAtan2, an average of the weights (EMA).  Puzzles are generated (`sudoku_data.py`); every
-batch holds random symmetric copies of some of them.  The folder receives
+batch holds random symmetric copies of some of them.  With small batches attention does not find rows, columns and boxes
+by itself: it starts with positions and heads that attend to them (`start_related`), and learns one short supervision
+step (`--shallow-steps`) before the whole recursion.  The folder receives
 
     puzzles.npz          the generated puzzles
     checkpoint.pt        everything that training needs to go on
@@ -54,6 +56,11 @@ COLUMNS = (
     TimeElapsedColumn(),
     TimeRemainingColumn(),
 )
+NAMES = ("steps", "lr", "shallow_steps", "fixed_attention", "fewest_clues", "most_clues")
+DEFAULTS = {
+    "mlp_t": dict(zip(NAMES, (4000, 1e-3, 0, 0, 28, 50), strict=True)),
+    "attention": dict(zip(NAMES, (9000, 5e-4, 3000, 600, 32, 52), strict=True)),
+}
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -69,7 +76,7 @@ class Row:
         exact: share of the puzzles that halted solved, in training.
         halted_after: supervision steps that a puzzle took, in training.
         test_cells, test_exact: share of the empty cells, and of the puzzles, that the averaged weights get right after
-            all supervision steps, on held-out puzzles.
+            all supervision steps (while training is shallow, after its one), on held-out puzzles.
     """
 
     step: int
@@ -115,13 +122,15 @@ class Training:
         }
         self.config = config
         model = TRM(config)
+        if not mlp_t:
+            start_related(model.inner)
         if options.eager:
             from trmfast.benchmark.eager import EagerTRM
 
             fused, model = model, EagerTRM(config)
             model.load_state_dict(fused.state_dict())  # the same initial weights
         self.head = ACTLossHead(model, "stablemax_cross_entropy").to(self.device).train()
-        self.average = AveragedModel(self.head, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+        self.average: Any = AveragedModel(self.head, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
         self.optimizer = AdamAtan2(
             self.head.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
         )
@@ -160,6 +169,7 @@ class Training:
     def advance(self) -> dict[str, float]:
         """One optimizer step, which is one supervision step of every row; its metrics."""
         torch.manual_seed(hash((self.options.seed, RANK, self.step)))  # exploration
+        self.set_depth()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.carry, loss, metrics, _, _ = self.head([], carry=self.carry, batch=self.batch(self.step))
@@ -170,11 +180,20 @@ class Training:
             dist.all_reduce(flat)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
+        if self.step < self.options.fixed_attention:
+            fix_attention(self.head.model.inner)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update_parameters(self.head)
         self.step += 1
         return {name: float(value) for name, value in metrics.items()}
+
+    def set_depth(self) -> None:
+        """A supervision step of two updates on new puzzles every time at first, then the whole recursion."""
+        shallow = self.step < self.options.shallow_steps
+        for head in (self.head, self.average.module):
+            head.model.inner.set_cycles(*((1, 1) if shallow else (self.options.H_cycles, self.options.L_cycles)))
+            head.model.halt_max_steps = 1 if shallow else self.config["halt_max_steps"]
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -253,6 +272,30 @@ class Training:
         draw(folder / "loss.png", self.history)
 
 
+@torch.no_grad()
+def start_related(inner: Any) -> None:
+    """Cells of a row, a column or a box begin with like positions, and heads attend to cells that are like their own.
+
+    A position is the sum of a vector for its row, its column and its box; keys start as half the queries.
+    """
+    positions = inner.embed_pos.embedding_weight
+    units = torch.randn(3, 9, positions.shape[1]) * 2 * inner.config.hidden_size**-0.5 / math.sqrt(3)
+    row, column = torch.arange(81) // 9, torch.arange(81) % 9
+    positions.copy_(units[0, row] + units[1, column] + units[2, row // 3 * 3 + column // 3])
+    for layer in inner.L_level.layers:
+        query, key, _ = layer.self_attn.qkv_proj.weight.chunk(3)
+        key.copy_(query / 2)
+
+
+def fix_attention(inner: Any) -> None:
+    """Keeps positions, queries and keys as they are in this step: Adam's first steps would blur their start."""
+    inner.embed_pos.embedding_weight.grad.zero_()
+    for layer in inner.L_level.layers:
+        query, key, _ = layer.self_attn.qkv_proj.weight.grad.chunk(3)
+        query.zero_()
+        key.zero_()
+
+
 def options_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The options of a checkpoint; what was not an option when it was written has its default."""
     return {**vars(parse([""])), **checkpoint["options"]}
@@ -293,7 +336,7 @@ def puzzles_of(options: argparse.Namespace) -> dict[str, np.ndarray]:
                 done = partial(progress.advance, progress.add_task(f"{name} puzzles", total=count))
                 made[name] = sudoku_data.make(count, options.seed, name == "test", clues, done)
         with (options.folder / "puzzles.npz.part").open("wb") as file:
-            np.savez(file, **made)
+            np.savez(file, **made)  # type: ignore[arg-type]
         os.replace(options.folder / "puzzles.npz.part", path)
     if RANKS > 1:
         dist.barrier()
@@ -361,19 +404,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--H-cycles", type=int, default=2, metavar="N")
     add("--L-cycles", type=int, default=2, metavar="N")
     add("--batch", type=int, default=32, metavar="N", help="puzzles of a batch on each rank (default: 32)")
-    add("--steps", type=int, default=4000, metavar="N", help="optimizer steps (default: 4000)")
+    add("--steps", type=int, metavar="N", help="optimizer steps (default: 4000, attention 9000)")
     add("--stop-after", type=float, metavar="SECONDS", help="stop with a checkpoint after this time")
-    add("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
+    add("--lr", type=float, help="learning rate (default: 1e-3, attention 5e-4)")
     add("--warmup", type=int, default=200, metavar="N", help="steps of linear warm-up (default: 200)")
     add("--weight-decay", type=float, default=0.1)
     add("--ema", type=float, default=0.995, help="decay of the averaged weights (default: 0.995)")
     add("--dtype", choices=("bfloat16", "float32"), default="float32", help="compute dtype")
     add("--eager", action="store_true", help="without trmfast: eager PyTorch as upstream writes it")
     add("--recompute", action="store_true", help="compute the gradient window again instead of keeping it")
+    add("--shallow-steps", type=int, metavar="N", help="of one short supervision step (default: 0, attention 3000)")
+    add("--fixed-attention", type=int, metavar="N", help="before queries and keys move (default: 0, attention 600)")
     add("--puzzles", type=int, default=8000, metavar="N", help="generated for training (default: 8000)")
     add("--test-puzzles", type=int, default=512, metavar="N", help="held out (default: 512)")
-    add("--fewest-clues", type=int, default=28, metavar="N", help="clues are uniform from here (default: 28)")
-    add("--most-clues", type=int, default=50, metavar="N", help="to here (default: 50)")
+    add("--fewest-clues", type=int, metavar="N", help="clues are uniform from here (default: 28, attention 32)")
+    add("--most-clues", type=int, metavar="N", help="to here (default: 50, attention 52)")
     add(
         "--reveal",
         type=float,
@@ -384,7 +429,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=int, default=100, metavar="N", help="steps from checkpoint to checkpoint (default: 100)")
     add("--test-every", type=int, default=1000, metavar="N", help="steps from test to test (default: 1000)")
     add("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, value in DEFAULTS[options.mixer].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,8 +33,8 @@ __all__ = [
 # Columns of the terminal's tables, and which of them models and suites have.
 _CELLS: dict[str, Callable[[Row], str]] = {
     "implementation": lambda row: TITLES[row.implementation],
-    "time ms": lambda row: _milliseconds(row.seconds),
-    "quartiles ms": lambda row: f"{_milliseconds(row.low)} to {_milliseconds(row.high)}",
+    "time ms": lambda row: milliseconds(row.seconds),
+    "quartiles ms": lambda row: f"{milliseconds(row.low)} to {milliseconds(row.high)}",
     "GFLOP/s": lambda row: f"{row.gflops:.0f}",
     "of peak": lambda row: f"{row.share:.0%}",
     "ratio": lambda row: f"{row.ratio:.2f}",
@@ -257,7 +257,7 @@ def _suite_tables(report: Report) -> list[str]:
         rows = {row.implementation: row for row in group}
         fused = rows["trmfast"]
         label = f"{title_of(fused.case)}, B={fused.batch}, L={fused.length}, {fused.dtype}"
-        times = " | ".join(_milliseconds(rows[name].seconds) if name in rows else "-" for name in names)
+        times = " | ".join(milliseconds(rows[name].seconds) if name in rows else "-" for name in names)
         eager = rows.get("eager")
         lines.append(
             f"| {label} | {fused.step} | {times} | {fused.ratio:.2f}x | {fused.gflops:.0f} | {fused.share:.0%} "
@@ -316,7 +316,7 @@ def _spread(quartiles: tuple[float, float, float]) -> str:
     return f"{median:.2f} ({low:.2f}..{high:.2f})"
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 

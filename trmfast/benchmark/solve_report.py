@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trmfast.benchmark.report import milliseconds
 from trmfast.benchmark.solve import SearchRow, SolveRow, Width
 from trmfast.benchmark.solve_start import Start
 
@@ -128,8 +129,8 @@ def _start(row: Start) -> list[str]:
 
 
 def _width(row: Width) -> list[str]:
-    spread = f"{1e3 * row.low:.3g} to {1e3 * row.high:.3g}"
-    return [row.model, row.dtype, f"{1e3 * row.seconds:.3g}", spread, f"{row.ratio:.2f}"]
+    spread = f"{milliseconds(row.low)} to {milliseconds(row.high)}"
+    return [row.model, row.dtype, milliseconds(row.seconds), spread, f"{row.ratio:.2f}"]
 
 
 def _search(row: SearchRow) -> list[str]:
@@ -169,14 +170,16 @@ def _search_chart(pyplot: Any, report: SolveReport) -> Any:
     """Accuracy against the number of trajectories, and against puzzles a second."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
     plain = next(row for row in report.searches if row.sigma == 0)
-    for sigma, colour in zip(dict.fromkeys(row.sigma for row in report.searches if row.sigma), SIGMAS, strict=False):
+    sigmas = dict.fromkeys(row.sigma for row in report.searches if row.sigma)
+    for number, (sigma, colour) in enumerate(zip(sigmas, SIGMAS, strict=False)):
         rows = [row for row in report.searches if row.sigma == sigma]
         solved = [100 * row.exact for row in rows]
         left.plot([row.trajectories for row in rows], solved, "o-", color=colour, label=f"sigma {sigma:g}")
         right.plot([row.puzzles_per_second for row in rows], solved, "o-", color=colour)
         for row in rows:
             where = (row.puzzles_per_second, 100 * row.exact)
-            right.annotate(f"{row.trajectories}", where, (4, 4), textcoords="offset points", fontsize=8)
+            offset = {"xytext": (-10, -11) if number % 2 else (4, 4), "textcoords": "offset points"}
+            right.annotate(f"{row.trajectories}", where, color=colour, fontsize=8, **offset)
     for axis, x in ((left, plain.trajectories), (right, plain.puzzles_per_second)):
         axis.plot(x, 100 * plain.exact, "k*", markersize=11, label="no noise")
         axis.set_xscale("log")

@@ -47,7 +47,7 @@ def _published(setup: dict[str, Any]) -> Callable[[np.ndarray], Answers]:
     eager = kinds[kind]({**vars(model.config), "batch_size": setup["batch"]}).eval()
     eager.load_state_dict(model.state_dict())
     if setup["kind"] == "compile":
-        eager.inner.compile("network")
+        eager.inner.stacks.compile("network")
 
     @torch.inference_mode()
     def solve(tokens: np.ndarray) -> Answers:
