@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,18 @@ from trmfast.problem import Problem
 from trmfast.program import GradientWindow, RecursionProgram
 from trmfast.spec import BlockSpec, NetSpec, swiglu_width
 
-__all__ = ["MEASURED", "PUBLISHED", "SMALL", "Case", "Inputs", "find_case", "make_case", "make_inputs", "rope_tables"]
+__all__ = [
+    "CHOICES",
+    "MEASURED",
+    "PUBLISHED",
+    "SMALL",
+    "Case",
+    "Inputs",
+    "find_case",
+    "make_case",
+    "make_inputs",
+    "rope_tables",
+]
 
 PROGRAMS: dict[str, Callable[..., RecursionProgram]] = {
     "trm": RecursionProgram.trm,
@@ -64,6 +76,8 @@ def make_case(
     num_kv_heads: int = 0,
     causal: bool = False,
     rope: bool = True,
+    final_norm: bool = False,
+    **options: Any,
 ) -> Case:
     """A case from sizes; the inner widths are those of the published models (expansion 4) unless given.
 
@@ -76,6 +90,8 @@ def make_case(
             :class:`BlockSpec`.
         intermediate_size: inner width of both SwiGLUs.
         rope: whether attention rotates queries and keys.
+        final_norm: as in :class:`NetSpec`.
+        options: further fields of :class:`BlockSpec`.
     """
     program = PROGRAMS[model](H_cycles, L_cycles, window)
     attends = token_mixer == "attention"
@@ -90,12 +106,13 @@ def make_case(
         causal=causal,
         seq_len=0 if attends else length,
         seq_intermediate_size=0 if attends else intermediate_size or swiglu_width(length, 4),
+        **options,
     )
-    problem = Problem(program, (NetSpec(block, num_layers),) * len(program.nets))
+    problem = Problem(program, (NetSpec(block, num_layers, final_norm),) * len(program.nets))
     return Case(name, problem, batch, length, rope and attends)
 
 
-# Every option of a block and every program, at sizes that take milliseconds.
+# Every program, and every option of the published puzzle models' block, at sizes that take milliseconds.
 SMALL: tuple[Case, ...] = (
     make_case("trm"),
     make_case("trm-mlp_t", token_mixer="mlp_t", intermediate_size=64),
@@ -119,6 +136,51 @@ SMALL: tuple[Case, ...] = (
     make_case("window-one_step", window="one_step"),
     make_case("window-2-cycles", H_cycles=3, L_cycles=1, window=2, num_layers=1),
     make_case("window-all", window="all", num_layers=1),
+)
+
+# Every other choice of a block, and the blocks of looped language models, at such sizes.
+_SHORT: dict[str, Any] = {"H_cycles": 1, "L_cycles": 2, "length": 11, "intermediate_size": 80}
+CHOICES: tuple[Case, ...] = (
+    make_case("pre", norm_placement="pre", final_norm=True, **_SHORT),
+    make_case("pre-no-final-norm", norm_placement="pre", num_layers=1, **_SHORT),
+    make_case("post-weights", norm_weight=True, **_SHORT),
+    make_case("sandwich", norm_placement="sandwich", **_SHORT),
+    make_case("sandwich_sum", norm_placement="sandwich_sum", **_SHORT),
+    make_case("final-norm-mlp_t", token_mixer="mlp_t", final_norm=True, **_SHORT),
+    make_case("interleaved", rotation="interleaved", **_SHORT),
+    make_case("qk_norm", qk_norm="plain", **_SHORT),
+    make_case("qk_norm-weights", qk_norm="learned", num_heads=4, num_kv_heads=2, **_SHORT),
+    make_case("qk_bias", qk_bias=True, num_heads=4, num_kv_heads=2, **_SHORT),
+    make_case("gate-channel", gate="channel", num_heads=4, num_kv_heads=2, **_SHORT),
+    make_case("gate-head", gate="head", num_heads=4, num_kv_heads=2, **_SHORT),
+    make_case("window", attention_window=4, **_SHORT),
+    make_case("window-causal", attention_window=4, causal=True, **_SHORT),
+    make_case("relu2", channel_mixer="relu2", **_SHORT),
+    make_case("gelu", channel_mixer="gelu", **_SHORT),
+    make_case("gelu-mlp_t", token_mixer="mlp_t", channel_mixer="gelu", **_SHORT),
+    make_case("hrm_text", "hrm", norm_placement="pre", final_norm=True, gate="channel", causal=True, **_SHORT),
+    make_case("ouro", "urm", norm_placement="sandwich", norm_weight=True, final_norm=True, causal=True, **_SHORT),
+    make_case(
+        "huginn",
+        "urm",
+        norm_placement="sandwich_sum",
+        norm_weight=True,
+        qk_bias=True,
+        rotation="interleaved",
+        causal=True,
+        **_SHORT,
+    ),
+    make_case(
+        "parcae",
+        "urm",
+        norm_placement="pre",
+        norm_weight=True,
+        qk_norm="plain",
+        rotation="interleaved",
+        channel_mixer="relu2",
+        causal=True,
+        **_SHORT,
+    ),
 )
 
 # The published configurations (width 512, 8 heads, expansion 4), one sequence each.
@@ -173,7 +235,7 @@ def find_case(name: str) -> Case:
     Raises:
         KeyError: there is none.
     """
-    return {case.name: case for case in (*SMALL, *PUBLISHED, *MEASURED)}[name]
+    return {case.name: case for case in (*SMALL, *CHOICES, *PUBLISHED, *MEASURED)}[name]
 
 
 @dataclass(frozen=True)
@@ -204,6 +266,7 @@ def make_inputs(
         seed: seed; it draws the same numbers whatever the dtype and device.
         device: where the tensors go.
         weight_scale: factor on the weights, whose std is 1 / sqrt(fan in); below 1 rounding errors grow more slowly.
+            Weights of norms are one plus such numbers.
     """
     problem = case.problem
     generator = torch.Generator().manual_seed(seed)
@@ -215,15 +278,24 @@ def make_inputs(
     states = tuple(draw(shape).to(device, dtype) for _ in problem.program.states)
     x = draw(shape).to(device, dtype) if problem.uses_x else None
     grads = tuple(draw(shape).to(device, dtype) for _ in problem.program.states)
-    weights = tuple(draw(size, weight_scale * size[-1] ** -0.5).to(device) for size in problem.weight_shapes)
+    weights = tuple(
+        (draw(size, weight_scale * size[-1] ** -0.5) + _mean(name)).to(device)
+        for name, size in zip(problem.weight_names, problem.weight_shapes, strict=True)
+    )
     cos, sin = (None, None)
     if case.rope and problem.rope_dim is not None:
-        cos, sin = (table.to(device) for table in rope_tables(case.length, problem.rope_dim))
+        rotation = next(n.block.rotation for n in problem.nets if n.block.token_mixer == "attention")
+        cos, sin = (table.to(device) for table in rope_tables(case.length, problem.rope_dim, rotation=rotation))
     return Inputs(problem, states, x, weights, cos, sin, grads)
 
 
-def rope_tables(length: int, head_dim: int, base: float = 1e4) -> tuple[Tensor, Tensor]:
+def _mean(name: str) -> float:
+    """The weights of norms lie around one."""
+    return 1.0 if name.rpartition(".")[0].rpartition(".")[2].startswith(("norm", "q_norm", "k_norm")) else 0.0
+
+
+def rope_tables(length: int, head_dim: int, base: float = 1e4, rotation: str = "half") -> tuple[Tensor, Tensor]:
     """Cosine and sine tables [length, head_dim] in float32, as :class:`trmfast.nn.RotaryEmbedding` holds them."""
     from trmfast.layers import RotaryEmbedding
 
-    return RotaryEmbedding(head_dim, length, base)()
+    return RotaryEmbedding(head_dim, length, base, rotation=rotation)()

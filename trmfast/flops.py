@@ -23,7 +23,9 @@ def _attention_flops(block: BlockSpec, length: int) -> int:
     """FLOPs of the products without a weight: queries with keys, and their softmax with values."""
     if block.token_mixer != "attention":
         return 0
-    pairs = length * (length + 1) // 2 if block.causal else length * length
+    reach = min(block.attention_window or length, length)
+    before = reach * length - reach * (reach - 1) // 2  # keys up to the query itself
+    pairs = before if block.causal else 2 * before - length
     return 4 * pairs * block.num_heads * block.head_dim
 
 
@@ -31,10 +33,11 @@ def _weight_flops(block: BlockSpec, length: int) -> int:
     macs = 0
     if block.token_mixer == "attention":
         query, kv = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
-        macs += length * block.hidden_size * (2 * query + 2 * kv)
+        macs += length * block.hidden_size * (block.gate_rows + 2 * query + 2 * kv)
     else:
         macs += 3 * block.hidden_size * block.seq_len * block.seq_intermediate_size
-    macs += 3 * length * block.hidden_size * block.intermediate_size
+    products = 2 if block.channel_mixer in ("relu2", "gelu") else 3
+    macs += products * length * block.hidden_size * block.intermediate_size
     if block.channel_mixer == "conv_swiglu":
         macs += length * block.intermediate_size * block.conv_kernel
     return 2 * macs

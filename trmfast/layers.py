@@ -12,11 +12,13 @@ from trmfast import reference
 from trmfast.spec import BlockSpec
 
 __all__ = [
+    "MLP",
     "Attention",
     "CastedEmbedding",
     "CastedLinear",
     "ConvSwiGLU",
     "CosSin",
+    "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
     "trunc_normal_init_",
@@ -82,19 +84,27 @@ class CastedEmbedding(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """RoPE tables [max_position_embeddings, dim] in float32, for the rotate-half convention (arXiv 2104.09864).
+    """RoPE tables [max_position_embeddings, dim] in float32 (arXiv 2104.09864).
 
-    They are float32 in a module of any dtype, and are made again by every move.
+    ``rotation`` is as in :class:`trmfast.BlockSpec`: ``"half"``, where channels c and c + dim / 2 share an angle, or
+    ``"interleaved"``, where 2i and 2i + 1 do.  The tables are float32 in a module of any dtype, and are made again by
+    every move.
     """
 
     cos_cached: Tensor
     sin_cached: Tensor
 
     def __init__(
-        self, dim: int, max_position_embeddings: int, base: float, device: torch.device | str | None = None
+        self,
+        dim: int,
+        max_position_embeddings: int,
+        base: float,
+        device: torch.device | str | None = None,
+        rotation: str = "half",
     ) -> None:
         super().__init__()
         self.dim, self.max_position_embeddings, self.base = dim, max_position_embeddings, base
+        self.rotation = rotation
         self.make_tables(device)
 
     def make_tables(self, device: torch.device | str | None) -> None:
@@ -106,7 +116,8 @@ class RotaryEmbedding(nn.Module):
             return
         inv_freq = 1.0 / (self.base ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device=device) / self.dim))
         positions = torch.arange(self.max_position_embeddings, dtype=torch.float32, device=device)
-        angles = torch.outer(positions, inv_freq).repeat(1, 2)
+        angles = torch.outer(positions, inv_freq)
+        angles = angles.repeat(1, 2) if self.rotation == "half" else angles.repeat_interleave(2, dim=1)
         self.register_buffer("cos_cached", angles.cos(), persistent=False)
         self.register_buffer("sin_cached", angles.sin(), persistent=False)
 
@@ -122,20 +133,47 @@ class RotaryEmbedding(nn.Module):
         return self.cos_cached, self.sin_cached
 
 
+class RMSNorm(nn.Module):
+    """A norm over the last axis with a weight [width] of ones; epsilon is the block's."""
+
+    def __init__(self, spec: BlockSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return reference.rms_norm(h, self.spec.rms_norm_eps, self.weight)
+
+
 class Attention(nn.Module):
-    """The parameters of self-attention: ``qkv_proj`` and ``o_proj``."""
+    """The parameters of self-attention: ``qkv_proj`` (``gqkv_proj`` with a gate) and ``o_proj``.
+
+    With the spec's options also ``qk_bias``, zeros, and ``q_norm`` and ``k_norm``.
+    """
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.spec = spec
-        query = spec.num_heads * spec.head_dim
-        self.qkv_proj = CastedLinear(spec.hidden_size, query + 2 * spec.num_kv_heads * spec.head_dim)
+        query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        packed = CastedLinear(spec.hidden_size, spec.gate_rows + query + 2 * kv)
+        if spec.gate == "none":
+            self.qkv_proj = packed
+        else:
+            self.gqkv_proj = packed
         self.o_proj = CastedLinear(query, spec.hidden_size)
+        if spec.qk_bias:
+            self.qk_bias = nn.Parameter(torch.zeros(query + kv))
+        if spec.qk_norm == "learned":
+            self.q_norm, self.k_norm = RMSNorm(spec, spec.head_dim), RMSNorm(spec, spec.head_dim)
 
     def forward(self, h: Tensor, cos_sin: CosSin | None = None) -> Tensor:
         """h: [B, L, D]; cos_sin: RoPE tables [>= L, head_dim]."""
         cos, sin = cos_sin if cos_sin is not None else (None, None)
-        return reference.attention(self.spec, h, self.qkv_proj.weight, self.o_proj.weight, cos, sin)
+        packed = self.qkv_proj if self.spec.gate == "none" else self.gqkv_proj
+        extras = [self.qk_bias] if self.spec.qk_bias else []
+        if self.spec.qk_norm == "learned":
+            extras += [self.q_norm.weight, self.k_norm.weight]
+        return reference.attention(self.spec, h, packed.weight, self.o_proj.weight, cos, sin, *extras)
 
 
 class SwiGLU(nn.Module):
@@ -163,3 +201,17 @@ class ConvSwiGLU(nn.Module):
         conv = self.dwconv
         assert conv.bias is not None
         return reference.conv_swiglu(h, self.gate_up_proj.weight, conv.weight, conv.bias, self.down_proj.weight)
+
+
+class MLP(nn.Module):
+    """The parameters of a channel mixer without a gate, ``relu2`` or ``gelu``: ``up_proj`` and ``down_proj``."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.up_proj = CastedLinear(spec.hidden_size, spec.intermediate_size)
+        self.down_proj = CastedLinear(spec.intermediate_size, spec.hidden_size)
+
+    def forward(self, h: Tensor) -> Tensor:
+        mix = reference.relu2 if self.spec.channel_mixer == "relu2" else reference.gelu
+        return mix(h, self.up_proj.weight, self.down_proj.weight)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from trmfast import reference
 from trmfast.layers import (
+    MLP,
     Attention,
     CastedEmbedding,
     CastedLinear,
     ConvSwiGLU,
     CosSin,
+    RMSNorm,
     RotaryEmbedding,
     SwiGLU,
     trunc_normal_init_,
@@ -28,12 +30,14 @@ from trmfast.spec import BlockSpec, NetSpec
 from trmfast.watch import Watch, hook_of, inside, is_sharded, plain, watch_of, watched_modules
 
 __all__ = [
+    "MLP",
     "Attention",
     "Block",
     "CastedEmbedding",
     "CastedLinear",
     "ConvSwiGLU",
     "Net",
+    "RMSNorm",
     "Recursion",
     "RotaryEmbedding",
     "SwiGLU",
@@ -43,7 +47,7 @@ __all__ = [
 
 
 class Block(nn.Module):
-    """One post-norm block: ``self_attn`` or ``mlp_t``, and ``mlp``."""
+    """One block: ``self_attn`` or ``mlp_t``, ``mlp``, and ``norm1`` to ``norm4`` where norms have weights."""
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
@@ -52,11 +56,15 @@ class Block(nn.Module):
             self.self_attn = Attention(spec)
         else:
             self.mlp_t = SwiGLU(spec.seq_len, spec.seq_intermediate_size)
-        self.mlp: SwiGLU | ConvSwiGLU
+        self.mlp: SwiGLU | ConvSwiGLU | MLP
         if spec.channel_mixer == "swiglu":
             self.mlp = SwiGLU(spec.hidden_size, spec.intermediate_size)
-        else:
+        elif spec.channel_mixer == "conv_swiglu":
             self.mlp = ConvSwiGLU(spec.hidden_size, spec.intermediate_size, spec.conv_kernel)
+        else:
+            self.mlp = MLP(spec)
+        for i in range(spec.num_norms if spec.norm_weight else 0):
+            self.add_module(f"norm{i + 1}", RMSNorm(spec, spec.hidden_size))
 
     def weights(self) -> list[Tensor]:
         """The parameters in the order of ``spec.weight_shapes``."""
@@ -72,36 +80,42 @@ class Block(nn.Module):
 
 def block_weights(block: Any, spec: BlockSpec) -> list[Tensor]:
     """The parameters that a block of this structure has now, in the order of ``spec.weight_shapes``."""
-    mixer = block.self_attn if spec.token_mixer == "attention" else block.mlp_t
-    if spec.token_mixer == "attention":
-        weights = [mixer.qkv_proj.weight, mixer.o_proj.weight]
-    else:
-        weights = [mixer.gate_up_proj.weight, mixer.down_proj.weight]
-    mlp = block.mlp
-    weights.append(mlp.gate_up_proj.weight)
-    if spec.channel_mixer == "conv_swiglu":
-        weights += [mlp.dwconv.weight, mlp.dwconv.bias]
-    weights.append(mlp.down_proj.weight)
-    return weights
+    return [_at(block, path) for path in spec.weight_shapes]
+
+
+def _at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
 class Net(nn.Module):
-    """A stack of blocks; ``layers.0.self_attn.qkv_proj.weight`` and so on, as in the published state_dicts."""
+    """A stack of blocks; ``layers.0.self_attn.qkv_proj.weight`` and so on, as in the published state_dicts.
+
+    ``norm`` is the final norm where it has a weight.
+    """
 
     def __init__(self, spec: NetSpec) -> None:
         super().__init__()
         self.spec = spec
         self.layers = nn.ModuleList(Block(spec.block) for _ in range(spec.num_layers))
+        if spec.final_norm and spec.block.norm_weight:
+            self.norm = RMSNorm(spec.block, spec.block.hidden_size)
 
     def weights(self) -> tuple[Tensor, ...]:
         """The parameters in the order of ``spec.weight_shapes``."""
-        return tuple(weight for layer in self.layers for weight in cast(Block, layer).weights())
+        layers = tuple(weight for layer in self.layers for weight in cast(Block, layer).weights())
+        return (*layers, self.norm.weight) if self.spec.final_norm and self.spec.block.norm_weight else layers
 
     def forward(self, h: Tensor, cos_sin: CosSin | None = None) -> Tensor:
         """Applies the network once, layer by layer in plain PyTorch; h: [B, L, D], cos_sin: tables [>= L, head_dim]."""
         for layer in self.layers:
             h = layer(h, cos_sin)
-        return h
+        if not self.spec.final_norm:
+            return h
+        if self.spec.block.norm_weight:
+            return cast(Tensor, self.norm(h))
+        return reference.rms_norm(h, self.spec.block.rms_norm_eps)
 
 
 # ---------------------------------------------------------------- modules that the recursion reads but does not call
@@ -109,7 +123,7 @@ class Net(nn.Module):
 _WHY = "the fused recursion reads its weights and does not call it; torch.nn.utils.parametrize is followed"
 # The functions at import: a class that is patched later differs.
 _FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward for kind in (Block, Attention, SwiGLU, ConvSwiGLU, CastedLinear, nn.Conv1d)
+    kind: kind.forward for kind in (Block, Attention, SwiGLU, ConvSwiGLU, MLP, RMSNorm, CastedLinear, nn.Conv1d)
 }
 
 
@@ -117,14 +131,43 @@ def _parts(spec: BlockSpec) -> dict[str, type[nn.Module]]:
     """The modules of a block by path."""
     mixer = "self_attn" if spec.token_mixer == "attention" else "mlp_t"
     parts: dict[str, type[nn.Module]] = {mixer: Attention if mixer == "self_attn" else SwiGLU}
-    parts["mlp"] = SwiGLU if spec.channel_mixer == "swiglu" else ConvSwiGLU
+    mlps: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "conv_swiglu": ConvSwiGLU}
+    parts["mlp"] = mlps.get(spec.channel_mixer, MLP)
     for path in spec.weight_shapes:
         owner = path.rpartition(".")[0]
-        parts[owner] = nn.Conv1d if owner.endswith("dwconv") else CastedLinear
+        if owner not in parts:
+            linear = CastedLinear if owner.endswith("_proj") else RMSNorm
+            parts[owner] = nn.Conv1d if owner.endswith("dwconv") else linear
     return parts
 
 
 Facts = list[tuple[dict[str, Any], str, Any]]
+
+
+def _child(parent: nn.Module, name: str, kind: type[nn.Module], where: str) -> nn.Module:
+    child = parent._modules.get(name)
+    if child is None:
+        raise RuntimeError(f"{where}: got nothing, accepted is {kind.__name__}: {_WHY}")
+    return plain(child)
+
+
+def _examine_part(where: str, module: nn.Module, kind: type[nn.Module], spec: BlockSpec) -> Facts:
+    """Checks one module of a network; returns what must stay."""
+    facts: Facts = []
+    if "forward" in module.__dict__:
+        raise RuntimeError(f"{where}.forward: got another function, accepted is that of its class: {_WHY}")
+    if type(module).forward is not _FORWARDS[kind]:
+        got = f"another {kind.__name__}.forward" if type(module) is kind else type(module).__name__
+        raise RuntimeError(f"{where}: got {got}, accepted is {kind.__name__}: {_WHY}")
+    if kind is CastedLinear:
+        if module._parameters.get("bias") is not None:
+            raise RuntimeError(f"{where}.bias: got a bias, accepted is None: {_WHY}")
+        facts.append((cast(dict[str, Any], module._parameters), "bias", None))
+    if "spec" in module.__dict__:
+        if module.spec != spec:
+            raise RuntimeError(f"{where}.spec: got {module.spec}, accepted is {spec}, that of the network")
+        facts.append((module.__dict__, "spec", spec))
+    return facts
 
 
 def _examine_block(
@@ -142,24 +185,8 @@ def _examine_block(
         where = f"{path}.{name}".strip(".")
         if name:
             parent, _, last = name.rpartition(".")
-            child = parts[parent]._modules.get(last)
-            if child is None:
-                raise RuntimeError(f"{where}: got nothing, accepted is {kind.__name__}: {_WHY}")
-            parts[name] = plain(child)
-        module = parts[name]
-        if "forward" in module.__dict__:
-            raise RuntimeError(f"{where}.forward: got another function, accepted is that of its class: {_WHY}")
-        if type(module).forward is not _FORWARDS[kind]:
-            got = f"another {kind.__name__}.forward" if type(module) is kind else type(module).__name__
-            raise RuntimeError(f"{where}: got {got}, accepted is {kind.__name__}: {_WHY}")
-        if kind is CastedLinear:
-            if module._parameters.get("bias") is not None:
-                raise RuntimeError(f"{where}.bias: got a bias, accepted is None: {_WHY}")
-            facts.append((cast(dict[str, Any], module._parameters), "bias", None))
-        if "spec" in module.__dict__:
-            if module.spec != spec:
-                raise RuntimeError(f"{where}.spec: got {module.spec}, accepted is {spec}, that of the network")
-            facts.append((module.__dict__, "spec", spec))
+            parts[name] = _child(parts[parent], last, kind, where)
+        facts += _examine_part(where, parts[name], kind, spec)
     for name, module in watched_modules(block):
         hook = None if called and not name else hook_of(module)
         if hook is not None and not is_sharded(module):
@@ -208,6 +235,12 @@ def watch_nets(owner: nn.Module, names: Sequence[str], prefix: str = "") -> Watc
                 more = _examine_block(f"{blocks}.{i}", cast(nn.Module, block), spec.block)
                 readers += more[0]
                 facts += more[1]
+            if spec.final_norm and spec.block.norm_weight:
+                norm = _child(net, "norm", RMSNorm, f"{path}.norm")
+                facts += _examine_part(f"{path}.norm", norm, RMSNorm, spec.block)
+                if hook_of(norm) is not None:
+                    raise RuntimeError(f"{path}.norm: has {hook_of(norm)}, accepted are none: {_WHY}")
+                readers.append((norm, "weight"))
         return Watch(owner, networks, readers, facts)
 
     return watch_of(owner, examine)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from trmfast.program import RecursionProgram
 from trmfast.spec import NetSpec
 
-__all__ = ["COMPUTE_DTYPES", "Problem"]
+__all__ = ["COMPUTE_DTYPES", "Problem", "unsupported"]
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,10 +54,11 @@ class Problem:
         blocks = [net.block for net in nets]
         attention = [block for block in blocks if block.token_mixer == "attention"]
         mixers = [block for block in blocks if block.token_mixer == "mlp_t"]
-        shared = {
+        shared: dict[str, set[Any]] = {
             "hidden_size": {block.hidden_size for block in blocks},
             "seq_len": {block.seq_len for block in mixers},
             "head_dim": {block.head_dim for block in attention},
+            "rotation": {block.rotation for block in attention},
         }
         for name, sizes in shared.items():
             if len(sizes) > 1:
@@ -177,6 +179,23 @@ class Problem:
         if cos is not None and sin is not None and self.rope_dim is not None:
             _check_table("cos", cos, length, self.rope_dim, device)
             _check_table("sin", sin, length, self.rope_dim, device)
+
+
+def unsupported(problem: Problem, choices: Mapping[str, Container[Any]]) -> str | None:
+    """Why a backend does not run the networks of a problem, or None.
+
+    Args:
+        problem: the problem.
+        choices: for options of :class:`BlockSpec` and :class:`NetSpec`, the values that the backend runs.  An option
+            that it does not name must have its default, so no backend ignores an option that came later.
+    """
+    for net in problem.nets:
+        for name, (value, default) in net.options.items():
+            accepted = choices.get(name, (default,))
+            if value not in accepted:
+                shown = " or ".join(map(str, accepted)) if isinstance(accepted, tuple) else str(accepted)
+                return f"it runs networks with {name} {shown}, not {value}"
+    return None
 
 
 def _check_table(name: str, table: Tensor, length: int, rope_dim: int, device: torch.device) -> None:

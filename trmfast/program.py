@@ -129,6 +129,23 @@ class RecursionProgram:
         return cls._cycles(("z",), ("f",), ((step, _count("L_cycles", L_cycles)),), H_cycles, window)
 
     @classmethod
+    def hrm_text(cls, H_cycles: int, L_cycles: int, window: GradientWindow = "all") -> RecursionProgram:
+        """HRM-Text: HRM's schedule without x, which enters as the first z_H: ``z_L <- f_L(z_L + z_H)``."""
+        low = Update(dst=1, sources=(1, 0), inject_x=False, net=1, grad=False)
+        high = Update(dst=0, sources=(0, 1), inject_x=False, net=0, grad=False)
+        cycle = ((low, _count("L_cycles", L_cycles)), (high, 1))
+        return cls._cycles(("z_H", "z_L"), ("f_H", "f_L"), cycle, H_cycles, window)
+
+    @classmethod
+    def looped(cls, steps: int, window: GradientWindow = "all") -> RecursionProgram:
+        """A looped transformer, Ouro (arXiv 2510.25741): ``z_1 <- f(z_1), z_2 <- f(z_1), z_3 <- f(z_2)`` and so on.
+
+        Every step keeps its state, which a head may read; the incoming values of all states but z_1 are not read.
+        """
+        updates = [Update(k, (max(k - 1, 0),), False, 0, False) for k in range(_count("steps", steps))]
+        return cls(tuple(f"z_{k + 1}" for k in range(steps)), ("f",), updates, 1).with_window(window)
+
+    @classmethod
     def _cycles(
         cls,
         states: tuple[str, ...],
@@ -193,6 +210,18 @@ class RecursionProgram:
             front = front.with_last_of_each_state(lambda u: replace(u, grad=True))
         updates = Updates((*front.cycles, *back.cycles))
         return RecursionProgram(self.states, self.nets, updates, self.updates_per_cycle)
+
+    def with_last(self, counts: Sequence[int]) -> RecursionProgram:
+        """The same program with gradients through the last ``counts[s]`` updates of every state s (HRM-Text)."""
+        if len(counts) != len(self.states):
+            accepted = f"one for each of {', '.join(self.states)}"
+            raise ValueError(f"counts: got {len(counts)} numbers, accepted are {accepted}")
+        left = list(counts)
+        updates = []
+        for update in reversed(tuple(self.updates)):
+            updates.append(replace(update, grad=left[update.dst] > 0))
+            left[update.dst] -= 1
+        return RecursionProgram(self.states, self.nets, updates[::-1], self.updates_per_cycle)
 
     def last(self, count: int) -> RecursionProgram:
         """The last updates of the program, as one cycle; the program itself if it has no more than ``count``."""

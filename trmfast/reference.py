@@ -3,7 +3,8 @@
 Every other backend is compared with this file.  It rounds where the published models in eager PyTorch round:
 matrix products and sums in the compute dtype; norms, rotation and softmax in float32 (or the compute dtype if wider).
 With ``int8`` the products by weights are those of trmfast/int8.py, and everything else stays.
-Sources: TRM arXiv 2510.04871, HRM arXiv 2506.21734, RoPE arXiv 2104.09864, SwiGLU arXiv 2002.05202.
+Sources: TRM arXiv 2510.04871, HRM arXiv 2506.21734, RoPE arXiv 2104.09864, SwiGLU arXiv 2002.05202, ReLU^2
+arXiv 2109.08668; the sandwiches are those of Ouro arXiv 2510.25741 and of Huginn arXiv 2502.05171.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from trmfast.spec import BlockSpec, NetSpec
 __all__ = [
     "attention",
     "conv_swiglu",
+    "gelu",
+    "relu2",
+    "residual",
     "rms_norm",
     "rotate",
     "run_block",
@@ -46,18 +50,30 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rms_norm(h: Tensor, eps: float) -> Tensor:
-    """``h / sqrt(mean(h^2) + eps)`` over the last axis, without a weight."""
+def rms_norm(h: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """``h / sqrt(mean(h^2) + eps)`` over the last axis, rounded, then times the weight if there is one."""
     wide = h.to(wide_dtype(h.dtype))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(h.dtype)
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(h.dtype)
+    return normed if weight is None else normed * weight.to(h.dtype)
 
 
-def rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the rotate-half convention; q: [B, L, heads, head_dim], cos and sin: [>= L, head_dim]."""
+def rotate(q: Tensor, cos: Tensor, sin: Tensor, rotation: str = "half") -> Tensor:
+    """RoPE: every channel times its cosine, plus or minus its partner times its sine.
+
+    Args:
+        q: [B, L, heads, head_dim].
+        cos, sin: [>= L, head_dim]; a column belongs to a channel.
+        rotation: which channels are partners, see :class:`BlockSpec`.
+    """
     wide = q.to(wide_dtype(q.dtype))
     cos, sin = (table[: q.shape[1], None, :].to(wide.dtype) for table in (cos, sin))
-    low, high = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-high, low), dim=-1) * sin).to(q.dtype)
+    if rotation == "half":
+        low, high = wide.chunk(2, dim=-1)
+        turned = torch.cat((-high, low), dim=-1)
+    else:
+        even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (wide * cos + turned * sin).to(q.dtype)
 
 
 def attention(
@@ -67,21 +83,52 @@ def attention(
     o_proj: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
-    *,
+    *extras: Tensor,
     linear: Linear = cast_linear,
 ) -> Tensor:
-    """Self-attention of h [B, L, D]; the rows of qkv_proj are query heads, then key heads, then value heads."""
+    """Self-attention of h [B, L, D].
+
+    Args:
+        block: its sizes and options.
+        h: [B, L, D].
+        qkv_proj: rows of the gate, if there is one, then of query heads, key heads and value heads.
+        o_proj: [D, heads * head_dim].
+        cos, sin: RoPE tables [>= L, head_dim], or None for no rotation.
+        extras: ``qk_bias``, ``q_norm.weight`` and ``k_norm.weight``, those that the block has.
+        linear: the product by a weight.
+    """
     batch, length, _ = h.shape
-    heads, kv_heads = block.num_heads, block.num_kv_heads
-    qkv = linear(h, qkv_proj).view(batch, length, heads + 2 * kv_heads, block.head_dim)
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+    heads, kv_heads, width = block.num_heads, block.num_kv_heads, block.head_dim
+    gate, qkv = linear(h, qkv_proj).split((block.gate_rows, (heads + 2 * kv_heads) * width), dim=-1)
+    q, k, v = qkv.view(batch, length, heads + 2 * kv_heads, width).split((heads, kv_heads, kv_heads), dim=2)
+    rest = list(extras)
+    if block.qk_bias:
+        q_bias, k_bias = rest.pop(0).to(h.dtype).view(heads + kv_heads, width).split((heads, kv_heads))
+        q, k = q + q_bias, k + k_bias
+    if block.qk_norm != "none":
+        q_weight, k_weight = rest if block.qk_norm == "learned" else (None, None)
+        q, k = rms_norm(q, block.rms_norm_eps, q_weight), rms_norm(k, block.rms_norm_eps, k_weight)
     if cos is not None and sin is not None:
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin, block.rotation), rotate(k, cos, sin, block.rotation)
     if kv_heads != heads:
         k, v = (t.repeat_interleave(heads // kv_heads, dim=2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=block.causal)
-    return linear(mixed.transpose(1, 2).flatten(2), o_proj)
+    if block.attention_window:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(block, length, h.device))
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=block.causal)
+    mixed = mixed.transpose(1, 2)
+    if block.gate != "none":
+        mixed = mixed * torch.sigmoid(gate).view(batch, length, heads, -1)
+    return linear(mixed.flatten(2), o_proj)
+
+
+def _seen(block: BlockSpec, length: int, device: torch.device) -> Tensor:
+    """Which positions (columns) each position sees, [L, L]."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    seen = distance.abs() < block.attention_window
+    return seen & (distance >= 0) if block.causal else seen
 
 
 def swiglu(h: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *, linear: Linear = cast_linear) -> Tensor:
@@ -108,6 +155,25 @@ def conv_swiglu(
     return linear(F.silu(mixed.to(h.dtype)), down_proj)
 
 
+def relu2(h: Tensor, up_proj: Tensor, down_proj: Tensor, *, linear: Linear = cast_linear) -> Tensor:
+    """``down(relu(up)^2)`` over the last axis."""
+    return linear(F.relu(linear(h, up_proj)).square(), down_proj)
+
+
+def gelu(h: Tensor, up_proj: Tensor, down_proj: Tensor, *, linear: Linear = cast_linear) -> Tensor:
+    """``down(gelu(up))`` over the last axis, with the exact GELU."""
+    return linear(F.gelu(linear(h, up_proj)), down_proj)
+
+
+# Each channel mixer, and how many weights it has.
+CHANNEL_MIXERS: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "swiglu": (swiglu, 2),
+    "conv_swiglu": (conv_swiglu, 4),
+    "relu2": (relu2, 2),
+    "gelu": (gelu, 2),
+}
+
+
 def run_block(
     block: BlockSpec,
     h: Tensor,
@@ -117,15 +183,42 @@ def run_block(
     int8: bool = False,
 ) -> Tensor:
     """One block of h [B, L, D]; the weights are those of ``block.weight_shapes``, in its order."""
-    eps = block.rms_norm_eps
     linear = int8_linear if int8 else cast_linear
-    if block.token_mixer == "attention":
-        h = rms_norm(h + attention(block, h, weights[0], weights[1], cos, sin, linear=linear), eps)
+    mix, count = CHANNEL_MIXERS[block.channel_mixer]
+    extra_count = block.qk_bias + 2 * (block.qk_norm == "learned")
+    in_proj, out_proj, *rest = weights
+    mlp, extras, weighted = rest[:count], rest[count : count + extra_count], rest[count + extra_count :]
+    norms = weighted if block.norm_weight else [None] * block.num_norms
+    half = block.num_norms // 2
+
+    def mix_tokens(h: Tensor) -> Tensor:
+        if block.token_mixer == "mlp_t":
+            return swiglu(h, in_proj, out_proj, linear=linear)
+        return attention(block, h, in_proj, out_proj, cos, sin, *extras, linear=linear)
+
+    def mix_channels(h: Tensor) -> Tensor:
+        return mix(h, *mlp, linear=linear)
+
+    if block.token_mixer == "mlp_t":  # [B, D, L]: mixer and norm both run over the sequence
+        h = residual(block, h.transpose(1, 2), mix_tokens, norms[:half]).transpose(1, 2)
     else:
-        t = h.transpose(1, 2)  # [B, D, L]: mixer and norm both run over the sequence
-        h = rms_norm(t + swiglu(t, weights[0], weights[1], linear=linear), eps).transpose(1, 2)
-    mix = swiglu if block.channel_mixer == "swiglu" else conv_swiglu
-    return rms_norm(h + mix(h, *weights[2:], linear=linear), eps)
+        h = residual(block, h, mix_tokens, norms[:half])
+    return residual(block, h, mix_channels, norms[half:])
+
+
+def residual(
+    block: BlockSpec, h: Tensor, mix: Callable[[Tensor], Tensor], norm_weights: Sequence[Tensor | None]
+) -> Tensor:
+    """A mixer with its residual and its norms, one or two; a norm without a weight has None."""
+    eps, first, last = block.rms_norm_eps, norm_weights[0], norm_weights[-1]
+    if block.norm_placement == "post":
+        return rms_norm(h + mix(h), eps, first)
+    mixed = mix(rms_norm(h, eps, first))
+    if block.norm_placement == "pre":
+        return h + mixed
+    if block.norm_placement == "sandwich":
+        return h + rms_norm(mixed, eps, last)
+    return rms_norm(h + mixed, eps, last)
 
 
 def run_net(
@@ -136,11 +229,15 @@ def run_net(
     sin: Tensor | None,
     int8: bool = False,
 ) -> Tensor:
-    """All blocks of a network, one after the other; h: [B, L, D], the weights in the order of ``net.weight_shapes``."""
-    count = len(weights) // net.num_layers
+    """All blocks of a network, one after the other, and its final norm if it has one.
+
+    h: [B, L, D]; the weights are in the order of ``net.weight_shapes``.
+    """
+    final = weights[-1] if net.final_norm and net.block.norm_weight else None
+    count = (len(weights) - (final is not None)) // net.num_layers
     for layer in range(net.num_layers):
         h = run_block(net.block, h, weights[layer * count : (layer + 1) * count], cos, sin, int8)
-    return h
+    return rms_norm(h, net.block.rms_norm_eps, final) if net.final_norm else h
 
 
 def summed_input(update: Update, states: Sequence[Tensor], x: Tensor | None) -> Tensor:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
+from typing import Any
 
 __all__ = ["BlockSpec", "NetSpec", "swiglu_width"]
 
-TOKEN_MIXERS = ("attention", "mlp_t")
-CHANNEL_MIXERS = ("swiglu", "conv_swiglu")
+# The values of each choice, today's block first.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "token_mixer": ("attention", "mlp_t"),
+    "channel_mixer": ("swiglu", "conv_swiglu", "relu2", "gelu"),
+    "norm_placement": ("post", "pre", "sandwich", "sandwich_sum"),
+    "rotation": ("half", "interleaved"),
+    "qk_norm": ("none", "plain", "learned"),
+    "gate": ("none", "channel", "head"),
+}
+# Options of attention, and of norms over the width: a SwiGLU over the sequence has neither.
+NOT_FOR_MLP_T = ("norm_placement", "norm_weight", "rotation", "qk_norm", "qk_bias", "gate", "attention_window")
+# What is no choice among kinds of networks: every backend takes the sizes that it takes.
+SIZES = (
+    "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "seq_len", "seq_intermediate_size",
+    "conv_kernel", "rms_norm_eps",
+)  # fmt: skip
+KINDS = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 def swiglu_width(width: int, expansion: float) -> int:
@@ -19,14 +35,16 @@ def swiglu_width(width: int, expansion: float) -> int:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One post-norm block: token mixer, residual, RMSNorm, channel mixer, residual, RMSNorm; norms have no weight.
+    """One block: a token mixer and a channel mixer, each with a residual and with RMS norms around it.
+
+    The defaults are the post-norm block of TRM and HRM.  trmfast/reference.py holds every formula.
 
     Attributes:
         hidden_size: width D of the states.
-        intermediate_size: inner width of the channel mixer's SwiGLU.
+        intermediate_size: inner width of the channel mixer.
         token_mixer: ``"attention"``, or ``"mlp_t"``, a SwiGLU over the sequence axis whose norm is over that axis too.
-        channel_mixer: ``"swiglu"``, or ``"conv_swiglu"`` (URM): a depthwise convolution over the sequence after the
-            gate.
+        channel_mixer: ``"swiglu"``; ``"conv_swiglu"`` (URM), with a depthwise convolution over the sequence after the
+            gate; ``"relu2"``, the square of a ReLU, or ``"gelu"``, the exact one, both without a gate.
         num_heads: query heads (attention).
         num_kv_heads: key and value heads, a divisor of ``num_heads`` (attention); by default ``num_heads``.
         head_dim: width of one head (attention); by default ``hidden_size // num_heads``.
@@ -35,10 +53,23 @@ class BlockSpec:
         seq_intermediate_size: inner width of the SwiGLU over the sequence (mlp_t).
         conv_kernel: taps of the depthwise convolution (conv_swiglu).
         rms_norm_eps: epsilon of the norms.
+        norm_placement: ``"post"``, ``norm(h + mix(h))``; ``"pre"``, ``h + mix(norm(h))``; ``"sandwich"`` (Ouro),
+            ``h + norm(mix(norm(h)))``; ``"sandwich_sum"`` (Huginn), ``norm(h + mix(norm(h)))``.
+        norm_weight: whether norms over D have a learned weight.
+        rotation: the channels of a head that RoPE turns together: ``"half"``, c and c + head_dim / 2, or
+            ``"interleaved"``, 2i and 2i + 1 (attention).
+        qk_norm: RMS norm of queries and keys over each head before the rotation: ``"none"``, ``"plain"``, or
+            ``"learned"`` with a weight that the heads share (attention).
+        qk_bias: whether queries and keys have a bias, added first of all (attention).
+        gate: sigmoid of a further projection of the input that multiplies attention before the output projection:
+            ``"none"``, ``"channel"`` for one value a channel, ``"head"`` for one a head (attention).
+        attention_window: attention sees positions at a distance below it; 0 for no limit (attention).
 
     Raises:
-        TypeError: a width, count or length that is not an int, or an epsilon that is not a number.
-        ValueError: a value out of range; both name the field, what came and what is accepted.
+        TypeError: a width, count or length that is not an int, an epsilon that is not a number, or a flag that is not a
+            bool.
+        ValueError: a value out of range, or without meaning beside another; all name the field, what came and what is
+            accepted.
     """
 
     hidden_size: int
@@ -53,19 +84,28 @@ class BlockSpec:
     seq_intermediate_size: int = 0
     conv_kernel: int = 2
     rms_norm_eps: float = 1e-5
+    norm_placement: str = "post"
+    norm_weight: bool = False
+    rotation: str = "half"
+    qk_norm: str = "none"
+    qk_bias: bool = False
+    gate: str = "none"
+    attention_window: int = 0
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            kinds = {"int": (int,), "float": (int, float)}.get(str(item.type))
-            if kinds is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            kinds = KINDS.get(str(item.type))
+            flag = item.type == "bool"
+            if kinds is not None and (isinstance(value, bool) is not flag or not isinstance(value, kinds)):
                 raise TypeError(f"{item.name}: got {value!r} ({type(value).__name__}), accepted is {item.type}")
-        self._accept("token_mixer", self.token_mixer in TOKEN_MIXERS, " or ".join(TOKEN_MIXERS))
-        self._accept("channel_mixer", self.channel_mixer in CHANNEL_MIXERS, " or ".join(CHANNEL_MIXERS))
+        for name, accepted in CHOICES.items():
+            self._accept(name, getattr(self, name) in accepted, " or ".join(accepted))
         self._accept("hidden_size", self.hidden_size >= 1, "integers >= 1")
         self._accept("intermediate_size", self.intermediate_size >= 1, "integers >= 1")
         self._accept("rms_norm_eps", self.rms_norm_eps > 0, "positive numbers")
         self._accept("conv_kernel", self.conv_kernel >= 1, "integers >= 1")
+        self._accept("attention_window", self.attention_window >= 0, "integers >= 0")
         if self.token_mixer == "attention":
             self._accept("num_heads", self.num_heads >= 1, "integers >= 1")
             if not self.head_dim:
@@ -79,28 +119,54 @@ class BlockSpec:
         else:
             self._accept("seq_len", self.seq_len >= 1, "integers >= 1")
             self._accept("seq_intermediate_size", self.seq_intermediate_size >= 1, "integers >= 1")
+            for name in NOT_FOR_MLP_T:
+                default = type(self).__dataclass_fields__[name].default
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}: got {getattr(self, name)!r} with token_mixer 'mlp_t', accepted is {default!r}"
+                    )
 
     def _accept(self, name: str, good: bool, accepted: str) -> None:
         if not good:
             raise ValueError(f"{name}: got {getattr(self, name)!r}, accepted are {accepted}")
 
     @property
+    def num_norms(self) -> int:
+        """Norms over D in a block, in order of application ``norm1`` to ``norm4``."""
+        return 4 if self.norm_placement.startswith("sandwich") else 2
+
+    @property
+    def gate_rows(self) -> int:
+        """Rows of the gate's projection."""
+        return {"none": 0, "channel": self.num_heads * self.head_dim, "head": self.num_heads}[self.gate]
+
+    @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names (those of the published state_dicts) and shapes of a block's weights, in the order all code uses."""
         D, inter = self.hidden_size, self.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {}
+        query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         if self.token_mixer == "attention":
-            query = self.num_heads * self.head_dim
-            shapes["self_attn.qkv_proj.weight"] = (query + 2 * self.num_kv_heads * self.head_dim, D)
+            packed = "qkv_proj" if self.gate == "none" else "gqkv_proj"
+            shapes[f"self_attn.{packed}.weight"] = (self.gate_rows + query + 2 * kv, D)
             shapes["self_attn.o_proj.weight"] = (D, query)
         else:
             shapes["mlp_t.gate_up_proj.weight"] = (2 * self.seq_intermediate_size, self.seq_len)
             shapes["mlp_t.down_proj.weight"] = (self.seq_len, self.seq_intermediate_size)
-        shapes["mlp.gate_up_proj.weight"] = (2 * inter, D)
+        if self.channel_mixer in ("swiglu", "conv_swiglu"):
+            shapes["mlp.gate_up_proj.weight"] = (2 * inter, D)
+        else:
+            shapes["mlp.up_proj.weight"] = (inter, D)
         if self.channel_mixer == "conv_swiglu":
             shapes["mlp.dwconv.weight"] = (inter, 1, self.conv_kernel)
             shapes["mlp.dwconv.bias"] = (inter,)
         shapes["mlp.down_proj.weight"] = (D, inter)
+        if self.qk_bias:
+            shapes["self_attn.qk_bias"] = (query + kv,)
+        if self.qk_norm == "learned":
+            shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+        if self.norm_weight:
+            shapes.update({f"norm{i}.weight": (D,) for i in range(1, self.num_norms + 1)})
         return shapes
 
 
@@ -111,31 +177,51 @@ class NetSpec:
     Attributes:
         block: the block.
         num_layers: number of blocks.
-        key: the spec as one line of JSON, the form in which it crosses operator boundaries.
+        final_norm: whether an RMS norm over D follows the last block, with a learned weight if the block's norms have
+            one.
+        key: the spec as one line of JSON, the form in which it crosses operator boundaries; fields of the block that
+            have their defaults are left out.
     """
 
     block: BlockSpec
     num_layers: int
+    final_norm: bool = False
     key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.num_layers, bool) or not isinstance(self.num_layers, int) or self.num_layers < 1:
             raise ValueError(f"num_layers: got {self.num_layers!r}, accepted are integers >= 1")
-        key = json.dumps([asdict(self.block), self.num_layers], separators=(",", ":"))
-        object.__setattr__(self, "key", key)
+        if not isinstance(self.final_norm, bool):
+            raise TypeError(f"final_norm: got {self.final_norm!r}, accepted is bool")
+        chosen = {f.name: getattr(self.block, f.name) for f in fields(self.block)}
+        defaults = {f.name: f.default for f in fields(self.block) if f.default is not MISSING}
+        shown = {name: value for name, value in chosen.items() if name not in defaults or value != defaults[name]}
+        items = [shown, self.num_layers, *((True,) if self.final_norm else ())]
+        object.__setattr__(self, "key", json.dumps(items, separators=(",", ":")))
+
+    @property
+    def options(self) -> dict[str, tuple[Any, Any]]:
+        """What makes networks differ in kind: the value and the default of every field but the sizes."""
+        found = {f.name: (getattr(self.block, f.name), f.default) for f in fields(self.block) if f.name not in SIZES}
+        return {**found, "final_norm": (self.final_norm, False)}
 
     @staticmethod
     @lru_cache(maxsize=256)
     def from_key(key: str) -> NetSpec:
         """The spec that :attr:`key` describes."""
-        block, num_layers = json.loads(key)
-        return NetSpec(BlockSpec(**block), num_layers)
+        block, *rest = json.loads(key)
+        return NetSpec(BlockSpec(**block), *rest)
 
     @property
     def weight_shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """(name, shape) of every weight, layer by layer: ``layers.0.self_attn.qkv_proj.weight`` first."""
-        return tuple(
+        """(name, shape) of every weight, layer by layer: ``layers.0.self_attn.qkv_proj.weight`` first.
+
+        ``norm.weight`` of a final norm with a weight comes last.
+        """
+        layers = tuple(
             (f"layers.{i}.{name}", shape)
             for i in range(self.num_layers)
             for name, shape in self.block.weight_shapes.items()
         )
+        weighted = self.final_norm and self.block.norm_weight
+        return (*layers, ("norm.weight", (self.block.hidden_size,))) if weighted else layers

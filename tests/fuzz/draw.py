@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
+
+from trmfast.backends.cpu import CHOICES
+from trmfast.spec import NOT_FOR_MLP_T
 
 from .checks import CHECKS
 from .layouts import LAYOUTS
@@ -18,6 +22,8 @@ LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 15, 16, 17, 27, 28, 29, 31, 32, 33, 6
 INNER = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100, 128)
 HEADS = (1, 1, 2, 2, 3, 4, 5, 8, 16, 33)
 HEAD_DIMS = (1, 2, 3, 4, 6, 8, 10, 15, 16, 17, 32, 34, 64)
+WINDOWS = (1, 2, 3, 5, 8, 16, 33)
+DRAWN_ABOVE = ("token_mixer", "causal", "attention_window")
 # The largest factors: far beyond, attention scores, gated products and sums of squares overflow (docs/cpu.md).
 HUGE = {"states": 1e4, "x": 1e4, "weights": 1e4, "grads": 1e20}
 # Multiply-adds of a forward pass: most trials are small, so that there are many of them.
@@ -71,7 +77,8 @@ def _draw(rng: random.Random) -> Trial:
         trial = replace(trial, num_heads=1, num_kv_heads=1, head_dim=16)
     else:
         trial = replace(trial, seq_intermediate_size=16)
-    if trial.channel_mixer == "swiglu":
+    trial = replace(trial, **_options(rng, attends))
+    if trial.channel_mixer != "conv_swiglu":
         trial = replace(trial, conv_kernel=2)
     if trial.weight_dtype == "float16" and trial.scales == (("grads", HUGE["grads"]),):
         trial = replace(trial, scales=())  # these gradients come in the dtype of the weights
@@ -83,6 +90,19 @@ def _draw(rng: random.Random) -> Trial:
     elif attends and rng.random() < 0.005:
         trial = replace(trial, length=0)
     return trial
+
+
+def _options(rng: random.Random, attends: bool) -> dict[str, Any]:
+    """What the engine runs besides the block of the puzzle models: nothing in half of the trials, else up to three."""
+    values = {name: tuple(accepted) for name, accepted in CHOICES.items() if name not in DRAWN_ABOVE}
+    if "attention_window" in CHOICES:
+        values["attention_window"] = WINDOWS
+    if not attends:
+        values = {name: accepted for name, accepted in values.items() if name not in NOT_FOR_MLP_T}
+    if not values or rng.random() < 0.5:
+        return {}
+    names = rng.sample(sorted(values), min(len(values), rng.choice((1, 1, 2, 3))))
+    return {name: rng.choice(values[name]) for name in names}
 
 
 def _program(rng: random.Random) -> Program:

@@ -16,7 +16,7 @@ from torch import Tensor
 from trmfast.cases import PROGRAMS, Case, Inputs, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
-from trmfast.spec import BlockSpec, NetSpec
+from trmfast.spec import NOT_FOR_MLP_T, BlockSpec, NetSpec
 from trmfast.testing import Result, run_eager, run_truth
 
 __all__ = ["GROUPS", "Trial", "Update_", "make_program", "references", "tensors_of"]
@@ -48,9 +48,9 @@ class Trial(_Plain):
     Attributes:
         program: a constructor and its arguments, or updates ``(dst, sources, inject_x, net, grad)``.
         hidden_size, intermediate_size, token_mixer, channel_mixer, num_heads, num_kv_heads, head_dim, causal,
-            seq_intermediate_size, conv_kernel, rms_norm_eps: as in ``BlockSpec``; of attention or mlp_t, what the token
-            mixer has.
-        num_layers: blocks of each network.
+            seq_intermediate_size, conv_kernel, rms_norm_eps, norm_placement, norm_weight, rotation, qk_norm, qk_bias,
+            gate, attention_window: as in ``BlockSpec``; of attention or mlp_t, what the token mixer has.
+        num_layers, final_norm: as in ``NetSpec``.
         batch, length, rope: B, L, and whether there are tables.
         dtype, weight_dtype: names of dtypes.
         weight_scale: factor on the weights.
@@ -72,7 +72,15 @@ class Trial(_Plain):
     seq_intermediate_size: int = 16
     conv_kernel: int = 2
     rms_norm_eps: float = 1e-5
+    norm_placement: str = "post"
+    norm_weight: bool = False
+    rotation: str = "half"
+    qk_norm: str = "none"
+    qk_bias: bool = False
+    gate: str = "none"
+    attention_window: int = 0
     num_layers: int = 1
+    final_norm: bool = False
     batch: int = 1
     length: int = 4
     rope: bool = False
@@ -101,9 +109,10 @@ class Trial(_Plain):
             seq_intermediate_size=0 if attends else self.seq_intermediate_size,
             conv_kernel=self.conv_kernel,
             rms_norm_eps=self.rms_norm_eps,
+            **({name: getattr(self, name) for name in NOT_FOR_MLP_T} if attends else {}),
         )
         program = make_program(self.program)
-        problem = Problem(program, (NetSpec(block, self.num_layers),) * len(program.nets))
+        problem = Problem(program, (NetSpec(block, self.num_layers, self.final_norm),) * len(program.nets))
         return Case("fuzz", problem, self.batch, self.length, self.rope and attends)
 
     @property

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.build_info import build_info
 from trmfast.engine import address, block_fields, int8_refusal, update_rows
-from trmfast.problem import Problem
+from trmfast.problem import Problem, unsupported
 from trmfast.targets import extension, force_target, import_error, target_of, targets
 
 __all__ = ["CpuBackend", "force_target", "release_memory", "target_for", "targets", "thread_source"]
@@ -30,6 +30,13 @@ FORWARD_ELEMENTS = {**ELEMENTS, torch.int8: "i8"}
 # Memory for the operands of weight gradients, over all sequences of a backward pass.
 STORE_BYTES = 36 << 20
 MOST_STATES, MOST_NETS, MOST_TAPS = 64, 16, 8
+# The options of a network that the engine runs, see :func:`trmfast.problem.unsupported`.
+CHOICES: dict[str, tuple[object, ...]] = {
+    "token_mixer": ("attention", "mlp_t"),
+    "channel_mixer": ("swiglu", "conv_swiglu"),
+    "causal": (False, True),
+}
+INT8_CHOICES = CHOICES
 PACKED_NETS = 16
 
 _cpu = extension
@@ -269,6 +276,9 @@ class CpuBackend:
         if dtype not in FORWARD_ELEMENTS:
             accepted = ", ".join(str(d).removeprefix("torch.") for d in FORWARD_ELEMENTS)
             return f"it computes in {accepted}, not in {str(dtype).removeprefix('torch.')}"
+        reason = unsupported(problem, INT8_CHOICES if dtype == torch.int8 else CHOICES)
+        if reason is not None:
+            return reason
         blocks = {net.block for net in problem.nets}
         if len(blocks) > 1:
             return "it takes networks whose blocks are equal, these differ"

@@ -20,7 +20,7 @@ from trmfast.backends.graphs import outside_of_pools
 from trmfast.backends.triton import TritonBackend
 from trmfast.build_info import build_info
 from trmfast.engine import address, block_fields, update_rows
-from trmfast.problem import Problem
+from trmfast.problem import Problem, unsupported
 
 if TYPE_CHECKING:
     from trmfast.kernels.architectures import Gpu
@@ -40,6 +40,12 @@ __all__ = ["CudaBackend", "Limits", "grid_of", "is_slower", "limits_of", "modell
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 OLDEST = (8, 0)
+# The options of a network that the engine may run, see :func:`trmfast.problem.unsupported`.
+CHOICES: dict[str, tuple[object, ...]] = {
+    "token_mixer": ("attention", "mlp_t"),
+    "channel_mixer": ("swiglu", "conv_swiglu"),
+    "causal": (False, True),
+}
 # A group gives up when it waits longer than this for one of its blocks; on a healthy device waits take microseconds.
 TIMEOUT_NS = 10_000_000_000
 
@@ -79,6 +85,9 @@ class CudaBackend:
         if dtype not in ELEMENTS:
             accepted = ", ".join(str(d).removeprefix("torch.") for d in ELEMENTS)
             return f"it computes in {accepted}, not in {str(dtype).removeprefix('torch.')}"
+        reason = unsupported(problem, CHOICES)
+        if reason is not None:
+            return reason
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST:
             return f"it needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"

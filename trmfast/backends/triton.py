@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.backends.graphs import Graphs, allocate, fill, new_input
-from trmfast.problem import Problem
+from trmfast.problem import Problem, unsupported
 
 if TYPE_CHECKING:
     from trmfast.kernels.backward_plan import BackwardPlan
@@ -28,6 +28,12 @@ __all__ = ["TritonBackend", "forward_setting", "interprets", "release_memory"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TRITON = (3, 4)
 MOST_TERMS = 8
+# The options of a network that the kernels run, see :func:`trmfast.problem.unsupported`.
+CHOICES: dict[str, tuple[object, ...]] = {
+    "token_mixer": ("attention", "mlp_t"),
+    "channel_mixer": ("swiglu", "conv_swiglu"),
+    "causal": (False, True),
+}
 WIDEST, WIDEST_HEAD = 512, 128
 MOST_SEQUENCES = 65535  # CUDA's limit for the second and third axis of a grid
 
@@ -110,6 +116,9 @@ class TritonBackend:
         if dtype not in DTYPES:
             accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             return f"it computes in {accepted}, not in {str(dtype).removeprefix('torch.')}"
+        reason = unsupported(problem, CHOICES)
+        if reason is not None:
+            return reason
         if problem.hidden_size > WIDEST:
             return f"it takes widths up to {WIDEST}, not {problem.hidden_size}"
         if problem.rope_dim is not None and problem.rope_dim > WIDEST_HEAD:

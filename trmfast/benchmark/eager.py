@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trmfast.layers import CastedLinear
 from trmfast.models import HRM, TRM, ACTModel, ModelConfig
 from trmfast.models.inner import Family, Inner
-from trmfast.problem import Problem
+from trmfast.problem import Problem, unsupported
 from trmfast.program import RecursionProgram
 from trmfast.reference import summed_input, wide_dtype
 from trmfast.spec import BlockSpec, NetSpec
@@ -28,6 +28,8 @@ __all__ = ["EagerHRM", "EagerInner", "EagerRecursion", "EagerTRM", "Stack", "Sta
 CosSin = tuple[Tensor, Tensor]
 Apply = Callable[[int, Tensor, "CosSin | None"], Tensor]
 """(index of the network, h [B, L, D], RoPE tables) -> [B, L, D]"""
+# The options of the networks here, see :func:`trmfast.problem.unsupported`.
+CHOICES = {"token_mixer": ("attention", "mlp_t"), "channel_mixer": ("swiglu", "conv_swiglu"), "causal": (False, True)}
 Recur = Callable[[RecursionProgram, Sequence[Tensor], "Tensor | None", "CosSin | None"], list[Tensor]]
 
 
@@ -226,6 +228,9 @@ class EagerRecursion(nn.Module):
 
     def __init__(self, problem: Problem, weights: Sequence[Tensor], cos_sin: CosSin | None) -> None:
         super().__init__()
+        reason = unsupported(problem, CHOICES)
+        if reason is not None:
+            raise ValueError(f"problem: {reason}")
         self.problem = problem
         self.cos_sin = cos_sin
         nets = [Stack(spec) for spec in problem.nets]

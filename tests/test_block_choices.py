@@ -1,0 +1,465 @@
+"""Every choice of a block: the reference against code written independently of it, gradients, and who refuses what."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trmfast import BlockSpec, NetSpec, Problem, RecursionProgram, recursion
+from trmfast.backends import BACKENDS
+from trmfast.cases import CHOICES, Case, make_case, make_inputs, rope_tables
+from trmfast.flops import block_flops
+from trmfast.nn import Net, Recursion, RotaryEmbedding
+from trmfast.problem import unsupported
+from trmfast.reference import run_block, run_net, run_program
+from trmfast.spec import SIZES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# One value of every option that is not the default's, by itself and in pairs.
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"norm_placement": "pre"},
+    {"norm_placement": "sandwich"},
+    {"norm_placement": "sandwich_sum"},
+    {"norm_weight": True},
+    {"rotation": "interleaved"},
+    {"qk_norm": "plain"},
+    {"qk_norm": "learned"},
+    {"qk_bias": True},
+    {"gate": "channel"},
+    {"gate": "head"},
+    {"attention_window": 2},
+    {"causal": True},
+    {"channel_mixer": "relu2"},
+    {"channel_mixer": "gelu"},
+    {"channel_mixer": "conv_swiglu"},
+    {"num_kv_heads": 4},
+    {"final_norm": True},
+)
+
+
+def spec_of(options: dict[str, Any]) -> NetSpec:
+    """A block of width 8 with four heads of 2; with a final norm two of them.  Sizes differ, so that axes do."""
+    given = {"num_kv_heads": 2, **options}
+    final = given.pop("final_norm", False)
+    return NetSpec(BlockSpec(8, 6, num_heads=4, **given), 1 + final, final)
+
+
+def pairs(count: int) -> Iterator[dict[str, Any]]:
+    """Random pairs of options that do not exclude each other."""
+    rng = random.Random(0)
+    while count:
+        first, second = rng.sample(OPTIONS, 2)
+        if first.keys() != second.keys():
+            yield {**first, **second}
+            count -= 1
+
+
+DRAWN = (*OPTIONS, *pairs(24))
+LENGTH = 5
+
+
+def name_of(options: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def weights_of(spec: NetSpec) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _, shape in spec.weight_shapes]
+
+
+def tables(block: BlockSpec) -> tuple[Tensor, Tensor]:
+    """In float64, as the naive rotation has them."""
+    angles = torch.outer(torch.arange(LENGTH).double(), 1e4 ** -(torch.arange(0, block.head_dim, 2) / block.head_dim))
+    angles = angles.repeat(1, 2) if block.rotation == "half" else angles.repeat_interleave(2, 1)
+    return angles.cos(), angles.sin()
+
+
+# ---------------------------------------------------------------- the naive network: loops over tokens and heads
+
+
+def norm(row: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    scaled = row / math.sqrt(sum(v * v for v in row.tolist()) / len(row) + eps)
+    return scaled if weight is None else scaled * weight
+
+
+def turned(row: Tensor, position: int, rotation: str) -> Tensor:
+    """Pairs of channels as complex numbers, turned by position / 1e4^(2i/d)."""
+    width, out = len(row), row.clone()
+    for i in range(width // 2):
+        a, b = (i, i + width // 2) if rotation == "half" else (2 * i, 2 * i + 1)
+        angle = position / 1e4 ** (2 * i / width)
+        value = complex(row[a].item(), row[b].item()) * complex(math.cos(angle), math.sin(angle))
+        out[a], out[b] = value.real, value.imag
+    return out
+
+
+def sees(block: BlockSpec, i: int, j: int) -> bool:
+    if block.causal and j > i:
+        return False
+    return not block.attention_window or abs(i - j) < block.attention_window
+
+
+def attended(rows: list[Tensor], block: BlockSpec, w: dict[str, Tensor]) -> list[Tensor]:
+    heads, kv, d = block.num_heads, block.num_kv_heads, block.head_dim
+    packed = w["self_attn.qkv_proj.weight" if block.gate == "none" else "self_attn.gqkv_proj.weight"]
+    gate_rows = {"none": 0, "channel": heads * d, "head": heads}[block.gate]
+    projected = [packed[gate_rows:] @ row for row in rows]
+
+    def key_or_query(position: int, index: int, kind: str) -> Tensor:
+        at = (index if kind == "q" else heads + index) * d
+        row = projected[position][at : at + d]
+        if block.qk_bias:
+            row = row + w["self_attn.qk_bias"][at : at + d]
+        if block.qk_norm != "none":
+            row = norm(row, block.rms_norm_eps, w.get(f"self_attn.{kind}_norm.weight"))
+        return turned(row, position, block.rotation)
+
+    out = []
+    for i, row in enumerate(rows):
+        mixed = torch.zeros(heads * d, dtype=torch.float64)
+        seen = [j for j in range(len(rows)) if sees(block, i, j)]
+        for n in range(heads):
+            group = n // (heads // kv)
+            q = key_or_query(i, n, "q")
+            scores = [math.exp((q @ key_or_query(j, group, "k")).item() / math.sqrt(d)) for j in seen]
+            for score, j in zip(scores, seen, strict=True):
+                at = (heads + kv + group) * d
+                mixed[n * d : (n + 1) * d] += score / sum(scores) * projected[j][at : at + d]
+            if block.gate != "none":
+                part = packed[n * d : (n + 1) * d] if block.gate == "channel" else packed[n : n + 1]
+                mixed[n * d : (n + 1) * d] *= 1 / (1 + torch.exp(-(part @ row)))
+        out.append(w["self_attn.o_proj.weight"] @ mixed)
+    return out
+
+
+def channels(rows: list[Tensor], block: BlockSpec, w: dict[str, Tensor]) -> list[Tensor]:
+    down, inner = w["mlp.down_proj.weight"], block.intermediate_size
+    if block.channel_mixer in ("relu2", "gelu"):
+        ups = [w["mlp.up_proj.weight"] @ row for row in rows]
+        if block.channel_mixer == "relu2":
+            return [down @ torch.tensor([max(u, 0.0) ** 2 for u in up.tolist()], dtype=torch.float64) for up in ups]
+        normal = [[u * 0.5 * math.erfc(-u / math.sqrt(2)) for u in up.tolist()] for up in ups]
+        return [down @ torch.tensor(row, dtype=torch.float64) for row in normal]
+    gates = [w["mlp.gate_up_proj.weight"] @ row for row in rows]
+    activations = [g[:inner] / (1 + torch.exp(-g[:inner])) * g[inner:] for g in gates]
+    if block.channel_mixer == "conv_swiglu":  # two taps: the token before and the token itself
+        before = [torch.zeros(inner, dtype=torch.float64), *activations[:-1]]
+        taps, bias = w["mlp.dwconv.weight"][:, 0], w["mlp.dwconv.bias"]
+        sums = [taps[:, 0] * a + taps[:, 1] * b + bias for a, b in zip(before, activations, strict=True)]
+        activations = [s / (1 + torch.exp(-s)) for s in sums]
+    return [down @ a for a in activations]
+
+
+def naive_block(rows: list[Tensor], block: BlockSpec, w: dict[str, Tensor]) -> list[Tensor]:
+    eps, index = block.rms_norm_eps, iter(range(1, 5))
+
+    def normed(these: list[Tensor]) -> list[Tensor]:
+        weight = w.get(f"norm{next(index)}.weight")
+        return [norm(row, eps, weight) for row in these]
+
+    def plus(these: list[Tensor], those: list[Tensor]) -> list[Tensor]:
+        return [a + b for a, b in zip(these, those, strict=True)]
+
+    for mix in (attended, channels):
+        if block.norm_placement == "post":
+            rows = normed(plus(rows, mix(rows, block, w)))
+        elif block.norm_placement == "pre":
+            rows = plus(rows, mix(normed(rows), block, w))
+        elif block.norm_placement == "sandwich":
+            rows = plus(rows, normed(mix(normed(rows), block, w)))
+        else:
+            rows = normed(plus(rows, mix(normed(rows), block, w)))
+    return rows
+
+
+def naive_net(h: Tensor, spec: NetSpec, weights: list[Tensor]) -> Tensor:
+    named = dict(zip((name for name, _ in spec.weight_shapes), weights, strict=True))
+    rows = list(h)
+    for layer in range(spec.num_layers):
+        prefix = f"layers.{layer}."
+        block = {name.removeprefix(prefix): w for name, w in named.items() if name.startswith(prefix)}
+        rows = naive_block(rows, spec.block, block)
+    if spec.final_norm:
+        rows = [norm(row, spec.block.rms_norm_eps, named.get("norm.weight")) for row in rows]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("options", DRAWN, ids=name_of)
+def test_reference(options: dict[str, Any]) -> None:
+    spec = spec_of(options)
+    weights = weights_of(spec)
+    h = torch.randn(1, LENGTH, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = naive_net(h[0], spec, weights)[None]
+    found = run_net(spec, h, weights, *tables(spec.block))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", DRAWN, ids=name_of)
+def test_gradients(options: dict[str, Any]) -> None:
+    spec = spec_of(options)
+    weights = [w.requires_grad_() for w in weights_of(spec)]
+    h = torch.randn(1, LENGTH, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    cos, sin = tables(spec.block)
+    torch.autograd.gradcheck(lambda h, *w: run_net(spec, h, w, cos, sin), (h, *weights), fast_mode=True)
+
+
+@pytest.mark.parametrize("case", CHOICES, ids=str)
+def test_the_operator_is_the_reference(case: Case) -> None:
+    """Its backward pass recomputes each update from the saved sum; in float64 the gradients are autograd's."""
+    inputs = make_inputs(case, torch.float64, weight_scale=0.7)
+    problem, results = inputs.problem, []
+    for fused in (False, True):
+        states = [state.clone().requires_grad_() for state in inputs.states]
+        x = None if inputs.x is None else inputs.x.clone().requires_grad_()
+        weights = [weight.double().requires_grad_() for weight in inputs.weights]
+        tables = inputs.cos, inputs.sin
+        if fused:
+            out = recursion(problem.program, problem.nets, states, x, weights, *tables, backend="reference")
+        else:
+            out = run_program(problem, states, x, weights, *tables)
+        leaves = [*states, *weights, *(() if x is None else (x,))]
+        pairs = [(o, g) for o, g in zip(out, inputs.grad_states, strict=True) if o.requires_grad]
+        roots, grads = zip(*pairs, strict=True)
+        found = torch.autograd.grad(roots, leaves, grads, materialize_grads=True)
+        results.append([*(o.detach() for o in out), *found])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CHOICES, ids=str)
+def test_modules(case: Case) -> None:
+    """Parameters are those of the spec; a module's forward and the fused recursion are the same function."""
+    spec = case.problem.nets[0]
+    net = Net(spec)
+    assert [(name, tuple(p.shape)) for name, p in net.named_parameters()] == sorted(
+        spec.weight_shapes, key=lambda item: list(dict(net.named_parameters())).index(item[0])
+    )
+    named = dict(net.named_parameters())
+    assert all(weight is named[name] for weight, (name, _) in zip(net.weights(), spec.weight_shapes, strict=True))
+    h = torch.randn(2, case.length, case.problem.hidden_size, generator=torch.Generator().manual_seed(0))
+    dim = case.problem.rope_dim
+    cos_sin = RotaryEmbedding(dim, case.length, 1e4, rotation=spec.block.rotation)() if dim else None
+    program = RecursionProgram.looped(1)
+    (fused,) = Recursion(program, [net], "reference")([h], cos_sin=cos_sin)
+    torch.testing.assert_close(net(h, cos_sin), fused)
+
+
+def test_bfloat16_rounds_where_the_models_round() -> None:
+    """Ouro's block, written in the dtype as its code computes it: float32 inside a norm, weights outside."""
+    case = next(case for case in CHOICES if case.name == "ouro")
+    block, inputs = case.problem.nets[0].block, make_inputs(case, torch.bfloat16)
+    qkv, o, gate_up, down, *norms = (w.bfloat16() for w in inputs.weights[: len(block.weight_shapes)])
+    h = inputs.states[0]
+
+    def normed(h: Tensor, i: int) -> Tensor:
+        wide = h.float()
+        return norms[i] * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + block.rms_norm_eps)).bfloat16()
+
+    heads = (normed(h, 0) @ qkv.T).unflatten(-1, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)
+    q, k, v = heads.float()
+    cos, sin = (table[: case.length] for table in (inputs.cos, inputs.sin) if table is not None)
+    q, k = (t * cos + torch.cat((-t[..., t.shape[-1] // 2 :], t[..., : t.shape[-1] // 2]), -1) * sin for t in (q, k))
+    mixed = torch.nn.functional.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), is_causal=True)
+    h1 = h + normed(mixed.transpose(1, 2).flatten(2) @ o.T, 1)
+    gate, up = (normed(h1, 2) @ gate_up.T).chunk(2, -1)
+    expected = h1 + normed((torch.nn.functional.silu(gate) * up) @ down.T, 3)
+    found = run_block(block, h, inputs.weights[: len(block.weight_shapes)], inputs.cos, inputs.sin)
+    assert torch.equal(found, expected)
+
+
+def test_a_row_of_the_tables_is_an_angle_of_a_token() -> None:
+    """Gathered tables rotate by any position: a shifted sequence gives the same scores."""
+    case = make_case("plain", H_cycles=1, L_cycles=1, num_layers=1, length=6)
+    inputs = make_inputs(case)
+    long = rope_tables(20, 32)
+    shifted = [table[torch.arange(6) + 7] for table in long]
+    plain = [table[:6] for table in long]
+    results = [
+        run_program(case.problem, inputs.states, inputs.x, inputs.weights, cos, sin) for cos, sin in (plain, shifted)
+    ]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- specs
+
+
+def test_a_key_without_the_newer_options_loads() -> None:
+    """As an exported program of an earlier version holds it; and today's key leaves defaults out."""
+    old = (
+        '[{"hidden_size":64,"intermediate_size":32,"token_mixer":"attention","channel_mixer":"swiglu","num_heads":4,'
+        '"num_kv_heads":4,"head_dim":16,"causal":false,"seq_len":0,"seq_intermediate_size":0,"conv_kernel":2,'
+        '"rms_norm_eps":1e-05},2]'
+    )
+    spec = NetSpec(BlockSpec(64, 32, num_heads=4), 2)
+    assert NetSpec.from_key(old) == spec
+    assert spec.key == '[{"hidden_size":64,"intermediate_size":32,"num_heads":4,"num_kv_heads":4,"head_dim":16},2]'
+
+
+@pytest.mark.parametrize("options", DRAWN, ids=name_of)
+def test_keys(options: dict[str, Any]) -> None:
+    spec = spec_of(options)
+    assert NetSpec.from_key(spec.key) == spec
+    assert len({spec_of(other).key for other in OPTIONS}) == len(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"norm_placement": "both"},
+            "norm_placement: got 'both', accepted are post or pre or sandwich or sandwich_sum",
+        ),
+        ({"rotation": "full"}, "rotation: got 'full', accepted are half or interleaved"),
+        ({"qk_norm": "l2"}, "qk_norm: got 'l2', accepted are none or plain or learned"),
+        ({"gate": "token"}, "gate: got 'token', accepted are none or channel or head"),
+        ({"attention_window": -1}, "attention_window: got -1, accepted are integers >= 0"),
+    ],
+)
+def test_values_that_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        BlockSpec(64, 32, num_heads=4, **change)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("norm_weight", 1), ("qk_bias", None), ("causal", "yes"), ("attention_window", True)]
+)
+def test_types_that_are_refused(name: str, value: Any) -> None:
+    kind = "int" if name == "attention_window" else "bool"
+    with pytest.raises(TypeError, match=rf"^{name}: got {value!r} \({type(value).__name__}\), accepted is {kind}$"):
+        BlockSpec(64, 32, num_heads=4, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "name, value, default",
+    [
+        ("norm_placement", "pre", "post"),
+        ("norm_weight", True, False),
+        ("rotation", "interleaved", "half"),
+        ("qk_norm", "plain", "none"),
+        ("qk_bias", True, False),
+        ("gate", "head", "none"),
+        ("attention_window", 3, 0),
+    ],
+)
+def test_options_without_meaning_over_the_sequence(name: str, value: Any, default: Any) -> None:
+    message = f"^{name}: got {value!r} with token_mixer 'mlp_t', accepted is {default!r}$"
+    with pytest.raises(ValueError, match=message):
+        BlockSpec(64, 32, token_mixer="mlp_t", seq_len=9, seq_intermediate_size=8, **{name: value})
+
+
+def test_networks_that_share_tables_share_the_rotation() -> None:
+    half = NetSpec(BlockSpec(64, 32, num_heads=4), 1)
+    other = NetSpec(BlockSpec(64, 32, num_heads=4, rotation="interleaved"), 1)
+    with pytest.raises(ValueError, match=r"^nets: got rotation half, interleaved, accepted"):
+        Problem(RecursionProgram.hrm(1, 1), (half, other))
+
+
+# ---------------------------------------------------------------- backends
+
+
+def test_every_field_is_a_size_or_an_option() -> None:
+    spec = NetSpec(BlockSpec(8, 6, num_heads=2), 1)
+    assert {field.name for field in fields(BlockSpec)} | {"final_norm"} == set(SIZES) | set(spec.options)
+
+
+@pytest.mark.parametrize("case", CHOICES, ids=str)
+def test_an_option_that_is_not_named_is_refused(case: Case) -> None:
+    today = {"token_mixer": ("attention", "mlp_t"), "causal": (False, True)}
+    reason = unsupported(case.problem, today)
+    assert reason is not None
+    assert reason.startswith("it runs networks with ")
+    everything = {name: (value,) for net in case.problem.nets for name, (value, _) in net.options.items()}
+    assert unsupported(case.problem, everything) is None
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("case", CHOICES, ids=str)
+def test_gpu_backends_name_what_they_do_not_run(case: Case, name: str) -> None:
+    """The reason comes before any question to a device."""
+    module = __import__(f"trmfast.backends.{name}", fromlist=["CHOICES"])
+    reason = unsupported(case.problem, module.CHOICES)
+    if reason is not None:
+        device = torch.device("cpu" if name == "triton" else "cuda")
+        assert BACKENDS[name].supports(case.problem, device, torch.bfloat16, case.batch, case.length) == reason
+
+
+def test_flops_of_options() -> None:
+    plain = BlockSpec(64, 32, num_heads=4)
+    base, length = block_flops(plain, 10), 10
+    assert block_flops(replace(plain, channel_mixer="gelu"), length) == base - 2 * length * 64 * 32
+    assert block_flops(replace(plain, gate="channel"), length) == base + 2 * length * 64 * 64
+    assert block_flops(replace(plain, gate="head"), length) == base + 2 * length * 64 * 4
+    for causal in (False, True):
+        for window in (1, 3, 10, 99):
+            block = replace(plain, attention_window=window, causal=causal)
+            seen = sum(sees(block, i, j) for i in range(length) for j in range(length))
+            assert block_flops(block, length) - base == 4 * 64 * (seen - length * length)
+
+
+# ---------------------------------------------------------------- compilers
+
+RICH = make_case(
+    "rich", "hrm", H_cycles=1, L_cycles=1, window="all", length=7, hidden_size=16, intermediate_size=24, num_heads=4,
+    num_kv_heads=2, num_layers=1, final_norm=True, norm_placement="sandwich", norm_weight=True, qk_norm="learned",
+    qk_bias=True, gate="channel", rotation="interleaved", causal=True, attention_window=3,
+)  # fmt: skip
+
+
+def test_compile_and_export() -> None:
+    """A network with nearly every option traces whole, by its own forward and as the fused recursion."""
+    problem, inputs = RICH.problem, make_inputs(RICH)
+    nets = [Net(spec) for spec in problem.nets]
+    assert inputs.cos is not None
+    assert inputs.sin is not None
+    tables = inputs.cos, inputs.sin
+    h = inputs.states[0]
+    compiled = torch.compile(nets[0], backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(h, tables), nets[0](h, tables))
+    module = Recursion(problem.program, nets, backend="reference")
+    exported = torch.export.export(module, (inputs.states, inputs.x, tables))
+    torch.testing.assert_close(
+        exported.module()(inputs.states, inputs.x, tables), module(inputs.states, inputs.x, tables)
+    )
+    names = [name for name, _ in nets[0].named_parameters()]
+    assert {"norm.weight", "layers.0.norm4.weight", "layers.0.self_attn.qk_bias"} <= set(names)
+
+
+def test_opcheck() -> None:
+    problem, inputs = RICH.problem, make_inputs(RICH)
+    keys = problem.program.key, [net.key for net in problem.nets]
+    leaves = [w.clone().requires_grad_() for w in inputs.weights]
+    arguments = (list(inputs.states), inputs.x, leaves, inputs.cos, inputs.sin, *keys, "reference", True, True)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.trmfast.recursion.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("name", ["norm1", "self_attn.q_norm", "mlp.up_proj"])
+def test_a_replaced_part_is_noticed(name: str) -> None:
+    block = BlockSpec(
+        16, 8, num_heads=2, norm_placement="pre", norm_weight=True, qk_norm="learned", channel_mixer="gelu"
+    )
+    net = Net(NetSpec(block, 1, final_norm=True))
+    module = Recursion(RecursionProgram.looped(1), [net], "reference")
+    h = [torch.randn(1, 4, 16)]
+    module(h)
+    parent, _, last = f"layers.0.{name}".rpartition(".")
+    setattr(net.get_submodule(parent), last, torch.nn.Identity())
+    with pytest.raises(RuntimeError, match=rf"^nets\.0\.layers\.0\.{name}: got Identity, accepted is "):
+        module(h)
+
+
+def test_a_final_norm_is_watched() -> None:
+    net = Net(NetSpec(BlockSpec(16, 8, num_heads=2, norm_weight=True), 1, final_norm=True))
+    module = Recursion(RecursionProgram.looped(1), [net], "reference")
+    module([torch.randn(1, 4, 16)])
+    net.norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"^nets\.0\.norm: has forward hooks, accepted are none"):
+        module([torch.randn(1, 4, 16)])
