@@ -26,7 +26,7 @@ from trmfast.solving import Never
 from trmfast.solving.schedule import Row
 
 BATCH = 64
-CALIBRATION = 256  # puzzles on which the threshold is chosen
+CALIBRATION = 1024  # puzzles on which the threshold is chosen
 THRESHOLDS = np.arange(0, 10.5, 0.5)
 OF_THE_RUN = ("folder", "stop_after")  # options that are no part of the recipe
 
