@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
@@ -42,7 +43,10 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"channel_mixer": "conv_swiglu"},
     {"num_kv_heads": 4},
     {"final_norm": True},
+    {"segments": True, "causal": True},
 )
+# Two sequences in a row: two tokens of which the first is a prefix, and three of which the first two are.
+SEGMENTS = torch.tensor([[0, 1], [0, 1], [2, 4], [2, 4], [2, 4]])
 
 
 def spec_of(options: dict[str, Any]) -> NetSpec:
@@ -57,7 +61,7 @@ def pairs(count: int) -> Iterator[dict[str, Any]]:
     rng = random.Random(0)
     while count:
         first, second = rng.sample(OPTIONS, 2)
-        if first.keys() != second.keys():
+        if not first.keys() & second.keys() and not {"segments", "attention_window"} <= first.keys() | second.keys():
             yield {**first, **second}
             count -= 1
 
@@ -102,6 +106,9 @@ def turned(row: Tensor, position: int, rotation: str) -> Tensor:
 
 
 def sees(block: BlockSpec, i: int, j: int) -> bool:
+    if block.segments:
+        start, prefix_end = SEGMENTS[i].tolist()
+        return start <= j and (j <= i or j < prefix_end)
     if block.causal and j > i:
         return False
     return not block.attention_window or abs(i - j) < block.attention_window
@@ -198,7 +205,7 @@ def test_reference(options: dict[str, Any]) -> None:
     weights = weights_of(spec)
     h = torch.randn(1, LENGTH, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = naive_net(h[0], spec, weights)[None]
-    found = run_net(spec, h, weights, *tables(spec.block))
+    found = run_net(spec, h, weights, *tables(spec.block), segments=SEGMENTS[None])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -208,7 +215,11 @@ def test_gradients(options: dict[str, Any]) -> None:
     weights = [w.requires_grad_() for w in weights_of(spec)]
     h = torch.randn(1, LENGTH, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
     cos, sin = tables(spec.block)
-    torch.autograd.gradcheck(lambda h, *w: run_net(spec, h, w, cos, sin), (h, *weights), fast_mode=True)
+
+    def net(h: Tensor, *weights: Tensor) -> Tensor:
+        return run_net(spec, h, weights, cos, sin, segments=SEGMENTS[None])
+
+    torch.autograd.gradcheck(net, (h, *weights), fast_mode=True)
 
 
 @pytest.mark.parametrize("case", CHOICES, ids=str)
@@ -222,9 +233,11 @@ def test_the_operator_is_the_reference(case: Case) -> None:
         weights = [weight.double().requires_grad_() for weight in inputs.weights]
         tables = inputs.cos, inputs.sin
         if fused:
-            out = recursion(problem.program, problem.nets, states, x, weights, *tables, backend="reference")
+            out = recursion(
+                problem.program, problem.nets, states, x, weights, *tables, "reference", segments=inputs.segments
+            )
         else:
-            out = run_program(problem, states, x, weights, *tables)
+            out = run_program(problem, states, x, weights, *tables, segments=inputs.segments)
         leaves = [*states, *weights, *(() if x is None else (x,))]
         pairs = [(o, g) for o, g in zip(out, inputs.grad_states, strict=True) if o.requires_grad]
         roots, grads = zip(*pairs, strict=True)
@@ -248,8 +261,9 @@ def test_modules(case: Case) -> None:
     dim = case.problem.rope_dim
     cos_sin = RotaryEmbedding(dim, case.length, 1e4, rotation=spec.block.rotation)() if dim else None
     program = RecursionProgram.looped(1)
-    (fused,) = Recursion(program, [net], "reference")([h], cos_sin=cos_sin)
-    torch.testing.assert_close(net(h, cos_sin), fused)
+    segments = make_inputs(case).segments
+    (fused,) = Recursion(program, [net], "reference")([h], cos_sin=cos_sin, segments=segments)
+    torch.testing.assert_close(net(h, cos_sin, segments), fused)
 
 
 def test_bfloat16_rounds_where_the_models_round() -> None:
@@ -273,6 +287,68 @@ def test_bfloat16_rounds_where_the_models_round() -> None:
     expected = h1 + normed((torch.nn.functional.silu(gate) * up) @ down.T, 3)
     found = run_block(block, h, inputs.weights[: len(block.weight_shapes)], inputs.cos, inputs.sin)
     assert torch.equal(found, expected)
+
+
+def test_packed_sequences_are_sequences() -> None:
+    """A row of two sequences gives what each gives by itself, with tables by position in the sequence."""
+    case = make_case("plain", "hrm_text", window="all", batch=1, length=9, causal=True, segments=True, num_layers=1)
+    inputs = make_inputs(case, torch.float64)
+    cos, sin = (table.double() for table in rope_tables(9, 32))
+    weights = [weight.double() for weight in inputs.weights]
+    cuts, prefixes = ((0, 4), (4, 9)), (2, 3)
+    segments = torch.zeros(1, 9, 2, dtype=torch.int64)
+    for (start, end), prefix in zip(cuts, prefixes, strict=True):
+        segments[0, start:end] = torch.tensor([start, start + prefix])
+    position = torch.cat([torch.arange(end - start) for start, end in cuts])
+    program, nets = case.problem.program, case.problem.nets
+    tables = cos[position], sin[position]
+    packed = recursion(program, nets, inputs.states, None, weights, *tables, "reference", segments=segments)
+    for (start, end), prefix in zip(cuts, prefixes, strict=True):
+        states = [state[:, start:end] for state in inputs.states]
+        alone = torch.tensor([0, prefix]).expand(1, end - start, 2)
+        parts = recursion(program, nets, states, None, weights, cos, sin, "reference", segments=alone)
+        for whole, part in zip(packed, parts, strict=True):
+            torch.testing.assert_close(whole[:, start:end], part)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ([[0, 1], [0, 1], [1, 3]], "segments[1, 2]: got [1, 3]"),  # no start, and not that of the token before
+        ([[1, 1], [1, 1], [1, 1]], "segments[1, 0]: got [1, 1]"),  # the first token starts a sequence
+        ([[0, 1], [0, 2], [0, 2]], "segments[1, 1]: got [0, 2]"),  # a prefix that differs within a sequence
+        ([[0, 2], [1, 2], [1, 2]], "segments[1, 0]: got [0, 2]"),  # a prefix that is longer than its sequence
+        ([[0, 4], [0, 4], [0, 4]], "segments[1, 2]: got [0, 4]"),  # or than the row
+        ([[0, 0], [1, 0], [1, 0]], "segments[1, 1]: got [1, 0]"),  # a prefix that ends before it starts
+    ],
+)
+def test_boundaries_that_are_refused(row: list[list[int]], message: str) -> None:
+    case = make_case("plain", H_cycles=1, L_cycles=1, length=3, causal=True, segments=True, num_layers=1)
+    inputs = make_inputs(case)
+    problem = case.problem
+    good = [[0, 2], [0, 2], [2, 3]]
+
+    def run(segments: Tensor | None) -> None:
+        arguments = (problem.program, problem.nets, inputs.states, inputs.x, inputs.weights)
+        recursion(*arguments, backend="reference", segments=segments)
+
+    run(torch.tensor([good, good]))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}, accepted are"):
+        run(torch.tensor([good, row]))
+
+
+def test_boundaries_of_another_form_are_refused() -> None:
+    inputs = make_inputs(next(case for case in CHOICES if case.name == "segments"))
+    plain = make_inputs(make_case("trm"))
+    for given, segments, message in (
+        (inputs, None, r"^segments: got None, accepted is integers \[2, 11, 2\]$"),
+        (plain, torch.zeros(2, 12, 2).int(), "^segments: got a tensor, accepted is None, no network reads them$"),
+        (inputs, torch.zeros(2, 11).int(), r"^segments.shape: got \[2, 11\], accepted is \[2, 11, 2\]$"),
+        (inputs, torch.zeros(2, 11, 2), "^segments.dtype: got float32, accepted are int32 and int64$"),
+    ):
+        program, nets = given.problem.program, given.problem.nets
+        with pytest.raises(ValueError, match=message):
+            recursion(program, nets, given.states, given.x, given.weights, backend="reference", segments=segments)
 
 
 def test_a_row_of_the_tables_is_an_angle_of_a_token() -> None:
@@ -320,6 +396,11 @@ def test_keys(options: dict[str, Any]) -> None:
         ({"rotation": "full"}, "rotation: got 'full', accepted are half or interleaved"),
         ({"qk_norm": "l2"}, "qk_norm: got 'l2', accepted are none or plain or learned"),
         ({"gate": "token"}, "gate: got 'token', accepted are none or channel or head"),
+        ({"segments": True}, "segments: got True, accepted is False unless causal and without attention_window"),
+        (
+            {"segments": True, "causal": True, "attention_window": 2},
+            "segments: got True, accepted is False unless causal and without attention_window",
+        ),
         ({"attention_window": -1}, "attention_window: got -1, accepted are integers >= 0"),
     ],
 )
@@ -329,7 +410,7 @@ def test_values_that_are_refused(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value", [("norm_weight", 1), ("qk_bias", None), ("causal", "yes"), ("attention_window", True)]
+    "name, value", [("norm_weight", 1), ("qk_bias", None), ("segments", 0), ("attention_window", True)]
 )
 def test_types_that_are_refused(name: str, value: Any) -> None:
     kind = "int" if name == "attention_window" else "bool"
@@ -347,6 +428,7 @@ def test_types_that_are_refused(name: str, value: Any) -> None:
         ("qk_bias", True, False),
         ("gate", "head", "none"),
         ("attention_window", 3, 0),
+        ("segments", True, False),
     ],
 )
 def test_options_without_meaning_over_the_sequence(name: str, value: Any, default: Any) -> None:

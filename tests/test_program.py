@@ -191,3 +191,27 @@ def test_bad_cycles(cycles: tuple[int, int]) -> None:
 def test_hier6_has_six_low_states() -> None:
     with pytest.raises(ValueError, match="L_cycles: got 7, accepted are 1 to 6"):
         RecursionProgram.hier6(1, 7)
+
+
+def test_programs_of_looped_language_models() -> None:
+    """HRM-Text adds no x; Ouro writes every step to a state of its own."""
+    text = RecursionProgram.hrm_text(2, 3)
+    assert [(u.dst, u.sources, u.inject_x, u.net) for u in text.updates[:4]] == [(1, (1, 0), False, 1)] * 3 + [
+        (0, (0, 1), False, 0)
+    ]
+    assert not text.uses_x
+    looped = RecursionProgram.looped(3)
+    assert looped.states == ("z_1", "z_2", "z_3")
+    assert [(u.dst, u.sources) for u in looped.updates] == [(0, (0,)), (1, (0,)), (2, (1,))]
+    assert all(u.grad for u in looped.updates)
+    assert [u.grad for u in RecursionProgram.looped(3, window=1).updates] == [False, False, True]
+
+
+def test_a_window_counted_by_state() -> None:
+    """HRM-Text at five steps: both updates of z_H and the last three of z_L, over two cycles of three and one."""
+    program = RecursionProgram.hrm_text(2, 3).with_last((2, 3))
+    assert program.grad_updates == (3, 4, 5, 6, 7)
+    assert RecursionProgram.hrm_text(2, 3).with_last((1, 1)).grad_updates == (6, 7)
+    assert RecursionProgram.from_key(program.key) == program
+    with pytest.raises(ValueError, match=r"^counts: got 1 numbers, accepted are one for each of z_H, z_L$"):
+        program.with_last([1])

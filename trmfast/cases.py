@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ PROGRAMS: dict[str, Callable[..., RecursionProgram]] = {
     "single_z": RecursionProgram.single_z,
     "hier6": RecursionProgram.hier6,
     "urm": RecursionProgram.urm,
+    "hrm_text": RecursionProgram.hrm_text,
 }
 
 
@@ -158,7 +160,18 @@ CHOICES: tuple[Case, ...] = (
     make_case("relu2", channel_mixer="relu2", **_SHORT),
     make_case("gelu", channel_mixer="gelu", **_SHORT),
     make_case("gelu-mlp_t", token_mixer="mlp_t", channel_mixer="gelu", **_SHORT),
-    make_case("hrm_text", "hrm", norm_placement="pre", final_norm=True, gate="channel", causal=True, **_SHORT),
+    make_case("segments", causal=True, segments=True, **_SHORT),
+    make_case(
+        "hrm_text",
+        "hrm_text",
+        window="all",
+        segments=True,
+        norm_placement="pre",
+        final_norm=True,
+        gate="channel",
+        causal=True,
+        **_SHORT,
+    ),
     make_case("ouro", "urm", norm_placement="sandwich", norm_weight=True, final_norm=True, causal=True, **_SHORT),
     make_case(
         "huginn",
@@ -249,6 +262,7 @@ class Inputs:
     cos: Tensor | None
     sin: Tensor | None
     grad_states: tuple[Tensor, ...]
+    segments: Tensor | None = None
 
 
 def make_inputs(
@@ -286,7 +300,20 @@ def make_inputs(
     if case.rope and problem.rope_dim is not None:
         rotation = next(n.block.rotation for n in problem.nets if n.block.token_mixer == "attention")
         cos, sin = (table.to(device) for table in rope_tables(case.length, problem.rope_dim, rotation=rotation))
-    return Inputs(problem, states, x, weights, cos, sin, grads)
+    segments = _draw_segments(case, generator).to(device) if problem.uses_segments else None
+    return Inputs(problem, states, x, weights, cos, sin, grads, segments)
+
+
+def _draw_segments(case: Case, generator: torch.Generator) -> Tensor:
+    """Rows of up to three sequences, each with a prefix, which may be empty or all of it: int32 [B, L, 2]."""
+    segments = torch.empty(case.batch, case.length, 2, dtype=torch.int32)
+    for row in segments:
+        cuts = torch.randint(case.length, (2,), generator=generator).tolist()
+        bounds = sorted({0, *cuts, case.length})
+        for start, end in pairwise(bounds):
+            row[start:end, 0] = start
+            row[start:end, 1] = start + int(torch.randint(end - start + 1, (), generator=generator))
+    return segments
 
 
 def _mean(name: str) -> float:

@@ -70,12 +70,12 @@ class Block(nn.Module):
         """The parameters in the order of ``spec.weight_shapes``."""
         return block_weights(self, self.spec)
 
-    def forward(self, h: Tensor, cos_sin: CosSin | None = None) -> Tensor:
-        """h: [B, L, D]; cos_sin: RoPE tables [>= L, head_dim]."""
+    def forward(self, h: Tensor, cos_sin: CosSin | None = None, segments: Tensor | None = None) -> Tensor:
+        """h: [B, L, D]; cos_sin: RoPE tables [>= L, head_dim]; segments as in :func:`trmfast.recursion`."""
         if not torch.compiler.is_compiling():
             watch_of(self, partial(_watch_block, self))
         cos, sin = cos_sin if cos_sin is not None else (None, None)
-        return reference.run_block(self.spec, h, self.weights(), cos, sin)
+        return reference.run_block(self.spec, h, self.weights(), cos, sin, segments=segments)
 
 
 def block_weights(block: Any, spec: BlockSpec) -> list[Tensor]:
@@ -107,10 +107,10 @@ class Net(nn.Module):
         layers = tuple(weight for layer in self.layers for weight in cast(Block, layer).weights())
         return (*layers, self.norm.weight) if self.spec.final_norm and self.spec.block.norm_weight else layers
 
-    def forward(self, h: Tensor, cos_sin: CosSin | None = None) -> Tensor:
-        """Applies the network once, layer by layer in plain PyTorch; h: [B, L, D], cos_sin: tables [>= L, head_dim]."""
+    def forward(self, h: Tensor, cos_sin: CosSin | None = None, segments: Tensor | None = None) -> Tensor:
+        """Applies the network once, layer by layer in plain PyTorch; arguments as in :class:`Block`."""
         for layer in self.layers:
-            h = layer(h, cos_sin)
+            h = layer(h, cos_sin, segments)
         if not self.spec.final_norm:
             return h
         if self.spec.block.norm_weight:
@@ -316,6 +316,7 @@ class Recursion(nn.Module):
         x: Tensor | None = None,
         cos_sin: CosSin | None = None,
         program: RecursionProgram | None = None,
+        segments: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Runs the recursion.
 
@@ -325,23 +326,26 @@ class Recursion(nn.Module):
             x: [B, L, D], or None when no update injects x.
             cos_sin: RoPE tables [>= L, head_dim], or None for no rotation; read by each :class:`Net`.
             program: the program of this call, by default that of the constructor.
+            segments: boundaries of sequences, as in :func:`trmfast.recursion`; all networks are :class:`Net` then.
 
         Returns:
             The final value of every state.
         """
         program, specs = program or self.program, self.specs
         if specs is None:
+            if segments is not None:
+                raise ValueError("segments: got a tensor, accepted is None, not every network is a trmfast.nn.Net")
             return self._run(program, states, x, cos_sin)
         cos, sin = cos_sin if cos_sin is not None else (None, None)
         settings = self.backend, self.recompute, self.dtype
         if torch.compiler.is_compiling():
             weights = [weight for net in self.nets for weight in cast(Net, net).weights()]
-            return recursion(program, specs, states, x, weights, cos, sin, *settings)
+            return recursion(program, specs, states, x, weights, cos, sin, *settings, segments)
         watch = watch_nets(self.nets, tuple(self.nets._modules), "nets.")
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
             current, injected = (tensors, None) if x is None else (tensors[:-1], tensors[-1])
-            return recursion(program, specs, current, injected, watch.weights(), cos, sin, *settings)
+            return recursion(program, specs, current, injected, watch.weights(), cos, sin, *settings, segments)
 
         return inside(watch.sharded, run, (*states, *(() if x is None else (x,))))
 

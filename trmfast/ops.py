@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from trmfast.backends import BackwardCall, ForwardCall, select
 from trmfast.flops import backward_flops, forward_flops
-from trmfast.problem import Problem
+from trmfast.problem import Problem, check_segments
 from trmfast.program import RecursionProgram
 from trmfast.reference import wide_dtype
 from trmfast.spec import NetSpec
@@ -23,13 +23,14 @@ __all__ = ["recursion"]
 _library = torch.library.Library("trmfast", "DEF")
 _library.define(
     "recursion(Tensor[] states, Tensor? x, Tensor[] weights, Tensor? cos, Tensor? sin, "
-    "str program, str[] nets, str backend, bool save, bool recompute, bool int8=False) "
+    "str program, str[] nets, str backend, bool save, bool recompute, bool int8=False, Tensor? segments=None) "
     "-> (Tensor[] states, Tensor saved, Tensor kept)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "recursion_backward(Tensor[] grad_states, Tensor saved, Tensor kept, Tensor[] weights, Tensor? cos, Tensor? sin, "
-    "str program, str[] nets, str backend, bool[] needs_states, bool needs_x, bool[] needs_weights) -> Tensor[]",
+    "str program, str[] nets, str backend, bool[] needs_states, bool needs_x, bool[] needs_weights, "
+    "Tensor? segments=None) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -45,6 +46,7 @@ def recursion(
     backend: str = "auto",
     recompute: bool = True,
     dtype: str | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Runs a whole recursion as one operation.
 
@@ -60,12 +62,16 @@ def recursion(
         weights: network by network, each in the order of ``NetSpec.weight_shapes``; of any float dtype.  They are cast
             to the compute dtype inside; gradients are summed in float32 over all applications and returned in the
             weight's dtype.
-        cos, sin: RoPE tables [>= L, head_dim] for the rotate-half convention, or None for no rotation.
+        cos, sin: RoPE tables [>= L, head_dim], or None for no rotation; column c belongs to channel c of a head.  Row l
+            is the angle of token l: for packed sequences, tables gathered by position.
         backend: the name of a backend, or ``"auto"``.
         recompute: whether the backward pass recomputes the gradient window.  If not, a backend may keep its activations
             instead: faster, but about thirty times the memory of the summed inputs.
         dtype: ``"int8"`` for int8 operands in the products by weights (trmfast/int8.py); states and x are cast to
             bfloat16 here, and gradients are refused.
+        segments: for networks with ``BlockSpec.segments``: integers [B, L, 2], for each token the first position of its
+            sequence and the end of its prefix, both positions in the row.  Token i sees ``start <= j < max(end, i +
+            1)``; an end equal to the start is plain causal attention.  Values are checked on CPUs only.
 
     Returns:
         The final value of every state, [B, L, D] in the compute dtype; never a view of an input.
@@ -88,7 +94,7 @@ def recursion(
         for item in items:
             if type(item) not in usual:
                 _require_kind(item, kind, name, items)
-    for name, table in (("x", x), ("cos", cos), ("sin", sin)):
+    for name, table in (("x", x), ("cos", cos), ("sin", sin), ("segments", segments)):
         if table is not None and not isinstance(table, Tensor):
             raise TypeError(f"{name}: got {type(table).__name__}, accepted are Tensor and None")
     if states:
@@ -105,13 +111,13 @@ def recursion(
     if not torch.compiler.is_dynamo_compiling() and inside_transform():
         if int8:
             raise ValueError("dtype: got 'int8' in a transform of torch.func or with dual numbers, accepted is None")
-        return run_plainly(program, nets, states, x, weights, cos, sin, backend)
+        return run_plainly(program, nets, states, x, weights, cos, sin, backend, segments)
     save = torch.is_grad_enabled() and (
         any(tensor.requires_grad for tensor in (*weights, *states)) or (x is not None and x.requires_grad)
     )
     net_keys = [net.key for net in nets]
     out, _, _ = torch.ops.trmfast.recursion.default(
-        list(states), x, list(weights), cos, sin, program.key, net_keys, backend, save, recompute, int8
+        list(states), x, list(weights), cos, sin, program.key, net_keys, backend, save, recompute, int8, segments
     )
     return tuple(out)
 
@@ -150,20 +156,23 @@ def _forward(
     save: bool,
     recompute: bool,
     int8: bool = False,
+    segments: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     problem = Problem.from_keys(program, tuple(nets))
-    problem.validate(states, x, weights, cos, sin)
+    problem.validate(states, x, weights, cos, sin, segments)
     first = states[0]
     if int8:
         _check_int8(first.dtype, save)
     batch, length, _ = first.shape
     chosen = select(backend, problem, first.device, torch.int8 if int8 else first.dtype, batch, length)
     if first.numel() == 0:
-        return _forward_fake(states, x, weights, cos, sin, program, nets, backend, save, recompute)
+        return _forward_fake(states, x, weights, cos, sin, program, nets, backend, save, recompute, int8, segments)
+    segments = _boundaries(segments)
     cos, sin = _tables(problem, cos, sin, length, first.dtype)
     states = [state.contiguous() for state in states]
     x = x.contiguous() if x is not None and problem.uses_x else None
-    out, saved, kept = chosen.forward(ForwardCall(problem, states, x, weights, cos, sin, save, recompute, int8))
+    call = ForwardCall(problem, states, x, weights, cos, sin, save, recompute, int8, segments)
+    out, saved, kept = chosen.forward(call)
     return [t.contiguous() for t in out], saved, kept
 
 
@@ -179,10 +188,11 @@ def _forward_fake(
     save: bool,
     recompute: bool,
     int8: bool = False,
+    segments: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     refuse_onnx()
     problem = Problem.from_keys(program, tuple(nets))
-    problem.validate(states, x, weights, cos, sin)
+    problem.validate(states, x, weights, cos, sin, segments)
     first = states[0]
     if int8:
         _check_int8(first.dtype, save)
@@ -213,6 +223,15 @@ def _tables(
     return _table(cos, length, wide), _table(sin, length, wide)
 
 
+def _boundaries(segments: Tensor | None) -> Tensor | None:
+    """Boundaries as backends take them: int32, contiguous."""
+    if segments is None:
+        return None
+    if segments.device.type == "cpu":
+        check_segments(segments)
+    return segments.to(torch.int32).contiguous()
+
+
 def _table(table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     rows = table if table.shape[0] == length else table[:length]
     return (rows if rows.dtype == dtype else rows.to(dtype)).contiguous()
@@ -234,13 +253,14 @@ def _backward(
     needs_states: list[bool],
     needs_x: bool,
     needs_weights: list[bool],
+    segments: Tensor | None = None,
 ) -> list[Tensor]:
     problem = Problem.from_keys(program, tuple(nets))
     if saved.shape[0] != problem.num_grad_updates:
         raise ValueError(
             f"saved: got {saved.shape[0]} inputs, accepted are {problem.num_grad_updates}, one for each grad update"
         )
-    problem.validate(grad_states, grad_states[0], weights, cos, sin)
+    problem.validate(grad_states, grad_states[0], weights, cos, sin, segments)
     dtype = saved.dtype
     _, batch, length, _ = saved.shape
     gs: Sequence[Tensor | None] = [None] * len(grad_states)
@@ -251,7 +271,9 @@ def _backward(
         cos, sin = _tables(problem, cos, sin, length, dtype)
         grads = [g.contiguous() for g in grad_states]
         needs = needs_states, needs_x and problem.uses_x, needs_weights
-        gs, gx, gw = chosen.backward(BackwardCall(problem, grads, saved.contiguous(), kept, weights, cos, sin, *needs))
+        segments = None if segments is None else segments.to(torch.int32).contiguous()
+        call = BackwardCall(problem, grads, saved.contiguous(), kept, weights, cos, sin, *needs, segments)
+        gs, gx, gw = chosen.backward(call)
     shape = grad_states[0].shape
     results = [_result(g, need, saved, shape, dtype) for g, need in zip(gs, needs_states, strict=True)]
     results.append(_result(gx, needs_x, saved, shape, dtype))
@@ -283,6 +305,7 @@ def _backward_fake(
     needs_states: list[bool],
     needs_x: bool,
     needs_weights: list[bool],
+    _segments: Tensor | None = None,
 ) -> list[Tensor]:
     shape = grad_states[0].shape
     results = [saved.new_empty(shape if need else 0) for need in (*needs_states, needs_x)]
@@ -306,10 +329,11 @@ class TrmfastRecursion(torch.autograd.Function):
         x: Tensor | None,
         cos: Tensor | None,
         sin: Tensor | None,
+        segments: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         states, weights = list(tensors[:num_states]), list(tensors[num_states:])
-        out, saved, kept = _below_autograd(keys, states, x, weights, cos, sin, *settings)
+        out, saved, kept = _below_autograd(keys, states, x, weights, cos, sin, *settings, segments)
         program, nets, backend, save = settings[:4]
         _, live = Problem.from_keys(program, tuple(nets)).live_updates(
             [s.requires_grad for s in states],
@@ -320,28 +344,28 @@ class TrmfastRecursion(torch.autograd.Function):
         ctx.mark_non_differentiable(saved, kept, *dead)
         # Undefined gradients stay None: zeros for `saved` alone would cost as much memory as the whole window.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(saved, kept, cos, sin, *weights)
+        ctx.save_for_backward(saved, kept, cos, sin, segments, *weights)
         ctx.call = (program, nets, backend, save, num_states)
         return (*out, saved, kept)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         program, nets, backend, save, count = ctx.call
-        saved, kept, cos, sin, *weights = ctx.saved_tensors
+        saved, kept, cos, sin, segments, *weights = ctx.saved_tensors
         if not save and Problem.from_keys(program, tuple(nets)).num_grad_updates:
             raise RuntimeError("trmfast::recursion was called with save=False: it kept nothing to differentiate")
         needs = ctx.needs_input_grad
-        needs_x, needs_tensors = needs[3], needs[6:]
+        needs_x, needs_tensors = needs[3], needs[7:]
         grads = [saved.new_zeros(saved.shape[1:]) if g is None else g for g in outputs[:count]]
         results = torch.ops.trmfast.recursion_backward.default(
             *(grads, saved, kept, weights, cos, sin, program, nets, backend),
-            *(list(needs_tensors[:count]), needs_x, list(needs_tensors[count:])),
+            *(list(needs_tensors[:count]), needs_x, list(needs_tensors[count:]), segments),
         )
         gx = results.pop(count) if needs_x else None
         if not needs_x:
             results.pop(count)
         found = [g if need else None for g, need in zip(results, needs_tensors, strict=True)]
-        return None, None, None, gx, None, None, *found
+        return None, None, None, gx, None, None, None, *found
 
 
 def _autograd(
@@ -351,13 +375,15 @@ def _autograd(
     weights: list[Tensor],
     cos: Tensor | None,
     sin: Tensor | None,
-    *settings: Any,
+    *rest: Any,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    # The dispatcher leaves out arguments that have their defaults.
+    settings, segments = (*rest[:5], rest[5] if len(rest) > 5 else False), rest[6] if len(rest) > 6 else None
     tensors = (*states, *weights) if x is None else (*states, x, *weights)
     refuse_tangents(tensors)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        return _below_autograd(keys, states, x, weights, cos, sin, *settings)
-    *out, saved, kept = TrmfastRecursion.apply(keys, settings, len(states), x, cos, sin, *states, *weights)
+        return _below_autograd(keys, states, x, weights, cos, sin, *settings, segments)
+    *out, saved, kept = TrmfastRecursion.apply(keys, settings, len(states), x, cos, sin, segments, *states, *weights)
     return out, saved, kept
 
 
@@ -409,7 +435,7 @@ def _forward_flops(states: list[Sequence[int]], *rest: Any, **_ignored: Any) -> 
 
 
 def _backward_flops(grad_states: list[Sequence[int]], *rest: Any, **_ignored: Any) -> int:
-    program, nets, needs_weights = rest[5], rest[6], rest[-1]
+    program, nets, needs_weights = rest[5], rest[6], rest[10]
     batch, length = grad_states[0][:2]
     return backward_flops(Problem.from_keys(program, tuple(nets)), batch, length, needs_weights)
 

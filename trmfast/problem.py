@@ -13,7 +13,7 @@ from torch import Tensor
 from trmfast.program import RecursionProgram
 from trmfast.spec import NetSpec
 
-__all__ = ["COMPUTE_DTYPES", "Problem", "unsupported"]
+__all__ = ["COMPUTE_DTYPES", "Problem", "check_segments", "unsupported"]
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,6 +40,8 @@ class Problem:
     seq_len: int | None = field(init=False, repr=False, compare=False)
     # Width of the RoPE tables, or None where no network attends and tables are ignored.
     rope_dim: int | None = field(init=False, repr=False, compare=False)
+    # Whether a network reads the boundaries of sequences.
+    uses_segments: bool = field(init=False, repr=False, compare=False)
     weight_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
     weight_shapes: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     # weights[weight_slices[n]] belong to network n.
@@ -80,6 +82,7 @@ class Problem:
             ("uses_x", program.uses_x),
             ("seq_len", mixers[0].seq_len if mixers else None),
             ("rope_dim", attention[0].head_dim if attention else None),
+            ("uses_segments", any(block.segments for block in attention)),
             ("weight_names", tuple(names)),
             ("weight_shapes", tuple(shapes)),
             ("weight_slices", tuple(slices)),
@@ -132,6 +135,7 @@ class Problem:
         weights: Sequence[Tensor],
         cos: Tensor | None,
         sin: Tensor | None,
+        segments: Tensor | None = None,
     ) -> None:
         """Checks tensors against the problem.
 
@@ -140,6 +144,8 @@ class Problem:
             x: [B, L, D] of the same dtype and device, or None when no update injects x.
             weights: :attr:`num_weights` tensors of :attr:`weight_shapes`, of any float dtype, on the same device.
             cos, sin: [>= L, head_dim] float tables on the same device, or None.
+            segments: integers [B, L, 2] on the same device where a network reads them, else None; what they hold is
+                checked by :func:`check_segments`.
 
         Raises:
             ValueError: one line naming the argument, what came and what is accepted.
@@ -179,6 +185,44 @@ class Problem:
         if cos is not None and sin is not None and self.rope_dim is not None:
             _check_table("cos", cos, length, self.rope_dim, device)
             _check_table("sin", sin, length, self.rope_dim, device)
+        if self.uses_segments != (segments is not None):
+            accepted = f"integers [{shape[0]}, {length}, 2]" if self.uses_segments else "None, no network reads them"
+            raise ValueError(f"segments: got {'None' if segments is None else 'a tensor'}, accepted is {accepted}")
+        if segments is not None:
+            expected = (shape[0], length, 2)
+            if segments.shape != expected:
+                raise ValueError(f"segments.shape: got {_size(segments.shape)}, accepted is {list(expected)}")
+            if segments.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"segments.dtype: got {_name(segments.dtype)}, accepted are int32 and int64")
+            if segments.device != device:
+                raise ValueError(f"segments.device: got {segments.device}, accepted is {device}, that of states[0]")
+
+
+def check_segments(segments: Tensor) -> None:
+    """Checks the boundaries of sequences; on a GPU this waits for the device.
+
+    Args:
+        segments: [B, L, 2], for each token the first position of its sequence and the end of its prefix.
+
+    Raises:
+        ValueError: sequences that do not follow each other, or a prefix that is not part of its sequence.
+    """
+    starts, ends = segments.long().unbind(-1)
+    position = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+    begins = starts == position
+    same = torch.zeros_like(begins)
+    same[:, 1:] = (starts[:, 1:] == starts[:, :-1]) & (ends[:, 1:] == ends[:, :-1])
+    # The sequence of a token ends where the next begins, or with the row.
+    last = torch.ones_like(begins)
+    last[:, :-1] = begins[:, 1:]
+    good = (begins | same) & (ends >= starts) & ~(last & (ends > position + 1))
+    if not bool(good.all()):
+        row, token = (~good).nonzero()[0].tolist()
+        got = segments[row, token].tolist()
+        raise ValueError(
+            f"segments[{row}, {token}]: got {got}, accepted are the start of the token's sequence, {token} or that of "
+            "the token before, and the end of a prefix inside that sequence, the same for all of its tokens"
+        )
 
 
 def unsupported(problem: Problem, choices: Mapping[str, Container[Any]]) -> str | None:

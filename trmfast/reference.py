@@ -84,6 +84,7 @@ def attention(
     cos: Tensor | None,
     sin: Tensor | None,
     *extras: Tensor,
+    segments: Tensor | None = None,
     linear: Linear = cast_linear,
 ) -> Tensor:
     """Self-attention of h [B, L, D].
@@ -95,6 +96,7 @@ def attention(
         o_proj: [D, heads * head_dim].
         cos, sin: RoPE tables [>= L, head_dim], or None for no rotation.
         extras: ``qk_bias``, ``q_norm.weight`` and ``k_norm.weight``, those that the block has.
+        segments: integers [B, L, 2], as in :func:`trmfast.recursion`; None where the block does not read them.
         linear: the product by a weight.
     """
     batch, length, _ = h.shape
@@ -113,7 +115,9 @@ def attention(
     if kv_heads != heads:
         k, v = (t.repeat_interleave(heads // kv_heads, dim=2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if block.attention_window:
+    if block.segments and segments is not None:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen_in_segments(segments)[:, None])
+    elif block.attention_window:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(block, length, h.device))
     else:
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=block.causal)
@@ -129,6 +133,13 @@ def _seen(block: BlockSpec, length: int, device: torch.device) -> Tensor:
     distance = position[:, None] - position
     seen = distance.abs() < block.attention_window
     return seen & (distance >= 0) if block.causal else seen
+
+
+def _seen_in_segments(segments: Tensor) -> Tensor:
+    """Which positions (last axis) each position of each row sees, [B, L, L]."""
+    start, prefix_end = segments[..., :1], segments[..., 1:]
+    position = torch.arange(segments.shape[1], device=segments.device)
+    return (position >= start) & (position < torch.maximum(prefix_end, position[:, None] + 1))
 
 
 def swiglu(h: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *, linear: Linear = cast_linear) -> Tensor:
@@ -181,6 +192,7 @@ def run_block(
     cos: Tensor | None,
     sin: Tensor | None,
     int8: bool = False,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """One block of h [B, L, D]; the weights are those of ``block.weight_shapes``, in its order."""
     linear = int8_linear if int8 else cast_linear
@@ -194,7 +206,7 @@ def run_block(
     def mix_tokens(h: Tensor) -> Tensor:
         if block.token_mixer == "mlp_t":
             return swiglu(h, in_proj, out_proj, linear=linear)
-        return attention(block, h, in_proj, out_proj, cos, sin, *extras, linear=linear)
+        return attention(block, h, in_proj, out_proj, cos, sin, *extras, segments=segments, linear=linear)
 
     def mix_channels(h: Tensor) -> Tensor:
         return mix(h, *mlp, linear=linear)
@@ -228,6 +240,7 @@ def run_net(
     cos: Tensor | None,
     sin: Tensor | None,
     int8: bool = False,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """All blocks of a network, one after the other, and its final norm if it has one.
 
@@ -236,7 +249,7 @@ def run_net(
     final = weights[-1] if net.final_norm and net.block.norm_weight else None
     count = (len(weights) - (final is not None)) // net.num_layers
     for layer in range(net.num_layers):
-        h = run_block(net.block, h, weights[layer * count : (layer + 1) * count], cos, sin, int8)
+        h = run_block(net.block, h, weights[layer * count : (layer + 1) * count], cos, sin, int8, segments)
     return rms_norm(h, net.block.rms_norm_eps, final) if net.final_norm else h
 
 
@@ -259,6 +272,7 @@ def run_program(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     int8: bool = False,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The whole recursion.
 
@@ -270,17 +284,18 @@ def run_program(
             they are used.
         cos, sin: RoPE tables [>= L, head_dim], or None for no rotation.
         int8: whether the products by weights are those of :func:`trmfast.int8.int8_linear`; for inference.
+        segments: integers [B, L, 2], as in :func:`trmfast.recursion`, or None.
 
     Returns:
         The final value of every state.  Gradients flow through the updates with ``grad`` only.
     """
-    problem.validate(states, x, weights, cos, sin)
+    problem.validate(states, x, weights, cos, sin, segments)
     current = list(states)
     for update in problem.program.updates:
         with torch.set_grad_enabled(update.grad and torch.is_grad_enabled()):
             h = summed_input(update, current, x)
             used = problem.net_weights(weights, update.net)
-            z = run_net(problem.nets[update.net], h, used, cos, sin, int8)
+            z = run_net(problem.nets[update.net], h, used, cos, sin, int8, segments)
         # torch.no_grad cuts gradients alone; tangents are cut by detach().
         current[update.dst] = z if update.grad else z.detach()
     return tuple(current)

@@ -19,7 +19,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("none", "channel", "head"),
 }
 # Options of attention, and of norms over the width: a SwiGLU over the sequence has neither.
-NOT_FOR_MLP_T = ("norm_placement", "norm_weight", "rotation", "qk_norm", "qk_bias", "gate", "attention_window")
+NOT_FOR_MLP_T = (
+    "norm_placement", "norm_weight", "rotation", "qk_norm", "qk_bias", "gate", "attention_window", "segments",
+)  # fmt: skip
 # What is no choice among kinds of networks: every backend takes the sizes that it takes.
 SIZES = (
     "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "seq_len", "seq_intermediate_size",
@@ -64,6 +66,8 @@ class BlockSpec:
         gate: sigmoid of a further projection of the input that multiplies attention before the output projection:
             ``"none"``, ``"channel"`` for one value a channel, ``"head"`` for one a head (attention).
         attention_window: attention sees positions at a distance below it; 0 for no limit (attention).
+        segments: whether every call says which tokens belong together, so that a row may hold several sequences, each
+            with a prefix that sees itself in both directions (attention; causal, without a window).
 
     Raises:
         TypeError: a width, count or length that is not an int, an epsilon that is not a number, or a flag that is not a
@@ -91,6 +95,7 @@ class BlockSpec:
     qk_bias: bool = False
     gate: str = "none"
     attention_window: int = 0
+    segments: bool = False
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -125,6 +130,9 @@ class BlockSpec:
                     raise ValueError(
                         f"{name}: got {getattr(self, name)!r} with token_mixer 'mlp_t', accepted is {default!r}"
                     )
+        free = self.causal and not self.attention_window
+        if self.segments and not free:
+            raise ValueError("segments: got True, accepted is False unless causal and without attention_window")
 
     def _accept(self, name: str, good: bool, accepted: str) -> None:
         if not good:

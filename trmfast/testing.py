@@ -161,7 +161,10 @@ def run_fused(inputs: Inputs, backend: str, backward: bool = True, recompute: bo
 
     def forward(states: Sequence[Tensor], x: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         cos, sin = inputs.cos, inputs.sin
-        return recursion(problem.program, problem.nets, states, x, weights, cos, sin, backend, recompute)
+        segments = inputs.segments
+        return recursion(
+            problem.program, problem.nets, states, x, weights, cos, sin, backend, recompute, segments=segments
+        )
 
     return _run(forward, inputs, inputs.states[0].dtype, backward)
 
@@ -294,7 +297,9 @@ Forward = Callable[[Sequence[Tensor], "Tensor | None", Sequence[Tensor]], tuple[
 
 
 def _reference(inputs: Inputs) -> Forward:
-    return lambda states, x, weights: run_program(inputs.problem, states, x, weights, inputs.cos, inputs.sin)
+    return lambda states, x, weights: run_program(
+        inputs.problem, states, x, weights, inputs.cos, inputs.sin, segments=inputs.segments
+    )
 
 
 def _run(forward: Forward, inputs: Inputs, dtype: torch.dtype, backward: bool) -> Result:

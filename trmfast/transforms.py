@@ -50,6 +50,7 @@ def run_plainly(
     cos: Tensor | None,
     sin: Tensor | None,
     backend: str,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The recursion operation by operation, at eager speed: every transform of PyTorch knows these operations.
 
@@ -68,7 +69,7 @@ def run_plainly(
         )
     # The fused kernels of attention have neither tangents nor second derivatives.
     with sdpa_kernel(SDPBackend.MATH):
-        return run_program(Problem(program, tuple(nets)), states, x, weights, cos, sin)
+        return run_program(Problem(program, tuple(nets)), states, x, weights, cos, sin, segments=segments)
 
 
 def refuse_tangents(tensors: Sequence[Tensor]) -> None:

@@ -213,7 +213,7 @@ def untouched(run: Run) -> list[str]:
     before = {name: t.clone() for name, t in given.items() if t is not None}
     with applied(run.variant):
         arguments = (inputs.cos, inputs.sin, "cpu", run.variant.recompute)
-        out = recursion(problem.program, problem.nets, states, inputs.x, weights, *arguments)
+        out = recursion(problem.program, problem.nets, states, inputs.x, weights, *arguments, segments=inputs.segments)
         pairs = [(z, g) for z, g in zip(out, inputs.grad_states, strict=True) if z.requires_grad]
         if pairs:
             roots, grads = zip(*pairs, strict=True)
@@ -229,12 +229,16 @@ def packs(run: Run) -> list[str]:
     weights = [weight.clone() for weight in inputs.weights]
     arguments = (inputs.cos, inputs.sin, "cpu", run.variant.recompute)
     with applied(run.variant), torch.no_grad():
-        recursion(problem.program, problem.nets, inputs.states, inputs.x, weights, *arguments)
+        recursion(problem.program, problem.nets, inputs.states, inputs.x, weights, *arguments, segments=inputs.segments)
         for weight in weights:
             weight.data.view(-1)[-1] += 0.5
-        written = recursion(problem.program, problem.nets, inputs.states, inputs.x, weights, *arguments)
+        written = recursion(
+            problem.program, problem.nets, inputs.states, inputs.x, weights, *arguments, segments=inputs.segments
+        )
         fresh = [weight.clone() for weight in weights]
-        right = recursion(problem.program, problem.nets, inputs.states, inputs.x, fresh, *arguments)
+        right = recursion(
+            problem.program, problem.nets, inputs.states, inputs.x, fresh, *arguments, segments=inputs.segments
+        )
     one, two = (Result(dict(zip(problem.program.states, out, strict=True)), {}) for out in (written, right))
     return differences(one, two, "stale weights were used")
 

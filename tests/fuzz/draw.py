@@ -102,7 +102,8 @@ def _options(rng: random.Random, attends: bool) -> dict[str, Any]:
     if not values or rng.random() < 0.5:
         return {}
     names = rng.sample(sorted(values), min(len(values), rng.choice((1, 1, 2, 3))))
-    return {name: rng.choice(values[name]) for name in names}
+    found = {name: rng.choice(values[name]) for name in names}
+    return {**found, "causal": True, "attention_window": 0} if found.get("segments") else found
 
 
 def _program(rng: random.Random) -> Program:

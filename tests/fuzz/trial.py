@@ -49,7 +49,7 @@ class Trial(_Plain):
         program: a constructor and its arguments, or updates ``(dst, sources, inject_x, net, grad)``.
         hidden_size, intermediate_size, token_mixer, channel_mixer, num_heads, num_kv_heads, head_dim, causal,
             seq_intermediate_size, conv_kernel, rms_norm_eps, norm_placement, norm_weight, rotation, qk_norm, qk_bias,
-            gate, attention_window: as in ``BlockSpec``; of attention or mlp_t, what the token mixer has.
+            gate, attention_window, segments: as in ``BlockSpec``; of attention or mlp_t, what the token mixer has.
         num_layers, final_norm: as in ``NetSpec``.
         batch, length, rope: B, L, and whether there are tables.
         dtype, weight_dtype: names of dtypes.
@@ -79,6 +79,7 @@ class Trial(_Plain):
     qk_bias: bool = False
     gate: str = "none"
     attention_window: int = 0
+    segments: bool = False
     num_layers: int = 1
     final_norm: bool = False
     batch: int = 1

@@ -103,7 +103,8 @@ def _run(trial: Trial, inputs: Inputs, variant: Variant) -> Result:
     x = None if inputs.x is None else leaf(inputs.x, "x")
     weights = [leaf(weight, "weights") for weight in inputs.weights]
     cos, sin = (None if t is None else lay_out(t, trial.layout("tables")) for t in (inputs.cos, inputs.sin))
-    out = recursion(problem.program, problem.nets, states, x, weights, cos, sin, "cpu", variant.recompute)
+    arguments = (states, x, weights, cos, sin, "cpu", variant.recompute)
+    out = recursion(problem.program, problem.nets, *arguments, segments=inputs.segments)
     names = problem.program.states
     leaves = {f"grad {name}": state for name, state in zip(names, states, strict=True)}
     if x is not None:

@@ -27,6 +27,7 @@ class ForwardCall(NamedTuple):
             attends, or for no rotation.
         save: whether a backward pass will follow.
         recompute: whether that pass recomputes the activations of the gradient window.
+        segments: int32 [B, L, 2], contiguous, where a network reads them, else None, see :func:`trmfast.recursion`.
         int8: whether the operands of products by weights are int8; the compute dtype is bfloat16 then, and ``save``
             False.
     """
@@ -40,13 +41,14 @@ class ForwardCall(NamedTuple):
     save: bool
     recompute: bool
     int8: bool = False
+    segments: Tensor | None = None
 
 
 class BackwardCall(NamedTuple):
     """What ``Backend.backward`` differentiates.
 
     Attributes:
-        problem, weights, cos, sin: as in :class:`ForwardCall`.
+        problem, weights, cos, sin, segments: as in :class:`ForwardCall`.
         grad_states: S gradients [B, L, D] of the final states, contiguous, in the compute dtype.
         saved: [G, B, L, D], the summed input of every update with ``grad``, from forward.
         kept: bytes that forward kept instead of recomputing, empty if it kept none.
@@ -63,3 +65,4 @@ class BackwardCall(NamedTuple):
     needs_states: Sequence[bool]
     needs_x: bool
     needs_weights: Sequence[bool]
+    segments: Tensor | None = None

@@ -48,7 +48,7 @@ class ReferenceBackend:
                     slot += 1
                 net = problem.nets[update.net]
                 weights = problem.net_weights(cast, update.net)
-                current[update.dst] = run_net(net, h, weights, call.cos, call.sin, call.int8)
+                current[update.dst] = run_net(net, h, weights, call.cos, call.sin, call.int8, call.segments)
         # A state that no update writes is still the caller's tensor.
         out = [z.clone() if z is state else z for z, state in zip(current, call.states, strict=True)]
         return out, saved, saved.new_empty(0, dtype=torch.uint8)
@@ -81,6 +81,7 @@ class ReferenceBackend:
                     g.to(dtype),
                     needs_input[position],
                     call.needs_weights[part],
+                    call.segments,
                 )
                 for i, d in zip(range(part.start, part.stop), dw, strict=True):
                     gw[i] = _add(gw[i], d, wide)
@@ -100,6 +101,7 @@ def _vjp(
     g: Tensor,
     needs_h: bool,
     needs_weights: Sequence[bool],
+    segments: Tensor | None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of <net(h), g> for what is needed, by autograd over a recomputed application."""
     h = h.detach().requires_grad_(needs_h)
@@ -109,7 +111,7 @@ def _vjp(
         return None, [None] * len(used)
     # The dispatcher skips autograd inside an operator; this re-enables it, for these tensors only.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
-        found = iter(torch.autograd.grad(run_net(net, h, used, cos, sin), leaves, g))
+        found = iter(torch.autograd.grad(run_net(net, h, used, cos, sin, segments=segments), leaves, g))
     dh = next(found) if needs_h else None
     return dh, [next(found) if need else None for need in needs_weights]
 
