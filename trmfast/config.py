@@ -126,7 +126,7 @@ class ModelConfig:
         missing = [name for name, field in known.items() if field.default is MISSING and name not in config]
         if missing:
             raise ValueError(f"config_dict: got no {', '.join(missing)}, required by {cls.__name__}")
-        return cls(**{name: _convert(name, str(known[name].type), config[name]) for name in known if name in config})
+        return cls(**{name: convert(name, str(known[name].type), config[name]) for name in known if name in config})
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -286,7 +286,7 @@ def _misspelt(config: Iterable[Any], known: Iterable[str]) -> dict[str, str]:
     return {key: by_lower[names[0]] for key, names in close.items() if names}
 
 
-def _convert(name: str, kind: str, value: Any) -> Any:
+def convert(name: str, kind: str, value: Any) -> Any:
     """``value`` converted to the type that ``kind`` names; YAML may have written 4 for 4.0."""
     if kind == "bool" or isinstance(value, bool):
         if kind == "bool" and isinstance(value, bool):

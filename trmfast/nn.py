@@ -47,13 +47,18 @@ __all__ = [
 
 
 class Block(nn.Module):
-    """One block: ``self_attn`` or ``mlp_t``, ``mlp``, and ``norm1`` to ``norm4`` where norms have weights."""
+    """One block: ``self_attn`` or ``mlp_t``, ``mlp``, and ``norm1`` to ``norm4`` where norms have weights.
+
+    A subclass may call its attention by another name.
+    """
+
+    attention_name = "self_attn"
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.spec = spec
         if spec.token_mixer == "attention":
-            self.self_attn = Attention(spec)
+            self.add_module(self.attention_name, Attention(spec))
         else:
             self.mlp_t = SwiGLU(spec.seq_len, spec.seq_intermediate_size)
         self.mlp: SwiGLU | ConvSwiGLU | MLP
@@ -80,7 +85,13 @@ class Block(nn.Module):
 
 def block_weights(block: Any, spec: BlockSpec) -> list[Tensor]:
     """The parameters that a block of this structure has now, in the order of ``spec.weight_shapes``."""
-    return [_at(block, path) for path in spec.weight_shapes]
+    return [_at(block, path) for path in _paths(block, spec)]
+
+
+def _paths(block: Any, spec: BlockSpec) -> list[str]:
+    """Where the weights of a block are, in the order of ``spec.weight_shapes``."""
+    name = getattr(block, "attention_name", "self_attn")
+    return [path.replace("self_attn.", f"{name}.") for path in spec.weight_shapes]
 
 
 def _at(module: Any, path: str) -> Any:
@@ -92,13 +103,15 @@ def _at(module: Any, path: str) -> Any:
 class Net(nn.Module):
     """A stack of blocks; ``layers.0.self_attn.qkv_proj.weight`` and so on, as in the published state_dicts.
 
-    ``norm`` is the final norm where it has a weight.
+    ``norm`` is the final norm where it has a weight.  A subclass may have blocks of another :attr:`block_type`.
     """
+
+    block_type = Block
 
     def __init__(self, spec: NetSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.layers = nn.ModuleList(Block(spec.block) for _ in range(spec.num_layers))
+        self.layers = nn.ModuleList(self.block_type(spec.block) for _ in range(spec.num_layers))
         if spec.final_norm and spec.block.norm_weight:
             self.norm = RMSNorm(spec.block, spec.block.hidden_size)
 
@@ -127,13 +140,13 @@ _FORWARDS: dict[type[nn.Module], Any] = {
 }
 
 
-def _parts(spec: BlockSpec) -> dict[str, type[nn.Module]]:
-    """The modules of a block by path."""
-    mixer = "self_attn" if spec.token_mixer == "attention" else "mlp_t"
-    parts: dict[str, type[nn.Module]] = {mixer: Attention if mixer == "self_attn" else SwiGLU}
+def _parts(spec: BlockSpec, paths: Sequence[str]) -> dict[str, type[nn.Module]]:
+    """The modules of a block by path; paths: those of its weights, of which the first is in the token mixer."""
+    attends = spec.token_mixer == "attention"
+    parts: dict[str, type[nn.Module]] = {paths[0].partition(".")[0]: Attention if attends else SwiGLU}
     mlps: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "conv_swiglu": ConvSwiGLU}
     parts["mlp"] = mlps.get(spec.channel_mixer, MLP)
-    for path in spec.weight_shapes:
+    for path in paths:
         owner = path.rpartition(".")[0]
         if owner not in parts:
             linear = CastedLinear if owner.endswith("_proj") else RMSNorm
@@ -180,7 +193,8 @@ def _examine_block(
     """
     parts = {"": plain(block)}
     facts: Facts = []
-    kinds: dict[str, type[nn.Module]] = {"": Block, **_parts(spec)}
+    paths = _paths(parts[""], spec)
+    kinds: dict[str, type[nn.Module]] = {"": Block, **_parts(spec, paths)}
     for name, kind in kinds.items():
         where = f"{path}.{name}".strip(".")
         if name:
@@ -192,7 +206,7 @@ def _examine_block(
         if hook is not None and not is_sharded(module):
             where = f"{path}.{name}".strip(".")
             raise RuntimeError(f"{where}: has {hook}, accepted are none: {_WHY}")
-    return [(parts[owner], last) for owner, _, last in (p.rpartition(".") for p in spec.weight_shapes)], facts
+    return [(parts[owner], last) for owner, _, last in (p.rpartition(".") for p in paths)], facts
 
 
 def _watch_block(block: Block) -> Watch:
@@ -206,7 +220,8 @@ def watch_nets(owner: nn.Module, names: Sequence[str], prefix: str = "") -> Watc
 
     Args:
         owner: the module.
-        names: its children that are networks: :class:`Net`, or a list of blocks with a ``spec``.
+        names: its networks, by path: :class:`Net`, or a list of blocks with a ``spec``.  Modules on the way are not
+            called either.
         prefix: of their paths, in errors.
 
     Raises:
@@ -218,7 +233,15 @@ def watch_nets(owner: nn.Module, names: Sequence[str], prefix: str = "") -> Watc
         facts: Facts = []
         networks: list[nn.Module] = []
         for name in names:
-            path, held = f"{prefix}{name}", owner._modules[name]
+            path, holder, outer = f"{prefix}{name}", owner, None
+            *parents, last = name.split(".")
+            for parent in parents:
+                facts.append((holder._modules, parent, holder._modules[parent]))
+                holder = plain(cast(nn.Module, holder._modules[parent]))
+                outer = outer or holder
+                if hook_of(holder) is not None:
+                    raise RuntimeError(f"{path}: {parent} has {hook_of(holder)}, accepted are none: {_WHY}")
+            held = holder._modules[last]
             net = plain(cast(nn.Module, held))
             spec = cast(NetSpec, net.spec)
             hook = hook_of(net)
@@ -229,8 +252,8 @@ def watch_nets(owner: nn.Module, names: Sequence[str], prefix: str = "") -> Watc
             if len(layers._modules) != spec.num_layers:
                 got = len(layers._modules)
                 raise RuntimeError(f"{blocks}: got {got} blocks, accepted are {spec.num_layers}, as in {path}.spec")
-            facts += [(owner._modules, name, held), (net.__dict__, "spec", spec)]
-            networks.append(net)
+            facts += [(holder._modules, last, held), (net.__dict__, "spec", spec)]
+            networks.append(outer or net)
             for i, block in layers._modules.items():
                 more = _examine_block(f"{blocks}.{i}", cast(nn.Module, block), spec.block)
                 readers += more[0]

@@ -4,6 +4,7 @@ from trmfast.config import HRMConfig, ModelConfig, TRMConfig, URMConfig
 from trmfast.models.act import ACTModel
 from trmfast.models.carry import Carry, Hier6InnerCarry, InnerCarry, SingleZInnerCarry
 from trmfast.models.hrm import HRM
+from trmfast.models.hrm_text import HRMText, HRMTextConfig
 from trmfast.models.losses import IGNORE_LABEL_ID, ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
 from trmfast.models.sparse_embedding import CastedSparseEmbedding, CastedSparseEmbeddingSignSGD_Distributed
 from trmfast.models.trm import TRM, TRMHier6, TRMSingleZ
@@ -20,6 +21,8 @@ __all__ = [
     "CastedSparseEmbedding",
     "CastedSparseEmbeddingSignSGD_Distributed",
     "HRMConfig",
+    "HRMText",
+    "HRMTextConfig",
     "Hier6InnerCarry",
     "InnerCarry",
     "ModelConfig",
