@@ -25,6 +25,7 @@ from trmfast.kernels.attention import LN2, attend, load_rows
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection import begin_sum, block_width, end_sum, store_normed
+from trmfast.kernels.rows import Rows, rows_of
 
 from trmfast.spec import BlockSpec
 
@@ -36,6 +37,7 @@ def attention_projection_kernel(
     qkv,
     weight,
     residual,
+    residual_squares,
     out,
     mixed_out,
     lse,
@@ -47,6 +49,8 @@ def attention_projection_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     EPS: tl.constexpr,
+    RESIDUAL_PARTS: tl.constexpr,
+    RESIDUAL_EPS: tl.constexpr,
     SCALE: tl.constexpr,
     CAUSAL: tl.constexpr,
     ONE_TILE: tl.constexpr,  # all keys fit one tile
@@ -65,7 +69,10 @@ def attention_projection_kernel(
     columns = tl.arange(0, BLOCK_H)
     near = tl.minimum(tl.arange(0, BLOCK_D), D - 1)
     weight_offsets = near[:, None] * (HEADS * HEAD_DIM) + columns[None, :]
-    h = begin_sum(residual, first_token + first_query, first_token + length, D, BLOCK_M, BLOCK_D)
+    h = begin_sum(
+        residual, residual_squares, first_token + first_query, 0, first_token + length,
+        D, RESIDUAL_PARTS, RESIDUAL_EPS, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
     for head in range(heads):
         k_base = base + (HEADS + head // (HEADS // KV_HEADS)) * HEAD_DIM
         v_base = k_base + KV_HEADS * HEAD_DIM
@@ -103,7 +110,10 @@ def attention_projection_kernel(
         else:
             w = tl.load(weight + head * HEAD_DIM + weight_offsets, mask=(columns < HEAD_DIM)[None, :], other=0.0)
         h = dot(rounded, tl.trans(w), h, PRECISION)
-    h = end_sum(h, residual, first_token + first_query, first_token + length, D, BLOCK_M, BLOCK_D)
+    h = end_sum(
+        h, residual, residual_squares, first_token + first_query, 0, first_token + length,
+        D, RESIDUAL_PARTS, RESIDUAL_EPS, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
     store_normed(h, out, rstd, first_token + first_query, first_token + length, D, EPS, BLOCK_M, BLOCK_D)
 
 
@@ -111,7 +121,7 @@ def attention_projection(
     block: BlockSpec,
     qkv: Buffer,
     weight: Buffer,
-    residual: Buffer,
+    residual: Buffer | Rows,
     out: Buffer,
     *,
     eps: float,
@@ -137,7 +147,7 @@ def attention_projection(
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
     (batch, length, _), width = qkv.shape, weight.shape[0]
-    heads, head_dim = block.num_heads, block.head_dim
+    heads, head_dim, bypass = block.num_heads, block.head_dim, rows_of(residual)
     pairs = length * (length + 1) // 2 if block.causal else length * length
     return Launch.of(
         "attention_projection.attention_projection_kernel",
@@ -145,7 +155,8 @@ def attention_projection(
         {
             "qkv": qkv,
             "weight": weight,
-            "residual": residual,
+            "residual": bypass.values,
+            "residual_squares": bypass.squares,
             "out": out,
             "mixed_out": mixed,
             "lse": lse,
@@ -153,7 +164,7 @@ def attention_projection(
             "length": length,
             "heads": heads,
         },
-        reads=("qkv", "weight", "residual"),
+        reads=("qkv", "weight", "residual", "residual_squares"),
         writes=("out", "mixed_out", "lse", "rstd"),
         constants={
             "D": width,
@@ -161,6 +172,8 @@ def attention_projection(
             "KV_HEADS": block.num_kv_heads,
             "HEAD_DIM": head_dim,
             "EPS": eps,
+            "RESIDUAL_PARTS": bypass.parts,
+            "RESIDUAL_EPS": bypass.eps,
             "SCALE": head_dim**-0.5 * math.log2(math.e),
             "CAUSAL": block.causal,
             "ONE_TILE": length <= tile["BLOCK_N"],

@@ -11,13 +11,14 @@ from functools import partial
 
 import torch
 from trmfast.kernels.attention_backward import attention_backward_keys, attention_backward_queries
+from trmfast.kernels.configurations import WIDEST_ROW
 from trmfast.kernels.conv_swiglu_backward import (
     conv_gradient,
     conv_partials_shape,
     conv_swiglu_backward,
     gate_up_backward,
 )
-from trmfast.kernels.forward_plan import BlockValues, PlanWriter, Setting, forward_net
+from trmfast.kernels.forward_plan import BlockValues, PlanWriter, Setting, forward_net, normed_values
 from trmfast.kernels.mixer_mlp_t_backward import mlp_t_backward, mlp_t_norm_backward, mlp_t_weight_gradient
 from trmfast.kernels.norm_backward import norm_backward
 from trmfast.kernels.plan import Buffer, Launch, Plan, Tile
@@ -165,7 +166,7 @@ def _differentiate(
         targets: gradients of the sources of the input, and whether to add to them; none if its gradient is not needed.
     """
     problem = writer.setting.problem
-    layers = forward_net(writer, net, [saved], writer.state("layer"), keep=True)
+    layers = normed_values(writer, forward_net(writer, net, [saved], writer.state("layer"), keep=True))
     blocks = [BlockBackward(writer, totals, net, layer, values) for layer, values in enumerate(layers)]
     part = problem.weight_slices[net]
     count = (part.stop - part.start) // len(blocks)
@@ -174,13 +175,18 @@ def _differentiate(
     ]
     top = layers[-1]
     grad_sum = writer.state("grad_sum")
-    writer.add("norm_backward", norm_backward, gradient, top.output, top.rstd2, grad_sum)
+    writer.add(_norm_kernel(writer), norm_backward, gradient, top.output, top.rstd2, grad_sum)
     for layer in reversed(range(len(blocks))):
         below = layers[layer - 1] if layer else None
         next_sum = blocks[layer].differentiate(grad_sum, below, needed_below[layer], targets if layer == 0 else ())
         if next_sum is None:
             break
         grad_sum = next_sum
+
+
+def _norm_kernel(writer: PlanWriter) -> str:
+    """Programs of ``norm_backward`` hold whole rows, fewer where they are wide."""
+    return "norm_backward" if writer.sizes.width <= WIDEST_ROW else "norm_backward_wide"
 
 
 class BlockBackward:
@@ -315,14 +321,15 @@ class BlockBackward:
         writer = self.writer
         out, between = writer.state("grad_sum"), writer.state("grad_norm_output")
         product = ("projection_backward", projection_backward, gradient, weight)
-        one = writer.make_product(
-            *("projection_backward_norm", *product[1:], out), residual=residual, norm_output=norm_output, rstd=rstd
-        )
-        two = [
+        chosen: Sequence[Launch] = [
             writer.make_product(*product, between, residual=residual),
-            writer.make("norm_backward", norm_backward, between, norm_output, rstd, out),
+            writer.make(_norm_kernel(writer), norm_backward, between, norm_output, rstd, out),
         ]
-        writer.launches += writer.setting.configuration.choose([one], two)
+        if writer.setting.configuration.offers("projection_backward_norm", writer.sizes):
+            options = {"residual": residual, "norm_output": norm_output, "rstd": rstd}
+            one = writer.make_product("projection_backward_norm", *product[1:], out, **options)
+            chosen = writer.setting.configuration.choose([one], chosen)
+        writer.launches += chosen
         return out
 
     def _mlp_t(
@@ -368,5 +375,5 @@ class BlockBackward:
         if gradient is None or below is None:
             return None
         below_sum = writer.state("grad_sum")
-        writer.add("norm_backward", norm_backward, gradient, below.output, below.rstd2, below_sum)
+        writer.add(_norm_kernel(writer), norm_backward, gradient, below.output, below.rstd2, below_sum)
         return below_sum

@@ -16,7 +16,7 @@ from trmfast.kernels.plan import Launch, Tile
 from trmfast.kernels.roofline import plan_time
 from trmfast.kernels.tuning import Tuner
 
-__all__ = ["INTERPRETER", "Configuration", "Sizes"]
+__all__ = ["INTERPRETER", "WIDEST_ROW", "Configuration", "Sizes"]
 
 INTERPRETER = "interpreter"
 """Stands for Triton's interpreter: its tiles are large, so that few programs run."""
@@ -28,6 +28,11 @@ ROW = -1
 """A tile size that holds a whole row of D elements: a power of two, at least 16."""
 LENGTH = -2
 """A tile size that holds a whole sequence."""
+HALF_ROW = -3
+"""Half of ROW, at least 16."""
+WIDEST_ROW = 512
+"""The widest rows that a product's program holds in its accumulators."""
+_WHOLE_ROWS = {"attention_projection", "projection", "swiglu", "conv_projection", "projection_backward_norm"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,9 @@ class Configuration:
         return tuple(_fit(tile, sizes) for tile in table[next(special, size)])
 
     def offers(self, kernel: str, sizes: Sizes) -> bool:
-        """Whether a fused kernel has tiles; none has in float32."""
+        """Whether a kernel has tiles: fused ones have none in float32, products over whole rows none for wide rows."""
+        if kernel in _WHOLE_ROWS and sizes.width > WIDEST_ROW:
+            return False
         size = "32-bit" if sizes.dtype == torch.float32 else "16-bit"
         return self.architecture == INTERPRETER or any(key.startswith(size) for key in TILES[kernel])
 
@@ -110,7 +117,7 @@ class Configuration:
         return self.fastest([[launch] for launch in launches])[0]
 
     def choose(self, one: Sequence[Launch], two: Sequence[Launch]) -> Sequence[Launch]:
-        """One kernel or two that do the same.
+        """One kernel or two that do the same; or a product with its norm, or without, which its readers apply.
 
         The fused kernel also wins if the model puts it slightly behind, within the model's accuracy: it moves less
         memory and saves a launch.
@@ -127,7 +134,8 @@ class Configuration:
 
 
 def _fit(tile: Tile, sizes: Sizes) -> Tile:
-    whole = {ROW: _power(sizes.width), LENGTH: _power(sizes.length)}
+    row = _power(sizes.width)
+    whole = {ROW: row, LENGTH: _power(sizes.length), HALF_ROW: max(16, row // 2)}
     return replace(tile, blocks=tuple((name, whole.get(size, size)) for name, size in tile.blocks))
 
 
@@ -143,14 +151,19 @@ INTERPRETED: dict[str, Tile] = {
     "attention_long": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_projection": Tile.of(BLOCK_M=128, BLOCK_N=128),
-    "projection": Tile.of(BLOCK_M=128, BLOCK_K=128),
+    "projection": Tile.of(BLOCK_M=128, BLOCK_N=ROW, BLOCK_K=128),
+    "projection_columns": Tile.of(BLOCK_M=128, BLOCK_N=HALF_ROW, BLOCK_K=128),
     "swiglu": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
     "gate_up": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
-    "conv_projection": Tile.of(BLOCK_M=128, BLOCK_K=128),
+    "conv_projection": Tile.of(BLOCK_M=128, BLOCK_N=ROW, BLOCK_K=128),
+    "conv_projection_columns": Tile.of(BLOCK_M=128, BLOCK_N=HALF_ROW, BLOCK_K=128),
+    "normed_sum": Tile.of(BLOCK_M=128, BLOCK_N=HALF_ROW),
+    "normed_rows": Tile.of(BLOCK_M=128, BLOCK_N=HALF_ROW),
     "mlp_t": Tile.of(BLOCK_C=64, BLOCK_I=128),
     "gate_up_t": Tile.of(BLOCK_I=128, BLOCK_C=64, BLOCK_K=128),
     "down_t": Tile.of(BLOCK_L=128, BLOCK_C=64, BLOCK_K=128),
     "norm_backward": Tile.of(BLOCK_M=128, BLOCK_N=ROW),
+    "norm_backward_wide": Tile.of(BLOCK_M=128, BLOCK_N=ROW),
     "swiglu_backward": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "swiglu_backward_t": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "projection_backward": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
@@ -228,10 +241,23 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         _AMD: (_tile(8, 1, M=64, N=32),),
     },
     "projection": {
-        "16-bit": (_tile(8, 3, M=64, K=32), _tile(4, 2, M=16, K=64)),
-        _HOPPER: (_tile(8, 2, M=64, K=64), _tile(4, 2, M=16, K=64)),
-        _AMD: (_tile(8, 2, M=64, K=32), _tile(4, 2, M=16, K=32)),
-        "32-bit": (_tile(8, 1, M=16, K=16),),
+        "16-bit": (_tile(8, 3, M=64, N=ROW, K=32), _tile(4, 2, M=16, N=ROW, K=64)),
+        _HOPPER: (_tile(8, 2, M=64, N=ROW, K=64), _tile(4, 2, M=16, N=ROW, K=64)),
+        _AMD: (_tile(8, 2, M=64, N=ROW, K=32), _tile(4, 2, M=16, N=ROW, K=32)),
+        "32-bit": (_tile(8, 1, M=16, N=ROW, K=16),),
+    },
+    # Its readers apply the norm (rows.py).
+    "projection_columns": {
+        "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=32, K=64)),
+        _HOPPER: (
+            *(_tile(8, 3, M=128, N=256, K=64), _tile(8, 3, M=128, N=128, K=64)),
+            *(_tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=32, K=64)),
+        ),
+        "16-bit sm_120": (
+            *(_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=64), _tile(4, 2, M=32, N=32, K=64)),
+        ),
+        _AMD: (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=32, K=64)),
+        "32-bit": (_tile(8, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=32, K=16)),
     },
     "swiglu": {
         "16-bit": (_tile(8, 3, M=64, I=32, K=64), _tile(8, 3, M=32, I=32, K=64)),
@@ -244,11 +270,17 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "32-bit gfx942": (_tile(8, 2, M=64, I=32, K=32),),
     },
     "conv_projection": {
-        "16-bit": (_tile(8, 2, M=32, K=32),),
-        _HOPPER: (_tile(8, 2, M=64, K=32), _tile(8, 2, M=32, K=32)),
-        _AMD: (_tile(8, 2, M=64, K=32),),
-        "32-bit": (_tile(8, 1, M=16, K=16),),
+        "16-bit": (_tile(8, 2, M=32, N=ROW, K=32),),
+        _HOPPER: (_tile(8, 2, M=64, N=ROW, K=32), _tile(8, 2, M=32, N=ROW, K=32)),
+        _AMD: (_tile(8, 2, M=64, N=ROW, K=32),),
+        "32-bit": (_tile(8, 1, M=16, N=ROW, K=16),),
     },
+    "conv_projection_columns": {
+        "16-bit": (_tile(8, 2, M=64, N=128, K=32), _tile(4, 2, M=32, N=32, K=32)),
+        "32-bit": (_tile(8, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=32, K=16)),
+    },
+    "normed_sum": {"16-bit": (_tile(4, 1, M=8, N=128),), "32-bit": (_tile(4, 1, M=4, N=128),)},
+    "normed_rows": {"16-bit": (_tile(4, 1, M=8, N=128),), "32-bit": (_tile(4, 1, M=4, N=128),)},
     "mlp_t": {
         "16-bit": (_tile(8, 2, C=128, I=64), _tile(4, 2, C=64, I=32)),
         _AMD: (_tile(8, 2, C=128, I=32), _tile(4, 2, C=64, I=32)),
@@ -266,6 +298,11 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "32-bit": (_tile(8, 2, L=64, C=64, K=16),),
     },
     "norm_backward": {"16-bit": (_tile(4, 1, M=4, N=ROW),), "32-bit": (_tile(4, 1, M=4, N=ROW),)},
+    "norm_backward_wide": {
+        "16-bit": (_tile(4, 1, M=1, N=ROW),),
+        _AMD: (_tile(4, 1, M=2, N=ROW),),
+        "32-bit": (_tile(4, 1, M=1, N=ROW),),
+    },
     "swiglu_backward": {
         "16-bit": (_tile(8, 3, M=128, N=64, K=32), _tile(4, 3, M=64, N=32, K=64)),
         _BIG: (_tile(8, 3, M=128, N=64, K=64), _tile(4, 3, M=64, N=32, K=64)),

@@ -5,7 +5,7 @@
 
 ``swiglu.gate_up`` makes the activation.  Here the convolution is the prologue of the down product: a program loads each
 tile of the activation once for every tap (from L1 or L2, all but the first time), so the convolved tensor never exists
-in memory.  One program holds whole rows, as in projection.py, so nothing is convolved twice.
+in memory.  Tiles are whole rows, of which nothing is convolved twice, or narrower, as in projection.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.projection import begin_sum, block_width, end_sum, store_normed
+from trmfast.kernels.projection import begin_sum, check_squares, end_sum, store_normed
+from trmfast.kernels.rows import Rows, rows_of, store_sum
 from trmfast.kernels.swiglu import silu
 
 __all__ = ["conv_projection", "load_convolved"]
@@ -65,7 +66,9 @@ def conv_projection_kernel(
     bias,
     down,
     residual,
+    residual_squares,
     out,
+    squares,
     rstd,
     tokens,
     length,
@@ -74,19 +77,28 @@ def conv_projection_kernel(
     INTER: tl.constexpr,
     TAPS: tl.constexpr,
     EPS: tl.constexpr,
+    RESIDUAL_PARTS: tl.constexpr,
+    RESIDUAL_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     MASKED: tl.constexpr = INTER % BLOCK_K != 0
-    first_row = tl.program_id(0) * BLOCK_M
+    COLUMN_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    first_row = tl.program_id(0) // COLUMN_TILES * BLOCK_M
+    column_tile = tl.program_id(0) % COLUMN_TILES
+    first_column = column_tile * BLOCK_N
     near_rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - first_row - 1)
     place = (first_row + near_rows) % length
     depth = tl.arange(0, BLOCK_K)
-    b_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + depth[None, :]
-    h = begin_sum(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
+    columns = tl.minimum(first_column + tl.arange(0, BLOCK_N), D - 1)
+    b_offsets = columns[:, None] * INTER + depth[None, :]
+    h = begin_sum(
+        residual, residual_squares, first_row, first_column, tokens,
+        D, RESIDUAL_PARTS, RESIDUAL_EPS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     for k in range(0, end, BLOCK_K):
         convolved = load_convolved(
             activation, conv, bias, first_row, near_rows, place, k + depth, length, INTER, TAPS, BLOCK_T, MASKED
@@ -97,8 +109,14 @@ def conv_projection_kernel(
         else:
             b = tl.load(down + k + b_offsets)
         h = dot(a, tl.trans(b), h, PRECISION)
-    h = end_sum(h, residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
-    store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
+    h = end_sum(
+        h, residual, residual_squares, first_row, first_column, tokens,
+        D, RESIDUAL_PARTS, RESIDUAL_EPS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    if squares is None:
+        store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_N)
+    else:
+        store_sum(h, out, squares, first_row, column_tile, tokens, D, BLOCK_M, BLOCK_N)
 
 
 def conv_projection(
@@ -106,10 +124,11 @@ def conv_projection(
     conv: Buffer,
     bias: Buffer,
     down: Buffer,
-    residual: Buffer,
+    residual: Buffer | Rows,
     out: Buffer,
     *,
     eps: float,
+    squares: Buffer | None = None,
     rstd: Buffer | None = None,
     tile: Tile,
     precision: str = "ieee",
@@ -124,38 +143,48 @@ def conv_projection(
         residual: [B, L, D].
         out: [B, L, D]; not the residual's buffer.
         eps: of the norm.
-        rstd: [B, L] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None.
-        tile: BLOCK_M, BLOCK_K.
+        squares: [B, L, tiles] float32 if BLOCK_N < D, otherwise None; as in projection.py.
+        rstd: [B, L] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None; not with squares.
+        tile: BLOCK_M, BLOCK_N, BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+
+    Raises:
+        ValueError: squares or rstd that do not fit the tile.
     """
     tokens, length, (width, inter), taps = prod(activation.shape[:-1]), activation.shape[-2], down.shape, conv.shape[-1]
+    check_squares(squares, rstd, width, tile)
+    bypass = rows_of(residual)
+    columns = min(tile["BLOCK_N"], width)
     return Launch.of(
         "conv_swiglu.conv_projection_kernel",
-        (triton.cdiv(tokens, tile["BLOCK_M"]),),
+        (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),
         {
             "activation": activation,
             "conv": conv,
             "bias": bias,
             "down": down,
-            "residual": residual,
+            "residual": bypass.values,
+            "residual_squares": bypass.squares,
             "out": out,
+            "squares": squares,
             "rstd": rstd,
             "tokens": tokens,
             "length": length,
             "end": inter,
         },
-        reads=("activation", "conv", "bias", "down", "residual"),
-        writes=("out", "rstd"),
+        reads=("activation", "conv", "bias", "down", "residual", "residual_squares"),
+        writes=("out", "squares", "rstd"),
         constants={
             "D": width,
             "INTER": inter,
             "TAPS": taps,
             "EPS": eps,
+            "RESIDUAL_PARTS": bypass.parts,
+            "RESIDUAL_EPS": bypass.eps,
             "PRECISION": precision,
-            "BLOCK_D": block_width(width),
             "BLOCK_T": triton.next_power_of_2(taps),
         },
         tile=tile,
         flops=2 * tokens * inter * (width + taps),
-        loads=(taps * tile["BLOCK_M"] + width) * inter + 2 * tile["BLOCK_M"] * width,
+        loads=(taps * tile["BLOCK_M"] + columns) * inter + 2 * tile["BLOCK_M"] * columns,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,15 +12,25 @@ from trmfast.kernels.attention_projection import attention_projection
 from trmfast.kernels.configurations import Configuration, Sizes
 from trmfast.kernels.conv_swiglu import conv_projection
 from trmfast.kernels.mixer_mlp_t import LONGEST, down_t, gate_up_t, mlp_t, padded_length
-from trmfast.kernels.plan import Buffer, Launch, Plan
+from trmfast.kernels.plan import Buffer, Launch, Plan, Tile
 from trmfast.kernels.projection import projection
 from trmfast.kernels.qkv import qkv
+from trmfast.kernels.rows import MAX_SOURCES, Rows, normed_rows, normed_sum, rows_of, squares_buffer
 from trmfast.kernels.swiglu import gate_up, swiglu
 
 from trmfast.problem import Problem
 from trmfast.spec import BlockSpec
 
-__all__ = ["BlockValues", "PlanWriter", "Setting", "forward_block", "forward_net", "forward_plan", "weight_buffers"]
+__all__ = [
+    "BlockValues",
+    "PlanWriter",
+    "Setting",
+    "forward_block",
+    "forward_net",
+    "forward_plan",
+    "normed_values",
+    "weight_buffers",
+]
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,9 @@ class BlockValues:
         h: the sum that entered the block, [B, L, D].
         h1: what lies between the mixers, [B, L, D].
         output: of the block, [B, L, D].
+        eps: of the norms.
+        squares1, squares2: where they are not None, ``h1`` and ``output`` are what the norm takes, see rows.py; so is
+            ``h``, if it is such an output.
         qkv, mixed, lse: of attention: [B, L, (Hq + 2 Hkv) d], [B, L, Hq d], [B, Hq, L].
         activation: ``silu(gate) * up`` [B, L, I], where it went through memory.
         rstd1, rstd2: of the two norms.
@@ -152,6 +165,9 @@ class BlockValues:
     h: Buffer
     h1: Buffer
     output: Buffer
+    eps: float
+    squares1: Buffer | None = None
+    squares2: Buffer | None = None
     qkv: Buffer | None = None
     mixed: Buffer | None = None
     lse: Buffer | None = None
@@ -159,12 +175,47 @@ class BlockValues:
     rstd1: Buffer | None = None
     rstd2: Buffer | None = None
 
+    @property
+    def result(self) -> Rows:
+        """The output, for its readers."""
+        return Rows(self.output, self.squares2, self.eps)
+
+
+def _product_and_norm(
+    writer: PlanWriter, kernel: str, build: Callable[..., Launch], *arguments: Any, eps: float, rstd: Buffer | None
+) -> tuple[Launch, Rows]:
+    """A product with a residual and a norm, in programs that hold whole rows or in narrower tiles; and its result.
+
+    Args:
+        writer: the plan, to which nothing is added.
+        kernel: its name in the table of tiles; that of narrower tiles ends in ``_columns``.
+        build: makes the launch of the arguments, the last of which is its output, [B, L, D].
+        arguments: of ``build``.
+        eps: of the norm.
+        rstd: [B, L], receives the norm's factors if a program holds whole rows; or None.
+    """
+    out = arguments[-1]
+    name = writer.scratch("squares", (1,), torch.float32).name
+
+    def tiled(*arguments: Any, tile: Tile, **options: Any) -> Launch:
+        if tile["BLOCK_N"] >= out.shape[-1]:
+            return build(*arguments, rstd=rstd, tile=tile, **options)
+        return build(*arguments, squares=squares_buffer(name, out.shape, tile), tile=tile, **options)
+
+    configuration = writer.setting.configuration
+    found = [writer.make_product(f"{kernel}_columns", tiled, *arguments, eps=eps)]
+    if configuration.offers(kernel, writer.sizes):
+        found = list(configuration.choose([writer.make_product(kernel, tiled, *arguments, eps=eps)], found))
+    squares = dict(found[0].arguments)["squares"]
+    assert squares is None or isinstance(squares, Buffer)
+    return found[0], Rows(out, squares, eps)
+
 
 def forward_block(
     writer: PlanWriter,
     block: BlockSpec,
     weights: Sequence[Buffer],
-    terms: Sequence[Buffer],
+    terms: Sequence[Buffer | Rows],
     out: Buffer,
     *,
     total: Buffer | None = None,
@@ -186,8 +237,13 @@ def forward_block(
     batch, length, width = setting.shape
     if total is None and len(terms) > 1:
         raise ValueError(f"total: got None with {len(terms)} terms, accepted with one")
+    in_tiles = block.token_mixer == "mlp_t" and length > LONGEST
+    if any(rows_of(term).squares is not None for term in terms) and (total is not None or in_tiles):
+        total = total or writer.state("total")
+        writer.add("normed_sum", normed_sum, terms, total)
+        terms, total = [total], None
     source = terms[0] if total is None else total
-    h1 = writer.state("h1")
+    h1 = Rows(writer.state("h1"))
     rstd1 = rstd2 = lse = qkv_out = mixed = None
     if keep:
         over = (batch, length) if block.token_mixer == "attention" else (batch, width)
@@ -203,46 +259,45 @@ def forward_block(
         kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
         product(kernel, qkv, block, terms, weights[0], qkv_out, cos=writer.cos, sin=writer.sin, total=total)
         attend = "attention_wide" if head_dim > 64 else "attention" if length <= LONGEST else "attention_long"
-        rest = (weights[1], source, h1)
-        two = [
-            make(attend, attention, block, qkv_out, mixed, lse=lse),
-            make("projection", projection, mixed, *rest, eps=eps, rstd=rstd1),
-        ]
+        rest = (weights[1], source, h1.values)
+        last, normed = _product_and_norm(writer, "projection", projection, mixed, *rest, eps=eps, rstd=rstd1)
+        two = [make(attend, attention, block, qkv_out, mixed, lse=lse), last]
+        chosen: Sequence[Launch] = two
         # Its share of the weight, D rows of a head's width, must fit the shared memory.
         if head_dim <= 64 and setting.configuration.offers("attention_projection", writer.sizes):
             results = {"mixed": mixed if keep else None, "lse": lse, "rstd": rstd1}
             one = make("attention_projection", attention_projection, block, qkv_out, *rest, eps=eps, **results)
-            writer.launches += setting.configuration.choose([one], two)
-        else:
-            writer.launches += two
-    elif length <= LONGEST:
-        product("mlp_t", mlp_t, terms, *weights[:2], h1, eps=eps, total=total, rstd=rstd1)
+            chosen = setting.configuration.choose([one], two)
+        writer.launches += chosen
+        h1 = normed if chosen is two else h1
+    elif not in_tiles:
+        product("mlp_t", mlp_t, terms, *weights[:2], h1.values, eps=eps, total=total, rstd=rstd1)
     else:
         activation_t = writer.scratch("activation_t", (batch, block.seq_intermediate_size, width))
-        product("gate_up_t", gate_up_t, terms, weights[0], activation_t, total=total)
-        product("down_t", down_t, activation_t, weights[1], source, h1, eps=eps, rstd=rstd1)
+        normed_terms = [rows_of(term).values for term in terms]
+        product("gate_up_t", gate_up_t, normed_terms, weights[0], activation_t, total=total)
+        rest = (weights[1], rows_of(source).values, h1.values)
+        product("down_t", down_t, activation_t, *rest, eps=eps, rstd=rstd1)
 
     inner, (gate_up_weight, *conv, down) = block.intermediate_size, weights[2:]
     activation = writer.scratch("activation", (batch, length, inner))
-    options = {"eps": eps, "rstd": rstd2}
     name, build = ("conv_projection", conv_projection) if conv else ("projection", projection)
-    two = [
-        make("gate_up", gate_up, h1, gate_up_weight, activation),
-        make(name, build, activation, *conv, down, h1, out, **options),
-    ]
-    chosen: Sequence[Launch] = two
+    last, normed = _product_and_norm(writer, name, build, activation, *conv, down, h1, out, eps=eps, rstd=rstd2)
+    two = [make("gate_up", gate_up, h1, gate_up_weight, activation), last]
+    chosen = two
     if not conv and setting.configuration.offers("swiglu", writer.sizes):
-        one = make("swiglu", swiglu, h1, gate_up_weight, down, out, **options)
+        one = make("swiglu", swiglu, h1, gate_up_weight, down, out, eps=eps, rstd=rstd2)
         chosen = setting.configuration.choose([one], two)
     writer.launches += chosen
-    kept = activation if chosen is two else None
-    return BlockValues(source, h1, out, qkv_out, mixed, lse, kept, rstd1, rstd2)
+    kept, squares2 = (activation, normed.squares) if chosen is two else (None, None)
+    found = rows_of(source).values, h1.values, out, eps, h1.squares, squares2
+    return BlockValues(*found, qkv_out, mixed, lse, kept, rstd1, rstd2)
 
 
 def forward_net(
     writer: PlanWriter,
     net: int,
-    terms: Sequence[Buffer],
+    terms: Sequence[Buffer | Rows],
     out: Buffer,
     *,
     total: Buffer | None = None,
@@ -255,8 +310,48 @@ def forward_net(
         target = out if layer + 1 == spec.num_layers else writer.state("layer")
         weights = writer.block_weights(net, layer)
         values.append(forward_block(writer, spec.block, weights, terms, target, total=total, keep=keep))
-        terms, total = (target,), None
+        terms, total = (values[-1].result,), None
     return values
+
+
+def normed_values(writer: PlanWriter, layers: Sequence[BlockValues]) -> list[BlockValues]:
+    """The values of a network's blocks with every norm applied, by launches that follow the forward ones."""
+    made: dict[Buffer, tuple[Rows, Buffer, Buffer]] = {}
+    for values in layers:
+        for source, squares in ((values.h1, values.squares1), (values.output, values.squares2)):
+            if squares is not None:
+                rstd = writer.scratch("rstd", writer.setting.shape[:2], torch.float32)
+                made[source] = Rows(source, squares, values.eps), writer.state("normed"), rstd
+    _norm_rows(writer, *zip(*made.values(), strict=True))
+
+    def normed(buffer: Buffer) -> Buffer:
+        return made[buffer][1] if buffer in made else buffer
+
+    def factors(buffer: Buffer, rstd: Buffer | None) -> Buffer | None:
+        return made[buffer][2] if buffer in made else rstd
+
+    return [
+        replace(
+            values,
+            h=normed(values.h),
+            h1=normed(values.h1),
+            output=normed(values.output),
+            squares1=None,
+            squares2=None,
+            rstd1=factors(values.h1, values.rstd1),
+            rstd2=factors(values.output, values.rstd2),
+        )
+        for values in layers
+    ]
+
+
+def _norm_rows(
+    writer: PlanWriter, sources: Sequence[Rows] = (), outs: Sequence[Buffer] = (), rstds: Sequence[Buffer] = ()
+) -> None:
+    """Writes the launches of any number of norms."""
+    for first in range(0, len(sources), MAX_SOURCES):
+        some = slice(first, first + MAX_SOURCES)
+        writer.add("normed_rows", normed_rows, sources[some], outs[some], rstds[some])
 
 
 def forward_plan(setting: Setting, save: bool) -> Plan:
@@ -272,16 +367,17 @@ def forward_plan(setting: Setting, save: bool) -> Plan:
     problem, shape = setting.problem, setting.shape
     program = problem.program
     writer = PlanWriter(setting)
-    current = [Buffer(f"states.{s}", shape, setting.dtype) for s in range(len(program.states))]
+    incoming = [Buffer(f"states.{s}", shape, setting.dtype) for s in range(len(program.states))]
+    current = [Rows(state) for state in incoming]
     x = Buffer("x", shape, setting.dtype)
-    inputs = (*current, *((x,) if problem.uses_x else ()), *writer.constants)
+    inputs = (*incoming, *((x,) if problem.uses_x else ()), *writer.constants)
     written = sorted({update.dst for update in program.counts()})
     out = {s: Buffer(f"out.{s}", shape, setting.dtype) for s in written}
     saved = Buffer("saved", (problem.num_grad_updates, *shape), setting.dtype)
     save = save and problem.num_grad_updates > 0
     slot = 0
     for update in program.updates:
-        terms = [current[s] for s in update.sources] + [x] * update.inject_x
+        terms = [current[s] for s in update.sources] + [Rows(x)] * update.inject_x
         total = None
         if save and update.grad:
             total = saved[slot]
@@ -289,7 +385,8 @@ def forward_plan(setting: Setting, save: bool) -> Plan:
         elif len(terms) > 1:
             total = writer.state("total")
         # In place where the state is among the terms: the last launch of a network reads none of them.
-        forward_net(writer, update.net, terms, out[update.dst], total=total)
-        current[update.dst] = out[update.dst]
+        current[update.dst] = forward_net(writer, update.net, terms, out[update.dst], total=total)[-1].result
+    scaled = [state for state in current if state.squares is not None]
+    _norm_rows(writer, scaled, [state.values for state in scaled])
     outputs = (*out.values(), *((saved,) if save else ()))
     return Plan(tuple(writer.launches), inputs, outputs)

@@ -6,7 +6,7 @@ reciprocal root of the mean square of s (plus eps), is differentiated from its o
 
     grad s = r * (grad y - y * mean(grad y * y))
 
-so that s is never stored.  Gradients between kernels have the compute dtype, sums inside a kernel are float32, and
+so that backward reads no s.  Gradients between kernels have the compute dtype, sums inside a kernel are float32, and
 gradients of weights and of states are float32 in memory.  No kernel uses atomics: every element of every result
 belongs to one program, and results do not depend on the order in which programs run.
 

@@ -26,6 +26,7 @@ from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.input_sum import checked_terms, load_sum
 from trmfast.kernels.pairs import CHAINED, GROUP, pair_of, part_columns, part_rows
 from trmfast.kernels.plan import Buffer, Launch, Tile
+from trmfast.kernels.rows import Rows, row_factor, single_squares
 from trmfast.kernels.swiglu import silu
 
 __all__ = ["LONGEST", "down_t", "gate_up_t", "mlp_t", "padded_length"]
@@ -42,6 +43,7 @@ def padded_length(length: int) -> int:
 @triton.jit
 def mlp_t_kernel(
     terms,
+    squares,
     gate_up,
     down,
     total,
@@ -53,6 +55,8 @@ def mlp_t_kernel(
     D: tl.constexpr,
     INTER: tl.constexpr,
     EPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TERM_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -69,6 +73,9 @@ def mlp_t_kernel(
     if D % BLOCK_C != 0:
         mask = mask & (channels < D)[None, :]
     h = load_sum(terms, start, offsets, mask, MASKED=True)
+    if squares is not None:
+        factor = row_factor(squares, sequence * LENGTH, tl.minimum(rows, LENGTH - 1), PARTS, D, TERM_EPS)
+        h = narrow(h.to(tl.float32) * factor[:, None], h.dtype)
     if total is not None:
         tl.store(total + start + offsets, h, mask=mask)
     h = tl.trans(h)  # [BLOCK_C, BLOCK_L]
@@ -239,7 +246,7 @@ def down_t_kernel(
 
 
 def mlp_t(
-    terms: Sequence[Buffer],
+    terms: Sequence[Buffer | Rows],
     gate_up: Buffer,
     down: Buffer,
     out: Buffer,
@@ -253,7 +260,8 @@ def mlp_t(
     """The launch of the whole mixer, for sequences of up to 128 tokens.
 
     Args:
-        terms: 1 to 8 buffers [B, L, D] in the order of the update, x last; the sum is taken from the right.
+        terms: 1 to 8 of [B, L, D] in the order of the update, x last; the sum is taken from the right; one that
+            is alone may have squares.
         gate_up: [2 I, W], the rows of the gate, then those of the up projection; W >= L, zeros from L on; 16-byte loads
             need the W of :func:`padded_length`.
         down: [L, I].
@@ -265,17 +273,18 @@ def mlp_t(
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
     Raises:
-        ValueError: a longer sequence, or the number of terms.
+        ValueError: a longer sequence, the number of terms, or squares of more than one.
     """
-    terms = checked_terms(terms)
-    (batch, length, width), inter = terms[0].shape, down.shape[1]
+    values, term = single_squares(terms)
+    (batch, length, width), inter = values[0].shape, down.shape[1]
     if length > LONGEST:
         raise ValueError(f"terms: got length {length}, accepted are lengths up to {LONGEST}")
     return Launch.of(
         "mixer_mlp_t.mlp_t_kernel",
         (batch * triton.cdiv(width, tile["BLOCK_C"]),),
         {
-            "terms": terms,
+            "terms": values,
+            "squares": term.squares,
             "gate_up": gate_up,
             "down": down,
             "total": total,
@@ -283,7 +292,7 @@ def mlp_t(
             "rstd": rstd,
             "end": inter,
         },
-        reads=("terms", "gate_up", "down"),
+        reads=("terms", "squares", "gate_up", "down"),
         writes=("total", "out", "rstd"),
         constants={
             "LENGTH": length,
@@ -291,6 +300,8 @@ def mlp_t(
             "D": width,
             "INTER": inter,
             "EPS": eps,
+            "PARTS": term.parts,
+            "TERM_EPS": term.eps,
             "PRECISION": precision,
             "BLOCK_L": max(16, triton.next_power_of_2(length)),
         },

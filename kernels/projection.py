@@ -2,9 +2,12 @@
 
     out = rms_norm(residual + source @ weight^T)          [T, D], weightless, over D
 
-One program holds whole rows: BLOCK_M of them, [BLOCK_M, D] in float32 registers, so the norm needs no second pass and
-what enters it never leaves the chip.  It reads BLOCK_M K elements of the source and all D K of the weight, which stays
-in L2, for 2 BLOCK_M D K FLOP: BLOCK_M FLOP for each element read from L2.
+A program owns a tile [BLOCK_M, BLOCK_N] in float32 registers.  It reads BLOCK_M K elements of the source and BLOCK_N K
+of the weight, which stays in L2, for 2 BLOCK_M BLOCK_N K FLOP.  There are two kinds of tiles:
+
+* whole rows, BLOCK_N >= D: the norm needs no second pass and what enters it never leaves the chip.  BLOCK_M is small,
+  each element of the weight read from L2 does BLOCK_M FLOP, and few rows make few programs.
+* narrower ones: the program stores what enters the norm, and sums of squares; its readers apply the norm (rows.py).
 """
 
 from __future__ import annotations
@@ -15,39 +18,78 @@ import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.plan import Buffer, Launch, Tile
+from trmfast.kernels.rows import Rows, row_factor, rows_of, store_sum
 
-__all__ = ["begin_sum", "block_width", "end_sum", "projection", "store_normed"]
+__all__ = ["begin_sum", "block_width", "check_squares", "end_sum", "projection", "store_normed"]
 
 
 @triton.jit
-def _load_residual(residual, first_row, tokens, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of the residual in float32, [BLOCK_M, BLOCK_D], zero where there is none."""
+def _load_residual(
+    residual,
+    squares,
+    first_row,
+    first_column,
+    tokens,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of the residual in float32, [BLOCK_M, BLOCK_N], zero where there is none; normed if it has squares."""
     rows = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
+    columns = first_column + tl.arange(0, BLOCK_N)
     mask = (rows < tokens - first_row)[:, None]
-    if D != BLOCK_D:
+    if D % BLOCK_N != 0:
         mask = mask & (columns < D)[None, :]
     offsets = rows[:, None] * D + columns[None, :]
-    return tl.load(residual + first_row.to(tl.int64) * D + offsets, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(residual + first_row.to(tl.int64) * D + offsets, mask=mask, other=0.0).to(tl.float32)
+    if squares is not None:
+        near_rows = tl.minimum(rows, (tokens - first_row - 1).to(tl.int32))
+        value *= row_factor(squares, first_row, near_rows, PARTS, D, EPS)[:, None]
+    return value
 
 
 @triton.jit
-def begin_sum(residual, first_row, tokens, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The initial accumulator, [BLOCK_M, BLOCK_D] in float32; :func:`end_sum` adds the residual if it is not in it.
+def begin_sum(
+    residual,
+    squares,
+    first_row,
+    first_column,
+    tokens,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The initial accumulator, [BLOCK_M, BLOCK_N] in float32; :func:`end_sum` adds the residual if it is not in it.
 
     In 16 bits it is the residual, which would need extra registers if added at the end.  In float32 it is zero: a sum
     that starts with the residual rounds at the residual's magnitude in every step, a quarter more error per block.
     """
     if residual.dtype.element_ty == tl.float32:
-        return tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    return _load_residual(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
+        return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return _load_residual(residual, squares, first_row, first_column, tokens, D, PARTS, EPS, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def end_sum(h, residual, first_row, tokens, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def end_sum(
+    h,
+    residual,
+    squares,
+    first_row,
+    first_column,
+    tokens,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """The sum with the residual, from one that began as :func:`begin_sum` says."""
     if residual.dtype.element_ty == tl.float32:
-        h += _load_residual(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
+        h += _load_residual(residual, squares, first_row, first_column, tokens, D, PARTS, EPS, BLOCK_M, BLOCK_N)
     return h
 
 
@@ -83,26 +125,36 @@ def projection_kernel(
     source,
     weight,
     residual,
+    residual_squares,
     out,
+    squares,
     rstd,
     tokens,
     end,  # DEPTH, at run time: a constant trip count would be unrolled and use more registers
     D: tl.constexpr,
     DEPTH: tl.constexpr,
     EPS: tl.constexpr,
+    RESIDUAL_PARTS: tl.constexpr,
+    RESIDUAL_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    first_row = tl.program_id(0) * BLOCK_M
+    COLUMN_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    first_row = tl.program_id(0) // COLUMN_TILES * BLOCK_M
+    column_tile = tl.program_id(0) % COLUMN_TILES
+    first_column = column_tile * BLOCK_N
     rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - first_row - 1)
-    columns = tl.minimum(tl.arange(0, BLOCK_D), D - 1)
+    columns = tl.minimum(first_column + tl.arange(0, BLOCK_N), D - 1)
     depth = tl.arange(0, BLOCK_K)
     a_base = source + first_row.to(tl.int64) * DEPTH
     a_offsets = rows[:, None] * DEPTH + depth[None, :]
     b_offsets = columns[:, None] * DEPTH + depth[None, :]
-    h = begin_sum(residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
+    h = begin_sum(
+        residual, residual_squares, first_row, first_column, tokens,
+        D, RESIDUAL_PARTS, RESIDUAL_EPS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     for k in range(0, end, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
             a = tl.load(a_base + k + a_offsets)
@@ -112,8 +164,14 @@ def projection_kernel(
             a = tl.load(a_base + k + a_offsets, mask=inside, other=0.0)
             b = tl.load(weight + k + b_offsets, mask=inside, other=0.0)
         h = dot(a, tl.trans(b), h, PRECISION)
-    h = end_sum(h, residual, first_row, tokens, D, BLOCK_M, BLOCK_D)
-    store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
+    h = end_sum(
+        h, residual, residual_squares, first_row, first_column, tokens,
+        D, RESIDUAL_PARTS, RESIDUAL_EPS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    if squares is None:
+        store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_N)
+    else:
+        store_sum(h, out, squares, first_row, column_tile, tokens, D, BLOCK_M, BLOCK_N)
 
 
 def block_width(width: int) -> int:
@@ -121,18 +179,33 @@ def block_width(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
+def check_squares(squares: Buffer | None, rstd: Buffer | None, width: int, tile: Tile) -> None:
+    """Whether what a product with a norm writes fits its tile.
+
+    Raises:
+        ValueError: squares with whole rows, none with narrower tiles, or rstd with squares.
+    """
+    tiles = triton.cdiv(width, tile["BLOCK_N"])
+    if (tiles > 1) != (squares is not None) or (squares is not None and squares.shape[-1] != tiles):
+        found = None if squares is None else squares.shape[-1]
+        raise ValueError(f"squares: got {found} for {tiles} column tiles, accepted is {tiles if tiles > 1 else None}")
+    if squares is not None and rstd is not None:
+        raise ValueError("rstd: got a buffer with squares, accepted is None: no program knows whole rows")
+
+
 def projection(
     source: Buffer,
     weight: Buffer,
-    residual: Buffer,
+    residual: Buffer | Rows,
     out: Buffer,
     *,
     eps: float,
+    squares: Buffer | None = None,
     rstd: Buffer | None = None,
     tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
-    """The launch of a projection with residual and norm.
+    """The launch of a projection with residual and norm, or with what a reader needs to apply the norm.
 
     Args:
         source: [..., K].
@@ -140,33 +213,44 @@ def projection(
         residual: [..., D].
         out: [..., D]; not the residual's buffer.
         eps: of the norm.
-        rstd: [...] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None.
-        tile: BLOCK_M, BLOCK_K.
+        squares: [..., tiles] float32 if BLOCK_N < D, receives sums of squares of what the norm takes, which is then
+            what ``out`` receives; otherwise None.
+        rstd: [...] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None; not with squares.
+        tile: BLOCK_M, BLOCK_N, BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+
+    Raises:
+        ValueError: squares or rstd that do not fit the tile.
     """
     tokens, (width, depth) = prod(source.shape[:-1]), weight.shape
+    check_squares(squares, rstd, width, tile)
+    bypass = rows_of(residual)
+    columns = min(tile["BLOCK_N"], width)
     return Launch.of(
         "projection.projection_kernel",
-        (triton.cdiv(tokens, tile["BLOCK_M"]),),
+        (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),
         {
             "source": source,
             "weight": weight,
-            "residual": residual,
+            "residual": bypass.values,
+            "residual_squares": bypass.squares,
             "out": out,
+            "squares": squares,
             "rstd": rstd,
             "tokens": tokens,
             "end": depth,
         },
-        reads=("source", "weight", "residual"),
-        writes=("out", "rstd"),
+        reads=("source", "weight", "residual", "residual_squares"),
+        writes=("out", "squares", "rstd"),
         constants={
             "D": width,
             "DEPTH": depth,
             "EPS": eps,
+            "RESIDUAL_PARTS": bypass.parts,
+            "RESIDUAL_EPS": bypass.eps,
             "PRECISION": precision,
-            "BLOCK_D": block_width(width),
         },
         tile=tile,
         flops=2 * tokens * width * depth,
-        loads=(tile["BLOCK_M"] + width) * depth + 2 * tile["BLOCK_M"] * width,
+        loads=(tile["BLOCK_M"] + columns) * depth + 2 * tile["BLOCK_M"] * columns,
     )

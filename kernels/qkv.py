@@ -9,6 +9,8 @@ pays.  With k terms a program reads k BLOCK_M D + BLOCK_N D elements for 2 BLOCK
 column tiles.  Each slice of ``total`` along D is written by one of the column tiles, in turn, so that none of them is
 slower than the others.
 
+The rows of the product are normed here if those of the only term are not (rows.py).
+
 The rotation pairs column i of a head with i + d / 2.  The weight rows are taken so that both end up in one thread
 (pairs.py).  Rows beyond T repeat the last one: the inner loop has no masks unless BLOCK_K does not divide D.
 """
@@ -22,9 +24,10 @@ import triton
 import triton.language as tl
 from trmfast.kernels import pairs
 from trmfast.kernels.dot import dot, narrow
-from trmfast.kernels.input_sum import checked_terms, load_sum
+from trmfast.kernels.input_sum import load_sum
 from trmfast.kernels.pairs import pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
+from trmfast.kernels.rows import Rows, row_factor, single_squares
 
 from trmfast.spec import BlockSpec
 
@@ -34,6 +37,7 @@ __all__ = ["qkv"]
 @triton.jit
 def qkv_kernel(
     terms,
+    squares,
     weight,
     cos,
     sin,
@@ -47,6 +51,8 @@ def qkv_kernel(
     ROTATED: tl.constexpr,  # columns of queries and keys; 0: no rotation
     HALF: tl.constexpr,  # half of the width of a head
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -87,6 +93,8 @@ def qkv_kernel(
         else:
             b = tl.load(weight + k + b_offsets)
         product = dot(a, tl.trans(b), product, PRECISION)
+    if squares is not None:
+        product *= row_factor(squares, first_row, near_rows, PARTS, D, EPS)[:, None]
 
     out_start = first_row.to(tl.int64) * COLUMNS
     if ROTATED > 0:
@@ -122,7 +130,7 @@ def qkv_kernel(
 
 def qkv(
     block: BlockSpec,
-    terms: Sequence[Buffer],
+    terms: Sequence[Buffer | Rows],
     weight: Buffer,
     out: Buffer,
     *,
@@ -136,7 +144,8 @@ def qkv(
 
     Args:
         block: sizes of the block.
-        terms: 1 to 8 buffers [B, L, D] in the order of the update, x last; the sum is taken from the right.
+        terms: 1 to 8 of [B, L, D] in the order of the update, x last; the sum is taken from the right; one that
+            is alone may have squares, and then ``total`` is None.
         weight: [(Hq + 2 Hkv) d, D].
         out: [B, L, (Hq + 2 Hkv) d], rotated queries, rotated keys, values.
         cos, sin: [>= L, d] float32, or None for no rotation.
@@ -145,11 +154,13 @@ def qkv(
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
     Raises:
-        ValueError: the number of terms, or a rotation of an odd head_dim.
+        ValueError: the number of terms, squares that cannot be used, or a rotation of an odd head_dim.
     """
-    terms = checked_terms(terms)
-    length, width = terms[0].shape[-2:]
-    tokens, columns = prod(terms[0].shape[:-1]), weight.shape[0]
+    values, rows = single_squares(terms)
+    length, width = values[0].shape[-2:]
+    tokens, columns = prod(values[0].shape[:-1]), weight.shape[0]
+    if rows.squares is not None and total is not None:
+        raise ValueError("total: got a buffer with a term that has squares, accepted is None")
     half = 0
     if cos is not None:
         if block.head_dim % 2:
@@ -159,7 +170,8 @@ def qkv(
         "qkv.qkv_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),),
         {
-            "terms": terms,
+            "terms": values,
+            "squares": rows.squares,
             "weight": weight,
             "cos": cos,
             "sin": sin,
@@ -169,7 +181,7 @@ def qkv(
             "length": length,
             "end": width,
         },
-        reads=("terms", "weight", "cos", "sin"),
+        reads=("terms", "squares", "weight", "cos", "sin"),
         writes=("total", "out"),
         constants={
             "D": width,
@@ -177,6 +189,8 @@ def qkv(
             "ROTATED": (block.num_heads + block.num_kv_heads) * block.head_dim if half else 0,
             "HALF": half,
             "GROUP": pairs.group_of(half) if half else 1,
+            "PARTS": rows.parts,
+            "EPS": rows.eps,
             "PRECISION": precision,
         },
         tile=tile,

@@ -9,6 +9,8 @@ weights from L2 once, and the rows of h1 I / BLOCK_I times, for 6 BLOCK_M I D FL
 2-byte weight.  ``gate_up`` writes the activation to memory, 4 I bytes a token there and back, and its tiles may be
 larger than whole rows allow; ``projection`` does the rest.
 
+Where ``h1`` is normed by its readers (rows.py), the rows of gate and up are, and the residual.
+
 Gate and up columns are interleaved in groups (pairs.py), so one product has both and parting them moves no data.
 """
 
@@ -22,6 +24,7 @@ from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.pairs import CHAINED, GROUP, pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection import begin_sum, block_width, end_sum, store_normed
+from trmfast.kernels.rows import Rows, row_factor, rows_of
 
 __all__ = ["gate_up", "silu", "swiglu"]
 
@@ -37,6 +40,7 @@ def silu(value):
 @triton.jit
 def swiglu_kernel(
     h1,
+    squares,
     gate_up,
     down,
     out,
@@ -46,6 +50,8 @@ def swiglu_kernel(
     D: tl.constexpr,
     INTER: tl.constexpr,
     EPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    H1_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -60,7 +66,9 @@ def swiglu_kernel(
     pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), CHAINED)
     inner = tl.arange(0, BLOCK_I)
     down_offsets = tl.minimum(tl.arange(0, BLOCK_D), D - 1)[:, None] * INTER + inner[None, :]
-    h = begin_sum(h1, first_row, tokens, D, BLOCK_M, BLOCK_D)
+    if squares is not None:
+        factor = row_factor(squares, first_row, rows, PARTS, D, H1_EPS)
+    h = begin_sum(h1, squares, first_row, 0, tokens, D, PARTS, H1_EPS, BLOCK_M, BLOCK_D)
     for i in range(0, INTER, BLOCK_I):
         column = i + pair
         if INTER % BLOCK_I != 0:
@@ -81,16 +89,19 @@ def swiglu_kernel(
                 a = tl.load(a_base + k + a_offsets, mask=inside, other=0.0)
                 b = tl.load(gate_up + k + b_offsets, mask=inside, other=0.0)
             both = dot(a, tl.trans(b), both, PRECISION)
+        if squares is not None:
+            both *= factor[:, None]
         gate, up = part_columns(both, CHAINED)
         activation = narrow(silu(gate) * up, h1.dtype.element_ty)
         h = dot(activation, tl.trans(c), h, PRECISION)
-    h = end_sum(h, h1, first_row, tokens, D, BLOCK_M, BLOCK_D)
+    h = end_sum(h, h1, squares, first_row, 0, tokens, D, PARTS, H1_EPS, BLOCK_M, BLOCK_D)
     store_normed(h, out, rstd, first_row, tokens, D, EPS, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def gate_up_kernel(
     h1,
+    squares,
     gate_up,
     activation,
     gates,
@@ -98,6 +109,8 @@ def gate_up_kernel(
     end,  # D, at run time: a constant trip count would be unrolled and use more registers
     D: tl.constexpr,
     INTER: tl.constexpr,
+    PARTS: tl.constexpr,
+    H1_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -127,6 +140,8 @@ def gate_up_kernel(
             a = tl.load(a_base + k + a_offsets, mask=inside, other=0.0)
             b = tl.load(gate_up + k + b_offsets, mask=inside, other=0.0)
         both = dot(a, tl.trans(b), both, PRECISION)
+    if squares is not None:
+        both *= row_factor(squares, first_row, near_rows, PARTS, D, H1_EPS)[:, None]
     gate, up = part_columns(both, GROUP)
     columns = first_column + tl.arange(0, BLOCK_I)
     mask = (rows < tokens - first_row)[:, None]
@@ -142,7 +157,7 @@ def gate_up_kernel(
 
 
 def swiglu(
-    h1: Buffer,
+    h1: Buffer | Rows,
     gate_up: Buffer,
     down: Buffer,
     out: Buffer,
@@ -164,12 +179,14 @@ def swiglu(
         tile: BLOCK_M, BLOCK_I (at least 16), BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
-    tokens, (width, inter) = prod(h1.shape[:-1]), down.shape
+    source = rows_of(h1)
+    tokens, (width, inter) = prod(source.values.shape[:-1]), down.shape
     return Launch.of(
         "swiglu.swiglu_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]),),
         {
-            "h1": h1,
+            "h1": source.values,
+            "squares": source.squares,
             "gate_up": gate_up,
             "down": down,
             "out": out,
@@ -177,9 +194,17 @@ def swiglu(
             "tokens": tokens,
             "end": width,
         },
-        reads=("h1", "gate_up", "down"),
+        reads=("h1", "squares", "gate_up", "down"),
         writes=("out", "rstd"),
-        constants={"D": width, "INTER": inter, "EPS": eps, "PRECISION": precision, "BLOCK_D": block_width(width)},
+        constants={
+            "D": width,
+            "INTER": inter,
+            "EPS": eps,
+            "PARTS": source.parts,
+            "H1_EPS": source.eps,
+            "PRECISION": precision,
+            "BLOCK_D": block_width(width),
+        },
         tile=tile,
         flops=6 * tokens * width * inter,
         loads=(tile["BLOCK_M"] * (triton.cdiv(inter, tile["BLOCK_I"]) + 2) + 3 * inter) * width,
@@ -187,7 +212,7 @@ def swiglu(
 
 
 def gate_up(
-    h1: Buffer,
+    h1: Buffer | Rows,
     weight: Buffer,
     activation: Buffer,
     *,
@@ -205,15 +230,30 @@ def gate_up(
         tile: BLOCK_M, BLOCK_I (columns of the activation, at least 8), BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
-    tokens, (rows, width) = prod(h1.shape[:-1]), weight.shape
+    source = rows_of(h1)
+    tokens, (rows, width) = prod(source.values.shape[:-1]), weight.shape
     inter = rows // 2
     return Launch.of(
         "swiglu.gate_up_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(inter, tile["BLOCK_I"]),),
-        {"h1": h1, "gate_up": weight, "activation": activation, "gates": gates, "tokens": tokens, "end": width},
-        reads=("h1", "gate_up"),
+        {
+            "h1": source.values,
+            "squares": source.squares,
+            "gate_up": weight,
+            "activation": activation,
+            "gates": gates,
+            "tokens": tokens,
+            "end": width,
+        },
+        reads=("h1", "squares", "gate_up"),
         writes=("activation", "gates"),
-        constants={"D": width, "INTER": inter, "PRECISION": precision},
+        constants={
+            "D": width,
+            "INTER": inter,
+            "PARTS": source.parts,
+            "H1_EPS": source.eps,
+            "PRECISION": precision,
+        },
         tile=tile,
         flops=4 * tokens * width * inter,
         loads=(tile["BLOCK_M"] + 2 * tile["BLOCK_I"]) * width + tile["BLOCK_M"] * tile["BLOCK_I"],

@@ -24,7 +24,7 @@ from trmfast.targets import TARGETS
 # The files whose kernels run on the GPU if there is one.
 ON_A_GPU = {
     f"test_triton_{name}.py"
-    for name in ("accuracy", "backend", "backward", "block", "forward", "guard", "mixer_backward", "offsets")
+    for name in ("accuracy", "backend", "backward", "block", "forward", "guard", "mixer_backward", "offsets", "rows")
 }
 LEFT_TO_CI = ("sanitizer", "grid", "compile", "breadth")  # markers that the default run deselects
 _left: Counter[str] = Counter()

@@ -43,7 +43,7 @@ def _projection() -> tuple[Shapes, Formula, Build]:
         return rms_norm(t["residual"] + F.linear(t["source"], t["last_weight"]), EPS)
 
     def build(b: dict[str, Buffer], out: Buffer) -> Launch:
-        tile = Tile.of(BLOCK_M=16, BLOCK_K=STEP)
+        tile = Tile.of(BLOCK_M=16, BLOCK_N=WIDTH, BLOCK_K=STEP)
         return projection(b["source"], b["last_weight"], b["residual"], out, eps=EPS, tile=tile)
 
     shapes: Shapes = {"source": (ROWS, INNER), "last_weight": (WIDTH, INNER), "residual": (ROWS, WIDTH)}
@@ -70,7 +70,7 @@ def _conv_projection() -> tuple[Shapes, Formula, Build]:
         return rms_norm(t["residual"] + F.linear(F.silu(mixed), t["last_weight"]), EPS)
 
     def build(b: dict[str, Buffer], out: Buffer) -> Launch:
-        tile = Tile.of(BLOCK_M=16, BLOCK_K=STEP)
+        tile = Tile.of(BLOCK_M=16, BLOCK_N=WIDTH, BLOCK_K=STEP)
         inputs = (b["act"], b["conv"], b["bias"], b["last_weight"], b["residual"])
         return conv_projection(*inputs, out, eps=EPS, tile=tile)
 

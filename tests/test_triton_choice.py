@@ -112,7 +112,7 @@ def test_refusals_on_a_device(cuda: Runtime, monkeypatch: pytest.MonkeyPatch) ->
     assert supports(torch.float64) == "it computes in float32, bfloat16, float16, not in float64"
     assert supports(device="cpu") == "it runs on cuda, not on cpu"
     assert supports(batch=1 << 17) == "it takes up to 65535 sequences and 2^31 tokens, not 131072 of 5"
-    assert supports(hidden_size=1024, num_heads=16) == "it takes widths up to 512, not 1024"
+    assert supports(hidden_size=8192, num_heads=64) == "it takes widths up to 4096, not 8192"
     assert supports(hidden_size=512, num_heads=2) == "it takes head_dim up to 128, not 256"
     monkeypatch.setattr(backend, "MOST_TERMS", 2)
     assert supports().startswith("it adds up to 2 tensors in an update, not ")

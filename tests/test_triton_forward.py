@@ -17,7 +17,7 @@ from trmfast.kernels.conv_swiglu import conv_projection
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.mixer_mlp_t import LONGEST, down_t, gate_up_t, mlp_t, padded_length
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.projection import projection
+from trmfast.kernels.projection import block_width, projection
 from trmfast.kernels.qkv import qkv
 from trmfast.kernels.swiglu import gate_up, swiglu
 
@@ -259,7 +259,7 @@ def test_projection(rows: int, width: int, depth: int, dtype: torch.dtype) -> No
     def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
         b = buffers(t)
         out, rstd = Buffer("out", (rows, width), dtype), Buffer("rstd", (rows,), torch.float32)
-        tile = Tile.of(BLOCK_M=16, BLOCK_K=32)
+        tile = Tile.of(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32)
         return t, [projection(b["source"], b["weight"], b["residual"], out, eps=EPS, rstd=rstd, tile=tile)]
 
     check({"source": (rows, depth), "weight": (width, depth), "residual": (rows, width)}, dtype, formula, kernel)
@@ -282,9 +282,10 @@ def test_swiglu(rows: int, width: int, inner: int, fused: bool, dtype: torch.dty
             tile = Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=32)
             return t, [swiglu(b["h1"], b["up_weight"], b["down_weight"], out, eps=EPS, rstd=rstd, tile=tile)]
         act, gates = Buffer("act", (rows, inner), dtype), Buffer("gates", (rows, 2 * inner), dtype)
+        whole = Tile.of(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32)
         return t, [
             gate_up(b["h1"], b["up_weight"], act, gates=gates, tile=Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=32)),
-            projection(act, b["down_weight"], b["h1"], out, eps=EPS, rstd=rstd, tile=Tile.of(BLOCK_M=16, BLOCK_K=32)),
+            projection(act, b["down_weight"], b["h1"], out, eps=EPS, rstd=rstd, tile=whole),
         ]
 
     shapes = {"h1": (rows, width), "up_weight": (2 * inner, width), "down_weight": (width, inner)}
@@ -311,7 +312,7 @@ def test_conv_swiglu(batch: int, length: int, taps: int, dtype: torch.dtype) -> 
             gate_up(b["h1"], b["up_weight"], act, tile=Tile.of(BLOCK_M=16, BLOCK_I=32, BLOCK_K=16)),
             conv_projection(
                 act, b["conv"], b["bias"], b["down_weight"], b["h1"], out, eps=EPS, rstd=rstd,
-                tile=Tile.of(BLOCK_M=16, BLOCK_K=32),
+                tile=Tile.of(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32),
             ),
         ]  # fmt: skip
 
@@ -376,7 +377,7 @@ def block_launches(block: BlockSpec, b: dict[str, Buffer], big: bool) -> list[La
     inner, eps = block.intermediate_size, block.rms_norm_eps
     mid, out = Buffer("mid", shape, dtype), Buffer("out", shape, dtype)
     M, N, K = (128, 128, 64) if big else (16, 32, 32)
-    rows = Tile.of(BLOCK_M=64 if big else 16, BLOCK_K=K)
+    rows = Tile.of(BLOCK_M=64 if big else 16, BLOCK_N=block_width(block.hidden_size), BLOCK_K=K)
     launches = []
     if block.token_mixer == "attention":
         queries = block.num_heads * block.head_dim

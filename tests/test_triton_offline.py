@@ -54,7 +54,7 @@ def check(jobs: list[Job], mode: str) -> list[KernelCode]:
 
 
 EVERYTHING = (
-    *("qkv", "attention", "attention_projection", "projection", "swiglu", "conv_swiglu", "mixer_mlp_t"),
+    *("qkv", "attention", "attention_projection", "projection", "rows", "swiglu", "conv_swiglu", "mixer_mlp_t"),
     *("norm_backward", "swiglu_backward", "projection_backward", "attention_backward", "weight_gradient"),
     *("conv_swiglu_backward", "mixer_mlp_t_backward"),
 )

@@ -39,7 +39,7 @@ def launch_over(name: str, batch: int, small: dict[str, Buffer]) -> Launch:
     h, y, act, out = tokens("h", WIDTH), tokens("y", WIDTH), tokens("act", INNER), tokens("out", WIDTH)
     act_t = Buffer("act", (batch, INNER, WIDTH), torch.float16)
     out_t = Buffer("out", (batch, INNER, WIDTH), torch.float16)
-    rows = Tile.of(BLOCK_M=16, BLOCK_K=16)
+    rows = Tile.of(BLOCK_M=16, BLOCK_N=WIDTH, BLOCK_K=16)
     inner = Tile.of(BLOCK_M=16, BLOCK_I=16, BLOCK_K=16)
     channels = Tile.of(BLOCK_C=32, BLOCK_I=16)
     up, down = small["up"], small["down"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -90,8 +91,12 @@ LEAST = {
 def test_launches_of_a_block(name: str, fusion: str, expected: dict[str, list[str]]) -> None:
     case = next(case for case in PUBLISHED if case.name == name)
     plan = forward_plan(setting_of(case, Configuration("sm_90", fusion=fusion)), save=False)
-    blocks = len(case.problem.program.updates) * case.problem.nets[0].num_layers
-    assert [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in plan] == expected[name] * blocks
+    updates = len(case.problem.program.updates)
+    found = [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in plan]
+    norms = [kernel for kernel in found if kernel.startswith("normed")]
+    assert [kernel for kernel in found if kernel not in norms] == expected[name] * updates * 2
+    # The states of the first update are given, those of the others are normed where they are added up.
+    assert norms == (["normed_sum"] * (updates - 1) + ["normed_rows"] if fusion == "least" else [])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -107,13 +112,48 @@ def test_four_launches_are_enough_for_any_block(name: str, architecture: str) ->
 def test_the_model_decides_whether_the_channel_mixer_is_one_kernel() -> None:
     def last(architecture: str, batch: int) -> str:
         case = make_case("one", "urm", H_cycles=1, L_cycles=1, length=97, batch=batch, hidden_size=512, num_heads=8)
-        return forward_plan(setting_of(case, Configuration(architecture)), save=False).launches[-1].kernel
+        plan = forward_plan(setting_of(case, Configuration(architecture)), save=False)
+        return next(launch.kernel for launch in reversed(plan.launches) if not launch.kernel.startswith("rows."))
 
     # Few programs of a fused kernel would leave an A100 idle; with many its products are the limit either way.
     assert last("sm_80", 1) == "projection.projection_kernel"
     assert last("sm_80", 768) == "swiglu.swiglu_kernel"
     # The faster an architecture's tensor cores, the sooner 64 rows of weights are read too often from its cache.
     assert last("sm_90", 768) == "projection.projection_kernel"
+
+
+def test_the_model_decides_who_norms() -> None:
+    """Few rows would leave most of a GPU idle; wide ones fit no program; otherwise whole rows move less memory."""
+
+    def tiles(architecture: str, batch: int, width: int = 512) -> set[int]:
+        sizes = {"hidden_size": width, "num_heads": width // 64}
+        case = make_case("one", H_cycles=1, L_cycles=1, length=97, batch=batch, **sizes)  # type: ignore[arg-type]
+        plans = [forward_plan(setting_of(case, Configuration(architecture)), save=True)]
+        plans.append(everything(setting_of(case, Configuration(architecture))).plan)
+        for plan in plans:
+            check_written_before_read(plan)
+            assert not (width > 512 and any("attention_projection" in launch.kernel for launch in plan))
+        squares = [dict(launch.arguments).get("squares") for plan in plans for launch in plan if launch.flops]
+        return {buffer.shape[-1] if isinstance(buffer, Buffer) else 1 for buffer in squares}
+
+    assert max(tiles("sm_80", 1)) == max(tiles("sm_90", 1)) == 16
+    assert tiles("sm_80", 768) == {1}
+    assert max(tiles("sm_80", 768, 1024)) == 8
+    assert max(tiles("gfx942", 1, 2560)) == 40
+
+
+@pytest.mark.parametrize("name, gain", [("trm-sudoku-att", 2.2), ("trm-sudoku-mlp", 2.0)])
+def test_one_sudoku_is_not_limited_by_one_multiprocessor(name: str, gain: float) -> None:
+    """Against programs that hold whole rows, by the model of time."""
+    case = next(case for case in PUBLISHED if case.name == name)
+
+    class Whole(Configuration):
+        def choose(self, one: Sequence[Launch], two: Sequence[Launch]) -> Sequence[Launch]:
+            return one if len(one) == len(two) else super().choose(one, two)
+
+    gpu = GPUS["H100"]
+    times = [plan_time(gpu, forward_plan(setting_of(case, kind("sm_90")), False)) for kind in (Whole, Configuration)]
+    assert times[0] > gain * times[1]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -245,7 +285,8 @@ def test_info_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "MB of scratch" in printed
     assert main(["info", "--plan", "trm-sudoku-att", "--batch", "768", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["forward"]["launches"] == 4 * 42
+    # One more for each update but the first, and for the norms of the results.
+    assert record["forward"]["launches"] == 4 * 42 + 21
     assert record["backward"]["scratch_bytes"] > 0
 
 

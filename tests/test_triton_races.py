@@ -66,6 +66,7 @@ CASES = (
     small("mlp_t-conv", token_mixer="mlp_t", channel_mixer="conv_swiglu", length=33),
     small("wide-head", hidden_size=160, num_heads=2, length=70),
     small("window-all", H_cycles=2, window="all", length=33),
+    small("columns", hidden_size=96, num_layers=2, length=13),
 )
 GPUS = (("sm_80", torch.float32), ("sm_120", torch.float16), ("gfx942", torch.bfloat16), ("sm_90", torch.bfloat16))
 
@@ -84,7 +85,7 @@ def check(case: Case, kind: type[Pick], architecture: str, dtype: torch.dtype, f
         assert programs > len(plan) / 4
 
 
-@pytest.mark.representative(when=lambda case: case in CASES[:4])
+@pytest.mark.representative(when=lambda case: case in (*CASES[:4], CASES[-1]))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_programs_do_not_meet(case: Case) -> None:
     """Each case on one GPU with its smallest tiles."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from trmfast.kernels.architectures import GPUS, Gpu
-from trmfast.kernels.configurations import TILES, Configuration
+from trmfast.kernels.configurations import LENGTH, ROW, TILES, Configuration
 from trmfast.kernels.forward_plan import Setting, forward_plan, weight_buffers
 from trmfast.kernels.persistent import GAIN, persistent_traffic
 from trmfast.kernels.plan import Launch, Plan
@@ -66,7 +66,7 @@ def plans_of(case: Case, gpu: Gpu) -> tuple[Plan, Plan]:
 
 
 def launches_section() -> list[str]:
-    """The launches of one block."""
+    """The launches of one block, forward without those that only norm."""
     lines = ["| block | launches forward | launches backward, with what is computed again |", "| --- | --- | --- |"]
     sizes: dict[str, Any] = {"H_cycles": 1, "L_cycles": 1, "hidden_size": 512, "num_heads": 8, "num_layers": 2}
     blocks = (
@@ -81,8 +81,9 @@ def launches_section() -> list[str]:
         case = make_case(title, "urm", window="all", **{**sizes, **options})
         forward, backward = plans_of(case, GPUS["H100"])
         # The last block of two: the first one ends with the gradients of states.
-        per_layer = len(forward) // 2
-        names = [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in forward.launches[:per_layer]]
+        products = [launch for launch in forward if not launch.kernel.startswith("rows.")]
+        per_layer = len(products) // 2
+        names = [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in products[:per_layer]]
         back = [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in backward]
         lines.append(f"| {title} | {per_layer}: {', '.join(names)} | {len(back) / 2:g} |")
     return lines
@@ -174,7 +175,7 @@ def mixer_section() -> list[str]:
             case = make_case("mixer", "urm", H_cycles=1, L_cycles=1, batch=count // 97, length=97, hidden_size=512,
                              num_heads=8, num_layers=1)  # fmt: skip
             forward, _ = plans_of(case, gpu)
-            row.append("one" if forward.launches[-1].kernel.startswith("swiglu") else "two")
+            row.append("one" if any(launch.kernel == "swiglu.swiglu_kernel" for launch in forward) else "two")
         lines.append(f"| {gpu.name} | {' | '.join(row)} |")
     return lines
 
@@ -193,7 +194,8 @@ def fusion_section() -> list[str]:
             def block(fusion: str, gpu: Gpu = gpu, case: Case = case) -> tuple[Launch, ...]:
                 configuration = Configuration(gpu.architecture, gpu.multiprocessors, fusion)
                 setting = replace(setting_of(case, gpu), configuration=configuration)
-                return forward_plan(setting, save=False).launches
+                launches = forward_plan(setting, save=False).launches
+                return tuple(launch for launch in launches if not launch.kernel.startswith("rows."))
 
             least, most = block("least"), block("most")
             four = (least[:1] + most[1:2] + least[3:], least[:3] + most[2:])
@@ -215,7 +217,7 @@ def tiles_section() -> list[str]:
 
 
 def _tile_text(tile: Any) -> str:
-    whole = {-1: "D", -2: "L"}
+    whole = {ROW: "D", LENGTH: "L"}
     blocks = " ".join(f"{name[6:]}{whole.get(size, size)}" for name, size in tile.blocks)
     return f"{blocks}, {tile.num_warps} x {tile.num_stages}"
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ PRODUCTION = (
     make_case("trm-arc-mlp", H_cycles=1, L_cycles=2, batch=1, length=916, hidden_size=512, token_mixer="mlp_t"),
     make_case("wide-heads", "urm", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=512, num_heads=4),
     make_case("hier6-sudoku", "hier6", H_cycles=1, L_cycles=6, batch=1, length=97, hidden_size=512, num_heads=8),
-)
+    make_case("wide-1024", "urm", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=1024, num_heads=16,
+              channel_mixer="conv_swiglu"),
+    make_case("wide-2560", "urm", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=2560, num_heads=40),
+)  # fmt: skip
 # Tile sizes that are rows of the left operand of a product.
 _ROWS = ("BLOCK_M", "BLOCK_C")
 
@@ -80,19 +84,16 @@ class Job:
 
 
 class _Recorder(Configuration):
-    """Records every launch that it could choose."""
+    """Records every launch that it could choose, and chooses one kernel (``"most"``) or two (``"least"``)."""
 
-    def __init__(self, architecture: str) -> None:
-        super().__init__(architecture)
+    def __init__(self, architecture: str, fusion: str) -> None:
+        super().__init__(architecture, fusion=fusion)
         object.__setattr__(self, "seen", [])
 
     def fastest(self, choices: Sequence[Sequence[Launch]]) -> Sequence[Launch]:
         self.seen: list[Launch]
         self.seen += [launch for launches in choices for launch in launches]
-        return choices[0]
-
-    def choose(self, one: Sequence[Launch], two: Sequence[Launch]) -> Sequence[Launch]:
-        return one
+        return choices[-1 if self.fusion == "least" else 0]
 
 
 def production_jobs(
@@ -107,8 +108,8 @@ def production_jobs(
         batch: B; by default one that leaves no number of tokens divisible by 16, which is the harder case.
     """
     jobs: dict[tuple[Any, ...], Job] = {}
-    for case in PRODUCTION:
-        problem, recorder = case.problem, _Recorder(architecture)
+    for case, fusion in product(PRODUCTION, ("most", "least")):
+        problem, recorder = case.problem, _Recorder(architecture, fusion)
         setting = Setting(problem, batch, case.length, dtype, case.rope, recorder, tf32)
         forward_plan(setting, save=True)
         backward_plan(setting, [True] * len(problem.program.states), True, [True] * problem.num_weights)
@@ -308,8 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 SIZES = (
-    "at the published sizes (D = 512, inner width 1536, 8 heads of 64) and with 4 heads of 128, with each tile that "
-    "the table in kernels/configurations.py allows"
+    "at the published sizes (D = 512, inner width 1536, 8 heads of 64), with 4 heads of 128 and at D = 1024 and 2560, "
+    "with each tile that the table in kernels/configurations.py allows"
 )
 
 

@@ -34,7 +34,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "channel_mixer": ("swiglu", "conv_swiglu"),
     "causal": (False, True),
 }
-WIDEST, WIDEST_HEAD = 512, 128
+WIDEST, WIDEST_HEAD = 4096, 128
 MOST_SEQUENCES = 65535  # CUDA's limit for the second and third axis of a grid
 
 

@@ -1,0 +1,263 @@
+"""Rows that are normed where they are read.
+
+A product whose tiles are narrower than a row cannot apply the norm that follows it.  It stores the norm's input s, and
+of each row and column tile the sum of squares:
+
+    squares[row, tile] = sum over the columns of the tile of s^2          [T, tiles] float32
+
+A weightless norm is one number a row, r = 1 / sqrt(mean(s^2) + eps), so it commutes with the product behind it.  A
+reader adds up the parts of its rows, from the first tile to the last, and multiplies: the rows of its product in the
+epilogue, a residual at its load.  Every part belongs to one program, and all readers get the same bits.
+
+Rounding: the squares are those of s before it is rounded to the compute dtype.  A product has round(s) as its operand
+and a residual is round(s) r in float32: one rounding a norm, as when one program holds the row and stores round(s r).
+``normed_sum`` and ``normed_rows`` store round(round(s) r), with the two roundings of eager PyTorch.
+
+``normed_sum`` makes the input of an update from states of which some are such pairs; ``normed_rows`` norms up to eight
+tensors: the results of a recursion, and what backward reads.  Both are elementwise: they read each operand once and
+write each result once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from trmfast.kernels.dot import narrow
+from trmfast.kernels.input_sum import checked_terms
+from trmfast.kernels.plan import Buffer, Launch, Tile
+
+__all__ = [
+    "MAX_SOURCES",
+    "Rows",
+    "normed_rows",
+    "normed_sum",
+    "row_factor",
+    "rows_of",
+    "single_squares",
+    "squares_buffer",
+    "store_sum",
+]
+
+MAX_SOURCES = 8
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The result of a norm over D: as it is, or as what the norm takes.
+
+    Attributes:
+        values: [..., D], the result if there are no squares, otherwise the input of the norm.
+        squares: [..., tiles] float32, sums of squares of parts of a row, or None.
+        eps: of the norm.
+    """
+
+    values: Buffer
+    squares: Buffer | None = None
+    eps: float = 0.0
+
+    @property
+    def parts(self) -> int:
+        """Sums of squares of a row; 0 without."""
+        return 0 if self.squares is None else self.squares.shape[-1]
+
+
+def rows_of(value: Buffer | Rows) -> Rows:
+    """A tensor that is normed already, or needs no norm, as :class:`Rows`."""
+    return value if isinstance(value, Rows) else Rows(value)
+
+
+def squares_buffer(name: str, shape: Sequence[int], tile: Tile) -> Buffer:
+    """The buffer for the sums of squares of a tensor [..., D] that is made in tiles of BLOCK_N columns."""
+    *rows, width = shape
+    return Buffer(name, (*rows, triton.cdiv(width, tile["BLOCK_N"])), torch.float32)
+
+
+def single_squares(terms: Sequence[Buffer | Rows]) -> tuple[tuple[Buffer, ...], Rows]:
+    """The values of the terms of a kernel that norms no sum, and the first term: the only one, if it has squares.
+
+    Raises:
+        ValueError: squares with other terms, or the number of terms.
+    """
+    rows = [rows_of(term) for term in terms]
+    if len(rows) > 1 and any(row.squares is not None for row in rows):
+        raise ValueError(f"terms: got squares with {len(rows)} terms, accepted with one")
+    return checked_terms([row.values for row in rows]), rows[0]
+
+
+@triton.jit
+def row_factor(squares, first_row, rows, PARTS: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """1 / sqrt(mean(s^2) + EPS) of rows ``first_row + rows``, all of which exist."""
+    at = squares + first_row.to(tl.int64) * PARTS + rows * PARTS
+    total = tl.load(at)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(at + part)
+    return tl.rsqrt(total / WIDTH + EPS)
+
+
+@triton.jit
+def store_sum(
+    s,
+    out,
+    squares,
+    first_row,
+    column_tile,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Writes a tile of what a norm takes, [BLOCK_M, BLOCK_N] in float32, and its rows' sums of squares."""
+    COLUMN_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    rows = tl.arange(0, BLOCK_M)
+    row_in_range = rows < tokens - first_row
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = row_in_range[:, None]
+    if D % BLOCK_N != 0:
+        mask = mask & (columns < D)[None, :]
+        s = tl.where((columns < D)[None, :], s, 0.0)
+    start = first_row.to(tl.int64)
+    tl.store(out + start * D + rows[:, None] * D + columns[None, :], narrow(s, out.dtype.element_ty), mask=mask)
+    tl.store(squares + start * COLUMN_TILES + rows * COLUMN_TILES + column_tile, tl.sum(s * s, 1), mask=row_in_range)
+
+
+@triton.jit
+def normed_sum_kernel(
+    terms,
+    squares,
+    out,
+    tokens,
+    D: tl.constexpr,
+    PLACES: tl.constexpr,  # a tuple like the next two: of each term, the place of its squares, -1 without
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    LAST: tl.constexpr = len(terms) - 1
+    first_row = tl.program_id(0) // COLUMN_TILES * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    near_rows = tl.minimum(rows, tokens - first_row - 1)
+    columns = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < tokens - first_row)[:, None]
+    if D % BLOCK_N != 0:
+        mask = mask & (columns < D)[None, :]
+    at = first_row.to(tl.int64) * D + rows[:, None] * D + columns[None, :]
+    dtype: tl.constexpr = out.dtype.element_ty
+    # From the right, rounded after each addition, as the reference does.
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype)
+    for i in tl.static_range(len(terms)):
+        value = tl.load(terms[LAST - i] + at, mask=mask, other=0.0)
+        if PLACES[LAST - i] >= 0:
+            factor = row_factor(
+                squares[PLACES[LAST - i]], first_row, near_rows, PARTS[LAST - i], D, EPS[LAST - i]
+            )  # fmt: skip
+            value = narrow(value.to(tl.float32) * factor[:, None], dtype)
+        total = narrow(value.to(tl.float32) + total.to(tl.float32), dtype)
+    tl.store(out + at, total, mask=mask)
+
+
+@triton.jit
+def normed_rows_kernel(
+    sources,
+    squares,
+    outs,
+    rstds,
+    tokens,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,  # a tuple like the next one: of each source
+    EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    first_row = tl.program_id(0) // COLUMN_TILES * BLOCK_M
+    column_tile = tl.program_id(0) % COLUMN_TILES
+    rows = tl.arange(0, BLOCK_M)
+    near_rows = tl.minimum(rows, tokens - first_row - 1)
+    row_in_range = rows < tokens - first_row
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = row_in_range[:, None]
+    if D % BLOCK_N != 0:
+        mask = mask & (columns < D)[None, :]
+    at = first_row.to(tl.int64) * D + rows[:, None] * D + columns[None, :]
+    for i in tl.static_range(len(sources)):
+        factor = row_factor(squares[i], first_row, near_rows, PARTS[i], D, EPS[i])
+        value = tl.load(sources[i] + at, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+        tl.store(outs[i] + at, narrow(value, outs[i].dtype.element_ty), mask=mask)
+        if len(rstds) > 0:
+            tl.store(rstds[i] + first_row + rows, factor, mask=row_in_range & (column_tile == 0))
+
+
+def normed_sum(terms: Sequence[Buffer | Rows], out: Buffer, *, tile: Tile) -> Launch:
+    """The launch of a sum of states, each normed and rounded before it is added.
+
+    Args:
+        terms: 1 to 8 of [..., D] in the order of the update, x last; the sum is taken from the right.
+        out: [..., D].
+        tile: BLOCK_M, BLOCK_N.
+
+    Raises:
+        ValueError: the number of terms.
+    """
+    rows = [rows_of(term) for term in terms]
+    values = checked_terms([row.values for row in rows])
+    squares = tuple(row.squares for row in rows if row.squares is not None)
+    scaled = [row.squares is not None for row in rows]
+    tokens, width = prod(out.shape[:-1]), out.shape[-1]
+    return Launch.of(
+        "rows.normed_sum_kernel",
+        (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),
+        {"terms": values, "squares": squares, "out": out, "tokens": tokens},
+        reads=("terms", "squares"),
+        writes=("out",),
+        constants={
+            "D": width,
+            "PLACES": tuple(sum(scaled[:i]) if is_scaled else -1 for i, is_scaled in enumerate(scaled)),
+            "PARTS": tuple(row.parts for row in rows),
+            "EPS": tuple(row.eps for row in rows),
+        },
+        tile=tile,
+    )
+
+
+def normed_rows(sources: Sequence[Rows], outs: Sequence[Buffer], rstds: Sequence[Buffer] = (), *, tile: Tile) -> Launch:
+    """The launch of the norms of several tensors of one shape.
+
+    Args:
+        sources: 1 to 8 of [..., D], all with squares.
+        outs: [..., D] for each; it may be the buffer of its source.
+        rstds: [...] float32 for each, receives 1 / sqrt(mean(s^2) + eps) of each row; or none at all.
+        tile: BLOCK_M, BLOCK_N.
+
+    Raises:
+        ValueError: the number of sources.
+    """
+    if not 1 <= len(sources) <= MAX_SOURCES:
+        raise ValueError(f"sources: got {len(sources)}, accepted are 1 to {MAX_SOURCES}")
+    squares = tuple(source.squares for source in sources if source.squares is not None)
+    tokens, width = prod(outs[0].shape[:-1]), outs[0].shape[-1]
+    return Launch.of(
+        "rows.normed_rows_kernel",
+        (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),
+        {
+            "sources": tuple(source.values for source in sources),
+            "squares": squares,
+            "outs": tuple(outs),
+            "rstds": tuple(rstds),
+            "tokens": tokens,
+        },
+        reads=("sources", "squares"),
+        writes=("outs", "rstds"),
+        constants={
+            "D": width,
+            "PARTS": tuple(source.parts for source in sources),
+            "EPS": tuple(source.eps for source in sources),
+        },
+        tile=tile,
+    )
