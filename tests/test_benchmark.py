@@ -209,7 +209,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.breadth
 def test_record(suite: Path) -> None:
     record = json.loads((suite / "suite.json").read_text())
-    assert record["settings"] == {"suite": "blocks", "threads": 1, "tiny": True}
+    assert record["settings"] == {"suite": "blocks", "threads": 1, "tiny": True, "device": "cpu"}
     assert record["machine"]["logical_cpus"] >= 1
     assert {"trmfast", "torch", "openvino", "onnxruntime"} <= record["versions"].keys()
     assert "commit" in record

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["formula", "launch_on"]
 
 
-def formula(launch: Launch, arguments: Mapping[str, Any]) -> None:
+def formula(launch: Launch, arguments: Mapping[str, Any], _: Mapping[str, Any]) -> None:
     """Writes every result of a launch over tensors of the CPU."""
     total = 0.0
     for i, tensor in enumerate(_tensors(launch.reads, arguments)):
@@ -58,7 +58,7 @@ def launch_on(runtime: Runtime, launch: Launch, arguments: Mapping[str, Any], op
 
     def work() -> None:
         with torch.inference_mode(False), torch.no_grad():
-            formula(launch, inner)
+            runtime.kernel(launch, inner, options)
 
     stream.advance()
     if stream.capture is not None:

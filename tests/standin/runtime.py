@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from standin.graphs import Graph
-from standin.kernels import launch_on
+from standin.kernels import formula, launch_on
 from standin.memory import Block, HazardError, Memory
 from standin.streams import Clock, Event, Stream, merge
 from standin.tensors import ALLOCATIONS, READ_BY_HOST, DeviceMode, DeviceTensor, Operation
@@ -29,7 +29,7 @@ class Runtime:
     """The state of the stand-in.
 
     Attributes:
-        streams: by number, which is also the handle.
+        streams: by handle.
         host: what the host has waited for.
         faults: found where nothing can be raised, in the end of a block's life.
         captures, replays: counts of graphs.
@@ -39,6 +39,7 @@ class Runtime:
         counts: operators that ran, by name.
         pinned: addresses of tensors in pinned memory.
         compiled: the kernels that Triton would have compiled so far.
+        kernel: what a launch does, to tensors of the CPU.
     """
 
     def __init__(self, devices: int, capability: tuple[int, int], multiprocessors: int) -> None:
@@ -54,6 +55,7 @@ class Runtime:
         self.pinned: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.compiled: set[Any] = set()
+        self.kernel: Callable[..., object] = formula
         self.pool: object | None = None
         self.capturing = threading.local()
         self._local = threading.local()
@@ -103,6 +105,9 @@ class Runtime:
         for stream in self.streams.values():
             if stream.device_index == index:
                 merge(self.host, stream.clock)
+
+    def reset_peak(self, index: int) -> None:
+        self.memory.peak = self.memory.used.get(index, 0)
 
     def refuse_in_capture(self, what: str) -> None:
         """Raises if this thread captures a graph."""
@@ -229,8 +234,12 @@ def _functions(runtime: Runtime) -> dict[str, Any]:
         "is_current_stream_capturing": lambda: runtime.current_stream().capture is not None,
         "get_device_capability": lambda _=None: runtime.capability,
         "get_device_properties": lambda _=None: SimpleNamespace(
-            multi_processor_count=runtime.multiprocessors, gcnArchName=runtime.gcn_arch
+            multi_processor_count=runtime.multiprocessors, gcnArchName=runtime.gcn_arch, L2_cache_size=50 << 20
         ),
+        "mem_get_info": lambda _=None: (runtime.capacity, runtime.capacity),
+        "memory_allocated": lambda device=None: runtime.memory.used.get(runtime.index(device), 0),
+        "max_memory_allocated": lambda _=None: runtime.memory.peak,
+        "reset_peak_memory_stats": lambda device=None: runtime.reset_peak(runtime.index(device)),
         "get_device_name": lambda _=None: "stand-in",
         "Stream": Stream,
         "Event": Event,
@@ -239,8 +248,15 @@ def _functions(runtime: Runtime) -> dict[str, Any]:
 
 
 @contextmanager
-def standin(devices: int = 1, capability: tuple[int, int] = (9, 0), multiprocessors: int = 132) -> Iterator[Runtime]:
+def standin(
+    devices: int = 1, capability: tuple[int, int] = (9, 0), multiprocessors: int = 132, interpreted: bool = False
+) -> Iterator[Runtime]:
     """Puts the stand-in in the place of ``torch.cuda``, and its kernels in that of kernels/.
+
+    Args:
+        devices: how many.
+        capability, multiprocessors: of each.
+        interpreted: whether launches compute in Triton's interpreter, instead of a formula of what they read.
 
     Raises:
         HazardError: at the end, with what was found where nothing could be raised.
@@ -250,6 +266,8 @@ def standin(devices: int = 1, capability: tuple[int, int] = (9, 0), multiprocess
     from trmfast.backends import triton
 
     runtime = Runtime(devices, capability, multiprocessors)
+    if interpreted:
+        runtime.kernel = plan.start
     caches = (triton._architecture, triton._configuration)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "start", partial(launch_on, runtime))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,12 +41,13 @@ class Stream:
         return stream
 
     def _open(self, index: int, number: int) -> None:
-        self.device_index, self.stream_id, self.cuda_stream, self.device_type = index, number, number, 1
+        self.device_index, self.stream_id, self.device_type = index, number, 1
+        self.cuda_stream = number % 2**64  # as a pointer
         self.device = torch.device("cuda", index)
         self.now = 0
         self.clock: Clock = {}
         self.capture: Graph | None = None
-        self.runtime.streams[number] = self
+        self.runtime.streams[self.cuda_stream] = self
 
     def __repr__(self) -> str:
         return f"stream {self.stream_id} of cuda:{self.device_index}"
@@ -84,11 +86,13 @@ class Event:
     def __init__(self, **_: Any) -> None:
         self._clock: Clock = {}
         self._graph: Graph | None = None
+        self._time: float | None = None
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or self.runtime.current_stream()
         stream.advance()
         self._clock, self._graph = dict(stream.clock), stream.capture
+        self._time = perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:
         stream = stream or self.runtime.current_stream()
@@ -107,5 +111,9 @@ class Event:
         return False
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds: the stand-in has no clock."""
-        return 1.0
+        """Milliseconds of the host between the two, which is when the work between them ran."""
+        if self._time is None or end._time is None:
+            raise HazardError("the time of an event that was not recorded")
+        if any(self.runtime.host.get(stream, 0) < tick for stream, tick in end._clock.items()):
+            raise HazardError("the time of an event that the host has not waited for")
+        return (end._time - self._time) * 1e3

@@ -66,6 +66,9 @@ class DeviceTensor(Tensor):
     def get_device(self) -> int:
         return self.block.device
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 

@@ -160,28 +160,36 @@ class Stacks:
     Attributes:
         nets: the networks, in the order of the program's.
         recur: (program, states, x, RoPE tables) -> final states; states and x: [B, L, D] in the compute dtype.
+        graphs: whether compiled code runs as CUDA graphs, whose results the next step overwrites: see
+            ``torch.compiler.cudagraph_mark_step_begin``.
     """
 
     def __init__(self, specs: Sequence[NetSpec], nets: Sequence[Stack]) -> None:
         self.specs, self.nets = list(specs), list(nets)
         self.recur: Recur = self._eager
+        self.graphs = False
 
-    def compile(self, scope: str) -> None:
+    def compile(self, scope: str, graphs: bool = False) -> None:
         """Runs the recursion under torch.compile.
 
         Args:
             scope: ``"recursion"``, all updates as one graph, minutes of compilation; or ``"network"``, one network as a
                 function of its weights, which all updates share.  It casts the weights to the compute dtype once a step
                 instead of at every application, as the compiler does for the whole recursion.
+            graphs: whether the compiled code runs as CUDA graphs (``mode="reduce-overhead"``).
 
         Raises:
             ValueError: another scope.
         """
+        options: dict[str, Any] = {"dynamic": False, **({"mode": "reduce-overhead"} if graphs else {})}
+        self.graphs = graphs
         if scope == "recursion":
-            self.recur = torch.compile(self._eager, dynamic=False)
+            self.recur = torch.compile(self._eager, **options)
         elif scope == "network":
-            functions = {spec: torch.compile(_function(spec), dynamic=False) for spec in dict.fromkeys(self.specs)}
+            functions = {spec: torch.compile(_function(spec), **options) for spec in dict.fromkeys(self.specs)}
             self.functions = [functions[spec] for spec in self.specs]
+            # What one graph returns another reads in place; anything else is copied for every call.
+            self.cast = torch.compile(_casting(), **options) if graphs else _casting()
             self.recur = self._by_network
         else:
             raise ValueError(f"scope: got {scope!r}, accepted are 'network' and 'recursion'")
@@ -196,7 +204,7 @@ class Stacks:
         self, program: RecursionProgram, states: Sequence[Tensor], x: Tensor | None, cos_sin: CosSin | None
     ) -> list[Tensor]:
         dtype = states[0].dtype
-        weights = [{name: p.to(dtype) for name, p in net.named_parameters()} for net in self.nets]
+        weights = self.cast([dict(net.named_parameters()) for net in self.nets], dtype)
         # Without gradients the compiled code must not see weights that require them: it would be recompiled.
         constants = [{name: w.detach() for name, w in net.items()} for net in weights]
 
@@ -215,6 +223,15 @@ def _function(spec: NetSpec) -> Callable[[dict[str, Tensor], Tensor, CosSin | No
         return cast(Tensor, torch.func.functional_call(skeleton, weights, (h, cos_sin)))
 
     return with_own_code(apply)
+
+
+def _casting() -> Callable[[list[dict[str, Tensor]], torch.dtype], list[dict[str, Tensor]]]:
+    """The weights of networks in another dtype."""
+
+    def cast(nets: list[dict[str, Tensor]], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+        return [{name: weight.to(dtype) for name, weight in net.items()} for net in nets]
+
+    return with_own_code(cast)
 
 
 class EagerRecursion(nn.Module):
@@ -238,6 +255,7 @@ class EagerRecursion(nn.Module):
             self.add_module(name, net)
         self.stacks = Stacks(problem.nets, nets)
         with torch.no_grad():
+            self.to(weights[0].device)
             for (_, parameter), weight in zip(self.named_parameters(), weights, strict=True):
                 parameter.copy_(weight)
 

@@ -154,7 +154,9 @@ def _real_inputs(model: ACTModel, batch: dict[str, Tensor]) -> Inputs:
     model.eval()
     with torch.no_grad():
         x = inner._input_embeddings(batch["inputs"], batch["puzzle_identifiers"])
-        carry = inner.reset_carry(torch.ones(rows, dtype=torch.bool), inner.empty_carry(rows))
+        carry = inner.reset_carry(
+            torch.ones(rows, dtype=torch.bool, device=x.device), inner.empty_carry(rows, x.device)
+        )
         states = tuple(state.contiguous() for state in inner._states(carry))
     model.train(training)
     nets = [cast(Net, getattr(inner, name)) for name in inner.net_names]
@@ -164,7 +166,7 @@ def _real_inputs(model: ACTModel, batch: dict[str, Tensor]) -> Inputs:
     gradients = []
     for _ in states:
         gradient = torch.zeros_like(x)
-        gradient[0] = torch.randn(x.shape[1:], generator=generator).to(x.dtype)
+        gradient[0] = torch.randn(x.shape[1:], generator=generator).to(x)
         gradients.append(gradient)
     weights = tuple(weight.detach() for net in nets for weight in net.weights())
     return Inputs(problem, states, x, weights, cos, sin, tuple(gradients))

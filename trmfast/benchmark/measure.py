@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from trmfast.benchmark import gpu
 from trmfast.benchmark.errors import Check
 from trmfast.benchmark.memory import peak_bytes, resident_bytes, trim
 from trmfast.benchmark.rivals import OURS
@@ -38,7 +39,7 @@ class Row:
         ratio: the time of the fastest rival over this time; above 1 is faster than every rival.
         steps_per_second: supervision steps (whole batches) a second; samples_per_second: sequences.
         saved: bytes of activations that autograd keeps (training).
-        peak: bytes by which resident memory rises during a step.
+        peak: bytes by which resident memory, on a GPU allocated memory, rises during a step.
         build_seconds: time to compile and for the first call.
         error: largest absolute error of a final state (of a model, of a logit) against float64, in the first sequence;
             for training, largest error of a gradient relative to its largest element.
@@ -140,6 +141,7 @@ def build(
     steps: Sequence[str],
     say: Callable[[str], None],
     required: Collection[str],
+    device: str = "cpu",
 ) -> tuple[dict[str, Built], list[str]]:
     """Builds implementations and runs every step of each, which compiles it.
 
@@ -149,6 +151,7 @@ def build(
         steps: that will be timed.
         say: called with what is being done.
         required: names whose failures are raised; other failures become remarks.
+        device: where it runs, ``"cpu"`` or ``"cuda"``.
 
     Returns:
         What was built, and remarks for the reader.
@@ -166,6 +169,8 @@ def build(
             if "training" in runner.steps and "training" in steps:
                 runner.training()
                 runner.forward()  # compilers recompile for weights that have gradients
+            if device != "cpu":
+                torch.cuda.synchronize()  # what fails on the device fails here
         except Exception as error:  # any failure of a compiler or exporter; the others can still be compared
             if name in required:
                 raise
@@ -207,7 +212,7 @@ def measure_works(
             runners = {name: b.runner for name, b in one.built.items() if step in b.runner.steps}
             runs = {name: getattr(runner, step) for name, runner in runners.items()}
             between = {name: runner.change_weights for name, runner in runners.items() if step == "training"}
-            turns.append((one, step, Turns(runs, one.peak_dtype or one.work.dtype, between)))
+            turns.append((one, step, Turns(runs, one.peak_dtype or one.work.dtype, between, one.work.device)))
     visits = 0
     while visits < fewest or (time.monotonic() - begin < seconds and visits < MOST_ROUNDS):
         for one, step, turn in turns:
@@ -227,7 +232,7 @@ def _rows(prepared: Prepared, step: str, timing: Timing) -> list[Row]:
     for name, times in timing.times.items():
         built, check = prepared.built[name], prepared.checks[step][name]
         low, high = quartiles(times)
-        rises = peak_bytes(getattr(built.runner, step))
+        rises = (peak_bytes if work.device == "cpu" else gpu.peak_bytes)(getattr(built.runner, step))
         rows.append(
             Row(
                 *(work.case.name, work.dtype_name, step, work.case.batch, work.case.length),

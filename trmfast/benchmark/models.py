@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from trmfast.benchmark import memory
+from trmfast.benchmark import gpu, memory
 from trmfast.benchmark.configs import BenchConfig
 from trmfast.benchmark.eager import EagerInner
 from trmfast.benchmark.errors import check_model
@@ -42,16 +42,26 @@ class ModelRunner:
         self.steps: tuple[str, ...] = ("training",) if name == "kept" else BOTH
         self.head = ACTLossHead(model, "stablemax_cross_entropy")
         self.carry = model.initial_carry(batch)
+        inner = model.inner
+        self.graphs = isinstance(inner, EagerInner) and inner.stacks.graphs
 
     def forward(self) -> None:
         """One supervision step without gradients."""
+        self._begin()
         with torch.no_grad():
             self.model.eval()(carry=self.carry, batch=self.batch)
 
     def training(self) -> None:
         """One supervision step, its loss and the gradients of all parameters."""
+        self._begin()
         self.head.train().zero_grad(set_to_none=True)
         self.loss().backward()
+
+    def _begin(self) -> None:
+        """Graphs of torch.compile overwrite what the step before returned, gradients too."""
+        if self.graphs:
+            self.head.zero_grad(set_to_none=True)
+            torch.compiler.cudagraph_mark_step_begin()
 
     def loss(self) -> Tensor:
         """The loss of one supervision step."""
@@ -76,6 +86,7 @@ def prepare_model(
     batch: int | None = None,
     check: tuple[int, int] | None = None,
     keep: bool = False,
+    device: str = "cpu",
 ) -> Prepared:
     """Builds a model for every implementation, all of the same weights, and checks them.
 
@@ -88,27 +99,29 @@ def prepare_model(
         batch: sequences, or None for the configuration's own number.
         check: (H_cycles, L_cycles) of the accuracy check, None for the configuration's own.
         keep: whether training is measured with ``recompute=False`` too.
+        device: where it runs, ``"cpu"`` or ``"cuda"``; there torch.compile makes CUDA graphs.
 
     Raises:
         ModuleNotFoundError: the configuration's puzzles come with a package that is not installed.
     """
     torch.compiler.reset()
     rows = batch or config.batch
-    inputs = config.inputs(rows)
+    place = torch.device(device) if device == "cpu" else gpu.current()
+    inputs = {name: tensor.to(place) for name, tensor in config.inputs(rows).items()}
     torch.manual_seed(0)
     fused = config.model(rows, True, overrides)
     models = {"eager": config.model(rows, False, overrides)}
     if compile_scope is not None:
         models["compile"] = config.model(rows, False, overrides)
-        cast(EagerInner, models["compile"].inner).stacks.compile(compile_scope)
+        cast(EagerInner, models["compile"].inner).stacks.compile(compile_scope, graphs=device != "cpu")
     models["trmfast"] = fused
     if keep:
         models["kept"] = config.model(rows, True, {**overrides, "recompute": False})
     makers: dict[str, tuple[str, Callable[[], Runs]]] = {}
     for name, model in models.items():
-        model.load_state_dict(fused.state_dict())
+        model.to(place).load_state_dict(fused.state_dict())
         makers[name] = TITLES[name], partial(ModelRunner, name, model, inputs)
-    built, remarks = build(config.title, makers, BOTH, say, ("eager", *OURS))
+    built, remarks = build(config.title, makers, BOTH, say, ("eager", *OURS), device)
     if "compile" in built:
         remarks.append(f"{config.title}: torch.compile took {built['compile'].seconds:.0f} s to compile")
     say(f"{config.title}: accuracy")
@@ -125,5 +138,5 @@ def prepare_model(
     # HRM's training runs the recursion a second time, for the target of its q head.
     flops = count_flops(problem, rows, length, forwards=1 if fused.config.no_ACT_continue else 2)
     case = Case(config.name, problem, rows, length, fused.config.uses_rope)
-    work = Work(case, torch.bfloat16, BOTH, tuple(name for name in built if name not in OURS))
+    work = Work(case, torch.bfloat16, BOTH, tuple(name for name in built if name not in OURS), device)
     return Prepared(work, built, checks, flops, remarks, peak_dtype)

@@ -28,17 +28,17 @@ def prepare_work(work: Work, say: Callable[[str], None], without: Sequence[str] 
         say: called with what is being done.
         without: rivals to leave out.
     """
-    inputs = make_inputs(work.case, work.state_dtype, weight_scale=WEIGHT_SCALE)
+    inputs = make_inputs(work.case, work.state_dtype, device=work.place, weight_scale=WEIGHT_SCALE)
     makers: dict[str, tuple[str, Callable[[], Runs]]] = {}
     absent = []
     for name in (*work.rivals, "trmfast"):
         kind = runner_of(name, work.dtype)
-        reason = "left out" if name in without else missing(name, work.dtype)
+        reason = "left out" if name in without else missing(name, work.dtype, work.device)
         if reason is None:
             makers[name] = kind.title, partial(kind, inputs, torch.get_num_threads())
         else:
             absent.append(f"{work}: no {kind.title}: {reason}")
-    built, failed = build(str(work), makers, work.steps, say, OURS)
+    built, failed = build(str(work), makers, work.steps, say, OURS, work.device)
     say(f"{work}: error")
     runners = {name: b.runner for name, b in built.items() if isinstance(b.runner, Runner)}
     check = {"forward": check_forward, "training": check_training}

@@ -42,6 +42,8 @@ class Runner(ABC):
     title: str
     steps: tuple[str, ...] = ("forward",)
     """What is timed of it."""
+    device_types: tuple[str, ...] = ("cpu", "cuda")
+    """Where it runs."""
     modules: tuple[str, ...] = ()
     """Packages that it needs."""
     keeps_memory = False
@@ -101,11 +103,15 @@ class Trained(Runner):
         return [(z, g) for z, g in zip(out, self.inputs.grad_states, strict=True) if z.requires_grad]
 
     def training(self, program: RecursionProgram | None = None) -> None:
+        self.drop_gradients()
+        states, gradients = zip(*self.outputs(program), strict=True)
+        torch.autograd.backward(states, gradients)
+
+    def drop_gradients(self) -> None:
+        """Those of the last training step."""
         for leaf in (self.x, *self.weights):
             if leaf is not None:
                 leaf.grad = None
-        states, gradients = zip(*self.outputs(program), strict=True)
-        torch.autograd.backward(states, gradients)
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of x and the weights, of the last training step; zeros where none came."""
@@ -173,14 +179,26 @@ class Eager(Trained):
 
 
 class Compiled(Eager):
-    """Each network compiled, its weights cast once a step."""
+    """Each network compiled, its weights cast once a step; on a GPU as CUDA graphs."""
 
     title = "torch.compile"
 
     def __init__(self, inputs: Inputs, threads: int) -> None:
         super().__init__(inputs, threads)
-        self.model.stacks.compile("network")
-        self.note = "network by network"
+        self.graphs = inputs.states[0].is_cuda
+        self.model.stacks.compile("network", self.graphs)
+        self.note = "network by network, CUDA graphs" if self.graphs else "network by network"
+
+    def recur(self, x: Tensor | None, program: RecursionProgram) -> Sequence[Tensor]:
+        if not self.graphs:
+            return super().recur(x, program)
+        torch.compiler.cudagraph_mark_step_begin()
+        return [state.clone() for state in super().recur(x, program)]  # graphs overwrite what they returned
+
+    def forward(self, program: RecursionProgram | None = None) -> Sequence[Tensor]:
+        if self.graphs:
+            self.drop_gradients()  # they lie in memory of the graphs
+        return super().forward(program)
 
 
 class _ByNetwork(Runner):
@@ -250,14 +268,19 @@ class MaxAutotune(_ByNetwork):
     def forward(self, program: RecursionProgram | None = None) -> Sequence[Tensor]:
         import torch._inductor.config
 
+        graphs = self.states[0].is_cuda
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch._inductor.config.patch(freezing=True):  # a guard of the compiled code
-            return super().forward(program)
+            found = super().forward(program)
+        return [state.clone() for state in found] if graphs else found
 
 
 class OpenVino(_ByNetwork):
     """The recursion as one graph, or its network where that is too large; float32 outside, the compute dtype inside."""
 
     title = "OpenVINO"
+    device_types = ("cpu",)
     modules = ("openvino",)
     keeps_memory = True
     wide = True
@@ -328,6 +351,7 @@ class OnnxRuntime(_ByNetwork):
     """Its kernels for CPUs compute in float32."""
 
     title = "ONNX Runtime"
+    device_types = ("cpu",)
     modules = ("onnxruntime", "onnx", "onnxscript")
     dtypes = (torch.float32,)
     keeps_memory = True
@@ -395,9 +419,11 @@ def runner_of(name: str, dtype: torch.dtype) -> type[Runner]:
     return FusedInt8 if (name, dtype) == ("trmfast", torch.int8) else RIVALS[name]
 
 
-def missing(name: str, dtype: torch.dtype) -> str | None:
-    """None, or why an implementation does not run in a dtype here."""
+def missing(name: str, dtype: torch.dtype, device: str = "cpu") -> str | None:
+    """None, or why an implementation does not run in a dtype on a device here."""
     kind = runner_of(name, dtype)
+    if device not in kind.device_types:
+        return f"it runs on {', '.join(kind.device_types)}, not on {device}"
     absent = [module for module in kind.modules if find_spec(module) is None]
     if absent:
         return f"{', '.join(absent)} not installed, `pip install 'trmfast[rivals]'` installs it"

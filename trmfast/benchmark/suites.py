@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from trmfast.benchmark import gpu
 from trmfast.cases import Case, find_case, make_case
 
-__all__ = ["BOTH", "SUITES", "Suite", "Work", "title"]
+__all__ = ["BOTH", "GPU_BATCHES", "SUITES", "Suite", "Work", "title"]
 
 BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
 FORWARD, BOTH = ("forward",), ("forward", "training")
@@ -48,12 +49,19 @@ class Work:
         dtype: of the products by weights; states are bfloat16 where it is int8.
         steps: ``"forward"``, the recursion without gradients, and ``"training"``, forward and backward.
         rivals: names in :data:`trmfast.benchmark.rivals.RIVALS`.
+        device: ``"cpu"`` or ``"cuda"``.
     """
 
     case: Case
     dtype: torch.dtype
     steps: tuple[str, ...]
     rivals: tuple[str, ...]
+    device: str = "cpu"
+
+    @property
+    def place(self) -> torch.device:
+        """The device, a GPU with its number."""
+        return torch.device("cpu") if self.device == "cpu" else gpu.current()
 
     @property
     def dtype_name(self) -> str:
@@ -74,11 +82,17 @@ class Suite:
     works: what is run, in order.
     seconds: time to aim at on two cores.
     scaling: whether cost against batch, length and depth is measured too.
+    device: of its works.
     """
 
     works: tuple[Work, ...]
     seconds: float
     scaling: bool = False
+    device: str = "cpu"
+
+    def on(self, device: str) -> Suite:
+        """The same on another device."""
+        return replace(self, works=tuple(replace(work, device=device) for work in self.works), device=device)
 
     def tiny(self) -> Suite:
         """The same at width 64 and one sequence a case, for tests."""
@@ -165,6 +179,19 @@ INT8_WORKS = tuple(
     for name in ("trm-sudoku-att", "trm-sudoku-mlp", "trm-small-att", "trm-small-mlp")
 )
 
+# One GPU: latency, a small batch, and the published global batch over the published number of GPUs.
+GPU_BATCHES = {
+    "trm-sudoku-att": (8, 1, 768),
+    "trm-sudoku-mlp": (8, 1, 768),
+    "trm-arc-att": (1, 8, 192),
+    "hrm-sudoku": (8, 1, 384),
+    "hrm-arc": (1, 8, 96),
+    "urm-arc": (1, 8, 96),
+}
+GPU_WORKS = tuple(
+    replace(_work(name, batches[place]), device="cuda") for place in range(3) for name, batches in GPU_BATCHES.items()
+)
+
 SUITES: dict[str, Suite] = {
     "quick": Suite(QUICK, 120),
     "standard": Suite(STANDARD, 400),
@@ -172,4 +199,5 @@ SUITES: dict[str, Suite] = {
     "blocks": Suite(BLOCKS, 60),
     "int8": Suite(INT8_WORKS, 90),
     "scaling": Suite((), 120, scaling=True),
+    "gpu": Suite(GPU_WORKS, 800, device="cuda"),
 }

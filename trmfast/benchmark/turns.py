@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from trmfast.benchmark import gpu
+
 __all__ = [
     "FEWEST_ROUNDS",
     "MOST_ROUNDS",
@@ -84,6 +86,7 @@ class Turns:
     """Functions that are timed in turns: a round runs each of them, so that they share clock speeds and neighbours.
 
     A sample of a short function is a loop of at least 20 ms, after 10 ms of untimed calls; a long one follows a pause.
+    On a GPU, a sample is the time between events of its stream, and the peak is that of a product (gpu.py).
 
     Attributes:
         timing: of the rounds so far.
@@ -94,6 +97,7 @@ class Turns:
         runs: dict[str, Callable[[], object]],
         dtype: torch.dtype,
         between: Mapping[str, Callable[[], object]] | None = None,
+        device: str = "cpu",
     ) -> None:
         """Calls every function once.
 
@@ -101,25 +105,32 @@ class Turns:
             runs: by name; each has been called before.
             dtype: whose matrix peak is measured in every round.
             between: called before each call of a function of the same name, untimed.
+            device: ``"cpu"`` or ``"cuda"``.
         """
-        self.runs, self.dtype, self.between = runs, dtype, between or {}
-        self.once = {name: _once(run) for name, run in runs.items()}
+        self.runs, self.dtype, self.between, self.device = runs, dtype, between or {}, device
+        self.once = {name: self._sample(run, 1) for name, run in runs.items()}
         self.repeats = {name: max(1, round(SAMPLE_SECONDS / seconds)) for name, seconds in self.once.items()}
         self.timing = Timing({name: [] for name in runs}, [])
 
     def round(self) -> None:
         """Times every function once more."""
         names, count = list(self.runs), len(self.timing.peaks)
-        self.timing.peaks.append(dtype_peak(self.dtype))
+        self.timing.peaks.append(dtype_peak(self.dtype) if self.device == "cpu" else gpu.peak(self.dtype))
         # The order rotates, so that none always follows the same other.
         for name in names[count % len(names) :] + names[: count % len(names)]:
             _settle(self.runs[name], self.repeats[name])
-            total = 0.0
-            for _ in range(self.repeats[name]):
-                if name in self.between:
-                    self.between[name]()
-                total += _once(self.runs[name])
-            self.timing.times[name].append(total / self.repeats[name])
+            self.timing.times[name].append(self._sample(self.runs[name], self.repeats[name], self.between.get(name)))
+
+    def _sample(self, run: Callable[[], object], repeats: int, between: Callable[[], object] | None = None) -> float:
+        """Mean seconds of a call."""
+        if self.device != "cpu":
+            return gpu.seconds_of(run, repeats, between)
+        total = 0.0
+        for _ in range(repeats):
+            if between is not None:
+                between()
+            total += _once(run)
+        return total / repeats
 
     def visit(self, seconds: float = VISIT_SECONDS) -> None:
         """At least one round, and as many as fit into the seconds, after other problems have run."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from trmfast.benchmark import gpu
 from trmfast.benchmark.compare import Change
 from trmfast.benchmark.configs import CONFIGS
 from trmfast.benchmark.measure import Row, measure_works
@@ -34,13 +35,15 @@ def measure_models(arguments: argparse.Namespace) -> tuple[Report, Again]:
     start = time.monotonic()
     names = arguments.config or list(CONFIGS)
     scope = None if arguments.no_compile or arguments.quick else arguments.compile
-    peak_dtype, peak_source = fastest_dtype()
+    device = arguments.device
+    peak_dtype, peak_source = fastest_dtype() if device == "cpu" else (torch.bfloat16, gpu.PEAK_SOURCE)
     settings = {
         "threads": torch.get_num_threads(),
         "compile": scope,
         "quick": arguments.quick,
         "tiny": arguments.tiny,
         "no_recompute": arguments.no_recompute,
+        "device": device,
         "dtype": "bfloat16",
     }
     known = {**facts(settings), "peak_source": peak_source}
@@ -56,6 +59,7 @@ def measure_models(arguments: argparse.Namespace) -> tuple[Report, Again]:
                 batch=arguments.batch,
                 check=(1, 2) if arguments.quick else None,
                 keep=arguments.no_recompute,
+                device=device,
             )
         except ModuleNotFoundError as error:
             raise UsageError(str(error)) from error
@@ -85,4 +89,6 @@ def measure_models(arguments: argparse.Namespace) -> tuple[Report, Again]:
         return [row for name in cases for row in measure(name, None, 20 * FEWEST_ROUNDS, silent)[0]]
 
     description, seconds = describe_machine(known["machine"]), time.monotonic() - start
+    if device != "cpu":
+        description = f"{gpu.describe()}; {description}"
     return Report(description, known, {}, tuple(rows), (), tuple(remarks), seconds), again

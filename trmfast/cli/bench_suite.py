@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from trmfast.benchmark import gpu
 from trmfast.benchmark.compare import Change
 from trmfast.benchmark.measure import Row, measure_works
 from trmfast.benchmark.recursions import measure_work, prepare_work
@@ -26,6 +27,7 @@ __all__ = ["measure_suite"]
 
 SCALING_SECONDS = 110
 # Problems that are built together and timed in turns, and the share of their time for rounds; memory takes the rest.
+# On a GPU, one at a time: the graphs of rivals keep their memory.
 GROUP, ROUNDS = 7, 0.75
 # Rivals that build slowly are left out if less than this share of the time is left.
 SLOW_BUILDS, LATE = ("max-autotune", "openvino", "compile"), 0.1
@@ -35,17 +37,23 @@ NOT_MEASURED = ("no CUDA graphs: a suite measures the processor",)
 def measure_suite(arguments: argparse.Namespace) -> tuple[Report, Again]:
     """Runs a suite; also returns what measures some of its problems again."""
     start = time.monotonic()
-    suite = SUITES[arguments.suite].tiny() if arguments.tiny else SUITES[arguments.suite]
-    known = facts({"suite": arguments.suite, "threads": torch.get_num_threads(), "tiny": arguments.tiny})
+    suite = SUITES[arguments.suite].on(arguments.device)
+    suite = suite.tiny() if arguments.tiny else suite
+    settings = {"suite": arguments.suite, "threads": torch.get_num_threads(), "tiny": arguments.tiny}
+    known = facts({**settings, "device": arguments.device})
     cache = max([cache["size"] for cache in known["machine"]["caches"]] or [32 << 20])
-    bandwidth = {"memory": read_bandwidth(1 << 29), "cache": read_bandwidth(cache // 4)}
+    if arguments.device == "cpu":
+        bandwidth = {"memory": read_bandwidth(1 << 29), "cache": read_bandwidth(cache // 4)}
+    else:
+        bandwidth = {"memory": gpu.bandwidth(1 << 30), "cache": gpu.bandwidth(gpu.cache_bytes() // 4)}
     reserved = SCALING_SECONDS if suite.scaling and suite.works else 0
     rows: list[Row] = []
     remarks: list[str] = []
     sweeps: list[Sweep] = []
     with progress(sum(2 + len(work.rivals) + len(work.steps) for work in suite.works) + 5 * suite.scaling) as bar:
-        for at in range(0, len(suite.works), GROUP):
-            group, rest = suite.works[at : at + GROUP], suite.works[at:]
+        size = GROUP if suite.device == "cpu" else 1
+        for at in range(0, len(suite.works), size):
+            group, rest = suite.works[at : at + size], suite.works[at:]
             left = suite.seconds - reserved - (time.monotonic() - start)
             end = time.monotonic() + left * _steps(group) / _steps(rest)
             prepared = []
@@ -58,10 +66,16 @@ def measure_suite(arguments: argparse.Namespace) -> tuple[Report, Again]:
             del prepared  # what their rivals hold, before the next are built
             torch.compiler.reset()
             gc.collect()
+            if suite.device != "cpu":
+                torch.cuda.empty_cache()
         if suite.scaling:
             sweeps = measure_sweeps(bar.step, arguments.tiny)
     description, seconds = describe_machine(known["machine"]), time.monotonic() - start
-    report = Report(description, known, bandwidth, tuple(rows), tuple(sweeps), (*remarks, *NOT_MEASURED), seconds)
+    if arguments.device == "cpu":
+        remarks += NOT_MEASURED
+    else:
+        description = f"{gpu.describe()}; {description}"
+    report = Report(description, known, bandwidth, tuple(rows), tuple(sweeps), tuple(remarks), seconds)
     return report, partial(_measure_again, suite)
 
 
