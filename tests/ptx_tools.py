@@ -59,8 +59,9 @@ class _Piece(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char_p),
         ("whole", ctypes.c_void_p),
-        *((name, ctypes.c_uint64) for name in ("whole_bytes", "offset", "bytes", "bias")),
+        *((name, ctypes.c_uint64) for name in ("whole_bytes", "offset", "bytes", "bias", "address")),
         ("writable", ctypes.c_int32),
+        ("writes", ctypes.c_uint32),
     ]
 
 
@@ -97,6 +98,7 @@ def library() -> ctypes.CDLL:
     found.ptx_free.argtypes = [ctypes.c_void_p]
     found.ptx_base.argtypes = [ctypes.c_uint32, ctypes.c_uint64]
     found.ptx_base.restype = ctypes.c_uint64
+    found.ptx_kernels.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32]
     found.ptx_run.argtypes = [
         ctypes.c_void_p,
         ctypes.c_char_p,
@@ -117,6 +119,9 @@ def opcodes() -> set[str]:
 class Kernels:
     """The kernels of a PTX module.
 
+    Attributes:
+        param_bytes: size of the block of parameters by kernel.
+
     Raises:
         PtxError: the text holds what the executor does not know.
     """
@@ -127,6 +132,10 @@ class Kernels:
         self._handle = self._library.ptx_load(text.encode(), message, len(message))
         if not self._handle:
             raise PtxError(message.value.decode())
+        text_of_kernels = ctypes.create_string_buffer(1 << 16)
+        self._library.ptx_kernels(self._handle, text_of_kernels, len(text_of_kernels))
+        rows = (line.split() for line in text_of_kernels.value.decode().splitlines())
+        self.param_bytes = {name: int(size) for name, size in rows}
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -150,6 +159,8 @@ class Kernels:
         resident_blocks: int = 1,
         blocks_share: bool = False,
         truncate_mma: bool = False,
+        addresses: Sequence[int] | None = None,
+        written: list[bool] | None = None,
     ) -> Counts:
         """One launch.
 
@@ -162,8 +173,10 @@ class Kernels:
             schedule: the order.
             shared_bytes: dynamic shared memory of a block.
             resident_blocks: how many blocks run at a time.
-            blocks_share: whether blocks may touch what others write.
+            blocks_share: whether blocks may touch what others write, if a release and an acquire order it.
             truncate_mma: whether ``mma`` rounds its sums to zero, twice.
+            addresses: of the pieces, instead of those of :meth:`address`.
+            written: if it is a list, whether each piece was written is added to it.
 
         Raises:
             PtxError: the kernel broke a rule.
@@ -177,9 +190,11 @@ class Kernels:
                     p.offset * p.tensor.itemsize,
                     p.numel * p.tensor.itemsize,
                     _bias(p),
+                    0 if addresses is None else addresses[i],
                     p.writable,
+                    0,
                 )
-                for p in pieces
+                for i, p in enumerate(pieces)
             )
         )
         launch = _Launch(
@@ -199,6 +214,8 @@ class Kernels:
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         if self._library.ptx_run(self._handle, kernel.encode(), ctypes.byref(launch), message, len(message)):
             raise PtxError(message.value.decode())
+        if written is not None:
+            written += [piece.writes > 0 for piece in array[: len(pieces)]]
         return Counts(launch.operations, launch.blocks)
 
 

@@ -232,6 +232,45 @@ def test_blocks_meet_if_they_are_resident(schedule: Schedule) -> None:
     assert run_body(body, SOURCE)[0] == 9
 
 
+# Block 0 writes its words and releases a count; block 1 waits for that and copies them.
+HANDED_OVER = """setp.eq.u32 %p1, %block, 0; setp.ne.s32 %p2, %t, 0; @!%p1 bra READER;
+    st.global.b32 [%outi+8], %t; bar.sync 0; @%p2 bra END; red.release.gpu.global.add.u32 [%out], 1; bra.uni END;
+READER: @%p2 bra WAITED;
+SPIN: ld.acquire.gpu.global.u32 %r3, [%out]; setp.eq.s32 %p3, %r3, 0x7fc00001; @%p3 bra WAITED;
+    nanosleep.u32 %r4; bra.uni SPIN;
+WAITED: bar.sync 0; mul.wide.u32 %d1, %t, 4; add.s64 %d1, %out, %d1; ld.global.b32 %r5, [%d1+8];
+    st.global.b32 [%outi+8], %r5;
+END:"""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("", ""),
+        ("red.release", "red.relaxed"),
+        ("ld.acquire.gpu.global", "ld.global"),
+        ("%t; bar.sync 0;", "%t;"),
+        ("WAITED: bar.sync 0;", "WAITED:"),
+    ],
+    ids=["right", "relaxed", "no acquire", "no barrier before", "no barrier after"],
+)
+def test_a_release_and_an_acquire_order_blocks(old: str, new: str, schedule: Schedule) -> None:
+    """With a barrier on either side of them, for all threads."""
+
+    def run() -> list[int]:
+        body = HANDED_OVER.replace(old, new) if old else HANDED_OVER
+        return run_body(
+            body, SOURCE, blocks=2, size=66, resident_blocks=2, blocks_share=True, schedule=schedule
+        ).tolist()
+
+    if not old:
+        assert run()[2:] == 2 * list(range(LANES))
+        return
+    with pytest.raises(PtxError, match=r"another block of this launch (wrote|read) there"):
+        run()
+
+
 # ---- the text
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -21,13 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from trmfast.kernels import plan as kernel_plan
-from trmfast.kernels.configurations import Configuration
+from trmfast.kernels.architectures import GPUS, TYPICAL
+from trmfast.kernels.backward_plan import backward_plan
+from trmfast.kernels.configurations import Configuration, Sizes
+from trmfast.kernels.forward_plan import Setting, forward_plan
+from trmfast.kernels.plan import Launch, Tile
+from trmfast.kernels.plans import setting_on
 
 from ptx_plans import ARCHITECTURE, Executor, Recorded
 from ptx_tools import PtxError, Schedule
 from test_triton_backend import CASES, small
 from trmfast.backends import triton as backend
-from trmfast.cases import Case, make_case
+from trmfast.benchmark.suites import GPU_BATCHES
+from trmfast.cases import Case, find_case, make_case
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram
 from trmfast.testing import (
@@ -69,10 +75,19 @@ def run_case(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     setting = backend._setting
 
     def run(
-        case: Case, mode: str, fusion: str, schedule: Schedule, *, seeds: int = 2, scale: float | None = None
+        case: Case,
+        mode: str,
+        fusion: str,
+        schedule: Schedule,
+        *,
+        seeds: int = 2,
+        scale: float | None = None,
+        tile: int | None = None,
     ) -> None:
         dtype, tf32 = MODES[mode]
-        configuration = replace(Configuration(ARCHITECTURE), fusion=fusion)
+        configuration = Configuration(ARCHITECTURE, fusion=fusion)
+        if tile is not None:
+            configuration = OneTile(ARCHITECTURE, fusion=fusion, index=tile)
         monkeypatch.setattr(backend, "_configuration", lambda _: configuration)
         monkeypatch.setattr(backend, "_setting", lambda *values: replace(setting(*values), tf32=tf32))
         monkeypatch.setattr(kernel_plan, "run", executor.run)
@@ -149,38 +164,83 @@ def test_every_program(run_case: Callable[..., None], case: Case, mode: str, fus
     run_case(case, mode, fusion, schedule)
 
 
-PUBLISHED = [
-    ("attention", 97, {}),
-    ("mlp_t", 97, {"token_mixer": "mlp_t"}),
-    ("convolution", 97, {"channel_mixer": "conv_swiglu"}),
-    ("wide-heads", 97, {"num_heads": 4}),
-    ("attention-916", 916, {}),
-    ("mlp_t-916", 916, {"token_mixer": "mlp_t"}),
-]
+# ---- kernels of published problems
 
 
-@pytest.mark.grid
-@pytest.mark.parametrize("schedule", SCHEDULES[1:3], ids=str)
-@pytest.mark.parametrize("mode", ["bf16", "tf32"])
-@pytest.mark.parametrize("fusion", ["most", "least"])
-@pytest.mark.parametrize("name, length, options", PUBLISHED, ids=lambda v: v if isinstance(v, str) else "")
-def test_published_blocks(
-    run_case: Callable[..., None],
-    name: str,
-    length: int,
-    options: dict[str, Any],
-    fusion: str,
-    mode: str,
-    schedule: Schedule,
-) -> None:
-    """One block of the published widths: the kernels, constants and tiles that a published problem launches."""
+@dataclass(frozen=True)
+class OneTile(Configuration):
+    """Takes the tile of an index, or the last, wherever the model of time would choose one."""
+
+    index: int = 0
+
+    def launch(self, kernel: str, sizes: Sizes, build: Callable[[Tile], Launch]) -> Launch:
+        tiles = self.tiles(kernel, sizes)
+        return build(tiles[min(self.index, len(tiles) - 1)])
+
+
+def one_block(name: str, length: int, **options: Any) -> Case:
+    """One update of a block."""
     sizes = {"hidden_size": 512, "num_heads": 8, **options}
     case = make_case(
         name, "single_z", H_cycles=1, L_cycles=1, window="one_step", batch=1, length=length, num_layers=1, **sizes
     )
     program = RecursionProgram(case.problem.program.states, ("f",), case.problem.program.updates[-1:], 1)
-    case = replace(case, problem=Problem(program, case.problem.nets))
-    run_case(case, mode, fusion, schedule, seeds=1, scale=1.0)
+    return replace(case, problem=Problem(program, case.problem.nets))
+
+
+BLOCKS = [
+    one_block("attention", 97),
+    one_block("mlp_t", 97, token_mixer="mlp_t"),
+    one_block("convolution", 97, channel_mixer="conv_swiglu"),
+    one_block("wide-heads", 97, num_heads=4),
+    one_block("attention-916", 916),
+    one_block("mlp_t-916", 916, token_mixer="mlp_t"),
+    # Sums of three terms, and a block whose gradient another block takes.
+    make_case("trm-step", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=512, num_heads=8),
+]
+LARGEST, MIDDLE, SMALLEST = 0, 1, 2
+FUSIONS = ("most", "least")
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    "tile, schedule", [(LARGEST, SCHEDULES[1]), (MIDDLE, SCHEDULES[2]), (SMALLEST, SCHEDULES[1])], ids=str
+)
+@pytest.mark.parametrize("mode", ["bf16", "tf32"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_published_blocks(
+    run_case: Callable[..., None], case: Case, fusion: str, mode: str, tile: int, schedule: Schedule
+) -> None:
+    """Blocks of the published widths: the kernels, constants and tiles that published problems launch."""
+    scale = 1.0 if len(case.problem.program.updates) == 1 else None
+    run_case(case, mode, fusion, schedule, seeds=1, scale=scale, tile=tile)
+
+
+def kernels_of(setting: Setting, needs_states: bool) -> set[tuple[Any, ...]]:
+    """What a forward and a backward plan have compiled, in bf16."""
+    problem = setting.problem
+    needs = [needs_states] * len(problem.program.states), problem.uses_x, [True] * problem.num_weights
+    launches = [*forward_plan(setting, save=True), *backward_plan(setting, *needs).plan]
+    return {(launch.kernel, launch.constants, launch.num_warps, launch.num_stages) for launch in launches}
+
+
+@pytest.mark.breadth
+def test_published_problems_launch_what_the_blocks_do() -> None:
+    """Whatever the batch: each kernel, with each tile that the model of time chooses on an A100, is executed above."""
+    gpu, executed, published = GPUS[TYPICAL[ARCHITECTURE]], set(), set()
+    for case in BLOCKS:
+        setting = setting_on(gpu, case.problem, 1, case.length, torch.bfloat16)
+        for fusion in FUSIONS:
+            for tile in (LARGEST, MIDDLE, SMALLEST):
+                configuration = OneTile(ARCHITECTURE, fusion=fusion, index=tile)
+                executed |= kernels_of(replace(setting, configuration=configuration), True)
+    for name, batches in GPU_BATCHES.items():
+        case = find_case(name)
+        for batch in batches:
+            published |= kernels_of(setting_on(gpu, case.problem, batch, case.length, torch.bfloat16), False)
+    assert len(published) > 40
+    assert published <= executed, published - executed
 
 
 # ---- planted faults

@@ -26,6 +26,7 @@ Place touch_shared(Warp& w, const Actor& actor, uint32_t address, uint32_t size,
 Place touch_global(Warp& w, const Actor& actor, uint64_t address, uint32_t size, Access access, const void* value) {
   const bool writes = access == Access::write || access == Access::atomic;
   const Piece& piece = w.block->global->at(address, size, writes);
+  if (writes && piece.writes != nullptr) *piece.writes += size / 2;
   const uint64_t offset = address - piece.base;
   uint8_t* const data = piece.data + offset;
   if (piece.cells == nullptr) return {data, nullptr};
@@ -60,12 +61,18 @@ Place touch(Warp& w, const Op& op, int lane, int address, uint32_t size, Access 
                         access, value);
 }
 
+template <Space kSpace> uint64_t address_of(Warp& w, const Op& op, int lane) {
+  if constexpr (kSpace == Space::shared) return w.reg<uint32_t>(op.src[0])[lane] + static_cast<uint64_t>(op.offset[0]);
+  return w.reg<uint64_t>(op.src[0])[lane] + static_cast<uint64_t>(op.offset[0]);
+}
+
 template <Space kSpace, class T, int kCount, Access kAccess = Access::read> void load(Warp& w, const Op& op, Mask m) {
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(m >> lane & 1)) continue;
     const Place place = touch<kSpace>(w, op, lane, 0, sizeof(T) * kCount, kAccess, nullptr);
     T values[kCount];
     std::memcpy(values, place.data, sizeof values);
+    if (kAccess == Access::acquire) w.block->acquire(address_of<kSpace>(w, op, lane));
     for (int i = 0; i < kCount; ++i) w.reg<T>(op.dst[i])[lane] = to_bits(values[i]);
   }
 }
@@ -113,10 +120,14 @@ template <class T, class R, int kCount> void load_param(Warp& w, const Op& op, M
   }
 }
 
+enum Ordering { kRelaxed = 0, kAcquire = 1, kRelease = 2, kBoth = 3 };
+
 // Lanes go one after the other.
-template <Space kSpace, class T, bool kReturns, class F> void atomic(Warp& w, const Op& op, Mask m) {
+template <Space kSpace, class T, bool kReturns, class F, Ordering kOrdering = kRelaxed>
+void atomic(Warp& w, const Op& op, Mask m) {
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(m >> lane & 1)) continue;
+    if (kSpace == Space::global && (kOrdering & kRelease)) w.block->release(address_of<kSpace>(w, op, lane));
     const Place place = touch<kSpace>(w, op, lane, 0, sizeof(T), Access::atomic, nullptr);
     T old;
     std::memcpy(&old, place.data, sizeof old);
@@ -125,6 +136,7 @@ template <Space kSpace, class T, bool kReturns, class F> void atomic(Warp& w, co
     const T made = F()(old, a, b);
     std::memcpy(place.data, &made, sizeof made);
     if (kReturns) w.reg<T>(op.dst[0])[lane] = to_bits(old);
+    if (kSpace == Space::global && (kOrdering & kAcquire)) w.block->acquire(address_of<kSpace>(w, op, lane));
   }
 }
 
@@ -146,21 +158,30 @@ FUNCTION(CompareAndSwap, old == a ? b : old);
 #undef FUNCTION
 
 // nvcc puts the space behind the scope, Triton before it.
-void name_atomic(Table& t, const char* space, const char* end, Form returns, Form plain) {
+void name_atomic(Table& t, const char* space, const char* end, const char* ordering, Form returns, Form plain) {
   const std::string s = std::string(".") + space;
-  for (const char* order : {"", ".relaxed", ".acquire", ".release", ".acq_rel"})
-    for (const char* scope : {"", ".cta", ".gpu"})
-      for (const std::string& name : {order + (scope + s), s + scope + order}) {
-        t["atom" + name + end] = {returns};
-        if (plain.run != nullptr) t["red" + name + end] = {plain};
-      }
+  for (const char* scope : {"", ".cta", ".gpu"})
+    for (const std::string& name : {ordering + (scope + s), s + scope + ordering}) {
+      t["atom" + name + end] = {returns};
+      if (plain.run != nullptr) t["red" + name + end] = {plain};
+    }
+}
+
+template <Space kSpace, class T, class F, Ordering kOrdering>
+void add_ordered(Table& t, const char* end, const char* ordering) {
+  const bool is_shared = kSpace == Space::shared;
+  constexpr bool kSwaps = std::is_same<F, CompareAndSwap>::value;
+  const char* const returns = kSwaps ? (is_shared ? "r=Srr" : "r=Grr") : (is_shared ? "r=Sr" : "r=Gr");
+  name_atomic(t, is_shared ? "shared" : "global", end, ordering, {returns, atomic<kSpace, T, true, F, kOrdering>},
+              {is_shared ? "=Sr" : "=Gr", kSwaps ? nullptr : atomic<kSpace, T, false, F, kOrdering>});
 }
 
 template <Space kSpace, class T, class F> void add_atomic(Table& t, const char* end) {
-  if constexpr (kSpace == Space::shared)
-    name_atomic(t, "shared", end, {"r=Sr", atomic<kSpace, T, true, F>}, {"=Sr", atomic<kSpace, T, false, F>});
-  else
-    name_atomic(t, "global", end, {"r=Gr", atomic<kSpace, T, true, F>}, {"=Gr", atomic<kSpace, T, false, F>});
+  add_ordered<kSpace, T, F, kRelaxed>(t, end, "");
+  add_ordered<kSpace, T, F, kRelaxed>(t, end, ".relaxed");
+  add_ordered<kSpace, T, F, kAcquire>(t, end, ".acquire");
+  add_ordered<kSpace, T, F, kRelease>(t, end, ".release");
+  add_ordered<kSpace, T, F, kBoth>(t, end, ".acq_rel");
 }
 
 template <Space kSpace> void add_atomics(Table& t) {
@@ -175,9 +196,7 @@ template <Space kSpace> void add_atomics(Table& t) {
   add_atomic<kSpace, uint32_t, Or>(t, ".or.b32");
   add_atomic<kSpace, uint32_t, Xor>(t, ".xor.b32");
   add_atomic<kSpace, uint32_t, Exchange>(t, ".exch.b32");
-  const bool is_shared = kSpace == Space::shared;
-  name_atomic(t, is_shared ? "shared" : "global", ".cas.b32",
-              {is_shared ? "r=Srr" : "r=Grr", atomic<kSpace, uint32_t, true, CompareAndSwap>}, {"", nullptr});
+  add_atomic<kSpace, uint32_t, CompareAndSwap>(t, ".cas.b32");
 }
 
 struct Handlers {
@@ -226,7 +245,7 @@ void add_accesses(Table& t) {
   t["ld.acquire.gpu.global.u32"] =
       t["ld.acquire.gpu.global.b32"] = {{"r=G", load<Space::global, uint32_t, 1, Access::acquire>}};
   t["st.release.gpu.global.u32"] =
-      t["st.release.gpu.global.b32"] = {{"=Gr", atomic<Space::global, uint32_t, false, Exchange>}};
+      t["st.release.gpu.global.b32"] = {{"=Gr", atomic<Space::global, uint32_t, false, Exchange, kRelease>}};
   t["prefetch.global.L2"] = {{"=G", [](Warp&, const Op&, Mask) {}}};
   add_atomics<Space::shared>(t);
   add_atomics<Space::global>(t);

@@ -14,15 +14,17 @@ struct CPiece {
   uint8_t* whole;       // the allocation of which the piece is a part
   uint64_t whole_bytes; // of it
   uint64_t offset, bytes;
-  uint64_t bias; // of the address: its remainder by 256
+  uint64_t bias;    // of the address: its remainder by 256
+  uint64_t address; // 0: the executor chooses
   int32_t writable;
+  uint32_t writes; // result: how often two bytes of it were written
 };
 
 struct CLaunch {
   uint32_t grid[3], threads, shared_bytes;
   const uint8_t* params;
   uint32_t param_bytes;
-  const CPiece* pieces;
+  CPiece* pieces;
   uint32_t num_pieces;
   int32_t order, blocks_share, truncate_mma;
   uint32_t resident_blocks;
@@ -59,6 +61,14 @@ void ptx_free(void* handle) { delete static_cast<Loaded*>(handle); }
 
 uint64_t ptx_base(uint32_t piece, uint64_t bias) { return GlobalMemory::base(piece, bias); }
 
+// The kernels of a module, one a line: name and bytes of parameters.
+void ptx_kernels(void* handle, char* text, int32_t capacity) {
+  std::string all;
+  for (const Program& p : static_cast<Loaded*>(handle)->programs)
+    all += p.name + " " + std::to_string(p.param_bytes) + "\n";
+  say(text, capacity, all);
+}
+
 // All opcodes, one a line.
 void ptx_opcodes(char* text, int32_t capacity) {
   std::map<std::string, int> sorted;
@@ -79,12 +89,12 @@ int32_t ptx_run(void* handle, const char* kernel, CLaunch* c, char* message, int
     std::map<const uint8_t*, std::vector<Cell>> cells;
     for (uint32_t i = 0; i < c->num_pieces; ++i)
       if (c->pieces[i].writable) cells[c->pieces[i].whole].resize((c->pieces[i].whole_bytes + 1) / 2);
-    GlobalMemory global;
+    GlobalMemory global(c->num_pieces > 0 && c->pieces[0].address != 0);
     for (uint32_t i = 0; i < c->num_pieces; ++i) {
-      const CPiece& p = c->pieces[i];
+      CPiece& p = c->pieces[i];
       const auto found = cells.find(p.whole);
-      global.add({p.name, GlobalMemory::base(i, p.bias), p.whole + p.offset, p.bytes, p.writable != 0,
-                  found == cells.end() ? nullptr : found->second.data() + p.offset / 2});
+      global.add({p.name, p.address != 0 ? p.address : GlobalMemory::base(i, p.bias), p.whole + p.offset, p.bytes,
+                  p.writable != 0, found == cells.end() ? nullptr : found->second.data() + p.offset / 2, &p.writes});
     }
     Options options;
     options.order = static_cast<Order>(c->order);

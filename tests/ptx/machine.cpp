@@ -56,14 +56,16 @@ private:
         epoch,
         SharedMemory(program_.static_shared + launch_.shared_bytes, epoch),
         launch_.global,
-        options_.blocks_share ? nullptr : &epoch_blocks_,
+        &epoch_blocks_,
         1,
+        options_.blocks_share ? &released_ : nullptr,
         launch_.params,
         launch_.param_bytes,
         options_.order == Order::reverse || (options_.order == Order::random && random_() % 2) ? Arrival::early
                                                                                                : Arrival::late,
         options_.truncate_mma,
         &counts_.operations,
+        {},
         {}}));
     Block& block = *blocks_.back();
     for (uint32_t i = 0; i < launch_.threads / kLanes; ++i) block.warps.push_back(make_warp(block, i));
@@ -270,6 +272,7 @@ private:
       w.state = Warp::running;
       w.barrier = nullptr;
     }
+    Block::merge(block.known, block.acquired);
     block.epoch = begin_epoch(block.number);
   }
 
@@ -279,6 +282,7 @@ private:
   std::mt19937_64 random_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<uint32_t> epoch_blocks_; // the block of each epoch, from 1
+  std::unordered_map<uint64_t, Known> released_;
   std::vector<Warp*> runnable_;
   size_t skip_ = 0;
   Counts counts_;

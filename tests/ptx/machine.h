@@ -19,7 +19,7 @@ struct Options {
   Order order = Order::forward;
   uint64_t seed = 0;
   uint32_t resident_blocks = 1;
-  bool blocks_share = false; // blocks may read and write what others write
+  bool blocks_share = false; // blocks may read and write what others write if a release and an acquire order it
   bool truncate_mma = false;
 };
 

@@ -76,22 +76,29 @@ struct Piece {
   uint8_t* data;
   uint64_t bytes;
   bool writable;
-  Cell* cells; // or null: nobody writes there
+  Cell* cells;      // or null: nobody writes there
+  uint32_t* writes; // counts them, or null
 };
 
 class GlobalMemory {
 public:
+  // placed: pieces lie at addresses of the caller, not at base().
+  explicit GlobalMemory(bool placed) : placed_(placed) {}
+
   static uint64_t base(size_t index, uint64_t bias) {
     return (static_cast<uint64_t>(index + 1) << 40) + (1u << 30) + bias;
   }
 
-  void add(Piece piece) { pieces_.push_back(std::move(piece)); }
+  void add(Piece piece);
 
   // The piece that holds the bytes; an error says what is there.
   const Piece& at(uint64_t address, uint32_t size, bool writes) const;
 
 private:
-  std::vector<Piece> pieces_;
+  const Piece* find(uint64_t address) const;
+
+  bool placed_;
+  std::vector<Piece> pieces_; // in the order of their addresses
 };
 
 // Shared memory of one block, poisoned when the block starts.

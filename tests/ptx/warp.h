@@ -4,6 +4,7 @@
 #include "memory.h"
 #include "program.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <tuple>
@@ -94,23 +95,52 @@ struct Warp {
 // waits for it, and which of several lanes that store to one place wins.
 enum class Arrival : uint8_t { late, early };
 
+// Of other blocks of the launch: up to which epoch what they did is over.
+using Known = std::unordered_map<uint32_t, uint32_t>;
+
 struct Block {
   uint32_t number;
   uint32_t epoch;
   SharedMemory shared;
   GlobalMemory* global;
-  const std::vector<uint32_t>* epoch_blocks; // of the launch; null: blocks may share what they write
-  uint32_t launch_epoch;                     // the first of the launch
+  const std::vector<uint32_t>* epoch_blocks;     // the block of each epoch of the launch
+  uint32_t launch_epoch;                         // the first of the launch
+  std::unordered_map<uint64_t, Known>* released; // by address; null: blocks share nothing that one of them writes
   const uint8_t* params;
   uint32_t param_bytes;
   Arrival arrival;
   bool truncate_mma;
   const uint64_t* now; // operations executed so far
   std::vector<Warp> warps;
+  Known known;         // by all threads
+  Known acquired = {}; // by one thread, so by all after the next barrier
 
-  // Whether an epoch belongs to another block of this launch.
+  // Whether an epoch belongs to another block of this launch, and nothing orders what this block does after it.
   bool foreign(uint32_t e) const {
-    return epoch_blocks != nullptr && e >= launch_epoch && (*epoch_blocks)[e - launch_epoch] != number;
+    if (e < launch_epoch) return false;
+    const uint32_t other = (*epoch_blocks)[e - launch_epoch];
+    if (other == number) return false;
+    const auto found = known.find(other);
+    return found == known.end() || found->second < e;
+  }
+
+  static void merge(Known& to, const Known& from) {
+    for (const auto& one : from) to[one.first] = std::max(to[one.first], one.second);
+  }
+
+  // A thread makes known what all threads did before the last barrier, and what was known to them.
+  void release(uint64_t address) {
+    if (released == nullptr) return;
+    Known& at = (*released)[address];
+    merge(at, known);
+    at[number] = epoch - 1;
+  }
+
+  // After the next barrier all threads know what was released there.
+  void acquire(uint64_t address) {
+    if (released == nullptr) return;
+    const auto found = released->find(address);
+    if (found != released->end()) merge(acquired, found->second);
   }
 };
 
