@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from standin import HazardError, Runtime, standin
-from trmfast.benchmark import gpu
+from trmfast.benchmark import gpu, suites
 from trmfast.benchmark import turns as turns_module
 from trmfast.benchmark.eager import EagerHRM, EagerInner
 from trmfast.benchmark.models import ModelRunner
@@ -227,18 +226,19 @@ def test_a_step_of_a_model_is_one_step_of_its_graphs(monkeypatch: pytest.MonkeyP
 @pytest.mark.breadth
 @pytest.mark.parametrize("suite", [None, "gpu"])
 def test_command(suite: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model, and recursions, with kernels that compute: everything that is a number on a GPU is one here."""
-    from trmfast.benchmark import suites
+    """A model, and a recursion: whatever is a number on a GPU is one here; kernels of the stand-in are seen to be wrong.
 
+    With kernels that compute, tests/test_first_gpu.py runs the same measurement.
+    """
     monkeypatch.setattr(gpu, "PEAK_SIZE", 32)
+    monkeypatch.setattr(turns_module, "SAMPLE_SECONDS", 1e-3)
     Graphs(monkeypatch)
     works = tuple(work for work in suites.SUITES["gpu"].works if work.case.name == "trm-sudoku-att")[:1]
     monkeypatch.setitem(suites.SUITES, "gpu", suites.Suite(works, 1, device="cuda"))
     words = ["--config", "sudoku", "--batch", "1", "--seconds", "1"] if suite is None else ["--suite", "gpu"]
-    start = time.monotonic()
-    with standin(interpreted=True):
+    with standin():
         status = main(["bench", "--device", "cuda", "--tiny", *words, "--output", str(tmp_path)])
-    assert status == 0
+    assert status == 1
     record = json.loads((tmp_path / f"{'suite' if suite else 'bench'}.json").read_text())
     assert record["settings"]["device"] == "cuda"
     assert record["description"].startswith("stand-in, 132 multiprocessors, CUDA 13.0; ")
@@ -247,6 +247,4 @@ def test_command(suite: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert row["seconds"] > 0
         assert row["peak"] > 0
         assert row["share"] > 0
-    assert {row["verdict"] for row in record["rows"] if row["implementation"] == "trmfast"} == {"pass"}
-    assert "CUDA graphs" in str(record) or suite is None
-    print(f"{time.monotonic() - start:.0f} s")
+        assert row["verdict"].startswith("fail") == (row["implementation"] == "trmfast")

@@ -151,6 +151,8 @@ class Runtime:
             pinned = func(*args, **{**kwargs, "pin_memory": None})
             self.pinned.add(pinned.data_ptr())
             return pinned
+        if func is torch.ops.aten.scalar_tensor.default and kwargs.get("device") == torch.device("meta"):
+            kwargs = {**kwargs, "device": torch.device("cpu")}  # a number beside a tensor of the stand-in
         operation = Operation(self, func, args, kwargs)
         if operation.index is None:
             return func(*args, **kwargs)
