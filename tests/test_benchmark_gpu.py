@@ -226,7 +226,7 @@ def test_a_step_of_a_model_is_one_step_of_its_graphs(monkeypatch: pytest.MonkeyP
 @pytest.mark.breadth
 @pytest.mark.parametrize("suite", [None, "gpu"])
 def test_command(suite: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model, and a recursion: whatever is a number on a GPU is one here; kernels of the stand-in are seen to be wrong.
+    """A model, and a recursion: what is a number on a GPU is one here; kernels of the stand-in are seen to be wrong.
 
     With kernels that compute, tests/test_first_gpu.py runs the same measurement.
     """

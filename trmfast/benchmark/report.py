@@ -227,13 +227,13 @@ def _model_table(report: Report) -> list[str]:
     for group in report.groups():
         rows = {row.implementation: row for row in group}
         eager = rows["eager"]
-        compiled = _milliseconds(rows["compile"].seconds) if "compile" in rows else "-"
+        compiled = milliseconds(rows["compile"].seconds) if "compile" in rows else "-"
         for row in (rows[name] for name in OURS if name in rows):
             label = f"{row.step}, recompute=False" if row.implementation == "kept" else row.step
             kept = "-" if row.saved is None else f"{_saved_a_token(row):,.0f} (eager {_saved_a_token(eager):,.0f})"
             lines.append(
-                f"| {title_of(row.case)}, B={row.batch}, L={row.length} | {label} | {_milliseconds(eager.seconds)} "
-                f"| {compiled} | {_milliseconds(row.seconds)} | {row.ratio:.2f}x | {row.gflops:.0f} | {row.share:.0%} "
+                f"| {title_of(row.case)}, B={row.batch}, L={row.length} | {label} | {milliseconds(eager.seconds)} "
+                f"| {compiled} | {milliseconds(row.seconds)} | {row.ratio:.2f}x | {row.gflops:.0f} | {row.share:.0%} "
                 f"| {kept} | {row.error:.1e} ({eager.error:.1e}) |"
             )
     return lines
