@@ -20,7 +20,7 @@ from standin.graphs import Graph
 from standin.kernels import formula, launch_on
 from standin.memory import Block, HazardError, Memory
 from standin.streams import Clock, Event, Stream, merge
-from standin.tensors import ALLOCATIONS, READ_BY_HOST, DeviceMode, DeviceTensor, Operation
+from standin.tensors import ALLOCATIONS, MADE_BESIDE, READ_BY_HOST, DeviceMode, DeviceTensor, Operation
 
 __all__ = ["Runtime", "standin"]
 
@@ -151,8 +151,8 @@ class Runtime:
             pinned = func(*args, **{**kwargs, "pin_memory": None})
             self.pinned.add(pinned.data_ptr())
             return pinned
-        if func is torch.ops.aten.scalar_tensor.default and kwargs.get("device") == torch.device("meta"):
-            kwargs = {**kwargs, "device": torch.device("cpu")}  # a number beside a tensor of the stand-in
+        if func in MADE_BESIDE and kwargs.get("device") == torch.device("meta"):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
         operation = Operation(self, func, args, kwargs)
         if operation.index is None:
             return func(*args, **kwargs)

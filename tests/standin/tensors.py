@@ -19,6 +19,8 @@ __all__ = ["DeviceMode", "DeviceTensor", "unwrap"]
 aten = torch.ops.aten
 # They hand a value to the host, which waits for it.
 READ_BY_HOST = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
+# PyTorch makes them itself, where it takes a tensor of the stand-in for one of ``meta``: numbers, and absent gradients.
+MADE_BESIDE = (aten.scalar_tensor.default, aten.zeros.default)
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -62,6 +64,10 @@ class DeviceTensor(Tensor):
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
         return True
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
 
     def get_device(self) -> int:
         return self.block.device

@@ -166,7 +166,7 @@ def _real_inputs(model: ACTModel, batch: dict[str, Tensor]) -> Inputs:
     gradients = []
     for _ in states:
         gradient = torch.zeros_like(x)
-        gradient[0] = torch.randn(x.shape[1:], generator=generator).to(x)
+        gradient[0] = torch.randn(x.shape[1:], generator=generator).to(x.device, x.dtype)
         gradients.append(gradient)
     weights = tuple(weight.detach() for net in nets for weight in net.weights())
     return Inputs(problem, states, x, weights, cos, sin, tuple(gradients))

@@ -119,8 +119,10 @@ def prepare_model(
         models["kept"] = config.model(rows, True, {**overrides, "recompute": False})
     makers: dict[str, tuple[str, Callable[[], Runs]]] = {}
     for name, model in models.items():
-        model.to(place).load_state_dict(fused.state_dict())
+        model.load_state_dict(fused.state_dict())
         makers[name] = TITLES[name], partial(ModelRunner, name, model, inputs)
+    for model in models.values():
+        model.to(place)
     built, remarks = build(config.title, makers, BOTH, say, ("eager", *OURS), device)
     if "compile" in built:
         remarks.append(f"{config.title}: torch.compile took {built['compile'].seconds:.0f} s to compile")
