@@ -10,6 +10,9 @@ from trmfast import foreign
 from trmfast.backends import BACKENDS
 from trmfast.dropin import probe
 from trmfast.dropin.families import FAMILIES
+from trmfast.dropin.language import functions_of, kind_of, language_models, read
+from trmfast.dropin.language_forward import FORWARDS
+from trmfast.dropin.language_probe import difference
 from trmfast.dropin.structure import UnsupportedModelError, find, inner_modules
 from trmfast.dropin.swap import Swap, forwards_of, is_swapped, swap, swap_back, swap_of
 
@@ -26,6 +29,9 @@ def accelerate(model: M, backend: str = "auto", recompute: bool = True) -> M:
     names, shapes and parts of its modules, and then by what its own code computes on random numbers, in a private
     double that shares no tensor with it.  Parameters, buffers, state_dict, hooks outside of the networks and random
     generators stay as they are.  An accelerated model takes the new backend and recompute and is otherwise left alone.
+
+    The layers of HRM-Text (transformers) and of Ouro run as one recursion too, in training and scoring; a call with a
+    cache, so all of ``generate``, runs the model's own code.
 
     A model of tiny-recursive-model or hrm-pytorch, whose networks are of any kind, keeps running its own code and
     recomputes its gradient window in backward, see :mod:`trmfast.foreign`.
@@ -48,9 +54,13 @@ def accelerate(model: M, backend: str = "auto", recompute: bool = True) -> M:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, accepted are {', '.join(('auto', *BACKENDS))}")
     swapped = [module for module in model.modules() if is_swapped(module)]
-    if swapped and len(inner_modules(model)) == len(swapped):
+    languages = language_models(model)
+    if swapped and len(inner_modules(model)) + len(languages) == len(swapped):
         for module in swapped:
             swap_of(module).backend, swap_of(module).recompute = backend, recompute
+        return model
+    if languages:
+        _accelerate_language(languages, backend, recompute)
         return model
     other = _foreign(model)
     if other is not None:
@@ -65,7 +75,7 @@ def accelerate(model: M, backend: str = "auto", recompute: bool = True) -> M:
     if differences:
         raise UnsupportedModelError(differences)
     forwards = forwards_of(found.inner, FAMILIES[found.family])
-    swap(found.inner, Swap(found.family, found.nets, backend, forwards, recompute))
+    swap(found.inner, Swap(found.family, found.nets, backend, forwards, recompute), FAMILIES[found.family].method)
     return model
 
 
@@ -79,6 +89,23 @@ def restore(model: M) -> M:
             swap_back(module)
     foreign.undo(model)
     return model
+
+
+def _accelerate_language(models: list[nn.Module], backend: str, recompute: bool) -> None:
+    if len(models) > 1:
+        raise UnsupportedModelError(["several modules hold a recursion; accelerate them one at a time"])
+    (model,) = models
+    name = kind_of(model)
+    assert name is not None
+    try:
+        parts = read(model, name)
+    except ValueError as error:
+        raise UnsupportedModelError([str(error)]) from error
+    reason = difference(model, name, parts)
+    if reason is not None:
+        raise UnsupportedModelError([reason])
+    specs = tuple(part.spec for part in parts)
+    swap(model, Swap(name, specs, backend, functions_of(model, name), recompute), "forward", FORWARDS[name])
 
 
 def _foreign(model: nn.Module) -> foreign.Foreign | None:

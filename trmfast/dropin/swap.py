@@ -10,7 +10,7 @@ with the parameters of the original in a copy, and pickle cannot store it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any, cast
@@ -25,10 +25,22 @@ from trmfast.nn import block_weights
 from trmfast.spec import NetSpec
 from trmfast.watch import KEPT, Watch, inside, watch_of, watched_modules
 
-__all__ = ["Swap", "forwards_of", "fused_step", "is_swapped", "swap", "swap_back", "swap_of"]
+__all__ = [
+    "BASE",
+    "SWAP",
+    "Swap",
+    "forwards_of",
+    "fused_step",
+    "is_swapped",
+    "swap",
+    "swap_back",
+    "swap_of",
+    "swapped_class",
+]
 
 SWAP = "_trmfast_swap"
 BASE = "_trmfast_base"
+REBUILD = "_trmfast_rebuild"
 
 
 @dataclass
@@ -177,11 +189,12 @@ def _examine(inner: nn.Module, own: Swap) -> Watch:
 
 
 @cache
-def _swapped_class(base: Any, method: str) -> type:
-    """The subclass of a model's inner class, under the same name."""
+def swapped_class(base: Any, method: str, step: Callable[..., Any]) -> type:
+    """The subclass of a model's class under the same name, with ``step`` for a method."""
     body = {
-        method: fused_step,
+        method: step,
         BASE: base,
+        REBUILD: (method, step),
         "__reduce_ex__": _reduce_ex,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -192,13 +205,13 @@ def _swapped_class(base: Any, method: str) -> type:
 
 def _reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
     """For copies and pickles: rebuilds the class from the model's own, which can be imported."""
-    base, family = getattr(type(self), BASE), FAMILIES[self._trmfast_swap.family]
+    base = getattr(type(self), BASE)
     _, (_, *arguments), *rest = base.__reduce_ex__(self, max(protocol, 2))
-    return _rebuild, (base, family.method, *arguments), *rest
+    return _rebuild, (base, *getattr(type(self), REBUILD), *arguments), *rest
 
 
-def _rebuild(base: type, method: str, *arguments: Any) -> Any:
-    cls = cast(Any, _swapped_class(base, method))
+def _rebuild(base: type, method: str, step: Callable[..., Any], *arguments: Any) -> Any:
+    cls = cast(Any, swapped_class(base, method, step))
     return cls.__new__(cls, *arguments)
 
 
@@ -212,11 +225,11 @@ def swap_of(module: nn.Module) -> Swap:
     return cast(Swap, module.__dict__[SWAP])
 
 
-def swap(inner: nn.Module, own: Swap) -> None:
-    """Gives an inner module the fused recursion."""
+def swap(inner: nn.Module, own: Swap, method: str, step: Callable[..., Any] = fused_step) -> None:
+    """Gives a module the fused recursion, as one of its methods."""
     inner.__dict__[SWAP] = own
     base: Any = type(inner)
-    inner.__class__ = _swapped_class(base, FAMILIES[own.family].method)
+    inner.__class__ = swapped_class(base, method, step)
 
 
 def swap_back(inner: nn.Module) -> None:
