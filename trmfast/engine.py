@@ -10,7 +10,7 @@ from trmfast.spec import BlockSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["address", "block_fields", "int8_refusal", "update_rows"]
+__all__ = ["address", "block_fields", "choice_fields", "int8_refusal", "update_rows"]
 
 DEEPEST_INT8 = 66_000  # 255 * 127 * depth stays below 2^31
 
@@ -29,6 +29,24 @@ def block_fields(block: BlockSpec) -> dict[str, Any]:
         "seq_inner": block.seq_intermediate_size,
         "conv_taps": block.conv_kernel if block.channel_mixer == "conv_swiglu" else 0,
         "eps": block.rms_norm_eps,
+    }
+
+
+def choice_fields(block: BlockSpec) -> dict[str, Any]:
+    """The further fields of the CPU engine's BlockShape; without them it is TRM's and HRM's block."""
+    placement = block.norm_placement
+    return {
+        "input_norm": placement != "post",
+        "branch_norm": placement == "sandwich",
+        "sum_norm": placement in ("post", "sandwich_sum"),
+        "norm_weight": block.norm_weight,
+        "interleaved": block.rotation == "interleaved",
+        "qk_norm": block.qk_norm != "none",
+        "qk_norm_weight": block.qk_norm == "learned",
+        "qk_bias": block.qk_bias,
+        "gate": ("none", "channel", "head").index(block.gate),
+        "window": block.attention_window,
+        "activation": {"relu2": 1, "gelu": 2}.get(block.channel_mixer, 0),
     }
 
 

@@ -1,11 +1,14 @@
 // Attention of one (sequence, key/value head) at a time.  Keys and values are packed once; each tile of query
-// rows then computes its scores against all keys (f32 [rows, L], in L1 or L2: never L x L), the softmax with the row
-// maximum subtracted, and the product with the values.
+// rows then computes its scores against the keys it sees (f32 [rows, L], in L1 or L2: never L x L), the softmax with
+// the row maximum subtracted, and the product with the values.
 #pragma once
 
 #include "arena.h"
 #include "gemm.h"
-#include "rope.h"
+#include "head_norm.h"
+#include "mask.h"
+#include "swiglu.h"
+#include "weights.h"
 
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
@@ -16,29 +19,30 @@ template <class T> struct AttentionScratch {
   float* scores; // [kRows, score_stride]
   T* weights;    // [kRows, weight_stride]
   float* tile;   // [kRows, 32]
+  HeadNormScratch<T> normed;
   int score_stride, weight_stride;
 
-  AttentionScratch(Arena& arena, const HeadLayout& heads, int length)
+  AttentionScratch(Arena& arena, const BlockShape& block, int length)
+      : AttentionScratch(arena, block, HeadLayout(block), block.attention ? length : 0) {}
+
+private:
+  AttentionScratch(Arena& arena, const BlockShape& block, const HeadLayout& heads, int length)
       : keys(arena.take<T>(packed_elements<T>(heads.qk_width, length))),
         values(arena.take<T>(packed_elements<T>(length, heads.v_width))),
         scores(arena.take<float>(static_cast<long>(Dot<T>::kRows) * round_up(length, kPanel))),
         weights(arena.take<T>(Dot<T>::kRows * row_stride(length))), tile(arena.take<float>(Dot<T>::kRows * kPanel)),
-        score_stride(round_up(length, kPanel)), weight_stride(static_cast<int>(row_stride(length))) {}
+        normed(arena, block, length), score_stride(round_up(length, kPanel)),
+        weight_stride(static_cast<int>(row_stride(length))) {}
 };
 
-struct LaneIndex {
-  vi lanes;
-  LaneIndex() : lanes{} {
-    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
-  }
-};
-
-// The larger of `most` and the first `valid` of 32 scores, lane by lane.
-TRMFAST_INLINE vf largest_scores(const float* s, int valid, vf most) {
+// The larger of `most` and those of 32 scores that are seen, lane by lane; the first score is that of key `first`.
+TRMFAST_INLINE vf largest_scores(const float* s, int first, const KeyRange& seen, vf most) {
   const LaneIndex index;
+  const int begin = seen.begin - first, end = seen.end - first;
   for (int j = 0; j < kPanel; j += kLanes) {
     const vf score = load(s + j);
-    most = max(valid < kPanel ? (index.lanes < valid - j ? score : most) : score, most);
+    const bool all = begin <= 0 && end >= kPanel;
+    most = max(all ? score : (index.lanes >= begin - j) & (index.lanes < end - j) ? score : most, most);
   }
   return most;
 }
@@ -51,28 +55,33 @@ template <class T> TRMFAST_INLINE vf exponential(vf difference) {
 }
 template <class T> constexpr float exponent_unit() { return sizeof(T) == 2 ? 1.44269504f : 1.0f; }
 
-// Keys visible to the query rows before `row_end`.
-TRMFAST_INLINE int visible_keys(const BlockShape& block, int row_end, int length) {
-  return block.causal ? row_end : length;
-}
-
-// to[j] <- exp(s[j] - top) for j < valid, zero for valid <= j < padded; returns the sum.
+// to[j] <- exp(s[j] - top) for the keys j that are seen, zero for the others of `tile`; returns the sum.
 template <class To>
-TRMFAST_INLINE float exponentials(const float* s, float top, float scale, int valid, int padded, To* to) {
+TRMFAST_INLINE float exponentials(const float* s, float top, float scale, const KeyRange& seen, const KeyRange& tile,
+                                  To* to) {
   const vf shift = broadcast(top), factor = broadcast(exponent_unit<To>() * scale);
+  const LaneIndex index;
   vf total[2] = {};
-  int j = 0;
-  for (; j + 2 * kLanes <= valid; j += 2 * kLanes) {
+  int j = tile.begin;
+  for (; j < seen.begin; j += kLanes) {
+    vf e = {};
+    if (j + kLanes > seen.begin)
+      e = (index.lanes >= seen.begin - j) & (index.lanes < seen.end - j)
+              ? exponential<To>((load(s + j) - shift) * factor)
+              : e;
+    store(to + j, e);
+    total[0] += e;
+  }
+  for (; j + 2 * kLanes <= seen.end; j += 2 * kLanes) {
     for (int i = 0; i < 2; ++i) {
       const vf e = exponential<To>((load(s + j + i * kLanes) - shift) * factor);
       store(to + j + i * kLanes, e);
       total[i] += e;
     }
   }
-  const LaneIndex index;
-  for (; j < padded; j += kLanes) {
+  for (; j < tile.end; j += kLanes) {
     vf e = {};
-    if (j < valid) e = index.lanes < valid - j ? exponential<To>((load(s + j) - shift) * factor) : e;
+    if (j < seen.end) e = index.lanes < seen.end - j ? exponential<To>((load(s + j) - shift) * factor) : e;
     store(to + j, e);
     total[0] += e;
   }
@@ -80,32 +89,44 @@ TRMFAST_INLINE float exponentials(const float* s, float top, float scale, int va
 }
 
 // Exponentials of the scores of query rows row.. (n rows) into `to` [n, to_stride], T or float, and their sums.  Scores
-// are computed panel by panel, and maxima taken while they are in L1.
+// are computed panel by panel, and maxima taken while they are in L1.  Returns the keys that `to` holds.
 template <class T, class To>
-void attention_exponentials(const BlockShape& block, int length, const T* query, long stride, int row, int n, To* to,
-                            long to_stride, float* sums, const AttentionScratch<T>& scratch) {
+KeyRange attention_exponentials(const BlockShape& block, const Mask& mask, const T* query, long stride, int row, int n,
+                                To* to, long to_stride, float* sums, const AttentionScratch<T>& scratch) {
   const HeadLayout heads(block);
   const int depth = padded_depth<T>(heads.qk_width);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
-  const int keys = visible_keys(block, row + n, length);
+  const KeyRange tile = mask.tile(row, n);
+  KeyRange seen[Dot<T>::kRows];
   vf most[Dot<T>::kRows];
-  for (int r = 0; r < n; ++r) most[r] = broadcast(-__builtin_inff());
-  for (int k = 0; k < keys; k += kPanel) {
+  for (int r = 0; r < n; ++r) {
+    seen[r] = mask.seen(row + r);
+    most[r] = broadcast(-__builtin_inff());
+  }
+  for (int k = tile.begin; k < tile.end; k += kPanel) {
     multiply(query + row * stride, stride, scratch.keys + k / kPanel * panel_elements<T>(heads.qk_width), depth, n,
              scratch.scores + k, scratch.score_stride);
     for (int r = 0; r < n; ++r)
-      most[r] = largest_scores(scratch.scores + static_cast<long>(r) * scratch.score_stride + k,
-                               visible_keys(block, row + r + 1, length) - k, most[r]);
+      most[r] = largest_scores(scratch.scores + static_cast<long>(r) * scratch.score_stride + k, k, seen[r], most[r]);
   }
   for (int r = 0; r < n; ++r)
     sums[r] = exponentials(scratch.scores + static_cast<long>(r) * scratch.score_stride, max_of(most[r]), scale,
-                           visible_keys(block, row + r + 1, length), round_up(keys, kPanel), to + r * to_stride);
+                           seen[r], tile, to + r * to_stride);
+  return tile;
 }
 
-// mixed[row, head] <- softmax(q k^T / sqrt(d)) v for `sequences` sequences of `length` rows.
+// Channels of a head's gate, from the gate columns of a token.
 template <class T>
-void attention_forward(const Team& team, const BlockShape& block, int sequences, int length, const T* qkv, long stride,
-                       T* mixed, long mixed_stride, const AttentionScratch<T>& scratch) {
+TRMFAST_INLINE vf gate_of(const BlockShape& block, const T* gates, int head, int channel, int lanes) {
+  if (block.gate == OutputGate::channel) return sigmoid<T>(load_lanes(gates + head * block.head_dim + channel, lanes));
+  return sigmoid<T>(broadcast(to_float(gates[head])));
+}
+
+// mixed[row, head] <- softmax(q k^T / sqrt(d)) v, times its gate, for `sequences` sequences of `length` rows.
+template <class T>
+void attention_forward(const Team& team, const BlockShape& block, const BlockVectors& vectors,
+                       const Positions& positions, int sequences, int length, const T* qkv, long stride, T* mixed,
+                       long mixed_stride, const AttentionScratch<T>& scratch) {
   const HeadLayout heads(block);
   const RowTiles tiles(length, Dot<T>::kRows);
   const int group = heads.heads / heads.kv_heads;
@@ -115,24 +136,35 @@ void attention_forward(const Team& team, const BlockShape& block, int sequences,
     const long first = static_cast<long>(item / heads.kv_heads) * length;
     const int kv_head = item % heads.kv_heads;
     const T* rows = qkv + first * stride;
-    pack_transposed(rows + heads.key(kv_head), stride, length, heads.qk_width, scratch.keys);
+    const Mask mask(block, length, positions.of(item / heads.kv_heads, length).segments);
+    const Rope& rope = positions.rope;
+    const HeadRows<T> key =
+        norm_head({rows + heads.key(kv_head), stride}, block, vectors.k_norm, rope, length, scratch.normed.key);
+    pack_transposed(key.rows, key.stride, length, heads.qk_width, scratch.keys);
     pack_rows(rows + heads.value(kv_head), stride, length, heads.v_width, scratch.values);
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      const HeadRows<T> query =
+          norm_head({rows + heads.query(head), stride}, block, vectors.q_norm, rope, length, scratch.normed.query);
       for (int i = 0; i < tiles.count; ++i) {
         if (team.stopped()) return;
         const int row = tiles.begin(i), n = tiles.size(i);
-        attention_exponentials(block, length, rows + heads.query(head), stride, row, n, scratch.weights,
-                               scratch.weight_stride, sums, scratch);
-        const int keys = visible_keys(block, row + n, length);
+        const KeyRange keys = attention_exponentials(block, mask, query.rows, query.stride, row, n, scratch.weights,
+                                                     scratch.weight_stride, sums, scratch);
         for (int c = 0; c < heads.v_width; c += kPanel) {
-          multiply(scratch.weights, scratch.weight_stride, scratch.values + c / kPanel * panel_elements<T>(length),
-                   padded_depth<T>(keys), n, scratch.tile, kPanel);
+          multiply(scratch.weights + keys.begin, scratch.weight_stride,
+                   scratch.values + c / kPanel * panel_elements<T>(length) + static_cast<long>(keys.begin) * kPanel,
+                   padded_depth<T>(mask.end(row, n) - keys.begin), n, scratch.tile, kPanel);
           for (int r = 0; r < n; ++r) {
             const vf inverse = broadcast(1.0f / sums[r]);
+            const T* gates = rows + (row + r) * stride + heads.gate();
             T* to = mixed + (first + row + r) * mixed_stride + head * heads.head_dim + c;
             const int columns = smaller(kPanel, heads.head_dim - c);
-            for (int j = 0; j < columns; j += kLanes)
-              store(to + j, load(scratch.tile + r * kPanel + j) * inverse, smaller(kLanes, columns - j));
+            for (int j = 0; j < columns; j += kLanes) {
+              const int lanes = smaller(kLanes, columns - j);
+              vf value = load(scratch.tile + r * kPanel + j) * inverse;
+              if (block.gate != OutputGate::none) value *= gate_of(block, gates, head, c + j, lanes);
+              store(to + j, value, lanes);
+            }
           }
         }
       }

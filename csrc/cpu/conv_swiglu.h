@@ -32,7 +32,7 @@ TRMFAST_INLINE vf convolve(const T* at, long stride, const ConvWeights<T>& conv,
 template <class T>
 void convolve_rows(const Team& team, const BlockShape& block, const ConvWeights<T>& conv, int rows, int length,
                    const T* activation, T* convolved, long stride) {
-  const int columns = GateLayout{block.inner}.activation_columns();
+  const int columns = GateLayout(block).activation_columns();
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t) {
     const TapRange taps(block.conv_taps, t % length, length);
@@ -55,11 +55,13 @@ TRMFAST_INLINE void silu_rows_backward(int row, int rows, int panel, const float
   });
 }
 
-// grad_gate_up <- gradient of gate and up through the transposed convolution of dconv; it may be gate_up itself
+// grad_gate_up <- gradient of gate and up through the transposed convolution of dconv, its rows times `scale` if that
+// is not null; it may be gate_up itself
 template <class T>
 void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWeights<T>& conv, int rows, int length,
-                        const T* dconv, long stride, const T* gate_up, T* grad_gate_up, long gates_stride) {
-  const int columns = GateLayout{block.inner}.activation_columns(), back = block.conv_taps / 2;
+                        const T* dconv, long stride, const float* scale, const T* gate_up, T* grad_gate_up,
+                        long gates_stride) {
+  const int columns = GateLayout(block).activation_columns(), back = block.conv_taps / 2;
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t) {
     const int position = t % length;
@@ -69,6 +71,7 @@ void gate_rows_backward(const Team& team, const BlockShape& block, const ConvWei
       vf sum = {};
       for (int k = begin; k < end; ++k)
         sum = fma(load(conv.kernel + k * conv.columns + c), load(dconv + (t + back - k) * stride + c), sum);
+      if (scale) sum *= broadcast(scale[t]);
       const long at = t * gates_stride + c / kHalf * kPanel + c % kHalf;
       const GateGradient d = swiglu_backward<T>(load(gate_up + at), load(gate_up + at + kHalf), sum);
       store(grad_gate_up + at, d.gate);
@@ -84,7 +87,7 @@ template <class T>
 void conv_gradient(const Team& team, const BlockShape& block, const T* dconv, const T* activation, long stride,
                    int sequences, int length, const Gradient& kernel, const Gradient& bias) {
   constexpr int kStrip = 128, kChain = 32;
-  const int num_taps = block.conv_taps, columns = GateLayout{block.inner}.activation_columns();
+  const int num_taps = block.conv_taps, columns = GateLayout(block).activation_columns();
   const Range strips = team.split(ceil_div(columns, kStrip));
   float total[kMostTaps + 1][kStrip], part[kMostTaps + 1][kStrip]; // the last is the bias
   for (int strip = strips.begin; strip < strips.end; ++strip) {

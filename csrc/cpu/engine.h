@@ -13,20 +13,63 @@ namespace trmfast {
 class Monitor;
 class SpinBarrier;
 
+// What an attention's output is multiplied by before the output projection: nothing, or the sigmoid of one more
+// projection, for every channel or for every head.
+enum class OutputGate { none, channel, head };
+
+// Between the two products of the channel mixer.
+enum class Activation { swiglu, relu2, gelu };
+
 // One block (trmfast/spec.py).  Sizes in elements.
 struct BlockShape {
   int width;      // D
-  int inner;      // inner width of the channel SwiGLU
+  int inner;      // inner width of the channel mixer
   bool attention; // else mlp_t: a SwiGLU over the sequence axis
   int heads, kv_heads, head_dim;
   bool causal;
   int seq_len, seq_inner; // mlp_t
   int conv_taps;          // of the depthwise convolution after the gate; 0: none
   float eps;
+  // The norms of each half of the block: of what its first product reads, of what its last product gives, of the sum
+  // with the residual.  Post-norm has the last alone, pre-norm the first alone, a sandwich the first and one other.
+  bool input_norm = false, branch_norm = false, sum_norm = true;
+  bool norm_weight = false; // all of them have a learned weight
+  bool interleaved = false; // rotation of channels 2i and 2i + 1, not of i and i + head_dim / 2
+  bool qk_norm = false, qk_norm_weight = false, qk_bias = false;
+  OutputGate gate = OutputGate::none;
+  int window = 0; // a query sees keys less than this far away; 0: all
+  Activation activation = Activation::swiglu;
 };
 
-// Tensors of a block, in the order of trmfast/spec.py.
-constexpr int block_weights(const BlockShape& block) { return block.conv_taps ? 6 : 4; }
+// Places of a block's tensors in the order of trmfast/spec.py; -1: it has none.
+struct WeightPlaces {
+  int mixer_in = 0, mixer_out = 1; // of the token mixer
+  int up = 2, conv = -1, down = 3; // of the channel mixer; conv: the kernel, then its bias
+  int qk_bias = -1, q_norm = -1, k_norm = -1;
+  int input_norm[2] = {-1, -1}, result_norm[2] = {-1, -1}; // of the two halves; result: of the branch or the sum
+  int count = 4;                                           // of all
+
+  // Inlined everywhere: the linker must not share it between instruction sets.
+  [[gnu::always_inline]] constexpr explicit WeightPlaces(const BlockShape& block) {
+    if (block.conv_taps) {
+      conv = 3;
+      down = 5;
+      count = 6;
+    }
+    if (block.qk_bias) qk_bias = count++;
+    if (block.qk_norm_weight) {
+      q_norm = count++;
+      k_norm = count++;
+    }
+    for (int half = 0; half < 2 && block.norm_weight; ++half) {
+      if (block.input_norm) input_norm[half] = count++;
+      if (block.branch_norm || block.sum_norm) result_norm[half] = count++;
+    }
+  }
+};
+
+[[gnu::always_inline]] constexpr int block_weights(const BlockShape& block) { return WeightPlaces(block).count; }
+
 constexpr int kMostStates = 64;
 constexpr int kMostNets = 16;
 constexpr int kMostTaps = 8;
@@ -34,7 +77,13 @@ constexpr int kMostTaps = 8;
 struct NetShape {
   BlockShape block;
   int layers;
+  bool final_norm = false; // of the last block's output, with a learned weight if the block's norms have one
 };
+
+// Tensors of a net: those of its blocks, then the weight of its final norm.
+[[gnu::always_inline]] constexpr int net_weights(const NetShape& net) {
+  return net.layers * block_weights(net.block) + (net.final_norm && net.block.norm_weight);
+}
 
 struct Update {
   int dst;
@@ -67,8 +116,9 @@ struct Job {
   const float* cos; // [L, head_dim] or null: no rotation
   const float* sin;
   int threads;
-  SpinBarrier* barriers; // threads + 1: one for all, then one per possible team
-  Monitor* monitor;      // or null
+  SpinBarrier* barriers;             // threads + 1: one for all, then one per possible team
+  Monitor* monitor;                  // or null
+  const int32_t* segments = nullptr; // [B, L, 2] or null, see Mask
 };
 
 struct ForwardJob {
@@ -90,6 +140,8 @@ struct BackwardJob {
   float* const* grad_weights;         // net by net, layer by layer; null if not requested.  Nothing is
                                       // written for a net that no update with gradient applies
   size_t store_bytes;                 // limit on the memory for operands of weight gradients
+  // f32, as grad_weights; read where norms with learned weights stand before products, and may be null otherwise.
+  const float* const* weights = nullptr;
 };
 
 // One product as the blocks compute it, for tests: bf16 x times f32 weights [columns, depth], both quantised.  With

@@ -32,6 +32,7 @@ size_t packed_bytes(const NetShape& net, bool backward) {
     else
       ForwardWeights<Element>(arena, net.block);
   }
+  take_final_norm(arena, net);
   return arena.used();
 }
 
@@ -44,6 +45,8 @@ void pack(const NetShape& net, const float* const* weights, bool backward, void*
     else
       pack_forward(net.block, weights, ForwardWeights<Element>(arena, net.block), turn);
   }
+  float* final_norm = take_final_norm(arena, net);
+  if (final_norm && turn.mine()) pack_channels(*weights, net.block.width, final_norm);
 }
 
 } // namespace TRMFAST_NAMESPACE

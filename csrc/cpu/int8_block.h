@@ -105,8 +105,7 @@ template <> struct BlockScratch<int8_t> {
   MlpTScratch<int8_t> mlp_t;
 
   BlockScratch(Arena& arena, const BlockShape& block, int length)
-      : tile(arena.take<float>(Dot<int8_t>::kRows * kPanel)),
-        attention(arena, HeadLayout(block), block.attention ? length : 0), mlp_t(arena, block) {}
+      : tile(arena.take<float>(Dot<int8_t>::kRows * kPanel)), attention(arena, block, length), mlp_t(arena, block) {}
 };
 
 inline void quantize_rows(const Team& team, int rows, const bf16* x, long stride, int columns, const Int8Operand& to) {
@@ -119,14 +118,14 @@ inline void norm_rows(const Team& team, int rows, const BlockShape& block, const
                       long y_stride, const Int8Operand& operand) {
   const Range range = team.split(rows);
   for (int t = range.begin; t < range.end; ++t) {
-    rms_norm(u + t * u_stride, block.width, block.eps, y + t * y_stride);
+    rms_norm<float, bf16>(u + t * u_stride, block.width, block.eps, nullptr, nullptr, nullptr, y + t * y_stride);
     operand.set(t, y + t * y_stride, block.width);
   }
 }
 
 // As block_forward() in block.h.  `operand` holds h on entry, and out afterwards.
 inline void block_forward(const Team& team, const BlockShape& block, const ForwardWeights<int8_t>& weights,
-                          const Rope& rope, int sequences, int length, const BlockActivations<bf16>& act,
+                          const Positions& positions, int sequences, int length, const BlockActivations<bf16>& act,
                           const Int8Operand& operand, float* u, bf16* out, long out_stride,
                           const BlockScratch<int8_t>& scratch) {
   const BlockStrides strides(block);
@@ -139,11 +138,12 @@ inline void block_forward(const Team& team, const BlockShape& block, const Forwa
   };
   if (block.attention) {
     team.begin("qkv");
-    gemm(team, operand, rows, weights.qkv, D, heads.columns(), scratch.tile, qkv_epilogue(block, rope, length, act));
+    gemm(team, operand, rows, weights.qkv, D, heads.columns(), scratch.tile,
+         qkv_epilogue(block, weights.vectors, positions.rope, length, act));
     team.sync();
     team.begin("attention");
-    attention_forward(team, block, sequences, length, act.qkv, strides.qkv, act.mixed, strides.mixed,
-                      scratch.attention);
+    attention_forward(team, block, weights.vectors, positions, sequences, length, act.qkv, strides.qkv, act.mixed,
+                      strides.mixed, scratch.attention);
     team.sync();
     team.begin("attention output");
     quantize_rows(team, rows, act.mixed, strides.mixed, heads.output_columns(), operand);
@@ -161,7 +161,7 @@ inline void block_forward(const Team& team, const BlockShape& block, const Forwa
   }
   team.sync();
   team.begin("gate and up");
-  gemm(team, operand, rows, weights.gate_up, D, GateLayout{block.inner}.columns(), scratch.tile,
+  gemm(team, operand, rows, weights.gate_up, D, GateLayout(block).columns(), scratch.tile,
        gate_up_epilogue(block, act));
   team.sync();
   if (block.conv_taps) {

@@ -20,6 +20,7 @@ inline void program_forward(const ForwardJob& forward, const Team& team, const R
   const Job& job = forward.job;
   const long first_row = static_cast<long>(first_sequence) * job.length;
   const int rows = sequences * job.length;
+  const Positions positions = Positions{rope, job.segments}.of(first_sequence, job.length);
   for (int s = 0; s < job.program.num_states; ++s) states[s] = static_cast<const bf16*>(forward.states_in[s]);
   for (int i = 0; i < job.program.num_updates; ++i) {
     const Update& update = job.program.updates[i];
@@ -34,7 +35,7 @@ inline void program_forward(const ForwardJob& forward, const Team& team, const R
     Arena weights(const_cast<void*>(job.packed[update.net].forward));
     for (int layer = 0; layer < net.layers; ++layer) {
       const bool last = layer + 1 == net.layers;
-      block_forward(team, net.block, ForwardWeights<int8_t>(weights, net.block), rope, sequences, job.length,
+      block_forward(team, net.block, ForwardWeights<int8_t>(weights, net.block), positions, sequences, job.length,
                     buffers.act, buffers.operand, buffers.u, last ? out + first_row * job.width : buffers.act.h,
                     last ? job.width : stride, scratch);
     }

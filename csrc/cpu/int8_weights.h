@@ -27,11 +27,12 @@ template <> struct ForwardWeights<int8_t> {
   Int8Matrix qkv, output;         // attention
   Int8Rows seq_gate_up, seq_down; // mlp_t
   Int8Matrix gate_up, down;
+  BlockVectors vectors;
   ConvWeights<bf16> conv;
 
-  ForwardWeights(Arena& arena, const BlockShape& block) : conv(arena, block) {
+  ForwardWeights(Arena& arena, const BlockShape& block) : vectors(arena, block), conv(arena, block) {
     const HeadLayout heads(block);
-    const GateLayout gates{block.inner};
+    const GateLayout gates(block);
     if (block.attention) {
       qkv = take_int8_matrix(arena, block.width, heads.columns());
       output = take_int8_matrix(arena, heads.output_columns(), block.width);
@@ -69,19 +70,22 @@ inline void pack_int8_rows(const float* w, int rows, int columns, const Int8Rows
 inline void pack_forward(const BlockShape& block, const float* const* weights, const ForwardWeights<int8_t>& to,
                          PackTurn& turn) {
   const HeadLayout heads(block);
-  const GateLayout gates{block.inner};
+  const WeightPlaces places(block);
+  const GateLayout gates(block);
   const int D = block.width;
   const auto same = [](int n) { return n; };
   if (block.attention) {
-    pack_int8_matrix(weights[0], heads.columns(), D, to.qkv, turn, [&](int n) { return heads.qkv_row(n); });
-    pack_int8_matrix(weights[1], D, heads.output_columns(), to.output, turn, same);
+    pack_int8_matrix(weights[places.mixer_in], heads.columns(), D, to.qkv, turn,
+                     [&](int n) { return heads.qkv_row(n); });
+    pack_int8_matrix(weights[places.mixer_out], D, heads.output_columns(), to.output, turn, same);
   } else {
-    pack_int8_rows(weights[0], 2 * block.seq_inner, block.seq_len, to.seq_gate_up, turn);
-    pack_int8_rows(weights[1], block.seq_len, block.seq_inner, to.seq_down, turn);
+    pack_int8_rows(weights[places.mixer_in], 2 * block.seq_inner, block.seq_len, to.seq_gate_up, turn);
+    pack_int8_rows(weights[places.mixer_out], block.seq_len, block.seq_inner, to.seq_down, turn);
   }
-  pack_int8_matrix(weights[2], gates.columns(), D, to.gate_up, turn, [&](int n) { return gates.row(n); });
-  pack_conv(block, weights + 3, to.conv, turn);
-  pack_int8_matrix(weights[block_weights(block) - 1], D, block.inner, to.down, turn, same);
+  pack_int8_matrix(weights[places.up], gates.columns(), D, to.gate_up, turn, [&](int n) { return gates.row(n); });
+  pack_conv(block, weights, to.conv, turn);
+  pack_int8_matrix(weights[places.down], D, block.inner, to.down, turn, same);
+  pack_vectors(block, weights, to.vectors, turn);
 }
 
 } // namespace TRMFAST_NAMESPACE

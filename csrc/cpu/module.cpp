@@ -60,7 +60,7 @@ struct OwnedJob {
   Job job;
 
   OwnedJob(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets, std::tuple<int, int, int> shape,
-           Address cos, Address sin, int threads, Monitor* monitor) {
+           Address cos, Address sin, Address segments, int threads, Monitor* monitor) {
     for (const PackedWeights* net : nets) {
       shapes.push_back(net->net);
       packed.push_back(net->view());
@@ -76,7 +76,8 @@ struct OwnedJob {
            reinterpret_cast<const float*>(sin),
            threads,
            nullptr,
-           monitor};
+           monitor,
+           reinterpret_cast<const int32_t*>(segments)};
   }
 };
 
@@ -131,9 +132,9 @@ public:
 void forward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
              std::tuple<int, int, int> shape, const std::vector<Address>& states_in,
              const std::vector<Address>& states_out, Address x, Address saved, Address kept, Address cos, Address sin,
-             int threads, const py::object& phases) {
+             int threads, const py::object& phases, Address segments) {
   PythonMonitor python(phases);
-  const OwnedJob owned(program, nets, shape, cos, sin, threads, &python.monitor);
+  const OwnedJob owned(program, nets, shape, cos, sin, segments, threads, &python.monitor);
   const auto in = pointers<const void>(states_in);
   const auto out = pointers<void>(states_out);
   run(nets[0]->engine, ForwardJob{owned.job, in.data(), out.data(), reinterpret_cast<const void*>(x),
@@ -141,11 +142,12 @@ void forward(const OwnedProgram& program, const std::vector<const PackedWeights*
   python.rethrow();
 }
 
-// The size of the activations that forward keeps.
+// The size of the activations that forward keeps.  layers: those of each net, and whether it has a final norm.
 size_t kept_bytes(const OwnedProgram& program, const std::string& target, const std::string& element,
-                  const BlockShape& block, const std::vector<int>& layers, std::tuple<int, int, int> shape) {
+                  const BlockShape& block, const std::vector<std::pair<int, bool>>& layers,
+                  std::tuple<int, int, int> shape) {
   std::vector<NetShape> nets;
-  for (const int count : layers) nets.push_back({block, count});
+  for (const auto& [count, final_norm] : layers) nets.push_back({block, count, final_norm});
   Job job = {};
   std::tie(job.batch, job.length, job.width) = shape;
   job.program = program.view();
@@ -157,15 +159,17 @@ size_t kept_bytes(const OwnedProgram& program, const std::string& target, const 
 void backward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
               std::tuple<int, int, int> shape, const std::vector<Address>& grad_states_out, Address saved, Address kept,
               const std::vector<Address>& grad_states, Address grad_x, const std::vector<Address>& grad_weights,
-              Address cos, Address sin, int threads, size_t store_bytes, const py::object& phases) {
+              Address cos, Address sin, int threads, size_t store_bytes, const std::vector<Address>& weights_f32,
+              const py::object& phases, Address segments) {
   PythonMonitor python(phases);
-  const OwnedJob owned(program, nets, shape, cos, sin, threads, &python.monitor);
+  const OwnedJob owned(program, nets, shape, cos, sin, segments, threads, &python.monitor);
   const auto from = pointers<const void>(grad_states_out);
   const auto states = pointers<float>(grad_states);
   const auto weights = pointers<float>(grad_weights);
+  const auto read = pointers<const float>(weights_f32);
   run(nets[0]->engine,
       BackwardJob{owned.job, from.data(), reinterpret_cast<const void*>(saved), reinterpret_cast<const void*>(kept),
-                  states.data(), reinterpret_cast<float*>(grad_x), weights.data(), store_bytes});
+                  states.data(), reinterpret_cast<float*>(grad_x), weights.data(), store_bytes, read.data()});
   python.rethrow();
 }
 
@@ -203,13 +207,27 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<BlockShape>(m, "BlockShape")
       .def(py::init([](int width, int inner, bool attention, int heads, int kv_heads, int head_dim, bool causal,
-                       int seq_len, int seq_inner, int conv_taps, float eps) {
-             return BlockShape{width,  inner,   attention, heads,     kv_heads, head_dim,
-                               causal, seq_len, seq_inner, conv_taps, eps};
+                       int seq_len, int seq_inner, int conv_taps, float eps, bool input_norm, bool branch_norm,
+                       bool sum_norm, bool norm_weight, bool interleaved, bool qk_norm, bool qk_norm_weight,
+                       bool qk_bias, int gate, int window, int activation) {
+             return BlockShape{width,       inner,
+                               attention,   heads,
+                               kv_heads,    head_dim,
+                               causal,      seq_len,
+                               seq_inner,   conv_taps,
+                               eps,         input_norm,
+                               branch_norm, sum_norm,
+                               norm_weight, interleaved,
+                               qk_norm,     qk_norm_weight,
+                               qk_bias,     static_cast<OutputGate>(gate),
+                               window,      static_cast<Activation>(activation)};
            }),
            py::kw_only(), py::arg("width"), py::arg("inner"), py::arg("attention"), py::arg("heads"),
            py::arg("kv_heads"), py::arg("head_dim"), py::arg("causal"), py::arg("seq_len"), py::arg("seq_inner"),
-           py::arg("conv_taps"), py::arg("eps"));
+           py::arg("conv_taps"), py::arg("eps"), py::arg("input_norm") = false, py::arg("branch_norm") = false,
+           py::arg("sum_norm") = true, py::arg("norm_weight") = false, py::arg("interleaved") = false,
+           py::arg("qk_norm") = false, py::arg("qk_norm_weight") = false, py::arg("qk_bias") = false,
+           py::arg("gate") = 0, py::arg("window") = 0, py::arg("activation") = 0);
 
   py::class_<OwnedProgram>(m, "Program")
       .def(py::init<int, const std::vector<std::tuple<int, std::vector<int>, bool, int, bool>>&>(),
@@ -217,14 +235,14 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<PackedWeights>(m, "PackedWeights")
       .def(py::init([](const std::string& target, const std::string& element, const BlockShape& block, int layers,
-                       const std::vector<Address>& weights, bool backward, int threads) {
+                       const std::vector<Address>& weights, bool backward, int threads, bool final_norm) {
              const Engine& engine = find_engine(target, element);
              const py::gil_scoped_release released; // not Released(): it would cover pybind11's registration too
-             return std::make_unique<PackedWeights>(engine, NetShape{block, layers}, pointers<const float>(weights),
-                                                    backward, threads);
+             return std::make_unique<PackedWeights>(engine, NetShape{block, layers, final_norm},
+                                                    pointers<const float>(weights), backward, threads);
            }),
            py::arg("target"), py::arg("element"), py::arg("block"), py::arg("layers"), py::arg("weights"),
-           py::arg("backward"), py::arg("threads"))
+           py::arg("backward"), py::arg("threads"), py::arg("final_norm") = false)
       .def_property_readonly("bytes", &PackedWeights::bytes);
 
   // What forward keeps for backward: a byte buffer, so that a tensor made by torch.frombuffer keeps it alive.
@@ -262,11 +280,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("kept_bytes", &kept_bytes, Released());
   m.def("forward", &forward, py::arg("program"), py::arg("nets"), py::arg("shape"), py::arg("states_in"),
         py::arg("states_out"), py::arg("x"), py::arg("saved"), py::arg("kept"), py::arg("cos"), py::arg("sin"),
-        py::arg("threads"), py::arg("phases") = py::none(), Released());
+        py::arg("threads"), py::arg("phases") = py::none(), py::arg("segments") = 0, Released());
   m.def("backward", &backward, py::arg("program"), py::arg("nets"), py::arg("shape"), py::arg("grad_states_out"),
         py::arg("saved"), py::arg("kept"), py::arg("grad_states"), py::arg("grad_x"), py::arg("grad_weights"),
-        py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("store_bytes"), py::arg("phases") = py::none(),
-        Released());
+        py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("store_bytes"), py::arg("weights"),
+        py::arg("phases") = py::none(), py::arg("segments") = 0, Released());
   m.def(
       "fingerprint",
       [](const std::vector<Address>& arrays, const std::vector<int64_t>& sizes, int threads) {

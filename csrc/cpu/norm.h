@@ -1,14 +1,16 @@
-// RMSNorm without weight, y = u r with r = 1 / sqrt(mean(u^2) + eps), over the channels of a token.
+// RMSNorm over the channels of a token: y = u r with r = 1 / sqrt(mean(u^2) + eps), times a learned weight if there is
+// one.
 #pragma once
 
+#include "layout.h"
 #include "simd.h"
 
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// y <- norm(u); returns r.  Ignores columns beyond `width`: a product's padding column is NaN if its row holds an
-// infinity.
-template <class T> TRMFAST_INLINE float rms_norm(const float* u, int width, float eps, T* y) {
+// r of a row whose mean is over `count` elements, by default all of them.  Ignores columns beyond `width`: a product's
+// padding column is NaN if its row holds an infinity.
+template <class S> TRMFAST_INLINE float rms_scale(const S* u, int width, float eps, int count = 0) {
   vf squares[2] = {};
   int j = 0;
   for (; j + 2 * kLanes <= width; j += 2 * kLanes) {
@@ -24,24 +26,37 @@ template <class T> TRMFAST_INLINE float rms_norm(const float* u, int width, floa
     const vf a = load(u + j, width - j);
     squares[0] = fma(a, a, squares[0]);
   }
-  const float scale = 1.0f / __builtin_sqrtf(sum(squares[0] + squares[1]) / static_cast<float>(width) + eps);
-  const vf r = broadcast(scale);
-  for (j = 0; j + kLanes <= width; j += kLanes) store(y + j, load(u + j) * r);
-  if (j < width) store(y + j, load(u + j) * r, width - j);
+  return 1.0f / __builtin_sqrtf(sum(squares[0] + squares[1]) / static_cast<float>(count ? count : width) + eps);
+}
+
+// y <- residual + weight * norm(u), normed <- norm(u); returns r.  Residual, weight and normed may be null; y may be
+// the residual.
+template <class S, class T>
+TRMFAST_INLINE float rms_norm(const S* u, int width, float eps, const float* weight, const T* residual, T* normed,
+                              T* y) {
+  const float scale = rms_scale(u, width, eps);
+  for (int j = 0; j < width; j += kLanes) {
+    const int n = smaller(kLanes, width - j);
+    vf v = load_lanes(u + j, n) * broadcast(scale);
+    if (normed) store_lanes(normed + j, v, n);
+    if (weight) v *= load_lanes(weight + j, n);
+    if (residual) v += load_lanes(residual + j, n);
+    store_lanes(y + j, v, n);
+  }
   return scale;
 }
 
 // d norm(u) / du for one element: r (1 - y^2), nearly 0, computed without y, which rounds to nearly 1.
 template <class V> TRMFAST_INLINE V one_element_norm_gradient(V r, float eps) { return r * r * eps * r; }
 
-// du <- r (dy - y mean(dy y)), in place over dy and rounded into du_rounded.  Nothing beyond `width` is written: 0 x
-// NaN in the padding would outlive the sequence.
+// du <- r (dy - y mean(dy y)), in place over dy and rounded into du_rounded unless that is null.  Nothing beyond
+// `width` is written: 0 x NaN in the padding would outlive the sequence.
 template <class T>
 TRMFAST_INLINE void rms_norm_backward(float* dy, const T* y, float r, int width, float eps, T* du_rounded) {
   if (width == 1) {
     const vf du = load(dy, 1) * broadcast(one_element_norm_gradient(r, eps));
     store(dy, du, 1);
-    store(du_rounded, du, 1);
+    if (du_rounded) store(du_rounded, du, 1);
     return;
   }
   vf dots = {};
@@ -53,7 +68,42 @@ TRMFAST_INLINE void rms_norm_backward(float* dy, const T* y, float r, int width,
     const int n = width - j < kLanes ? width - j : kLanes;
     const vf du = scale * (load(dy + j) - load(y + j, n) * mean);
     store_lanes(dy + j, du, n);
-    store_lanes(du_rounded + j, du, n);
+    if (du_rounded) store_lanes(du_rounded + j, du, n);
+  }
+}
+
+// dh += g - r^2 h mean(g h), the gradient through a norm that stands before a product.  The product takes h itself and
+// its epilogue multiplies by r (block.h), so what comes back from it is g = r d(norm(h)).
+template <class T>
+TRMFAST_INLINE void input_norm_backward(const float* g, const T* h, float r, int width, float eps, float* dh) {
+  vf dots = {};
+  for (int j = 0; j < width; j += kLanes) {
+    const int n = smaller(kLanes, width - j);
+    dots = fma(load_lanes(g + j, n), load_lanes(h + j, n), dots);
+  }
+  // Of one element, the difference of two nearly equal terms is g r^2 eps.
+  const vf mean = broadcast(width == 1 ? 0.0f : r * r * sum(dots) / static_cast<float>(width));
+  const vf kept = broadcast(width == 1 ? r * r * eps : 1.0f);
+  for (int j = 0; j < width; j += kLanes) {
+    const int n = smaller(kLanes, width - j);
+    const vf d = load_lanes(g + j, n) * kept - load_lanes(h + j, n) * mean;
+    store_lanes(dh + j, load_lanes(dh + j, n) + d, n);
+  }
+}
+
+// to <- from, rounded.
+template <class T> TRMFAST_INLINE void round_row(const float* from, int width, T* to) {
+  for (int j = 0; j < width; j += kLanes) {
+    const int n = smaller(kLanes, width - j);
+    store_lanes(to + j, load_lanes(from + j, n), n);
+  }
+}
+
+// to <- weight * dy, or dy if weight is null; to may be dy.
+TRMFAST_INLINE void weigh_row(const float* dy, const float* weight, int width, float* to) {
+  for (int j = 0; j < width; j += kLanes) {
+    const int n = smaller(kLanes, width - j);
+    store_lanes(to + j, weight ? load_lanes(dy + j, n) * load_lanes(weight + j, n) : load_lanes(dy + j, n), n);
   }
 }
 

@@ -27,6 +27,14 @@ template <class T> constexpr long packed_elements(int depth, int columns) {
   return panel_elements<T>(depth) * ceil_div(columns, kPanel);
 }
 
+// Zeroes what products read beyond the last column: [columns, up to) of every row.  Buffers live longer than the
+// sequences in them, so nothing is ever written there: the 0 x NaN of one sequence would reach all that follow.
+template <class T> void clear_padding(T* x, int rows, int columns, long up_to, long stride) {
+  if (!x || columns >= up_to) return;
+  for (int t = 0; t < rows; ++t)
+    __builtin_memset(static_cast<void*>(x + t * stride + columns), 0, static_cast<size_t>(up_to - columns) * sizeof(T));
+}
+
 // out[i][j] = in[j][i], 16 x 16 dwords.
 TRMFAST_INLINE void transpose_16x16(const uint32_t (*in)[16], uint32_t* out, long out_stride) {
 #if defined(__AVX512F__)
@@ -57,8 +65,17 @@ TRMFAST_INLINE void transpose_16x16(const uint32_t (*in)[16], uint32_t* out, lon
 #endif
 }
 
-// Sixteen dwords of T: `valid` elements of Src, then zeros.
-template <class T, class Src> TRMFAST_INLINE void row_dwords(const Src* src, int valid, uint32_t* out) {
+// A row of floats, each times its factor.
+struct ScaledRow {
+  const float *values, *factors;
+  explicit operator bool() const { return values != nullptr; }
+  ScaledRow operator+(long i) const { return {values + i, factors + i}; }
+};
+TRMFAST_INLINE vf load(const ScaledRow& row) { return load(row.values) * load(row.factors); }
+TRMFAST_INLINE vf load(const ScaledRow& row, int n) { return load(row.values, n) * load(row.factors, n); }
+
+// Sixteen dwords of T: `valid` elements of a row, then zeros.
+template <class T, class Source> TRMFAST_INLINE void row_dwords(Source src, int valid, uint32_t* out) {
   constexpr int kElements = 16 * elements_per_dword<T>();
   T* to = reinterpret_cast<T*>(out);
   if (valid >= kElements) {
@@ -69,14 +86,14 @@ template <class T, class Src> TRMFAST_INLINE void row_dwords(const Src* src, int
 }
 
 // Panel of X^T.  row(j) is row j of X (depth elements) for panel column j, or null for a zero column.
-template <class T, class Src, class Row> void pack_transposed_panel(Row row, int depth, T* panel) {
+template <class T, class Row> void pack_transposed_panel(Row row, int depth, T* panel) {
   constexpr int kStep = 16 * elements_per_dword<T>();
   const int padded = padded_depth<T>(depth);
   uint32_t in[16][16], out[16][16];
   for (int half = 0; half < 2; ++half) {
     for (int d = 0; d < padded; d += kStep) {
       for (int j = 0; j < 16; ++j) {
-        const Src* source = row(half * 16 + j);
+        const auto source = row(half * 16 + j);
         if (source)
           row_dwords<T>(source + d, depth - d, in[j]);
         else
@@ -112,7 +129,7 @@ TRMFAST_INLINE void store_row_pair(float* panel, const float* even, const float*
 }
 
 // Up to 32 columns of one row as floats, zero beyond `columns`.
-template <class Src> TRMFAST_INLINE void load_row(const Src* src, int columns, float* out) {
+template <class Source> TRMFAST_INLINE void load_row(Source src, int columns, float* out) {
   for (int j = 0; j < kPanel; j += kLanes) {
     const int valid = larger(0, smaller(kLanes, columns - j));
     store(out + j, valid == kLanes ? load(src + j) : load(src + j, valid));
@@ -125,7 +142,7 @@ template <class T, class Row> void pack_panel(Row row, int depth, int columns, T
   float rows[2][kPanel];
   for (int k = 0; k < padded; k += 2) {
     for (int i = 0; i < 2; ++i) {
-      const auto* source = k + i < depth ? row(k + i) : nullptr;
+      const auto source = k + i < depth ? row(k + i) : decltype(row(0)){};
       if (source)
         load_row(source, columns, rows[i]);
       else
@@ -141,8 +158,8 @@ template <class T, class Row> void pack_panel(Row row, int depth, int columns, T
 // Panels of X^T: X is `columns` rows of `depth`, leading dimension `stride`.
 template <class T> void pack_transposed(const T* x, long stride, int columns, int depth, T* panels) {
   for (int first = 0; first < columns; first += kPanel, panels += panel_elements<T>(depth))
-    pack_transposed_panel<T, T>([&](int j) { return first + j < columns ? x + (first + j) * stride : nullptr; }, depth,
-                                panels);
+    pack_transposed_panel<T>([&](int j) { return first + j < columns ? x + (first + j) * stride : nullptr; }, depth,
+                             panels);
 }
 
 // `columns` <= 16 columns of consecutive rows of x as dwords, one row (f32) or a pair of rows (bf16), zero beyond.

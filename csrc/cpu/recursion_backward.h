@@ -6,7 +6,7 @@
 #pragma once
 
 #include "recursion_forward.h"
-#include "weight_gradient.h"
+#include "small_gradient.h"
 
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
@@ -121,7 +121,8 @@ struct Slots {
 // Recomputes an update's activations for one sequence from its saved input.
 template <class T>
 void slot_forward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
-                  int slot, const BackwardThread<T>& shared, const BackwardThread<T>& mine) {
+                  const Positions& positions, int slot, const BackwardThread<T>& shared,
+                  const BackwardThread<T>& mine) {
   const Job& job = workspace.backward.job;
   const NetShape& net = job.nets[update.net];
   const BlockStrides strides(net.block);
@@ -134,9 +135,30 @@ void slot_forward(const BackwardWorkspace<T>& workspace, const Team& team, const
   team.sync();
   Arena weights(const_cast<void*>(job.packed[update.net].forward));
   for (int layer = 0; layer < net.layers; ++layer)
-    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), workspace.tables.rope(job), 1, L,
+    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), positions, 1, L,
                   workspace.activations.layer(layer, slot), shared.buffers.u,
                   workspace.activations.output(layer, net.layers, slot), strides.h, mine.scratch);
+  if (net.final_norm)
+    norm_net<T>(team, net.block, L, workspace.activations.out(slot), nullptr, nullptr,
+                workspace.activations.final_rstd(slot), workspace.activations.normed(slot), strides.h);
+}
+
+// dy <- gradient of a net's last block from that of its final norm, whose plain output is y, rstd r.
+template <class T>
+void final_norm_backward(const Team& team, const BlockShape& block, int length, const float* weight, const T* y,
+                         const float* r, float* dy, float* grad_weight) {
+  const BlockStrides strides(block);
+  team.begin("final norm backward");
+  if (grad_weight) {
+    norm_weight_gradient(team, block, length, dy, y, grad_weight);
+    team.sync();
+  }
+  const Range rows = team.split(length);
+  for (int t = rows.begin; t < rows.end; ++t) {
+    if (weight) weigh_row(dy + t * strides.u, weight, block.width, dy + t * strides.u);
+    rms_norm_backward<T>(dy + t * strides.u, y + t * strides.h, r[t], block.width, block.eps, nullptr);
+  }
+  team.sync();
 }
 
 // One (update, sequence): h from `saved`, dy from the gradient of dst; dh is added to the sources and to x.
@@ -151,22 +173,29 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   const int L = job.length, D = job.width;
   const long first = static_cast<long>(sequence) * L * D;
   const Range rows = team.split(L);
-  if (workspace.recompute) slot_forward(workspace, team, update, saved + first, slot.activations, shared, mine);
+  const Positions positions = Positions{workspace.tables.rope(job), job.segments}.of(sequence, L);
+  if (workspace.recompute)
+    slot_forward(workspace, team, update, saved + first, positions, slot.activations, shared, mine);
 
   team.begin("gradient of the output");
-  float* dy = shared.buffers.dy;
+  const RunningGradient running = {shared.buffers.dy, shared.buffers.u};
+  float* dy = running.dy;
   float* dst = backward.grad_states[update.dst] + first;
   for (int t = rows.begin; t < rows.end; ++t) {
     __builtin_memcpy(dy + t * strides.u, dst + static_cast<long>(t) * D, sizeof(float) * static_cast<size_t>(D));
     __builtin_memset(dst + static_cast<long>(t) * D, 0, sizeof(float) * static_cast<size_t>(D));
   }
   team.sync();
+  const void* packed = job.packed[update.net].backward;
+  if (net.final_norm)
+    final_norm_backward(team, block, L, final_norm_weight<BackwardWeights<T>>(net, packed),
+                        workspace.activations.normed(slot.activations),
+                        workspace.activations.final_rstd(slot.activations), dy,
+                        workspace.gradients.final_norm(slot.gradients));
   for (int layer = net.layers - 1; layer >= 0; --layer) {
-    Arena weights(const_cast<void*>(job.packed[update.net].backward));
-    for (int before = 0; before < layer; ++before) BackwardWeights<T>(weights, block);
     const BlockActivations<T> act = workspace.activations.layer(layer, slot.activations);
-    block_backward(team, block, BackwardWeights<T>(weights, block), workspace.tables.rope(job), 1, L, act,
-                   workspace.activations.output(layer, net.layers, slot.activations), dy,
+    block_backward(team, block, layer_weights<BackwardWeights<T>>(net, packed, layer), positions, L, act,
+                   workspace.activations.output(layer, net.layers, slot.activations), running,
                    workspace.gradients.layer(layer, slot.gradients, act), shared.buffers.grad_mixed,
                    mine.backward_scratch);
   }
@@ -192,11 +221,12 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
   const BlockShape& block = workspace.block;
   const BlockStrides strides(block);
   const HeadLayout heads(block);
-  const GateLayout gates{block.inner};
+  const GateLayout gates(block);
   const int D = block.width;
   const TokenChunks<T> chunks = workspace.chunks(used);
   float* const* into = workspace.backward.grad_weights;
-  for (int before = 0; before < n; ++before) into += job.nets[before].layers * block_weights(block);
+  for (int before = 0; before < n; ++before) into += net_weights(job.nets[before]);
+  const WeightPlaces places(block);
   const auto same = [](int row) { return row; };
   for (int layer = 0; layer < job.nets[n].layers; ++layer, into += block_weights(block)) {
     const BlockActivations<T> act = workspace.activations.layer(layer, first.activations);
@@ -213,21 +243,23 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
                                  mine.gradient_scratch);
     };
     if (block.attention) {
-      by_token(grads.qkv, strides.qkv, heads.columns(), act.h, strides.h, D, into[0],
+      by_token(grads.qkv, strides.qkv, heads.columns(), act.h, strides.h, D, into[places.mixer_in],
                [&](int c) { return heads.qkv_row(c); });
-      by_token(grads.ds1, strides.h, D, act.mixed, strides.mixed, heads.output_columns(), into[1], same);
+      by_token(grads.ds1, strides.h, D, act.mixed, strides.mixed, heads.output_columns(), into[places.mixer_out], same);
     } else {
-      by_sequence(grads.sequence_gate_up, 2 * block.seq_inner, act.h, block.seq_len, into[0]);
-      by_sequence(grads.ds1, block.seq_len, act.mlp_t.activation, block.seq_inner, into[1]);
+      by_sequence(grads.sequence_gate_up, 2 * block.seq_inner, act.h, block.seq_len, into[places.mixer_in]);
+      by_sequence(grads.ds1, block.seq_len, act.mlp_t.activation, block.seq_inner, into[places.mixer_out]);
     }
-    by_token(grads.gate_up, strides.gate_up, gates.columns(), act.h1, strides.h, D, into[2],
+    by_token(grads.gate_up, strides.gate_up, gates.columns(), act.h1, strides.h, D, into[places.up],
              [&](int c) { return gates.row(c); });
-    if (block.conv_taps && (into[3] || into[4]))
-      conv_gradient(all, block, grads.dconv, act.activation, strides.activation, used, job.length, {into[3], fresh},
-                    {into[4], fresh});
-    by_token(grads.ds2, strides.h, D, down_input(block, act), strides.activation, block.inner,
-             into[block_weights(block) - 1], same);
+    if (block.conv_taps && (into[places.conv] || into[places.conv + 1]))
+      conv_gradient(all, block, grads.dconv, act.activation, strides.activation, used, job.length,
+                    {into[places.conv], fresh}, {into[places.conv + 1], fresh});
+    by_token(grads.ds2, strides.h, D, down_input(block, act), strides.activation, block.inner, into[places.down], same);
+    add_vector_gradients(all, block, grads, used, into, fresh);
   }
+  if (float* sums = workspace.gradients.final_norm(first.gradients); sums && job.nets[n].final_norm && *into)
+    vector_gradient(all, sums, strides.u, used, D, {*into, fresh}, same);
 }
 
 template <class T> size_t backward_bytes(const BackwardJob& job) {
@@ -254,12 +286,13 @@ template <class T> void start_backward(const BackwardWorkspace<T>& workspace, co
   const Range slots = all.split(workspace.slots);
   if (workspace.recompute) workspace.activations.clear_padding(workspace.layers, slots);
   const int count = (slots.end - slots.begin) * job.length, padded = round_up(block.width, kPanel);
+  const HeadLayout heads(block);
   for (int layer = 0; layer < workspace.layers; ++layer) {
     const BlockGradients<T> grads = workspace.gradients.layer(layer, slots.begin, {});
     clear_padding(grads.ds1, count, block.width, padded, strides.h);
     clear_padding(grads.ds2, count, block.width, padded, strides.h);
   }
-  const int mixed = HeadLayout(block).output_columns();
+  const int mixed = heads.output_columns();
   clear_padding(mine.buffers.dy, job.length, block.width, strides.u, strides.u);
   if (block.attention) clear_padding(mine.buffers.grad_mixed, job.length, mixed, strides.mixed, strides.mixed);
   workspace.tables.pack(job, all);
@@ -325,6 +358,7 @@ template <class T> void program_backward(const BackwardJob& backward, void* memo
     }
   }
   if (used > 0) add_up();
+  split_norm_gradients(all, backward, summed);
 }
 
 template <class T> void backward(const BackwardJob& backward, void* memory, int thread) {

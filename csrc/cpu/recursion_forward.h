@@ -38,27 +38,25 @@ struct RopeTables {
 };
 
 // Memory of one team for inference: the activations of one block, reused by every block.  To leave L2 to the
-// weights, h1 reuses the memory of mixed, and activation that of qkv, after their last read.
+// weights, activation reuses the memory of qkv after its last read; h1 is h, unless the sum is normed: then it reuses
+// that of mixed.
 template <class T> struct ForwardBuffers {
   BlockActivations<T> act = {};
-  float* u;
+  float* u = nullptr;
 
   ForwardBuffers(Arena& arena, const BlockShape& block, int rows) {
     const BlockStrides strides(block);
+    const bool reuse = block.attention && !has_padding(block);
     act.h = arena.take<T>(rows * strides.h);
-    if (block.attention && !has_padding(block)) {
-      act.mixed = act.h1 = arena.take<T>(rows * larger(strides.mixed, strides.h));
-      act.qkv = act.activation = arena.take<T>(rows * larger(strides.qkv, strides.activation));
-    } else {
-      act.h1 = arena.take<T>(rows * strides.h);
-      act.activation = arena.take<T>(rows * strides.activation);
-      if (block.attention) {
-        act.qkv = arena.take<T>(rows * strides.qkv);
-        act.mixed = arena.take<T>(rows * strides.mixed);
-      }
+    if (block.attention) {
+      act.mixed = arena.take<T>(rows * (reuse ? larger(strides.mixed, strides.h) : strides.mixed));
+      act.qkv = arena.take<T>(rows * (reuse ? larger(strides.qkv, strides.activation) : strides.qkv));
     }
+    act.h1 = !block.sum_norm ? act.h : reuse ? act.mixed : arena.take<T>(rows * strides.h);
+    act.activation = reuse ? act.qkv : arena.take<T>(rows * strides.activation);
     if (block.conv_taps) act.convolved = arena.take<T>(rows * strides.activation);
-    u = arena.take<float>(rows * strides.u);
+    if (block.input_norm) act.input_rstd1 = act.input_rstd2 = arena.take<float>(rows);
+    if (has_result_norm(block)) u = arena.take<float>(rows * strides.u);
   }
 };
 
@@ -118,31 +116,56 @@ void sum_sources(const Team& team, const Job& job, const Update& update, const T
   }
 }
 
-// The layers of a net for one update; h is act[0].h, the result goes to out.
+// out <- the final norm of a net of `rows` tokens from h, the output of its last block.  weight, normed (without it)
+// and rstd may be null.
 template <class T>
-void net_forward(const Team& team, const NetShape& net, const void* packed, const Rope& rope, int sequences, int length,
-                 const BlockActivations<T>& act, float* u, T* out, long out_stride, const BlockScratch<T>& scratch) {
+void norm_net(const Team& team, const BlockShape& block, int rows, const T* h, const float* weight, T* normed,
+              float* rstd, T* out, long out_stride) {
+  team.begin("final norm");
+  const long stride = BlockStrides(block).h;
+  const Range range = team.split(rows);
+  for (int t = range.begin; t < range.end; ++t) {
+    const float r = rms_norm<T, T>(h + t * stride, block.width, block.eps, weight, nullptr,
+                                   normed ? normed + t * stride : nullptr, out + t * out_stride);
+    if (rstd) rstd[t] = r;
+  }
+  team.sync();
+}
+
+// The layers of a net for one update; h is act.h, the result goes to out.
+template <class T>
+void net_forward(const Team& team, const NetShape& net, const void* packed, const Positions& positions, int sequences,
+                 int length, const BlockActivations<T>& act, float* u, T* out, long out_stride,
+                 const BlockScratch<T>& scratch) {
   Arena weights(const_cast<void*>(packed));
   const long stride = BlockStrides(net.block).h;
   for (int layer = 0; layer < net.layers; ++layer) {
-    const bool last = layer + 1 == net.layers;
+    const bool last = layer + 1 == net.layers && !net.final_norm;
     // h is dead once h1 is computed, so a block may overwrite its input.
-    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), rope, sequences, length, act, u,
+    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), positions, sequences, length, act, u,
                   last ? out : act.h, last ? out_stride : stride, scratch);
   }
+  if (net.final_norm)
+    norm_net<T>(team, net.block, sequences * length, act.h, take_final_norm(weights, net), nullptr, nullptr, out,
+                out_stride);
 }
 
-// An update whose activations are kept: each layer computes into the store, and the result is copied to out.
+// An update whose activations are kept: each layer computes into the store, and the result goes to out too.
 template <class T>
-void net_forward_kept(const Team& team, const NetShape& net, const void* packed, const Rope& rope, int sequences,
-                      int length, const ActivationStore<T>& store, int slot, float* u, T* out,
+void net_forward_kept(const Team& team, const NetShape& net, const void* packed, const Positions& positions,
+                      int sequences, int length, const ActivationStore<T>& store, int slot, float* u, T* out,
                       const BlockScratch<T>& scratch) {
   Arena weights(const_cast<void*>(packed));
   const long stride = BlockStrides(net.block).h;
   const int D = net.block.width;
   for (int layer = 0; layer < net.layers; ++layer)
-    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), rope, sequences, length,
+    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), positions, sequences, length,
                   store.layer(layer, slot), u, store.output(layer, net.layers, slot), stride, scratch);
+  if (net.final_norm) {
+    norm_net(team, net.block, sequences * length, store.out(slot), take_final_norm(weights, net), store.normed(slot),
+             store.final_rstd(slot), out, D);
+    return;
+  }
   team.begin("copy of the output");
   const Range rows = team.split(sequences * length);
   for (int t = rows.begin; t < rows.end; ++t)
@@ -157,6 +180,7 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
   const long first_row = static_cast<long>(first_sequence) * job.length,
              elements = static_cast<long>(job.batch) * job.length * job.width;
   const int rows = sequences * job.length;
+  const Positions positions = Positions{rope, job.segments}.of(first_sequence, job.length);
   Arena kept(forward.kept);
   const ActivationStore<T> store(kept, job, all_slots(job));
   int slot = all_slots(job) + first_sequence;
@@ -174,10 +198,10 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
     if (!team.sync()) return;
     T* out = static_cast<T*>(forward.states_out[update.dst]);
     if (keep)
-      net_forward_kept(team, net, job.packed[update.net].forward, rope, sequences, job.length, store, slot, buffers.u,
-                       out + first_row * job.width, scratch);
+      net_forward_kept(team, net, job.packed[update.net].forward, positions, sequences, job.length, store, slot,
+                       buffers.u, out + first_row * job.width, scratch);
     else
-      net_forward(team, net, job.packed[update.net].forward, rope, sequences, job.length, buffers.act, buffers.u,
+      net_forward(team, net, job.packed[update.net].forward, positions, sequences, job.length, buffers.act, buffers.u,
                   out + first_row * job.width, job.width, scratch);
     states[update.dst] = out;
   }

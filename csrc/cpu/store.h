@@ -13,14 +13,18 @@ void visit_arrays(BlockActivations<T>& act, const BlockShape& block, int length,
   const BlockStrides strides(block);
   visit(act.h, length * strides.h);
   visit(act.h1, length * strides.h);
-  visit(act.rstd2, length);
+  if (has_result_norm(block)) visit(act.rstd2, length);
+  if (block.input_norm) visit(act.input_rstd2, length);
+  if (keeps_normed(block)) visit(act.normed2, length * strides.h);
   visit(act.gate_up, length * strides.gate_up);
   visit(act.activation, length * strides.activation);
   if (block.conv_taps) visit(act.convolved, length * strides.activation);
   if (block.attention) {
     visit(act.qkv, length * strides.qkv);
     visit(act.mixed, length * strides.mixed);
-    visit(act.rstd1, length);
+    if (has_result_norm(block)) visit(act.rstd1, length);
+    if (block.input_norm) visit(act.input_rstd1, length);
+    if (keeps_normed(block)) visit(act.normed1, length * strides.h);
   } else {
     visit(act.mlp_t.gate_up, 2 * block.seq_inner * strides.h);
     visit(act.mlp_t.activation, block.seq_inner * strides.h);
@@ -36,6 +40,12 @@ void visit_arrays(BlockGradients<T>& grads, const BlockShape& block, int length,
   visit(grads.ds1, length * strides.h);
   visit(grads.ds2, length * strides.h);
   if (block.conv_taps) visit(grads.dconv, length * strides.activation);
+  const WeightPlaces places(block);
+  const HeadLayout heads(block);
+  if (places.result_norm[0] >= 0) visit(grads.result_norm1, strides.u);
+  if (places.result_norm[1] >= 0) visit(grads.result_norm2, strides.u);
+  if (places.qk_bias >= 0) visit(grads.qk_bias, heads.value(0));
+  if (places.q_norm >= 0) visit(grads.qk_norm, 2 * heads.kv_heads * heads.qk_width);
   if (in_place) return;
   visit(grads.gate_up, length * strides.gate_up);
   if (block.attention)
@@ -67,8 +77,15 @@ inline int all_slots(const Job& job) {
   return updates * job.batch;
 }
 
-// Activations of every layer, and the output of the last one.  A kept store holds the slots of all updates in the order
-// in which backward takes them: the last update first, and the sequences of an update in their order.
+// Whether a net of the job has a final norm.
+inline bool has_final_norm(const Job& job) {
+  for (int n = 0; n < job.num_nets; ++n)
+    if (job.nets[n].final_norm) return true;
+  return false;
+}
+
+// Activations of every layer, the output of the last one and of the final norm.  A kept store holds the slots of all
+// updates in the order in which backward takes them: the last update first, the sequences of an update in their order.
 template <class T> class ActivationStore {
 public:
   ActivationStore(Arena& arena, const Job& job, int slots)
@@ -78,12 +95,18 @@ public:
     per_layer_ = one.used();
     first_ = arena.take<char>(static_cast<long>(per_layer_) * most_layers(job));
     out_ = arena.take<T>(static_cast<long>(slots) * length_ * BlockStrides(block_).h);
+    if (!has_final_norm(job)) return;
+    normed_ = arena.take<T>(static_cast<long>(slots) * length_ * BlockStrides(block_).h);
+    final_rstd_ = arena.take<float>(static_cast<long>(slots) * length_);
   }
   BlockActivations<T> layer(int index, int slot) const {
     Arena arena(first_ + per_layer_ * static_cast<size_t>(index));
     return take(arena, slot);
   }
   T* out(int slot) const { return out_ + static_cast<long>(slot) * length_ * BlockStrides(block_).h; }
+  // The plain output of the final norm, [L, stride of h], and its rstd.
+  T* normed(int slot) const { return normed_ + static_cast<long>(slot) * length_ * BlockStrides(block_).h; }
+  float* final_rstd(int slot) const { return final_rstd_ + static_cast<long>(slot) * length_; }
   // Where layer `index` of `layers` writes its output.
   T* output(int index, int layers, int slot) const { return index + 1 < layers ? layer(index + 1, slot).h : out(slot); }
 
@@ -106,7 +129,8 @@ private:
   int slots_, length_;
   size_t per_layer_;
   char* first_;
-  T* out_;
+  T *out_, *normed_ = nullptr;
+  float* final_rstd_ = nullptr;
 };
 
 template <class T> class GradientStore {
@@ -117,6 +141,8 @@ public:
     take(one, 0);
     per_layer_ = one.used();
     first_ = arena.take<char>(static_cast<long>(per_layer_) * most_layers(job));
+    if (has_final_norm(job) && block_.norm_weight)
+      final_norm_ = arena.take<float>(static_cast<long>(slots) * BlockStrides(block_).u);
   }
   // act: the activations of the same slot.
   BlockGradients<T> layer(int index, int slot, const BlockActivations<T>& act) const {
@@ -130,6 +156,9 @@ public:
     return grads;
   }
 
+  // Sums over the sequence for the weight of the final norm, [stride of u]; null: there is none.
+  float* final_norm(int slot) const { return final_norm_ ? final_norm_ + slot * BlockStrides(block_).u : nullptr; }
+
 private:
   BlockGradients<T> take(Arena& arena, int slot) const {
     BlockGradients<T> grads = {};
@@ -142,6 +171,7 @@ private:
   bool in_place_;
   size_t per_layer_;
   char* first_;
+  float* final_norm_ = nullptr;
 };
 
 } // namespace TRMFAST_NAMESPACE

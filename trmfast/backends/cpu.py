@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.build_info import build_info
-from trmfast.engine import address, block_fields, int8_refusal, update_rows
+from trmfast.engine import address, block_fields, choice_fields, int8_refusal, update_rows
 from trmfast.problem import Problem, unsupported
 from trmfast.targets import extension, force_target, import_error, target_of, targets
 
@@ -31,12 +31,25 @@ FORWARD_ELEMENTS = {**ELEMENTS, torch.int8: "i8"}
 STORE_BYTES = 36 << 20
 MOST_STATES, MOST_NETS, MOST_TAPS = 64, 16, 8
 # The options of a network that the engine runs, see :func:`trmfast.problem.unsupported`.
-CHOICES: dict[str, tuple[object, ...]] = {
+CHOICES: dict[str, Container[object]] = {
     "token_mixer": ("attention", "mlp_t"),
-    "channel_mixer": ("swiglu", "conv_swiglu"),
+    "channel_mixer": ("swiglu", "conv_swiglu", "relu2", "gelu"),
     "causal": (False, True),
+    "norm_placement": ("post", "pre", "sandwich", "sandwich_sum"),
+    "norm_weight": (False, True),
+    "rotation": ("half", "interleaved"),
+    "qk_norm": ("none", "plain", "learned"),
+    "qk_bias": (False, True),
+    "gate": ("none", "channel", "head"),
+    "attention_window": range(1 << 31),
+    "segments": (False, True),
+    "final_norm": (False, True),
 }
-INT8_CHOICES = CHOICES
+INT8_CHOICES: dict[str, Container[object]] = {
+    "token_mixer": CHOICES["token_mixer"],
+    "channel_mixer": ("swiglu", "conv_swiglu"),
+    "causal": CHOICES["causal"],
+}
 PACKED_NETS = 16
 
 _cpu = extension
@@ -153,7 +166,8 @@ class _PackedCache:
                 del self._entries[stale]
         floats = [weight if weight.dtype == torch.float32 else weight.to(torch.float32) for weight in weights]
         packed = _cpu.PackedWeights(
-            target, element, engine.blocks[net], engine.layers[net], [w.data_ptr() for w in floats], backward, threads
+            *(target, element, engine.blocks[net], engine.layers[net][0], [w.data_ptr() for w in floats]),
+            *(backward, threads, engine.layers[net][1]),
         )
         if _cpu.fingerprint(addresses, sizes, threads) != fingerprint:
             return fingerprint, packed  # another thread wrote meanwhile: don't cache them under this fingerprint
@@ -214,22 +228,37 @@ class _Engine:
 
     program: object
     blocks: tuple[object, ...]
-    layers: tuple[int, ...]
+    layers: tuple[tuple[int, bool], ...]  # of each net, and whether it has a final norm
     net_keys: tuple[str, ...]
     written: tuple[bool, ...]  # the states that an update writes
+    folded: tuple[tuple[int, int], ...]  # the weight of each norm before a product, and the product's
 
 
 @lru_cache(maxsize=256)
 def _engine(problem: Problem) -> _Engine:
     assert _cpu is not None
-    blocks = tuple(_cpu.BlockShape(**block_fields(net.block)) for net in problem.nets)
+    blocks = tuple(_cpu.BlockShape(**block_fields(net.block), **choice_fields(net.block)) for net in problem.nets)
     return _Engine(
         _cpu.Program(len(problem.program.states), update_rows(problem.program)),
         blocks,
-        tuple(net.num_layers for net in problem.nets),
+        tuple((net.num_layers, net.final_norm) for net in problem.nets),
         tuple(net.key for net in problem.nets),
         tuple(s in {update.dst for update in problem.program.counts()} for s in range(len(problem.program.states))),
+        tuple(_folded(problem)),
     )
+
+
+def _folded(problem: Problem) -> Iterator[tuple[int, int]]:
+    """The places of norm weights that the engine packs into the product behind the norm, each with the product's."""
+    for net, part in zip(problem.nets, problem.weight_slices, strict=True):
+        names = list(net.block.weight_shapes)
+        if not net.block.norm_weight or net.block.norm_placement == "post":
+            continue
+        second = "norm2.weight" if net.block.norm_placement == "pre" else "norm3.weight"
+        for layer in range(net.num_layers):
+            first = part.start + layer * len(names)
+            yield first + names.index("norm1.weight"), first
+            yield first + names.index(second), first + 2
 
 
 def _keep(size: int) -> Tensor:
@@ -359,6 +388,7 @@ class CpuBackend:
             address(call.sin),
             threads,
             _Ranges() if PROFILE else None,
+            address(call.segments),
         )
         return out, saved, kept
 
@@ -384,10 +414,14 @@ class CpuBackend:
         # The engine writes gradients only for the nets that it differentiates.
         live = {update.net for update in problem.program.counts() if update.grad}
         needed = [n in live for n, part in enumerate(problem.weight_slices) for _ in range(part.start, part.stop)]
+        computed = list(call.needs_weights)
+        for norm, product in engine.folded:
+            computed[product] |= computed[norm]
         grad_weights = [
             torch.empty(weight.shape, dtype=torch.float32) if asked and written else None
-            for weight, asked, written in zip(call.weights, call.needs_weights, needed, strict=True)
+            for weight, asked, written in zip(call.weights, computed, needed, strict=True)
         ]
+        read = [weight.to(torch.float32).contiguous() for weight in call.weights] if engine.folded else []
         _cpu.backward(
             engine.program,
             packed,
@@ -402,10 +436,12 @@ class CpuBackend:
             address(call.sin),
             threads,
             STORE_BYTES,
+            [weight.data_ptr() for weight in read],
             _Ranges() if PROFILE else None,
+            address(call.segments),
         )
         return (
             [grad if asked else None for grad, asked in zip(grads, call.needs_states, strict=True)],
             grad_x,
-            grad_weights,
+            [grad if asked else None for grad, asked in zip(grad_weights, call.needs_weights, strict=True)],
         )
