@@ -10,10 +10,11 @@ import torch
 from trmfast.benchmark.configs import CONFIGS
 from trmfast.benchmark.eager import EagerInner, EagerRecursion
 from trmfast.benchmark.errors import check_model
-from trmfast.cases import SMALL, Case, make_inputs
+from trmfast.cases import SMALL, Case, make_case, make_inputs
 from trmfast.models import ACTLossHead, ACTModel
 from trmfast.testing import run_truth
 
+PRE_NORM = make_case("pre", norm_placement="pre", gate="channel", final_norm=True, causal=True, num_layers=1)
 TINY: dict[str, Any] = {"hidden_size": 64, "num_heads": 2, "puzzle_emb_ndim": 64, "H_cycles": 2, "L_cycles": 2}
 
 
@@ -47,7 +48,7 @@ def test_same_step_and_gradients(name: str) -> None:
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=key)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", [*SMALL, PRE_NORM], ids=str)
 def test_recursion_is_the_reference(case: Case) -> None:
     inputs = make_inputs(case, torch.float64, weight_scale=0.5)
     truth = run_truth(inputs)

@@ -16,6 +16,7 @@ from trmfast.spec import BlockSpec, NetSpec, swiglu_width
 
 __all__ = [
     "CHOICES",
+    "LOOPED",
     "MEASURED",
     "PUBLISHED",
     "SMALL",
@@ -242,13 +243,34 @@ MEASURED: tuple[Case, ...] = (
 )
 
 
+# Networks of looped language models: HRM-Text B, whose two networks have these sizes, over one update.
+LOOPED: tuple[Case, ...] = (
+    make_case(
+        "hrm-text-net",
+        "urm",
+        H_cycles=1,
+        L_cycles=1,
+        length=256,
+        hidden_size=1024,
+        num_heads=8,
+        num_layers=6,
+        intermediate_size=2816,
+        causal=True,
+        final_norm=True,
+        norm_placement="pre",
+        gate="channel",
+        rms_norm_eps=1e-6,
+    ),
+)
+
+
 def find_case(name: str) -> Case:
     """The case of that name, of all lists.
 
     Raises:
         KeyError: there is none.
     """
-    return {case.name: case for case in (*SMALL, *CHOICES, *PUBLISHED, *MEASURED)}[name]
+    return {case.name: case for case in (*SMALL, *CHOICES, *PUBLISHED, *MEASURED, *LOOPED)}[name]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ a state_dict loads in both directions.  :class:`EagerRecursion` is a recursion w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,14 @@ CosSin = tuple[Tensor, Tensor]
 Apply = Callable[[int, Tensor, "CosSin | None"], Tensor]
 """(index of the network, h [B, L, D], RoPE tables) -> [B, L, D]"""
 # The options of the networks here, see :func:`trmfast.problem.unsupported`.
-CHOICES = {"token_mixer": ("attention", "mlp_t"), "channel_mixer": ("swiglu", "conv_swiglu"), "causal": (False, True)}
+CHOICES: dict[str, Container[object]] = {
+    "token_mixer": ("attention", "mlp_t"),
+    "channel_mixer": ("swiglu", "conv_swiglu"),
+    "causal": (False, True),
+    "norm_placement": ("post", "pre"),
+    "gate": ("none", "channel"),
+    "final_norm": (False, True),
+}
 Recur = Callable[[RecursionProgram, Sequence[Tensor], "Tensor | None", "CosSin | None"], list[Tensor]]
 
 
@@ -53,20 +60,27 @@ class Attention(nn.Module):
             *(spec.num_heads, spec.num_kv_heads),
             *(spec.head_dim, spec.causal),
         )
-        query = self.heads * self.head_dim
-        self.qkv_proj = CastedLinear(spec.hidden_size, query + 2 * self.kv_heads * self.head_dim)
+        query, self.gates = self.heads * self.head_dim, spec.gate_rows
+        rows = query + 2 * self.kv_heads * self.head_dim
+        if self.gates:
+            self.gqkv_proj = CastedLinear(spec.hidden_size, self.gates + rows)
+        else:
+            self.qkv_proj = CastedLinear(spec.hidden_size, rows)
         self.o_proj = CastedLinear(query, spec.hidden_size)
 
     def forward(self, h: Tensor, cos_sin: CosSin | None) -> Tensor:
         batch, length, _ = h.shape
-        qkv = self.qkv_proj(h).view(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
+        rows = self.gqkv_proj(h) if self.gates else self.qkv_proj(h)
+        gate, qkv = rows[..., : self.gates], rows[..., self.gates :]
+        qkv = qkv.view(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if cos_sin is not None:
             q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         grouped = self.heads != self.kv_heads
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
+        return self.o_proj(mixed * torch.sigmoid(gate) if self.gates else mixed)
 
 
 class SwiGLU(nn.Module):
@@ -101,6 +115,7 @@ class Block(nn.Module):
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.eps = spec.rms_norm_eps
+        self.pre_norm = spec.norm_placement == "pre"
         self.mixes_tokens_by_mlp = spec.token_mixer == "mlp_t"
         if self.mixes_tokens_by_mlp:
             self.mlp_t = SwiGLU(spec.seq_len, spec.seq_intermediate_size)
@@ -112,6 +127,9 @@ class Block(nn.Module):
             self.mlp = SwiGLU(spec.hidden_size, spec.intermediate_size)
 
     def forward(self, h: Tensor, cos_sin: CosSin | None) -> Tensor:
+        if self.pre_norm:
+            h = h + self.self_attn(_rms_norm(h, self.eps), cos_sin)
+            return h + self.mlp(_rms_norm(h, self.eps))
         if self.mixes_tokens_by_mlp:
             t = h.transpose(1, 2)
             h = _rms_norm(t + self.mlp_t(t), self.eps).transpose(1, 2)
@@ -126,11 +144,12 @@ class Stack(nn.Module):
     def __init__(self, spec: NetSpec) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block(spec.block) for _ in range(spec.num_layers))
+        self.eps = spec.block.rms_norm_eps if spec.final_norm else None
 
     def forward(self, h: Tensor, cos_sin: CosSin | None) -> Tensor:
         for layer in self.layers:
             h = layer(h, cos_sin)
-        return h
+        return h if self.eps is None else _rms_norm(h, self.eps)
 
 
 def apply_updates(

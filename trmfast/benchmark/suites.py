@@ -32,6 +32,7 @@ TITLES = {
     "block-mlp-97": "one block, MLP",
     "block-conv-97": "one block, ConvSwiGLU",
     "trm-deep-256": "TRM Sudoku, 256 updates",
+    "hrm-text-net": "one network of HRM-Text B",
 }
 
 
@@ -116,6 +117,10 @@ def _tiny(case: Case) -> Case:
         channel_mixer=block.channel_mixer,
         num_layers=1,
         batch=min(case.batch, 2),
+        causal=block.causal,
+        final_norm=case.problem.nets[0].final_norm,
+        norm_placement=block.norm_placement,
+        gate=block.gate,
         **sizes,
     )
 
@@ -192,12 +197,15 @@ GPU_WORKS = tuple(
     replace(_work(name, batches[place]), device="cuda") for place in range(3) for name, batches in GPU_BATCHES.items()
 )
 
+LOOPED_WORKS = (_work("hrm-text-net", 2),)
+
 SUITES: dict[str, Suite] = {
     "quick": Suite(QUICK, 120),
     "standard": Suite(STANDARD, 400),
     "full": Suite(FULL, 800, scaling=True),
     "blocks": Suite(BLOCKS, 60),
     "int8": Suite(INT8_WORKS, 90),
+    "looped": Suite(LOOPED_WORKS, 120),
     "scaling": Suite((), 120, scaling=True),
     "gpu": Suite(GPU_WORKS, 800, device="cuda"),
 }
