@@ -86,6 +86,7 @@ class Gpu:
         memory_bandwidth: bytes/s.
         cache_bandwidth: bytes/s that all multiprocessors together read from their shared cache.
         port_bandwidth: bytes/s that one multiprocessor reads from it.
+        special_rate: exponentials or reciprocals that one multiprocessor makes a second.
     """
 
     name: str
@@ -95,13 +96,15 @@ class Gpu:
     memory_bandwidth: float
     cache_bandwidth: float
     port_bandwidth: float
+    special_rate: float
 
 
 def _gpu(name: str, architecture: str, units: int, tflops: float, memory: float, clock: float, cache: float) -> Gpu:
     """A GPU from TFLOP/s, GB/s, GHz and the cache's bytes per clock (its TB/s if below 100)."""
     bandwidth = cache * 1e12 if cache < 100 else cache * clock * 1e9
-    # A multiprocessor has a port of 64 bytes a clock.
-    return Gpu(name, architecture, units, tflops * 1e12, memory * 1e9, bandwidth, 64 * clock * 1e9)
+    # A multiprocessor has a port of 64 bytes a clock, and makes 16 special functions: throughput tables of the CUDA
+    # C++ Programming Guide; a quarter of 64 lanes on CDNA 3.
+    return Gpu(name, architecture, units, tflops * 1e12, memory * 1e9, bandwidth, 64 * clock * 1e9, 16 * clock * 1e9)
 
 
 GPUS: dict[str, Gpu] = {

@@ -185,5 +185,6 @@ def attention(
         },
         tile=tile,
         flops=4 * batch * block.num_heads * pairs * block.head_dim,
+        special=batch * block.num_heads * pairs,
         loads=2 * (tile["BLOCK_M"] + length) * block.head_dim,
     )

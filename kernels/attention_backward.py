@@ -307,6 +307,7 @@ def attention_backward_keys(
         constants={**_constants(block, cos is not None, precision), "WHOLE": whole},
         tile=tile,
         flops=_flops(block, qkv, 5 if whole else 4),
+        special=_flops(block, qkv, 1) // (2 * block.head_dim),
         loads=(4 * tile["BLOCK_N"] + 2 * length * block.num_heads // block.num_kv_heads) * block.head_dim,
     )
 
@@ -350,5 +351,6 @@ def attention_backward_queries(
         constants=_constants(block, cos is not None, precision),
         tile=tile,
         flops=_flops(block, qkv, 3),
+        special=_flops(block, qkv, 1) // (2 * block.head_dim),
         loads=(4 * tile["BLOCK_M"] + 2 * length) * block.head_dim,
     )

@@ -183,5 +183,6 @@ def attention_projection(
         },
         tile=tile,
         flops=4 * batch * heads * pairs * head_dim + 2 * prod(qkv.shape[:-1]) * heads * head_dim * width,
+        special=batch * heads * pairs,
         loads=(tile["BLOCK_M"] + 2 * length + width) * heads * head_dim + 2 * tile["BLOCK_M"] * width,
     )

@@ -186,5 +186,6 @@ def conv_projection(
         },
         tile=tile,
         flops=2 * tokens * inter * (width + taps),
+        special=2 * tokens * inter * triton.cdiv(width, tile["BLOCK_N"]),
         loads=(taps * tile["BLOCK_M"] + columns) * inter + 2 * tile["BLOCK_M"] * columns,
     )

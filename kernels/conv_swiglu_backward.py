@@ -245,6 +245,7 @@ def conv_swiglu_backward(
         constants={"DEPTH": depth, "INNER": inner, "TAPS": conv.shape[-1], "PRECISION": precision},
         tile=tile,
         flops=2 * rows * depth * inner,
+        special=2 * rows * inner,
         loads=(tile["BLOCK_M"] + tile["BLOCK_N"]) * depth + (conv.shape[-1] + 2) * tile["BLOCK_M"] * tile["BLOCK_N"],
     )
 
@@ -290,6 +291,7 @@ def gate_up_backward(
         constants={"DEPTH": depth, "INNER": inner, "TAPS": conv.shape[-1], "PRECISION": precision},
         tile=tile,
         flops=4 * rows * depth * inner,
+        special=2 * rows * inner,
         loads=(tile["BLOCK_M"] + 2 * tile["BLOCK_N"]) * depth
         + (conv.shape[-1] + 2) * tile["BLOCK_M"] * tile["BLOCK_N"],
     )

@@ -307,6 +307,7 @@ def mlp_t(
         },
         tile=tile,
         flops=6 * batch * length * width * inter,
+        special=2 * batch * width * inter,
         loads=((len(terms) + 1) * tile["BLOCK_C"] + 3 * inter) * length,
     )
 
@@ -360,6 +361,7 @@ def gate_up_t(
         },
         tile=tile,
         flops=4 * batch * length * width * inter,
+        special=2 * batch * width * inter,
         loads=(2 * tile["BLOCK_I"] + len(terms) * tile["BLOCK_C"]) * length + tile["BLOCK_I"] * tile["BLOCK_C"],
     )
 

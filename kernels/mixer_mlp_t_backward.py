@@ -278,6 +278,7 @@ def mlp_t_backward(
         },
         tile=tile,
         flops=10 * batch * width * length * inner,
+        special=2 * batch * width * inner,
         loads=(5 * tile["BLOCK_N"] + 3 * inner) * length,
     )
 
@@ -340,6 +341,7 @@ def mlp_t_weight_gradient(
         },
         tile=tile,
         flops=2 * (3 + wanted) * batch * width * length * inner,
+        special=2 * batch * width * inner,
         loads=2 * length * width * batch // splits + 12 * tile["BLOCK_I"] * length,
     )
 

@@ -94,6 +94,7 @@ class Launch:
         num_warps, num_stages: launch options.
         flops: multiplications and additions of its matrix products, at true sizes (no padding).
         loads: elements of the compute dtype that one program loads and stores; 0 if no operand is loaded twice.
+        special: exponentials and reciprocals, at true sizes; those of rows do not count.
     """
 
     kernel: str
@@ -106,6 +107,7 @@ class Launch:
     num_stages: int = 2
     flops: int = 0
     loads: int = 0
+    special: int = 0
 
     @classmethod
     def of(
@@ -120,6 +122,7 @@ class Launch:
         tile: Tile,
         flops: int = 0,
         loads: int = 0,
+        special: int = 0,
     ) -> Launch:
         """A launch whose constants are ``constants`` and the tile's sizes."""
         return cls(
@@ -133,6 +136,7 @@ class Launch:
             tile.num_stages,
             flops,
             loads,
+            special,
         )
 
     def buffers(self, names: Iterable[str]) -> list[Buffer]:

@@ -7,7 +7,8 @@ measured.  A launch takes as long as the slowest of
 * its operands and results, each once, at a fraction of the memory's bandwidth,
 * what its programs load and store altogether, at a fraction of the shared cache's bandwidth,
 * its waves: programs run in groups of one per multiprocessor, and a wave takes as long as one program's products at one
-  multiprocessor's rate, or its loads through one multiprocessor's port,
+  multiprocessor's rate, its loads through one multiprocessor's port, or its exponentials and reciprocals at the rate of
+  one multiprocessor's special-function units,
 
 and a gap between launches.
 """
@@ -42,6 +43,7 @@ def launch_time(gpu: Gpu, launch: Launch) -> float:
     wave = max(
         launch.flops / programs / (flops / gpu.multiprocessors),
         loads / (gpu.port_bandwidth * CACHE),
+        launch.special / programs / gpu.special_rate,
     )
     return max(
         launch.flops / flops,

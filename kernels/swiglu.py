@@ -207,6 +207,7 @@ def swiglu(
         },
         tile=tile,
         flops=6 * tokens * width * inter,
+        special=2 * tokens * inter,
         loads=(tile["BLOCK_M"] * (triton.cdiv(inter, tile["BLOCK_I"]) + 2) + 3 * inter) * width,
     )
 
@@ -256,5 +257,6 @@ def gate_up(
         },
         tile=tile,
         flops=4 * tokens * width * inter,
+        special=2 * tokens * inter,
         loads=(tile["BLOCK_M"] + 2 * tile["BLOCK_I"]) * width + tile["BLOCK_M"] * tile["BLOCK_I"],
     )

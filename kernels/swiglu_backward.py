@@ -169,5 +169,6 @@ def swiglu_backward(
         },
         tile=tile,
         flops=6 * batch * rows * depth * inner,
+        special=2 * batch * rows * inner,
         loads=(2 * tile["BLOCK_M"] + 3 * tile["BLOCK_N"]) * depth + 3 * tile["BLOCK_M"] * tile["BLOCK_N"],
     )

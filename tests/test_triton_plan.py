@@ -257,7 +257,7 @@ def test_occupancy() -> None:
 def test_the_model_of_time_is_the_slowest_roof() -> None:
     a, b, c = (Buffer(name, (4096, 4096), torch.bfloat16) for name in "abc")
 
-    def launch(flops: int, programs: int) -> Launch:
+    def launch(flops: int, programs: int, special: int = 0) -> Launch:
         arguments = {"a": a, "b": b, "c": c}
         return Launch.of(
             "none.none",
@@ -268,12 +268,14 @@ def test_the_model_of_time_is_the_slowest_roof() -> None:
             constants={},
             tile=Tile.of(),
             flops=flops,
+            special=special,
         )
 
     gpu = GPUS["H100"]
     memory = launch_time(gpu, launch(0, 10_000))
     assert memory == pytest.approx(3 * 4096 * 4096 * 2 / (3352e9 * 0.85))
     assert launch_time(gpu, launch(10**13, 132 * 100)) == pytest.approx(10**13 / (989.4e12 * 0.75), rel=1e-6)
+    assert launch_time(gpu, launch(0, 132, 10**12)) == pytest.approx(10**12 / (132 * 16 * 1.755e9))
     # One program has one multiprocessor.
     assert launch_time(gpu, launch(10**13, 1)) == pytest.approx(132 * 10**13 / (989.4e12 * 0.75), rel=1e-6)
 
