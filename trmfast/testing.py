@@ -30,12 +30,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trmfast.cases import PUBLISHED, SMALL, Case, Inputs, make_case, make_inputs
+from trmfast.cases import CHOICES, PUBLISHED, SMALL, Case, Inputs, make_case, make_inputs
 from trmfast.models.inner import Inner
 from trmfast.ops import recursion
 from trmfast.reference import run_program
 
 __all__ = [
+    "CHOICES",
     "PUBLISHED",
     "SMALL",
     "Case",

@@ -19,6 +19,7 @@ from trmfast import recursion
 from trmfast.backends import BACKENDS, Backend
 from trmfast.cli.console import UsageError, print_json, print_table, progress
 from trmfast.testing import (
+    CHOICES,
     PUBLISHED,
     SMALL,
     Case,
@@ -216,8 +217,9 @@ def _last_updates(case: Case, count: int) -> Case:
 
 def _jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[dict[str, str]]]:
     """The jobs, grouped by truth; and what is off, with the reason."""
-    cases = {case.name: case for case in (*SMALL, *PUBLISHED)}
-    names = arguments.problem or (QUICK if arguments.quick else list(cases))
+    cases = {case.name: case for case in (*SMALL, *PUBLISHED, *CHOICES)}
+    usual = [case.name for case in (*SMALL, *PUBLISHED)]
+    names = arguments.problem or (QUICK if arguments.quick else usual)
     for name in names:
         if name not in cases:
             raise UsageError(f"--problem: got {name!r}, accepted are {', '.join(cases)}")
@@ -229,7 +231,7 @@ def _jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[dict[str, str]
             off = f"it runs on {', '.join(BACKENDS[name].device_types)}"
         if off is not None:
             raise UsageError(f"--backend: {name} does not work here: {off}")
-    small = _names(SMALL)
+    small = {*_names(SMALL), *_names(CHOICES)}
     jobs: list[Job] = []
     skipped: list[dict[str, str]] = []
     runners: list[tuple[str, str, torch.device]] = []
