@@ -14,7 +14,7 @@ from trmfast.backends import BACKENDS
 from trmfast.backends import cpu as engine
 from trmfast.cases import CHOICES, Case, make_case, make_inputs
 from trmfast.targets import TARGETS
-from trmfast.testing import Draw, MeaninglessComparisonError, check_draws, draw_case, require, run_fused
+from trmfast.testing import Draw, MeaninglessComparisonError, check_draws, draw_case, require, run_eager, run_fused
 
 _reason = BACKENDS["cpu"].available()
 pytestmark = pytest.mark.skipif(_reason is not None, reason=f"backend cpu: {_reason}")
@@ -150,6 +150,14 @@ def test_nan_in_a_sequence_stays_there(case: Case) -> None:
         assert torch.equal({**again.outputs, **again.gradients}[name], tensor), name
         if tensor.shape == inputs.states[0].shape:
             assert torch.equal({**poisoned.outputs, **poisoned.gradients}[name][1:], tensor[1:]), name
+
+
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_gates_of_no_sequences(gate: str) -> None:
+    inputs = make_inputs(make_case("none", batch=0, gate=gate, norm_placement="pre", final_norm=True, num_layers=1))
+    for result in (run_eager(inputs), run_fused(inputs, "cpu")):
+        assert all(z.shape == (0, 12, 64) for z in result.outputs.values())
+        assert not any(gradient.any() for gradient in result.gradients.values())
 
 
 @pytest.mark.parametrize(

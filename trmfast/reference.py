@@ -123,7 +123,8 @@ def attention(
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=block.causal)
     mixed = mixed.transpose(1, 2)
     if block.gate != "none":
-        mixed = mixed * torch.sigmoid(gate).view(batch, length, heads, -1)
+        gates = heads if block.gate == "head" else heads * width
+        mixed = mixed * torch.sigmoid(gate).view(batch, length, heads, gates // heads)
     return linear(mixed.flatten(2), o_proj)
 
 
