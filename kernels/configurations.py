@@ -32,7 +32,14 @@ HALF_ROW = -3
 """Half of ROW, at least 16."""
 WIDEST_ROW = 512
 """The widest rows that a product's program holds in its accumulators."""
-_WHOLE_ROWS = {"attention_projection", "projection", "swiglu", "conv_projection", "projection_backward_norm"}
+_WHOLE_ROWS = {
+    "attention_projection",
+    "projection",
+    "swiglu",
+    "swiglu_rows",
+    "conv_projection",
+    "projection_backward_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,7 @@ INTERPRETED: dict[str, Tile] = {
     "projection": Tile.of(BLOCK_M=128, BLOCK_N=ROW, BLOCK_K=128),
     "projection_columns": Tile.of(BLOCK_M=128, BLOCK_N=HALF_ROW, BLOCK_K=128),
     "swiglu": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
+    "swiglu_rows": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
     "gate_up": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
     "conv_projection": Tile.of(BLOCK_M=128, BLOCK_N=ROW, BLOCK_K=128),
     "conv_projection_columns": Tile.of(BLOCK_M=128, BLOCK_N=HALF_ROW, BLOCK_K=128),
@@ -261,6 +269,11 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "swiglu": {
         "16-bit": (_tile(8, 3, M=64, I=32, K=64), _tile(8, 3, M=32, I=32, K=64)),
+    },
+    # It norms its rows (rows.py), and the larger tile spills on sm_120.
+    "swiglu_rows": {
+        "16-bit": (_tile(8, 3, M=32, I=32, K=64),),
+        "16-bit sm_80 sm_90 gfx942": (_tile(8, 3, M=64, I=32, K=64), _tile(8, 3, M=32, I=32, K=64)),
     },
     "gate_up": {
         "16-bit": (_tile(8, 3, M=128, I=64, K=64), _tile(4, 3, M=64, I=32, K=64)),

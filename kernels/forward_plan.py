@@ -285,8 +285,9 @@ def forward_block(
     last, normed = _product_and_norm(writer, name, build, activation, *conv, down, h1, out, eps=eps, rstd=rstd2)
     two = [make("gate_up", gate_up, h1, gate_up_weight, activation), last]
     chosen = two
-    if not conv and setting.configuration.offers("swiglu", writer.sizes):
-        one = make("swiglu", swiglu, h1, gate_up_weight, down, out, eps=eps, rstd=rstd2)
+    whole = "swiglu" if h1.squares is None else "swiglu_rows"
+    if not conv and setting.configuration.offers(whole, writer.sizes):
+        one = make(whole, swiglu, h1, gate_up_weight, down, out, eps=eps, rstd=rstd2)
         chosen = setting.configuration.choose([one], two)
     writer.launches += chosen
     kept, squares2 = (activation, normed.squares) if chosen is two else (None, None)
