@@ -290,3 +290,11 @@ def test_a_hooked_part_is_noticed() -> None:
     model.get_submodule("H_level.core.layers.1.attn.o_proj").register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match=r"^H_level\.core\.layers\.1\.attn\.o_proj: has forward hooks"):
         model(None, x)
+
+
+@pytest.mark.parametrize("bp_steps", [2, 3])
+def test_an_embedding_outside_the_window_has_no_gradient(bp_steps: int) -> None:
+    """None and not zeros, with which an optimizer would decay the weights and count a step."""
+    model, x = make(), torch.randn(5, 32, requires_grad=True)
+    model(None, x, bp_steps=bp_steps)[1].sum().backward()
+    assert (x.grad is None) is (bp_steps == 2)

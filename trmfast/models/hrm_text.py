@@ -258,6 +258,8 @@ class HRMText(nn.Module):
             cos, sin = cos[position_ids], sin[position_ids]
         watch = None if torch.compiler.is_compiling() else watch_nets(self, ("H_level.core", "L_level.core"))
         program = _program(self.H_cycles, self.L_cycles, bp_steps)
+        if bp_steps <= self.H_cycles:  # the first update of z_H, which alone carries x on, is outside the window
+            h = h.detach()
 
         def run(*states: Tensor) -> tuple[Tensor, ...]:
             cores = (self.H_level.core, self.L_level.core)
