@@ -19,6 +19,7 @@ import trmfast
 from model_cases import make
 from trmfast import runtime
 from trmfast.cli import main
+from trmfast.data import model_names
 from trmfast.models import TRM
 from trmfast.sudoku import conflict, grid_of, is_solved, parse, tokens
 from trmfast.sudoku_puzzles import sudoku_puzzle
@@ -158,10 +159,12 @@ def test_boards_from_everywhere(
     assert without_time(solve(capsys, "--model", model)) == expected
 
 
-def test_the_model_that_comes_with_trmfast(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["sudoku-attention", "sudoku-mlp"])
+def test_the_models_that_come_with_trmfast(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Random puzzles have as many clues as those that it was trained on."""
-    notes = runtime.load("sudoku-mlp").notes
-    main(["solve", "--random", "24"])
+    assert model_names() == ["sudoku-attention", "sudoku-mlp"]
+    notes = runtime.load(name).notes
+    main(["solve", "--model", name, "--random", "24"])
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {81 - row["puzzle"].count(".") for row in records} <= {
         *range(notes["fewest_clues"], notes["most_clues"] + 1)
