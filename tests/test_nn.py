@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trmfast import BlockSpec, NetSpec, Problem, RecursionProgram, Update, recursion
 from trmfast.cases import SMALL, Case, make_case
 from trmfast.nn import (
+    Attention,
     Block,
     CastedEmbedding,
     CastedLinear,
@@ -54,6 +55,7 @@ def test_net_forward_is_one_update(case: Case, backend: str, need_support: Calla
 def test_parts_add_up_to_a_block() -> None:
     spec = BlockSpec(16, 8, num_heads=2, channel_mixer="conv_swiglu")
     block = Block(spec)
+    assert isinstance(block.self_attn, Attention)
     assert isinstance(block.mlp, ConvSwiGLU)
     h = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     tables = RotaryEmbedding(8, 5, 1e4)()

@@ -94,7 +94,7 @@ def _draw(rng: random.Random) -> Trial:
 
 def _options(rng: random.Random, attends: bool) -> dict[str, Any]:
     """What the engine runs besides the block of the puzzle models: nothing in half of the trials, else up to three."""
-    values = {name: tuple(accepted) for name, accepted in CHOICES.items() if name not in DRAWN_ABOVE}
+    values: dict[str, Any] = {name: accepted for name, accepted in CHOICES.items() if name not in DRAWN_ABOVE}
     if "attention_window" in CHOICES:
         values["attention_window"] = WINDOWS
     if not attends:

@@ -44,7 +44,7 @@ def _published(setup: dict[str, Any]) -> Callable[[np.ndarray], Answers]:
     kind = type(model).__name__
     if kind not in kinds:
         raise ValueError(f"{kind} is written in eager PyTorch nowhere, accepted are {', '.join(kinds)}")
-    eager = kinds[kind]({**vars(model.config), "batch_size": setup["batch"]}).eval()
+    eager: Any = kinds[kind]({**vars(model.config), "batch_size": setup["batch"]}).eval()
     eager.load_state_dict(model.state_dict())
     if setup["kind"] == "compile":
         eager.inner.stacks.compile("network")
