@@ -87,7 +87,7 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray, *, bits: int) -> np.ndarr
         plain = a.astype(np.float64) * b + c
     return np.array(
         [
-            np.float32(float(nearest(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)), bits, -126)))
+            np.copysign(float(nearest(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)), bits, -126)), p)
             if isfinite(p) and abs(p) < 3e38 and p != 0
             else np.float32(p)
             for x, y, z, p in zip(a, b, c, plain, strict=True)

@@ -80,7 +80,7 @@ class Graphs:
         *(
             (
                 ["--device", "cuda", "--suite", suite],
-                f"--suite: got '{suite}', accepted with --device cuda are quick, standard, blocks, gpu",
+                f"--suite: got '{suite}', accepted with --device cuda are quick, standard, blocks, looped, gpu",
             )
             for suite in ("full", "int8", "scaling", "solve")
         ),

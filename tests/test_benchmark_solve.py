@@ -105,6 +105,7 @@ def test_trajectories_are_counted_as_the_solver_counts_them(model: str) -> None:
         assert search_row(0.5, [group[:count] for group in groups], pairs[:, 1], 100).exact_any == 0
 
 
+@pytest.mark.representative(when=lambda words: bool(words))
 @pytest.mark.parametrize("words", [[], ["--trajectories"]], ids=["ways", "trajectories"])
 def test_the_suite(words: list[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", model, "--puzzles", "3", "--clues", "60", "--batch", "2", "--threads", "1", "--sigma", "0.5"]

@@ -9,6 +9,8 @@ from ptx_definitions import CASES, Case, draw, halves, pair
 from ptx_text import LANES, evaluate
 from ptx_tools import PtxError
 
+pytestmark = pytest.mark.breadth  # half a minute of compilation
+
 
 def check(found: np.ndarray, expected: np.ndarray, error: float) -> None:
     """Equal bits; floats within a relative error, and NaN wherever NaN is due."""

@@ -17,6 +17,8 @@ READ = "xor.b32 %r2, %t, {other}; shl.b32 %r2, %r2, 2; add.s32 %r2, %r2, %shared
 AGAIN = "st.shared.b32 [%r1], 77;"
 STORE = "st.global.b32 [%outi], %r3;"
 
+pytestmark = pytest.mark.breadth  # half a minute of compilation
+
 
 def run_64(body: str, schedule: Schedule = SCHEDULES[0]) -> list[int]:
     return run_body(body, SOURCE, threads=64, shared_bytes=256, schedule=schedule).tolist()

@@ -13,6 +13,8 @@ from ptx_definitions import CASES, RANDOM, draw, pair, to_bf16, to_f16
 from ptx_text import LANES, evaluate, opcode_family, run_body
 from ptx_tools import opcodes
 
+pytestmark = pytest.mark.breadth  # half a minute of compilation
+
 
 def shuffled(mode: str, lane: int, b: int, bounds: int) -> tuple[int, bool]:
     """Which lane is read, and whether it is within bounds: segments are the aligned groups that bits 8 to 12 leave."""

@@ -107,9 +107,12 @@ def test_another_recipe_does_not_go_on_from_a_checkpoint(whole: Path, example: M
         example.main([str(whole), "--steps", "15", *SMALL, "--lr", "0.5"])
 
 
-def test_export_makes_one_small_file(whole: Path, example: ModuleType, tmp_path: Path) -> None:
+def test_export_makes_one_small_file(
+    whole: Path, example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import export_sudoku  # type: ignore[import-not-found]
 
+    monkeypatch.setattr(export_sudoku, "CALIBRATION", 8)
     file = tmp_path / "sudoku.safetensors"
     export_sudoku.main([str(whole), str(file)])
     assert file.stat().st_size < 0.6 * (whole / "model.safetensors").stat().st_size

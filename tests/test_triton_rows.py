@@ -253,7 +253,7 @@ def test_builders_refuse_squares_that_do_not_fit() -> None:
 # ---------------------------------------------------------------- whole programs
 
 
-@pytest.mark.representative(when=lambda name, dtype: dtype == torch.bfloat16 and name in {"trm", "mlp_t"})
+@pytest.mark.breadth
 @pytest.mark.spread("name", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -280,9 +280,7 @@ def test_programs(name: str, options: dict[str, Any], dtype: torch.dtype, monkey
     require(check_case(case, dtype, "triton", seeds=seeds, device=DEVICE))
 
 
-@pytest.mark.representative(
-    when=lambda width, mixer, dtype: width == 640 and mixer == "attention" and dtype == torch.float16
-)
+@pytest.mark.breadth
 @pytest.mark.spread("width", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mixer", ["attention", "mlp_t", "conv_swiglu"])
