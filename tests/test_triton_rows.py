@@ -254,6 +254,7 @@ def test_builders_refuse_squares_that_do_not_fit() -> None:
 
 
 @pytest.mark.breadth
+@pytest.mark.representative(when=lambda name, dtype: dtype == torch.bfloat16 and name in {"trm", "mlp_t"}, rest="grid")
 @pytest.mark.spread("name", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -281,6 +282,7 @@ def test_programs(name: str, options: dict[str, Any], dtype: torch.dtype, monkey
 
 
 @pytest.mark.breadth
+@pytest.mark.representative(when=lambda width, dtype: width == 640 and dtype == torch.float16, rest="grid")
 @pytest.mark.spread("width", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mixer", ["attention", "mlp_t", "conv_swiglu"])
