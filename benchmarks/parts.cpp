@@ -1,7 +1,8 @@
 // The parts of a block, one at a time on one thread, with the engine's own code: a library that
 // benchmarks/test_parts.py builds, loads and times.
 //
-//   g++ -std=c++17 -O3 -march=native -shared -fPIC benchmarks/parts.cpp csrc/cpu/monitor.cpp -o parts.so
+//   g++ -std=c++17 -O3 -march=native -shared -fPIC -pthread benchmarks/parts.cpp csrc/cpu/monitor.cpp
+//       csrc/cpu/thread_pool.cpp -o parts.so
 //
 // Activations and packed weights are random; the parts work on them where the engine would, tiles in L1, weights from
 // L2 or L3.  A part may be run again and again: it does not read what it writes.
@@ -70,7 +71,7 @@ template <class T> struct PartsOf : Parts, Memory<T> {
     const long rows = length;
     const auto panels = [&](T* to, int depth, int columns) { fill(to, packed_elements<T>(depth, columns), 0.05f); };
     const HeadLayout heads(block);
-    const GateLayout gates{block.inner};
+    const GateLayout gates(block);
     fill(tables, 2 * rows * heads.qk_width, 1.0f);
     if (block.attention) {
       panels(weights.qkv, block.width, heads.columns());
@@ -97,21 +98,22 @@ template <class T> struct PartsOf : Parts, Memory<T> {
     switch (part) {
     case 0:
       gemm(kAlone, act.h, strides.h, length, weights.qkv, block.width, heads.columns(), scratch.tile,
-           qkv_epilogue(block, rope, length, act));
+           qkv_epilogue(block, weights.vectors, rope, length, act));
       break;
     case 1:
-      attention_forward(kAlone, block, 1, length, act.qkv, strides.qkv, act.mixed, strides.mixed, scratch.attention);
+      attention_forward(kAlone, block, weights.vectors, Positions{rope, nullptr}, 1, length, act.qkv, strides.qkv,
+                        act.mixed, strides.mixed, scratch.attention);
       break;
     case 2:
       mlp_t_forward(kAlone, block, weights.seq_gate_up, weights.seq_down, 1, act.h, strides.h, act.h1, act.mlp_t,
                     scratch.mlp_t);
       break;
     case 3:
-      norm_rows(kAlone, length, block, buffers.u, strides.u, out, strides.h, static_cast<float*>(nullptr));
+      norm_result(kAlone, length, block, HalfResult<T>{nullptr, buffers.u, nullptr, nullptr, nullptr, out, strides.h});
       break;
     case 4:
-      gemm(kAlone, act.h1, strides.h, length, weights.gate_up, block.width, GateLayout{block.inner}.columns(),
-           scratch.tile, gate_up_epilogue(block, act));
+      gemm(kAlone, act.h1, strides.h, length, weights.gate_up, block.width, GateLayout(block).columns(), scratch.tile,
+           gate_up_epilogue(block, act));
       break;
     case 5:
       gemm(kAlone, act.activation, strides.activation, length, weights.down, block.inner, block.width, scratch.tile,

@@ -16,7 +16,8 @@ from trmfast.backends.cpu import targets
 from trmfast.cases import find_case
 
 SOURCE = Path(__file__).with_name("parts.cpp")
-MONITOR = SOURCE.parent.parent / "csrc" / "cpu" / "monitor.cpp"
+ENGINE = SOURCE.parent.parent / "csrc" / "cpu"
+SOURCES = [str(SOURCE), str(ENGINE / "monitor.cpp"), str(ENGINE / "thread_pool.cpp")]
 PARTS = ("project qkv, rotate", "attention", "mlp_t", "norm", "project gate and up, SwiGLU", "project down, residual")
 CASES = {"att-97": "block-att-97", "att-916": "block-att-916", "mlp-97": "block-mlp-97"}
 CHOSEN = [(case, part) for case in CASES for part in PARTS if part not in (("mlp_t",) if "att" in case else PARTS[:2])]
@@ -27,8 +28,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """parts.cpp, compiled for this processor."""
     targets()  # on a processor with AMX this asks the system for the tile registers
     out = tmp_path_factory.mktemp("parts") / "parts.so"
-    flags = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w"]
-    subprocess.run([os.environ.get("CXX", "c++"), *flags, str(SOURCE), str(MONITOR), "-o", str(out)], check=True)
+    flags = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-w"]
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, *SOURCES, "-o", str(out)], check=True)
     found = ctypes.CDLL(str(out))
     found.make_parts.restype = ctypes.c_void_p
     found.run_part.argtypes = [ctypes.c_void_p, ctypes.c_int]
