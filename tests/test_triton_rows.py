@@ -292,5 +292,5 @@ def test_wide_rows(width: int, mixer: str, dtype: torch.dtype) -> None:
     mixers = {"conv_swiglu": {"channel_mixer": mixer}, "mlp_t": {"token_mixer": mixer}}.get(mixer, {})
     heads = {} if mixer == "mlp_t" else {"num_heads": width // 128, "num_kv_heads": 1}
     case = small("wide", "urm", hidden_size=width, length=5, batch=1, L_cycles=1, **heads, **mixers)
-    # Of one draw the largest error is luck, above all in float32.
-    require(check_case(case, dtype, "triton", seeds=range(5 if dtype == torch.float32 else 1), device=DEVICE))
+    # Five draws: the largest error of one is luck.
+    require(check_case(case, dtype, "triton", device=DEVICE))
