@@ -1,6 +1,6 @@
 """What int8 and bfloat16 operands change in the trained models: puzzles solved, and states step by step.
 
-    python benchmarks/int8_quality.py                     # the models that come with trmfast, 512 puzzles, 10 minutes
+    python benchmarks/int8_quality.py                     # the models that come with trmfast, 512 puzzles
     python benchmarks/int8_quality.py sudoku.safetensors --puzzles 64
 
 Puzzles have the clues that the model was trained with.  The first table has the share solved after all supervision
