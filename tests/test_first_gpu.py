@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks import update_docs
 from standin import Runtime, standin
+from trmfast.backends import cuda as cuda_backend
 from trmfast.benchmark import first_gpu, first_gpu_steps, gpu, launches, suites
 from trmfast.benchmark.first_gpu_steps import Options, Step, run_command, steps
 from trmfast.cases import make_case
@@ -79,6 +80,7 @@ def rehearsed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(first_gpu_steps, "ROUND_SECONDS", 0.0)
     monkeypatch.setattr(first_gpu_steps, "SMALL", (make_case("trm", **TINY),))
     monkeypatch.setattr(suites, "_tiny", lambda case: make_case(case.name, **TINY))
+    monkeypatch.setattr(cuda_backend, "_cuda", None)  # built or not
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     with standin(interpreted=request.param[0]):

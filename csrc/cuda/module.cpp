@@ -84,7 +84,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = TRMFAST_ARCHITECTURES;
   m.attr("arrival_stride") = kArrivalStride;
 
-  py::class_<BlockShape>(m, "BlockShape")
+  // Local to the module: a process may load the engine twice, as tests/standin does.
+  py::class_<BlockShape>(m, "BlockShape", py::module_local())
       .def(py::init([](int width, int inner, bool attention, int heads, int kv_heads, int head_dim, bool causal,
                        int seq_len, int seq_inner, int conv_taps, float eps) {
              return BlockShape{width,  inner,   attention, heads,     kv_heads, head_dim,
@@ -95,7 +96,7 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("conv_taps"), py::arg("eps"))
       .def_property_readonly("packed_elements", [](const BlockShape& block) { return LayerLayout(block).elements(); });
 
-  py::class_<Device>(m, "Device")
+  py::class_<Device>(m, "Device", py::module_local())
       .def(py::init([](int shared_bytes, int multiprocessors, int stream_rows, int cache_blocks) {
              return Device{shared_bytes, multiprocessors, stream_rows, cache_blocks};
            }),
@@ -118,7 +119,7 @@ PYBIND11_MODULE(_cuda, m) {
     return py::str(cudaGetErrorString(error));
   });
 
-  py::class_<Prepared>(m, "Prepared")
+  py::class_<Prepared>(m, "Prepared", py::module_local())
       .def_property_readonly("steps", [](const Prepared& p) { return p.schedule.steps; })
       .def_property_readonly("sources", [](const Prepared& p) { return p.schedule.sources; })
       .def_property_readonly("runs", [](const Prepared& p) { return p.schedule.runs; })
