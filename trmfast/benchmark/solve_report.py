@@ -66,7 +66,7 @@ class SolveReport:
     def tables(self) -> list[Table]:
         """Tables for people."""
         settings = self.facts["settings"]
-        puzzles = f"{settings['clues'][0]} to {settings['clues'][1]} clues, batches of {settings['batch']}"
+        puzzles = f"{_clues(settings)}, batches of {settings['batch']}"
         found: list[Table] = []
         if self.rows:
             heads = ["", "puzzles/s", "quartiles", "times eager", "p50 ms", "p99 ms", "solved", "steps", "peak MB"]
@@ -202,8 +202,13 @@ def _ticks(axis: Any) -> None:
 
 def _clean(axis: Any, report: SolveReport) -> None:
     settings = report.facts["settings"]
-    about = f"{settings['clues'][0]} to {settings['clues'][1]} clues; {report.machine}, {settings['threads']} threads"
+    about = f"{_clues(settings)}; {report.machine}, {settings['threads']} threads"
     axis.set_title(about if len(axis.figure.axes) == 1 else "", fontsize=9)
     axis.grid(color="#e3e5e8", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _clues(settings: dict[str, Any]) -> str:
+    fewest, most = settings["clues"]
+    return f"{fewest} clues" if fewest == most else f"{fewest} to {most} clues"
