@@ -111,16 +111,30 @@ def _asks_for_more(model: Any, given: dict[str, Any]) -> bool:
     return any(value is not None and value is not False for name, value in given.items() if name not in harmless)
 
 
-def _embedded(
-    model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor, Any] | None:
-    """Embeddings [B, L, D] and RoPE tables [1, L, head_dim], or None where rows have positions of their own."""
-    h = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    if position_ids is None:
-        position_ids = torch.arange(h.shape[1], device=h.device)[None]
-    if position_ids.shape[0] > 1 and not torch.equal(position_ids, position_ids[:1].expand_as(position_ids)):
+def _prepared(
+    model: Any, given: dict[str, Any], kwargs: dict[str, Any], prefix: Tensor | None = None
+) -> tuple[Tensor, Any, Tensor | None] | None:
+    """Embeddings [B, L, D], RoPE tables [1, L, head_dim] and segments of a call; None if it needs the model's own code.
+
+    Args:
+        model: the accelerated model.
+        given: the arguments that its forward names.
+        kwargs: the others.
+        prefix: as in :func:`_boundaries`.
+    """
+    input_ids, h, positions = (given[name] for name in ("input_ids", "inputs_embeds", "position_ids"))
+    if given["past_key_values"] is not None or given["use_cache"] or (input_ids is None) is (h is None):
         return None
-    return h, model.rotary_emb(h, position_ids[:1])
+    if _asks_for_more(model, kwargs):
+        return None
+    if h is None:
+        h = model.embed_tokens(input_ids)
+    if positions is None:
+        positions = torch.arange(h.shape[1], device=h.device)[None]
+    if positions.shape[0] > 1 and not torch.equal(positions, positions[:1].expand_as(positions)):
+        return None  # rows have positions of their own
+    segments = _boundaries(given["attention_mask"], prefix, h)
+    return None if isinstance(segments, str) else (h, model.rotary_emb(h, positions[:1]), segments)
 
 
 def _output(model: nn.Module, state: Tensor) -> Any:
@@ -142,27 +156,24 @@ def hrm_text_forward(
     **kwargs: Any,
 ) -> Any:
     """``HrmTextModel.forward`` with the recursion fused."""
-
-    def own_code() -> Any:
-        return getattr(type(self), BASE).forward(
-            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds,
-            use_cache=use_cache, **kwargs,
-        )  # fmt: skip
-
-    if past_key_values is not None or use_cache or (input_ids is None) is (inputs_embeds is None):
-        return own_code()
-    found = None if _asks_for_more(self, kwargs) else _embedded(self, input_ids, inputs_embeds, position_ids)
-    if found is None:
-        return own_code()
+    given = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "token_type_ids": token_type_ids,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+    }
     prefix = token_type_ids == 1 if token_type_ids is not None and self.config.prefix_lm else None
-    segments = _boundaries(attention_mask, prefix, found[0])
-    if isinstance(segments, str):
-        return own_code()
-    x = found[0] * self.embedding_scale
+    found = _prepared(self, given, kwargs, prefix)
+    if found is None:
+        return getattr(type(self), BASE).forward(self, **given, **kwargs)
+    h, tables, segments = found
+    x = h * self.embedding_scale
     program = hrm_text_program(self.config.H_cycles, self.config.L_cycles, tuple(self.L_bp_cycles_padded))
     z_L = self.z_L_init.to(dtype=x.dtype, device=x.device).expand_as(x)
-    z_H, _ = _recur(self, program, (x, z_L), segments, found[1])
+    z_H, _ = _recur(self, program, (x, z_L), segments, tables)
     return _output(self, z_H)
 
 
@@ -191,24 +202,21 @@ def ouro_forward(
     **kwargs: Any,
 ) -> Any:
     """``OuroModel.forward`` with the recursion fused; the state of every step is an output."""
-
-    def own_code() -> Any:
-        return getattr(type(self), BASE).forward(
-            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            cache_position=cache_position, **kwargs,
-        )  # fmt: skip
-
-    if past_key_values is not None or use_cache or (input_ids is None) is (inputs_embeds is None):
-        return own_code()
-    found = None if _asks_for_more(self, kwargs) else _embedded(self, input_ids, inputs_embeds, position_ids)
+    given = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+        "cache_position": cache_position,
+    }
+    found = _prepared(self, given, kwargs)
     if found is None:
-        return own_code()
-    segments = _boundaries(attention_mask, None, found[0])
-    if isinstance(segments, str):
-        return own_code()
+        return getattr(type(self), BASE).forward(self, **given, **kwargs)
+    h, tables, segments = found
     program = _looped(self.total_ut_steps)
-    states = list(_recur(self, program, (found[0],) * self.total_ut_steps, segments, found[1]))
+    states = list(_recur(self, program, (h,) * self.total_ut_steps, segments, tables))
     return _output(self, states[-1]), states, [self.early_exit_gate(state) for state in states]
 
 
