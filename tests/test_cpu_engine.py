@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(_reason is not None, reason=f"backend cpu: {_rea
 
 DTYPES = [torch.float32, torch.bfloat16]
 ATTENTION = make_case("attention", batch=5, length=23, intermediate_size=96)
-SEQUENCE_MLP = make_case("mlp_t", batch=5, length=23, intermediate_size=96, token_mixer="mlp_t")
+MLP_T = make_case("mlp_t", batch=5, length=23, intermediate_size=96, token_mixer="mlp_t")
 
 
 def forward(inputs: Inputs, weights: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:

@@ -214,7 +214,7 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
     team.sync();
     norm_result(team, rows, block, half);
   } else {
-    team.begin("sequence mlp");
+    team.begin("mlp_t");
     mlp_t_forward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h, strides.h, act.h1, act.mlp_t,
                   scratch.mlp_t);
     team.sync();

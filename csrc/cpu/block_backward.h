@@ -182,7 +182,7 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
   input_backward(team, block, length, grads.gate_up, strides.gate_up, weights.gate_up, gates.columns(), act.h1,
                  act.input_rstd2, running, scratch.tile);
   if (!block.attention) {
-    team.begin("sequence mlp backward");
+    team.begin("mlp_t backward");
     mlp_t_backward(team, block, weights.seq_gate_up, weights.seq_down, 1, act.h1, strides.h, running.dy, strides.u,
                    grads.ds1, act.mlp_t, grads.sequence_gate_up, scratch.mlp_t);
     team.sync();

@@ -153,7 +153,7 @@ inline void block_forward(const Team& team, const BlockShape& block, const Forwa
     team.begin("norm");
     norm_rows(team, rows, block, u, strides.u, act.h1, strides.h, operand);
   } else {
-    team.begin("sequence mlp");
+    team.begin("mlp_t");
     mlp_t_forward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h, strides.h, act.h1,
                   scratch.mlp_t);
     team.sync();
