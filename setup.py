@@ -13,6 +13,7 @@ Environment:
     TRMFAST_CUDA_ARCHITECTURES   for example "89 90"; default: all
     TRMFAST_REQUIRE_CPU=1        a failure to build the extension fails the installation
     TRMFAST_SANITIZE=address,undefined | thread | ...     an instrumented build
+    TRMFAST_CPU_TARGETS          for example "avx2 portable"; default: all that the compiler takes
     TRMFAST_EMULATE_AMX=1        also the target amx_emulated: the AMX kernel's schedule on plain vector instructions
     MAX_JOBS                     the number of parallel compilations
 """
@@ -156,6 +157,15 @@ def compiler_problem(compiler: list[str], flags: list[str] | tuple[str, ...], so
     return next((line.strip() for line in done.stderr.splitlines() if "error" in line), "it fails without a message")
 
 
+def wanted_targets(known: tuple[Target, ...]) -> list[Target]:
+    """The targets that TRMFAST_CPU_TARGETS names, all without it; `portable` is always built."""
+    asked = os.environ.get("TRMFAST_CPU_TARGETS", "").split()
+    names = [*(target.name for target in known), PORTABLE.name]
+    if unknown := [name for name in asked if name not in names]:
+        raise CannotBuildError(f"TRMFAST_CPU_TARGETS: got {unknown[0]}, accepted are {', '.join(names)}")
+    return [target for target in known if not asked or target.name in asked]
+
+
 def make_build() -> Build:
     for name in (*PER_TARGET_SOURCES.values(), "module.cpp"):
         if not (SOURCE / name).exists():
@@ -180,7 +190,7 @@ def make_build() -> Build:
     build = Build(compiler, version, find_ninja(), common, find_headers(), link, sanitize=sanitize)
     if platform.machine().lower() in ("x86_64", "amd64"):
         emulated = (EMULATED_AMX,) if os.environ.get("TRMFAST_EMULATE_AMX", "") == "1" else ()
-        for target in (*X86_TARGETS, *emulated):
+        for target in wanted_targets((*X86_TARGETS, *emulated)):
             problem = compiler_problem(compiler, target.flags, "#include <immintrin.h>\nint probe;\n")
             if problem is None:
                 build.targets.append(target)

@@ -129,6 +129,18 @@ def test_every_target_is_built_with_its_own_flags(tree: Path) -> None:
 @pytest.mark.breadth
 @needs_compiler
 @needs_x86
+def test_targets_that_are_asked_for(tree: Path) -> None:
+    done, record = build(tree, TRMFAST_CPU_TARGETS="avx2")
+    assert done.returncode == 0, done.stderr
+    assert {name.split("/")[0] for name in found(tree)} == {"avx2", "portable"}
+    assert record["left_out"] == {}
+    _, record = build(tree, TRMFAST_CPU_TARGETS="avx2 sse9")
+    assert record["error"].startswith("TRMFAST_CPU_TARGETS: got sse9, accepted are amx, ")
+
+
+@pytest.mark.breadth
+@needs_compiler
+@needs_x86
 def test_target_that_the_compiler_does_not_know_is_left_out(tree: Path) -> None:
     old = tree / "old g++"
     old.write_text(
