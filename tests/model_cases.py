@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import dropin_models as plain
+import trmfast
 from trmfast.models import HRM, TRM, ACTModel, TRMHier6, TRMSingleZ
 
 TINY: dict[str, Any] = {
@@ -36,6 +38,13 @@ SUDOKU = TINY | {
     "halt_max_steps": 16, "forward_dtype": "bfloat16", "puzzle_emb_len": 16,
 }  # fmt: skip
 HRM_SUDOKU = SUDOKU | {"H_cycles": 2, "L_cycles": 2, "H_layers": 4, "L_layers": 4}
+# A small one for `trmfast solve`.
+SOLVER: dict[str, Any] = {
+    "batch_size": 8, "seq_len": 81, "vocab_size": 11, "num_puzzle_identifiers": 1, "puzzle_emb_ndim": 32,
+    "puzzle_emb_len": 1, "hidden_size": 32, "num_heads": 2, "expansion": 1, "L_layers": 1, "H_cycles": 1,
+    "L_cycles": 1, "pos_encodings": "learned", "halt_max_steps": 6, "halt_exploration_prob": 0.1,
+    "forward_dtype": "float32",
+}  # fmt: skip
 MLP = {"mlp_t": True, "pos_encodings": "none"}
 
 # name -> (class, the plain model's class, what differs from TINY, puzzle tokens)
@@ -94,3 +103,14 @@ def make(name: str, scale: float = 1.0, **extra: Any) -> tuple[ACTModel, Any]:
     eager = make_plain(name, **extra)
     eager.load_state_dict(model.state_dict(), strict=True)
     return model, eager
+
+
+def save_solver(path: Path, **extra: Any) -> str:
+    """An untrained Sudoku model whose Q head stops rows after different numbers of steps, as a file."""
+    torch.manual_seed(0)
+    model = TRM(SOLVER | extra)
+    with torch.no_grad():
+        model.inner.q_head.weight.normal_(std=0.5)
+        model.inner.q_head.bias.zero_()  # type: ignore[union-attr]
+    trmfast.save(model, path)
+    return str(path)

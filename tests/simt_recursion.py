@@ -48,6 +48,10 @@ class Schedule(NamedTuple):
 
 FORWARD = Schedule()
 
+# Instances for small cases; `build(FEW)` makes one library for all tests of them.
+ATTENTION, MIXER, LONG_MIXER = Instance(1, 8, 4), Instance(1, 8, 4, 2, 4), Instance(2, 4, 8, 16, 1)
+FEW = [ATTENTION, MIXER, LONG_MIXER]
+
 
 class EmulatorError(Exception):
     """What the emulator found: the place in the kernel and what is wrong there."""

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import trmfast
+from model_cases import save_solver
 from trmfast import runtime
 from trmfast.benchmark import solve_worker
 from trmfast.benchmark.solve import Task, puzzles_of, search_row
 from trmfast.cli import main
-from trmfast.models import TRM
 from trmfast.solving import Confident, Never
 from trmfast.solving.schedule import Row
 from trmfast.sudoku import grid_of, is_solved
@@ -23,24 +22,13 @@ from trmfast.targets import extension
 
 pytestmark = pytest.mark.skipif(extension is None, reason="no CPU engine, on which the runtime computes")
 
-CONFIG: dict[str, Any] = {
-    "batch_size": 8, "seq_len": 81, "vocab_size": 11, "num_puzzle_identifiers": 1, "puzzle_emb_ndim": 0,
-    "hidden_size": 32, "num_heads": 2, "expansion": 1, "L_layers": 1, "H_cycles": 1, "L_cycles": 1,
-    "pos_encodings": "learned", "halt_max_steps": 4, "halt_exploration_prob": 0.1, "forward_dtype": "float32",
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An untrained model whose rows halt after different numbers of steps."""
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    torch.manual_seed(0)
-    made = TRM(CONFIG)
-    with torch.no_grad():
-        made.inner.q_head.weight.normal_(std=0.5)
-        made.inner.q_head.bias.zero_()  # type: ignore[union-attr]
-    trmfast.save(made, path)
-    return str(path)
+    return save_solver(
+        tmp_path_factory.mktemp("model") / "model.safetensors", puzzle_emb_ndim=0, puzzle_emb_len=0, halt_max_steps=4
+    )
 
 
 def test_puzzles_have_the_clues_that_were_asked_for() -> None:
@@ -50,8 +38,13 @@ def test_puzzles_have_the_clues_that_were_asked_for() -> None:
     assert np.array_equal(puzzles_of(4, (60, 62)), pairs)
 
 
+WAYS = ("eager", "fixed", "waiting", "leaving", "continuous")
+
+
+@pytest.mark.representative(when=lambda kinds: kinds == WAYS)
 @pytest.mark.usefixtures("one_thread")
-def test_every_way_gives_the_answers_of_its_rule(model: str) -> None:
+@pytest.mark.parametrize("kinds", [WAYS, ("compile",)], ids=["ways", "compile"])
+def test_every_way_gives_the_answers_of_its_rule(kinds: tuple[str, ...], model: str) -> None:
     """The fixed steps are the published evaluation; halting rows answer with what they halt with."""
     tokens = puzzles_of(7, (40, 60))[:, 0]
     loaded: Any = trmfast.load(model)
@@ -66,7 +59,7 @@ def test_every_way_gives_the_answers_of_its_rule(model: str) -> None:
         list(trmfast.Solver(loaded, halt=halt).solve(tokens)) for halt in (Never(), Confident(task.threshold))
     )
     assert len({result.steps for result in halting}) > 1
-    for kind in ("eager", "compile", "fixed", "waiting", "leaving", "continuous"):
+    for kind in kinds:
         published = kind in ("eager", "compile")
         prepare = solve_worker._published if published else solve_worker._solver
         answers = prepare(task.setup(kind))(tokens)

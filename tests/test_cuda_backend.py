@@ -1,6 +1,6 @@
-"""The CUDA engine behind the backend protocol: what it refuses, when it is chosen, errors, and the hand-over to Triton.
+"""The CUDA engine behind the backend protocol: what it refuses, when it is chosen, and errors.
 
-The kernel itself is tested in the emulator (test_cuda_emulated.py) and, with ``-m gpu``, here.
+The kernel itself is tested in the emulator (test_cuda_emulated.py, test_cuda_hand_over.py) and, with ``-m gpu``, here.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from trmfast.kernels.forward_plan import Setting
 import trmfast
 from benchmarks.offline import tables
 from benchmarks.offline.tables import fill
-from simt_recursion import Instance, build, run_emulated
 from trmfast import backends
-from trmfast.backends import BACKENDS, BackwardCall, cuda
-from trmfast.backends.triton import TritonBackend, interprets
-from trmfast.cases import Case, Inputs, make_case, make_inputs
+from trmfast.backends import BACKENDS, cuda
+from trmfast.backends.triton import TritonBackend
+from trmfast.cases import Case, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
 from trmfast.spec import NetSpec
-from trmfast.testing import SMALL, Result, check_case, compare_results, require, run_eager, run_truth
+from trmfast.testing import SMALL, check_case, require
 
 HAS_GPU = torch.cuda.is_available()
 # CUDA's text where there is no driver or an old one, and where there is one and no GPU.
@@ -284,60 +283,6 @@ def test_without_the_extension_there_is_no_table(
     monkeypatch.setattr(cuda, "_cuda", None)
     assert tables.main(["--section", "cuda-model"]) == 2
     assert capsys.readouterr().err.startswith("no cuda-traffic, no cuda-model: the engine was not built: ")
-
-
-# ---------------------------------------------------------------- hand-over
-
-
-HAND_OVER = {"attention": Instance(1, 8, 4), "mlp_t": Instance(1, 8, 4, 2, 4)}
-
-
-@pytest.fixture(scope="module")
-def emulator() -> Any:
-    return build(HAND_OVER.values())
-
-
-@pytest.mark.breadth
-@pytest.mark.skipif(not interprets(), reason="Triton does not interpret in this process")
-@pytest.mark.parametrize("token_mixer", HAND_OVER)
-def test_triton_goes_backward_from_what_cuda_saved(token_mixer: str, emulator: Any) -> None:
-    """Forward in the emulator, backward in Triton's interpreter, against the reference."""
-    case = make_case("trm", batch=1, length=12, num_layers=1, intermediate_size=64, token_mixer=token_mixer)
-    inputs = make_inputs(case, torch.bfloat16, weight_scale=0.5)
-    run = run_emulated(emulator, inputs, HAND_OVER[token_mixer])
-    assert run.report["failed"] == 0
-    require(compare_results(_hand_over(inputs, run.states, run.saved), run_eager(inputs), run_truth(inputs)))
-
-
-def _hand_over(inputs: Inputs, states: Any, saved: torch.Tensor) -> Result:
-    problem = inputs.problem
-    count, weights = len(problem.program.states), len(inputs.weights)
-    tables = [None if table is None else table[: saved.shape[2]].contiguous() for table in (inputs.cos, inputs.sin)]
-    call = BackwardCall(
-        problem,
-        grad_states=[g.contiguous() for g in inputs.grad_states],
-        saved=saved,
-        kept=saved.new_empty(0, dtype=torch.uint8),
-        weights=inputs.weights,
-        cos=tables[0],
-        sin=tables[1],
-        needs_states=[True] * count,
-        needs_x=True,
-        needs_weights=[True] * weights,
-    )
-    gs, gx, gw = cuda.CudaBackend().backward(call)
-    names = problem.program.states
-
-    def filled(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(like) if gradient is None else gradient.to(like.dtype)
-
-    gradients = {f"grad {name}": filled(g, s) for name, g, s in zip(names, gs, inputs.states, strict=True)}
-    assert inputs.x is not None
-    gradients["grad x"] = filled(gx, inputs.x)
-    gradients |= {
-        f"grad {name}": filled(g, w) for name, g, w in zip(problem.weight_names, gw, inputs.weights, strict=True)
-    }
-    return Result(dict(zip(names, states, strict=True)), gradients)
 
 
 # ---------------------------------------------------------------- on a GPU

@@ -23,7 +23,20 @@ from trmfast.kernels.persistent import cache_blocks, persistent_traffic, stream_
 
 import simt_recursion
 from benchmarks.offline.cuda import CUDA_ARCHITECTURES
-from simt_recursion import Instance, LaunchShape, Run, Schedule, build, listed_instances, plan, run_emulated
+from simt_recursion import (
+    ATTENTION,
+    FEW,
+    LONG_MIXER,
+    MIXER,
+    Instance,
+    LaunchShape,
+    Run,
+    Schedule,
+    build,
+    listed_instances,
+    plan,
+    run_emulated,
+)
 from trmfast.cases import PUBLISHED, Case, Inputs, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
@@ -37,8 +50,6 @@ pytestmark = [
 
 HALVES = (torch.bfloat16, torch.float16)
 SCALE = 0.4  # of weights: eager PyTorch keeps to the policy in every program
-ATTENTION, MIXER, LONG_MIXER = Instance(1, 8, 4), Instance(1, 8, 4, 2, 4), Instance(2, 4, 8, 16, 1)
-FEW = [ATTENTION, MIXER, LONG_MIXER, Instance(4, 3, 4), Instance(4, 3, 4, 2, 4)]
 WIDE = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles <= 2]
 LONG = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles in (0, 16)]
 SCHEDULES = [Schedule("forward"), Schedule("reverse"), *(Schedule("random", seed) for seed in (1, 2, 3))]
@@ -95,7 +106,7 @@ def compare(inputs: Inputs, run: Run) -> list[Comparison]:
 
 @pytest.fixture(scope="session")
 def small() -> ctypes.CDLL:
-    """The harness with instances for small cases, and two others to compare them with."""
+    """The harness with instances for small cases."""
     return build(FEW)
 
 
@@ -111,7 +122,7 @@ def plans() -> ctypes.CDLL:
     return build(plans_alone=True)
 
 
-@pytest.mark.representative(when=lambda case: case.name in {"trm", "trm-mlp_t"})
+@pytest.mark.representative(when=lambda case: case.name == "trm")
 @pytest.mark.spread("case")
 @pytest.mark.parametrize("case", PROGRAMS, ids=str)
 def test_programs(small: ctypes.CDLL, case: Case) -> None:
@@ -135,7 +146,7 @@ def test_options(small: ctypes.CDLL, case: Case) -> None:
 
 @pytest.mark.breadth
 @pytest.mark.parametrize("mixer", ("attention", "mlp_t"))
-def test_same_bits(small: ctypes.CDLL, mixer: str) -> None:
+def test_same_bits(small: ctypes.CDLL, wide: ctypes.CDLL, mixer: str) -> None:
     """States and saved inputs don't depend on the schedule, the size of the grid or the rows of a block."""
     case = make_case(
         "three", "hrm", H_cycles=1, batch=3, length=35, token_mixer=mixer, num_layers=2, intermediate_size=64
@@ -149,7 +160,7 @@ def test_same_bits(small: ctypes.CDLL, mixer: str) -> None:
         "random": run_emulated(small, inputs, few, Schedule("random", 5)),
         "one group": run_emulated(small, inputs, few, groups=1),
         "two groups": run_emulated(small, inputs, few, groups=2),
-        "more rows": run_emulated(small, inputs, many),
+        "more rows": run_emulated(wide, inputs, many),
         "other mma": run_emulated(small, inputs, few, truncate_mma=True),
     }
     require(compare(inputs, runs.pop("other mma")))
@@ -292,6 +303,7 @@ def test_full_width(wide: ctypes.CDLL, instance: Instance) -> None:
 
 
 @pytest.mark.grid
+@pytest.mark.representative(when=lambda instance, dtype: dtype == HALVES[WIDE.index(instance) % 2], rest="product")
 @pytest.mark.spread("instance", "dtype")
 @pytest.mark.parametrize("dtype", HALVES, ids=("bf16", "fp16"))
 @pytest.mark.parametrize("instance", WIDE, ids=str)
@@ -301,6 +313,7 @@ def test_full_width_of_every_instance(wide: ctypes.CDLL, instance: Instance, dty
 
 
 @pytest.mark.grid
+@pytest.mark.representative(when=lambda instance: instance in LONG[::4], rest="product")
 @pytest.mark.spread("instance")
 @pytest.mark.parametrize("instance", LONG, ids=str)
 def test_long_sequences_of_every_instance(wide: ctypes.CDLL, instance: Instance) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import trmfast
-from model_cases import make
+from model_cases import SOLVER, make, save_solver
 from trmfast import runtime
 from trmfast.cli import main
 from trmfast.data import model_names
@@ -29,25 +29,12 @@ pytestmark = pytest.mark.skipif(extension is None, reason="no CPU engine, on whi
 
 BOARD = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 SOLUTION = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
-CONFIG: dict[str, Any] = {
-    "batch_size": 8, "seq_len": 81, "vocab_size": 11, "num_puzzle_identifiers": 1, "puzzle_emb_ndim": 32,
-    "puzzle_emb_len": 1, "hidden_size": 32, "num_heads": 2, "expansion": 1, "L_layers": 1, "H_cycles": 1,
-    "L_cycles": 1, "pos_encodings": "learned", "halt_max_steps": 6, "halt_exploration_prob": 0.1,
-    "forward_dtype": "float32",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An untrained model whose Q head says after how many steps it stops."""
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    torch.manual_seed(0)
-    made = TRM(CONFIG)
-    with torch.no_grad():
-        made.inner.q_head.weight.normal_(std=0.5)
-        made.inner.q_head.bias.zero_()  # type: ignore[union-attr]
-    trmfast.save(made, path)
-    return str(path)
+    return save_solver(tmp_path_factory.mktemp("model") / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +42,7 @@ def solver_of_one(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model that knows one puzzle by heart: 81 cells in 128 dimensions leave its head a solution."""
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     torch.manual_seed(0)
-    made = TRM(CONFIG | {"hidden_size": 128}).eval()
+    made = TRM(SOLVER | {"hidden_size": 128}).eval()
     inner = made.inner
     inputs, labels = (torch.from_numpy(tokens(parse(line)))[None] for line in (BOARD, SOLUTION))
     with torch.no_grad():

@@ -42,6 +42,16 @@ def example() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def puzzles(example: ModuleType) -> dict[str, np.ndarray]:
+    """What `whole` is trained and tested with."""
+    clues = OFTEN["fewest-clues"], OFTEN["most-clues"]
+    return {
+        name: example.sudoku_data.make(SIZES[size], 0, name == "test", clues, lambda: None)
+        for name, size in (("train", "puzzles"), ("test", "test-puzzles"))
+    }
+
+
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
@@ -49,15 +59,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_no_test_puzzle_is_a_training_puzzle_in_disguise(whole: Path) -> None:
-    with np.load(whole / "puzzles.npz") as puzzles:
-        classes = {name: {solution_class(pair[1]) for pair in puzzles[name]} for name in puzzles}
+def test_no_test_puzzle_is_a_training_puzzle_in_disguise(puzzles: dict[str, np.ndarray]) -> None:
+    classes = {name: {solution_class(pair[1]) for pair in pairs} for name, pairs in puzzles.items()}
     assert len(classes["train"]) == 32
     assert len(classes["test"]) == 8
     assert not classes["train"] & classes["test"]
 
 
-def test_what_a_training_leaves(whole: Path) -> None:
+@pytest.mark.breadth
+def test_what_a_training_leaves(whole: Path, puzzles: dict[str, np.ndarray]) -> None:
+    with np.load(whole / "puzzles.npz") as kept:
+        assert kept.keys() == puzzles.keys()
+        assert all(np.array_equal(kept[name], pairs) for name, pairs in puzzles.items())
     with (whole / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [3, 6, 9, 12]
@@ -102,11 +115,13 @@ def test_a_killed_training_ends_with_the_same_weights(whole: Path, tmp_path: Pat
     assert (tmp_path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.breadth
 def test_another_recipe_does_not_go_on_from_a_checkpoint(whole: Path, example: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"--lr: got 0\.5, accepted is 0\.001, with which .*checkpoint\.pt began"):
         example.main([str(whole), "--steps", "15", *SMALL, "--lr", "0.5"])
 
 
+@pytest.mark.breadth
 def test_export_makes_one_small_file(
     whole: Path, example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,10 +147,12 @@ def test_export_makes_one_small_file(
     assert all(torch.equal(value, averaged[name].bfloat16().to(value.dtype)) for name, value in exported.items())
 
 
-def test_attention_starts_shallow_and_fixed(whole: Path, example: ModuleType, tmp_path: Path) -> None:
+def test_attention_starts_shallow_and_fixed(
+    puzzles: dict[str, np.ndarray], example: ModuleType, tmp_path: Path
+) -> None:
     words = [str(tmp_path), "--mixer", "attention", *SMALL, "--H-cycles", "2", "--shallow-steps", "2"]
     words += ["--fixed-attention", "1", "--weight-decay", "0"]
-    training = example.Training(example.parse(words), dict(np.load(whole / "puzzles.npz")))
+    training = example.Training(example.parse(words), puzzles)
     inner = training.head.model.inner
 
     def start() -> list[torch.Tensor]:
@@ -156,22 +173,23 @@ def test_attention_starts_shallow_and_fixed(whole: Path, example: ModuleType, tm
         assert not torch.equal(first, second)
 
 
+@pytest.mark.representative(when=lambda mixer: mixer == "mlp_t")
 @pytest.mark.parametrize("mixer", ["mlp_t", "attention"])
 def test_eager_training_starts_where_trmfast_starts(
-    mixer: str, whole: Path, example: ModuleType, tmp_path: Path
+    mixer: str, puzzles: dict[str, np.ndarray], example: ModuleType, tmp_path: Path
 ) -> None:
     """Same weights, same puzzles, and in float32 nearly the same losses."""
-    shutil.copy(whole / "puzzles.npz", tmp_path)
     words = [str(tmp_path), "--mixer", mixer, "--steps", "3", *SMALL, "--dtype", "float32"]
     losses = []
     for more in ([], ["--eager"]):
-        training = example.Training(example.parse([*words, *more]), dict(np.load(whole / "puzzles.npz")))
+        training = example.Training(example.parse([*words, *more]), puzzles)
         losses.append([training.advance()["lm_loss"] for _ in range(3)])
     assert type(training.head.model).__name__ == "EagerTRM"
     assert type(training.averaged().model).__name__ == "TRM"
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
+@pytest.mark.breadth
 @pytest.mark.usefixtures("example")
 def test_two_trainings_in_one_chart(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import compare_sudoku  # type: ignore[import-not-found]

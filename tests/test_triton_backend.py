@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +24,11 @@ from triton_guard import DEVICE, INTERPRETED, guarded_run
 from trmfast import backends, recursion
 from trmfast.backends import BACKENDS, select
 from trmfast.backends import triton as backend
-from trmfast.cases import PUBLISHED, Case, Inputs, make_case, make_inputs
+from trmfast.cases import Case, Inputs, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram
 from trmfast.spec import BlockSpec, NetSpec
-from trmfast.testing import check_case, compare_results, default_weight_scale, require, run_eager, run_fused, run_truth
+from trmfast.testing import check_case, require, run_fused, run_truth
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -62,16 +61,18 @@ CASES = (
     small("window-all", H_cycles=2, L_cycles=1, window="all"),
 )
 
+IN_FLOAT32 = {"trm", "trm-mlp_t", "urm", "odd-sizes", "one-token-mlp_t"}
+
 
 def parity() -> list[Any]:
-    """Short cases in float32 and one of the halves, long ones in a half; the other dtypes are marked ``grid``."""
+    """One of the halves in turn, and float32 of each kind of block; the other dtypes are marked ``grid``."""
     found = []
     for i, case in enumerate(CASES):
         for dtype in DTYPES:
             # A norm over one token makes it 1 or -1: what is left of its gradient lies below the rounding of 16 bits.
             if case.name == "one-token-mlp_t" and dtype != torch.float32:
                 continue
-            chosen = case.length < 80 if dtype == torch.float32 else dtype == HALF[i % 2]
+            chosen = case.name in IN_FLOAT32 if dtype == torch.float32 else dtype == HALF[i % 2]
             found.append(pytest.param(case, dtype, marks=[] if chosen else [pytest.mark.grid]))
     return found
 
@@ -86,7 +87,11 @@ def test_every_program(case: Case, dtype: torch.dtype) -> None:
     require(check_case(case, dtype, "triton", seeds=seeds, device=DEVICE))
 
 
+TRUE_SIZE = {"attention": torch.bfloat16, "mlp_t": torch.float32}  # test_triton_block.py has the others
+
+
 @pytest.mark.breadth
+@pytest.mark.representative(when=lambda mixer, dtype: dtype == TRUE_SIZE[mixer], rest="grid")
 @pytest.mark.spread("mixer", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mixer", ["attention", "mlp_t"])
@@ -124,15 +129,16 @@ def guarded(plan: Plan, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return guarded_run(plan, {name: value for name, value in {**values, **zeros}.items() if name in used})
 
 
+# Every case with one of the two plans in turn; with the other one it is marked ``grid``.
 GUARDED = [
-    (case, fusion)
-    for case in CASES
+    pytest.param(case, fusion, marks=[] if fusion == ("least", "most")[i % 2] else [pytest.mark.grid])
+    for i, case in enumerate(CASES)
     for fusion in ("most", "least")
     if case.length < 20 or case.name in ("L97", "L150-causal", "L150-mlp_t")
 ]
 
 
-@pytest.mark.representative(when=lambda case, fusion: fusion == "most" and case.name in {"trm", "trm-mlp_t"})
+@pytest.mark.representative(when=lambda case, fusion: fusion == "most" and case.name == "trm-mlp_t")
 @pytest.mark.spread("case", "fusion")
 @pytest.mark.parametrize("case, fusion", GUARDED, ids=str)
 @pytest.mark.usefixtures("one_thread")
@@ -324,155 +330,3 @@ def test_trmfast_works_without_triton(tmp_path: Any) -> None:
     assert done.stdout == "Triton is not installed: `pip install trmfast[triton]` installs it on Linux\n"
     assert done.returncode == 2
     assert "--plan: needs Triton" in done.stderr
-
-
-# ---------------------------------------------------------------- on a GPU
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every plan becomes a graph at its second call."""
-    monkeypatch.setenv("TRMFAST_GRAPHS", "1")
-    backend.release_memory()
-    yield
-    backend.release_memory()
-
-
-def run_once(inputs: Inputs) -> list[Tensor]:
-    found = run_fused(inputs, "triton")
-    return [*found.outputs.values(), *found.gradients.values()]
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("graphs")
-def test_graphs_give_the_same_bits_and_never_their_own_buffers() -> None:
-    case = small("graph", num_layers=2, length=97)
-    inputs = make_inputs(case, torch.bfloat16, device="cuda")
-    eager = run_once(inputs)
-    captured, replayed = run_once(inputs), run_once(inputs)
-    kept = [t.clone() for t in captured]
-    other = run_once(make_inputs(case, torch.bfloat16, seed=1, device="cuda"))
-    for first, second, third, copy in zip(eager, captured, replayed, kept, strict=True):
-        assert torch.equal(first, second)
-        assert torch.equal(first, third)
-        assert torch.equal(second, copy), "a later call overwrote what an earlier one returned"
-    addresses = [t.data_ptr() for results in (captured, replayed, other) for t in results if t.numel()]
-    assert len(set(addresses)) == len(addresses)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("graphs")
-def test_carries_can_be_fed_back() -> None:
-    case = small("carry", num_layers=1)
-    problem = case.problem
-    inputs = make_inputs(case, torch.float32, device="cuda", weight_scale=0.7)
-
-    def steps(name: str) -> list[Tensor]:
-        states, seen = inputs.states, []
-        for _ in range(4):
-            states = recursion(
-                problem.program, problem.nets, states, inputs.x, inputs.weights, inputs.cos, inputs.sin, name
-            )
-            seen += [state.clone() for state in states]
-        return seen
-
-    for found, expected in zip(steps("triton"), steps("reference"), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("graphs")
-def test_streams_and_threads() -> None:
-    case = small("streams", length=97)
-    draws = [make_inputs(case, torch.bfloat16, seed, device="cuda") for seed in range(3)]
-    expected = [run_once(inputs) for inputs in draws]
-    torch.cuda.synchronize()
-    failures: list[str] = []
-
-    def work(index: int) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.default_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(5):
-                for found, true in zip(run_once(draws[index]), expected[index], strict=True):
-                    if not torch.equal(found, true):
-                        failures.append(f"thread {index}")
-        stream.synchronize()
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("graphs")
-def test_inside_of_another_capture() -> None:
-    case = small("capture")
-    problem, inputs = case.problem, make_inputs(case, torch.bfloat16, device="cuda")
-
-    def run() -> tuple[Tensor, ...]:
-        return recursion(
-            problem.program, problem.nets, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin, "triton"
-        )
-
-    expected = [state.clone() for state in run()]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
-    graph.replay()
-    for state, true in zip(found, expected, strict=True):
-        assert torch.equal(state, true)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}], ids=["default", "reduce-overhead"])
-def test_under_torch_compile(options: dict[str, str]) -> None:
-    case = small("compile")
-    problem, inputs = case.problem, make_inputs(case, torch.bfloat16, device="cuda")
-
-    def run(*states: Tensor) -> tuple[Tensor, ...]:
-        out = recursion(
-            problem.program, problem.nets, [s * 1 for s in states], inputs.x, inputs.weights, inputs.cos, inputs.sin,
-            "triton",
-        )  # fmt: skip
-        return tuple(state + 1 for state in out)
-
-    for _ in range(3):  # eager first: what a graph keeps must not end up in the memory pool of the compiled function
-        run(*inputs.states)
-    compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(run, fullgraph=True, **options)  # type: ignore[call-overload]
-    for _ in range(4):
-        for found, expected in zip(compiled(*inputs.states), run(*inputs.states), strict=True):
-            torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", PUBLISHED, ids=str)
-def test_published_sizes(case: Case, dtype: torch.dtype) -> None:
-    """The last two updates at weight scale 1; and bitwise the same twice: nothing depends on the order of programs."""
-    program = case.problem.program
-    last = program.last(2)
-    case = replace(case, problem=Problem(last, case.problem.nets), batch=2)
-    inputs = make_inputs(case, dtype, device="cuda", weight_scale=default_weight_scale(dtype))
-    first, second = run_fused(inputs, "triton"), run_fused(inputs, "triton")
-    for name, tensor in {**first.outputs, **first.gradients}.items():
-        assert torch.equal(tensor, {**second.outputs, **second.gradients}[name]), name
-    require(compare_results(first, run_eager(inputs), run_truth(inputs)))
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("graphs")
-def test_a_second_device() -> None:
-    """Three calls, of which the second captures and the third replays."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU: torch.cuda.device_count() is 1")
-    case = small("second")
-    for _ in range(3):
-        here, there = (run_once(make_inputs(case, torch.bfloat16, device=f"cuda:{i}")) for i in (0, 1))
-        for a, b in zip(here, there, strict=True):
-            assert b.device == torch.device("cuda:1")
-            assert torch.equal(a.cpu(), b.cpu())

@@ -27,11 +27,10 @@ Needs: pip install 'trmfast[examples]'
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ import torch
 import torch.distributed as dist
 from adam_atan2_pytorch import AdamAtan2
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from sudoku_log import Row, write_log
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -62,31 +62,6 @@ DEFAULTS = {
     "attention": dict(zip(NAMES, (9000, 5e-4, 3000, 600, 32, 52), strict=True)),
 }
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-@dataclass
-class Row:
-    """A line of log.csv: means over the steps since the line before.
-
-    Attributes:
-        step: optimizer steps so far.
-        seconds: spent in training so far, over all starts.
-        loss: cross entropy of a cell.
-        q_loss: binary cross entropy of the halting head.
-        exact: share of the puzzles that halted solved, in training.
-        halted_after: supervision steps that a puzzle took, in training.
-        test_cells, test_exact: share of the empty cells, and of the puzzles, that the averaged weights get right after
-            all supervision steps (while training is shallow, after its one), on held-out puzzles.
-    """
-
-    step: int
-    seconds: float
-    loss: float
-    q_loss: float
-    exact: float
-    halted_after: float
-    test_cells: float | None = None
-    test_exact: float | None = None
 
 
 class Training:
@@ -264,12 +239,8 @@ class Training:
 
     def report(self, folder: Path) -> None:
         """Writes log.csv, loss.png and the averaged model."""
-        with (folder / "log.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.history)
+        write_log(folder, self.history)
         trmfast.save(self.averaged(), folder / "model.safetensors")
-        draw(folder / "loss.png", self.history)
 
 
 @torch.no_grad()
@@ -299,30 +270,6 @@ def fix_attention(inner: Any) -> None:
 def options_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The options of a checkpoint; what was not an option when it was written has its default."""
     return {**vars(parse([""])), **checkpoint["options"]}
-
-
-def draw(path: Path, history: list[Row]) -> None:
-    """Loss and accuracy against the optimizer step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    steps = [row.step for row in history]
-    left.plot(steps, [row.loss for row in history], color="#1f4e79")
-    left.set(xlabel="optimizer step", ylabel="cross entropy of a cell", yscale="log")
-    tested = [row for row in history if row.test_exact is not None]
-    right.plot([row.step for row in tested], [row.test_cells for row in tested], color="#8a929c", label="empty cells")
-    right.plot([row.step for row in tested], [row.test_exact for row in tested], color="#1f4e79", label="whole puzzles")
-    right.set(xlabel="optimizer step", ylabel="right on held-out puzzles", ylim=(0, 1))
-    right.legend(frameon=False)
-    for axis in (left, right):
-        axis.grid(color="#e3e5e8", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def puzzles_of(options: argparse.Namespace) -> dict[str, np.ndarray]:
