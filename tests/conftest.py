@@ -34,9 +34,10 @@ _left: Counter[str] = Counter()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Adds the markers that depend on a test's parameters or on the machine.
 
-    A case that is not ``representative`` is marked ``breadth``, or as ``rest`` says. With ``pytest -n`` the tests of a
-    file share a process, and with it what the file builds, unless they are ``spread`` or have an ``xdist_group``.
-    Without a GPU, tests marked ``gpu`` are skipped; with one, the tests of Triton kernels run there and are marked.
+    A case that is not ``representative`` is marked ``breadth``, or with the names in ``rest``. With ``pytest -n`` the
+    tests of a file share a process, and with it what the file builds, unless they are ``spread`` or have an
+    ``xdist_group``.  Without a GPU, tests marked ``gpu`` are skipped; with one, the tests of Triton kernels run there
+    and are marked.
     """
     found = torch.cuda.is_available()
     for item in items:
@@ -44,7 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             parameters = item.callspec.params  # type: ignore[attr-defined]
             when: Callable[..., bool] = mark.kwargs["when"]
             if not when(**{name: parameters[name] for name in inspect.signature(when).parameters}):
-                item.add_marker(mark.kwargs.get("rest", "breadth"))
+                for name in mark.kwargs.get("rest", "breadth").split():
+                    item.add_marker(name)
         file = Path(str(item.fspath))
         if not item.get_closest_marker("xdist_group"):
             spread = item.get_closest_marker("spread")

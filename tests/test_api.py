@@ -55,6 +55,7 @@ def test_without_torch(statement: str) -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.breadth
 def test_star_import() -> None:
     code = "from trmfast import *\nprint(TRM.__name__, nn.Net.__name__, recursion.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -130,6 +130,7 @@ class VirtualTime:
         self.now += seconds * self.noise()
 
 
+@pytest.mark.breadth
 @pytest.mark.usefixtures("one_thread")
 def test_planted_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured as the command does it, on a virtual clock: all of the engine's time is in its row."""

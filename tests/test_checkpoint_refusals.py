@@ -183,6 +183,7 @@ def test_bad_config_files(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.breadth
 def test_import_brings_no_safetensors() -> None:
     code = "import sys, trmfast; assert 'safetensors' not in sys.modules; assert callable(trmfast.load)"
     subprocess.run([sys.executable, "-c", code], check=True)

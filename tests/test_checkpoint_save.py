@@ -58,6 +58,7 @@ def test_nothing_is_left_of_an_error(
     assert path.read_bytes() == b"old"
 
 
+@pytest.mark.breadth
 def test_nothing_is_left_of_a_terminated_process(tmp_path: Path) -> None:
     code = f"""
 import os, signal, sys

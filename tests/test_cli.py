@@ -1,4 +1,4 @@
-"""The command line, as users run it: in a process of its own."""
+"""The command line, in this process and, as users run it, in one of its own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 import trmfast
 from trmfast import targets
+from trmfast.backends.call import ForwardCall
 from trmfast.backends.cpu import CpuBackend
 from trmfast.backends.reference import ReferenceBackend
 from trmfast.backends.triton import TritonBackend
@@ -25,6 +26,12 @@ def run(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([sys.executable, "-m", "trmfast", *words], capture_output=True, text=True)
     assert done.returncode == status, f"{words} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    """What a command prints in this process, which has PyTorch already."""
+    assert main(list(words)) == status
+    return capsys.readouterr().out
 
 
 def test_version() -> None:
@@ -132,6 +139,7 @@ def test_a_target_that_does_not_run_here_is_one_line(
     assert refusal(command, capsys).startswith(f"trmfast {command[0]}: TRMFAST_CPU_ISA: {expected}")
 
 
+@pytest.mark.breadth
 @pytest.mark.skipif(CpuBackend().available() is not None, reason="no CPU engine, whose targets are chosen")
 def test_an_unknown_target_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRMFAST_CPU_ISA", "foo")
@@ -166,6 +174,7 @@ def test_nothing_checked_is_no_pass(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert record["skipped"] == [{"what": "trm on reference", "reason": "it rests"}]
 
 
+@pytest.mark.breadth
 def test_bad_option_of_a_process() -> None:
     done = run("bench", "--config", "chess", status=2)
     assert done.stdout == ""
@@ -173,8 +182,8 @@ def test_bad_option_of_a_process() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_info() -> None:
-    record = json.loads(run("info", "--json").stdout)
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads(printed(capsys, "info", "--json"))
     assert record["machine"]["logical_cpus"] >= 1
     assert record["versions"]["trmfast"] == trmfast.__version__
     backends = {backend["name"]: backend for backend in record["backends"]}
@@ -186,22 +195,23 @@ def test_info() -> None:
         assert target["supported"] or not target["chosen_for"]
     chosen = sorted(dtype for target in record["targets"] for dtype in target["chosen_for"])
     assert chosen == (["bfloat16", "float32", "int8"] if backends["cpu"]["available"] else [])
-    text = run("info").stdout
+    text = printed(capsys, "info")
     for heading in ("Machine", "Versions", "Targets of the CPU engine", "Backends"):
         assert heading in text
 
 
-def test_info_program() -> None:
-    text = run("info", "--program", "hrm:2,2").stdout
+def test_info_program(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "info", "--program", "hrm:2,2")
     assert text.strip() == trmfast.RecursionProgram.hrm(2, 2).table()
-    record = json.loads(run("info", "--program", "trm:3,6,all", "--json").stdout)
+    record = json.loads(printed(capsys, "info", "--program", "trm:3,6,all", "--json"))
     assert len(record["updates"]) == 21
     assert all(update["grad"] for update in record["updates"])
 
 
-def test_check() -> None:
-    done = run("check", "--quick", "--problem", "trm", "one-token", "--threads", "1", "--json")
-    record = json.loads(done.stdout)
+@pytest.mark.usefixtures("one_thread")
+def test_check(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("check", "--quick", "--problem", "trm", "one-token", "--threads", "1", "--json")
+    record = json.loads(printed(capsys, *words))
     assert record["passed"]
     assert {(row["problem"], row["dtype"]) for row in record["parity"] if row["backend"] == "reference"} == {
         (problem, dtype) for problem in ("trm", "one-token") for dtype in ("float32", "bfloat16")
@@ -219,25 +229,18 @@ def test_check_gradients_and_table() -> None:
     assert "checks passed" in text
 
 
-def test_check_fails_on_a_wrong_backend() -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_check_fails_on_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A backend whose output is slightly off turns the exit status to 1."""
-    broken = """
-import sys
-from trmfast.backends.reference import ReferenceBackend
-from trmfast.cli import main
+    forward = ReferenceBackend.forward
 
-forward = ReferenceBackend.forward
+    def wrong(self: ReferenceBackend, call: ForwardCall) -> Any:
+        out, *kept = forward(self, call)
+        return [t + 0.01 if t.dtype.itemsize == 4 else t for t in out], *kept
 
-def wrong(self, call):
-    out, *kept = forward(self, call)
-    return [t + 0.01 if t.dtype.itemsize == 4 else t for t in out], *kept
-
-ReferenceBackend.forward = wrong
-sys.exit(main(["check", "--problem", "trm", "--backend", "reference", "--threads", "1", "--json"]))
-"""
-    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    record = json.loads(done.stdout)
+    monkeypatch.setattr(ReferenceBackend, "forward", wrong)
+    words = ("check", "--problem", "trm", "--backend", "reference", "--threads", "1", "--json")
+    record = json.loads(printed(capsys, *words, status=1))
     assert not record["passed"]
     assert {row["dtype"]: row["passed"] for row in record["parity"]} == {"float32": False, "bfloat16": True}
 

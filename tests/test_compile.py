@@ -89,6 +89,7 @@ def test_compiled_graph_holds_one_operator(backend: str) -> None:
     assert calls == [torch.ops.trmfast.recursion.default]
 
 
+@pytest.mark.representative(when=lambda backend: backend == "cpu")
 def test_compile_follows_the_program_and_the_batch(backend: str) -> None:
     net = module(backend)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")

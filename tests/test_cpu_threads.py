@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(_reason is not None, reason=f"backend cpu: {_rea
 
 DTYPES = [torch.float32, torch.bfloat16]
 ATTENTION = make_case("attention", batch=5, length=23, intermediate_size=96)
-SEQUENCE_MLP = make_case("mlp_t", batch=5, length=23, intermediate_size=96, token_mixer="mlp_t")
+MLP_T = make_case("mlp_t", batch=5, length=23, intermediate_size=96, token_mixer="mlp_t")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def states(inputs: Inputs) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [ATTENTION, SEQUENCE_MLP], ids=str)
+@pytest.mark.parametrize("case", [ATTENTION, MLP_T], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(
     case: Case, dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
@@ -67,7 +67,7 @@ def test_any_number_of_threads_gives_the_same_bits(
 
 @pytest.mark.breadth
 def test_a_small_store_only_changes_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    for case in (ATTENTION, SEQUENCE_MLP):
+    for case in (ATTENTION, MLP_T):
         for store in (1, 400_000, 1_500_000):
             monkeypatch.setattr(engine, "STORE_BYTES", store)
             require(check_case(case, torch.float32, "cpu"))
@@ -118,6 +118,7 @@ print("done")
 """
 
 
+@pytest.mark.breadth
 def test_objects_of_the_extension_in_several_threads() -> None:
     done = subprocess.run([sys.executable, "-c", OBJECTS_IN_THREADS], capture_output=True, text=True, timeout=120)
     assert done.stdout == "done\n", done.stderr
@@ -198,6 +199,7 @@ def test_the_threads_are_pytorchs_or_its_own() -> None:
     assert run_other_threads(OMP_THREAD_LIMIT="1") == ("pytorch", 1, bits)
 
 
+@pytest.mark.breadth
 def test_an_unknown_source_of_threads_is_refused() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import trmfast.backends.cpu"],

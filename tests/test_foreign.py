@@ -121,6 +121,7 @@ def test_thirty_training_steps(name: str) -> None:
     assert train(swap(make(name))) == plain
 
 
+@pytest.mark.representative(when=lambda name: name == "hrm")
 @pytest.mark.parametrize("name", ["trm-encoder", "hrm"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "assign", "p.data", "twice"])
 def test_what_a_drop_in_survives(name: str, how: str) -> None:

@@ -195,6 +195,7 @@ def _dies(job: Job, pipe: Any) -> None:
     os._exit(3)
 
 
+@pytest.mark.breadth
 def test_a_worker_that_dies_is_a_failure_of_what_it_was_at() -> None:
     told: list[Failure] = []
     outcome = run_jobs([Job(seed=0, start=7, most=1)], told.append, serve=_dies)

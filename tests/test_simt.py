@@ -23,10 +23,12 @@ def run(variant: str, *arguments: str, data: bytes | None = None) -> bytes:
     return done.stdout
 
 
+@pytest.mark.breadth  # the cases take a quarter of a minute to compile
 def test_list_of_cases() -> None:
     assert run("plain", "list").decode().split() == CASES
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("case", CASES)
 def test_case(case: str) -> None:
     assert f"{case}: passed" in run("plain", case).decode()
@@ -49,6 +51,7 @@ def halves(numbers: np.ndarray, dtype: str) -> np.ndarray:
     return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_mma_lane_map(dtype: str) -> None:
     """Operands laid out by tensor-layouts' atom give the product in the atom's layout: D + A [16, 16] B [16, 8]."""
@@ -75,6 +78,7 @@ def test_mma_lane_map(dtype: str) -> None:
             assert result[lane, v] == expected[m, n], (lane, v, m, n)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("kind", "atom"), [("plain", atoms_nv.SM75_U32x4_LDSM_N), ("trans", atoms_nv.SM75_U16x8_LDSM_T)]
 )
@@ -94,6 +98,7 @@ def test_ldmatrix_lane_map(kind: str, atom: atoms_nv.CopyAtom) -> None:
 # ---- nvcc
 
 
+@pytest.mark.representative(when=lambda architecture: architecture == 90)
 @pytest.mark.parametrize("architecture", CUDA_ARCHITECTURES)
 def test_device_code(architecture: int) -> None:
     """Each primitive becomes its instruction: no functions, no local memory, no generic addresses."""

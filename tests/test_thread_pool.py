@@ -15,6 +15,8 @@ import pytest
 
 import aarch64
 
+pytestmark = pytest.mark.breadth  # a quarter of a minute of compilation
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"
 SOURCES = [ROOT / "tests" / "cpp" / "test_thread_pool.cpp", CPU / "thread_pool.cpp", CPU / "isa.cpp"]
@@ -89,7 +91,6 @@ def run(executables: Executables, variant: str, name: str) -> str:
     return done.stdout
 
 
-@pytest.mark.representative(when=lambda variant: variant == "plain")
 @pytest.mark.parametrize(("variant", "name"), CASES)
 def test_thread_pool(executables: Executables, variant: str, name: str) -> None:
     run(executables, variant, name)

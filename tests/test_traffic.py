@@ -47,6 +47,7 @@ def net(x: Tensor, weight: Tensor) -> Tensor:
     return F.silu(F.linear(x, weight)) * 2 + x
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("depth", [1, 3])
 def test_kernels_of_compiled_pytorch(depth: int) -> None:
     x, weight = torch.randn(4, 16), torch.randn(16, 16)

@@ -102,6 +102,12 @@ def check(case: Case, dtype: torch.dtype, seeds: range, configuration: Configura
 
 
 @pytest.mark.breadth
+@pytest.mark.representative(
+    when=lambda case, dtype: (
+        dtype == torch.bfloat16 or (dtype == torch.float32 and case.name in {"attention", "mlp_t"})
+    ),
+    rest="grid",
+)
 @pytest.mark.spread("case", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -120,6 +126,10 @@ def test_short_sequences_in_tiles(case: Case) -> None:
 
 
 @pytest.mark.breadth
+@pytest.mark.representative(
+    when=lambda block, dtype: dtype == (torch.float32 if block.token_mixer == "attention" else torch.bfloat16),
+    rest="grid",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", [BlockSpec(512, 1536, num_heads=8), mixer(512, 1536, 97)], ids=["attention", "mlp_t"])
 def test_true_size(block: BlockSpec, dtype: torch.dtype) -> None:

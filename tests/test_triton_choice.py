@@ -171,6 +171,7 @@ def test_a_graph_where_the_host_is_slower(
 # ---------------------------------------------------------------- Triton that is too old
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("version", ["3.2.0", "3.3.1"])
 def test_the_triton_of_an_older_pytorch(version: str, tmp_path: Path) -> None:
     """It has no ``triton.knobs``: what is missing is said in one line, and the CPU goes on without."""

@@ -103,6 +103,7 @@ def test_a_graph_serves_inside_and_outside_of_inference_mode(first: Any, cuda: R
     assert (cuda.captures, cuda.replays) == (1, 4)
 
 
+@pytest.mark.breadth
 def test_a_second_device(cuda: Runtime) -> None:
     """Three calls on each, the third a replay; the current device is another one half of the time."""
     for current in (0, 1):

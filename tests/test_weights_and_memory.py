@@ -68,6 +68,7 @@ except MemoryError as error:
 """
 
 
+@pytest.mark.representative(when=lambda how: how == "keep")
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
 @pytest.mark.parametrize(
     "limit, how, expected",
