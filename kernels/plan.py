@@ -7,6 +7,7 @@ into a CUDA graph, compiled offline for an architecture, counted and printed.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -15,8 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from trmfast.kernels.assumptions import check_launch
 
 __all__ = ["Argument", "Buffer", "Call", "Launch", "Plan", "Tile", "map_buffers", "resolve", "run", "start"]
+
+
+CHECK_LAUNCHES = os.environ.get("TRMFAST_CHECK_LAUNCHES") == "1"
+"""Whether each launch is compared with what its compiled kernel assumes (assumptions.py)."""
 
 
 @dataclass(frozen=True)
@@ -318,4 +324,7 @@ def run(launches: Iterable[Launch], tensors: Mapping[str, Tensor]) -> None:
 
 def start(launch: Launch, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Launches one kernel over tensors."""
-    resolve(launch.kernel)[launch.grid](**arguments, **options)
+    function = resolve(launch.kernel)
+    if CHECK_LAUNCHES:
+        check_launch(function, launch.grid, arguments, options)
+    function[launch.grid](**arguments, **options)

@@ -152,6 +152,8 @@ def check_engines(found: dict[str, Any]) -> None:
 def check_model(found: dict[str, Any]) -> None:
     assert {"qkv", "weight_gradient"} <= {row["kernel"] for row in found["rows"]}
     assert all(row["seconds"] > 0 and row["modelled"] > 0 for row in found["rows"])
+    assert found["host seconds"] > 0
+    assert f"the host takes {found['host seconds'] * 1e6:.1f} us to launch a kernel" in found["remarks"][0]
 
 
 def check_tiles(found: dict[str, Any]) -> None:

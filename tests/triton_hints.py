@@ -1,23 +1,26 @@
-"""Checks at every launch what the kernel that Triton chose assumes of addresses and sizes; without a GPU.
+"""Launches whole plans through Triton's own launch path, with a driver that does nothing and kernels that are empty.
 
-Launches plans through Triton's own launch path, with a driver that does nothing: Triton derives a kernel's assumptions
-from the launch that compiles it, and finds that kernel again by its key.  ``PYTHONPATH=.:tests python
-tests/triton_hints.py`` prints launches, kernels, assumptions and misaligned pointers as JSON.
+Triton derives a kernel's assumptions from the launch that compiles it, and finds that kernel again by its key; what
+``TRMFAST_CHECK_LAUNCHES=1`` compares at every launch (kernels/assumptions.py) is counted here.  ``PYTHONPATH=.:tests
+TRMFAST_CHECK_LAUNCHES=1 python tests/triton_hints.py`` prints launches, kernels, assumptions and misaligned pointers as
+JSON.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from trmfast.kernels import assumptions
 from trmfast.kernels.backward_plan import backward_plan
 from trmfast.kernels.configurations import Configuration
 from trmfast.kernels.forward_plan import Setting, forward_plan
@@ -25,7 +28,7 @@ from trmfast.kernels.plan import Plan, run
 
 from trmfast.cases import Case, make_case
 
-__all__ = ["Kernel", "main"]
+__all__ = ["Kernel", "cases", "main"]
 
 seen = {"launches": 0, "kernels": 0, "assumptions": 0, "misaligned": 0}
 
@@ -47,18 +50,12 @@ class Driver:
 
 
 class Kernel:
-    """In the place of a compiled kernel: it knows what was assumed, and compares at every launch.
-
-    Args:
-        name: of the function.
-        assumed: by place among the arguments, and within tuples.
-        constants: values that the compiler was given, by the same places.
-    """
+    """In the place of a compiled kernel: what it would be compiled from, and launches that are counted."""
 
     function, packed_metadata, metadata = 0, (), None
 
-    def __init__(self, name: str, assumed: dict[tuple[int, ...], Any], constants: dict[tuple[int, ...], Any]) -> None:
-        self.name, self.assumed, self.constants = name, assumed, constants
+    def __init__(self, source: ASTSource) -> None:
+        self.src = source
         seen["kernels"] += 1
 
     def launch_metadata(self, *_: Any) -> None:
@@ -68,31 +65,14 @@ class Kernel:
         values = arguments[9:]  # after grid, stream, function, metadata and hooks
         seen["launches"] += 1
         seen["misaligned"] += sum(hasattr(v, "data_ptr") and v.data_ptr() % 16 != 0 for v in values)
-        for place, attributes in self.assumed.items():
-            value = _at(values, place)
-            number = value.data_ptr() if hasattr(value, "data_ptr") else value
-            for name, size in attributes:
-                assert name == "tt.divisibility", f"{self.name}: {name} is not checked"
-                assert number % size == 0, f"{self.name}: argument {place} is {number}, assumed is a multiple of {size}"
-                seen["assumptions"] += 1
-        for place, constant in self.constants.items():
-            value = _at(values, place)
-            assert value == constant, f"{self.name}: argument {place} is {value}, assumed is {constant}"
-
-
-def _at(values: Any, place: tuple[int, ...]) -> Any:
-    for index in place:
-        values = values[index]
-    return values
 
 
 def compile_nothing(
     self: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, attributes: Any, *_: Any
 ) -> Any:
     """In the place of ``JITFunction._do_compile``."""
-    del signature, options
-    kernel = Kernel(self.__name__, attributes, constants)
-    self.device_caches[device][0][key] = kernel
+    del options
+    kernel = self.device_caches[device][0][key] = Kernel(ASTSource(self, signature, constants, attributes))
     return kernel
 
 
@@ -117,11 +97,21 @@ def plans(case: Case) -> Iterator[Plan]:
     yield backward_plan(setting, *needs).plan.packed()
 
 
-def main(compile_: Callable[..., Any] = compile_nothing) -> dict[str, int]:
+def counted(source: ASTSource, values: Any) -> int:
+    found = check(source, values)
+    seen["assumptions"] += found
+    return found
+
+
+check = assumptions.check
+
+
+def main(compile_: Callable[..., Any] = compile_nothing, over: Iterable[Case] | None = None) -> dict[str, int]:
     """Launches every plan over aligned tensors, misaligned ones, and aligned ones again."""
     driver.set_active(Driver())
     JITFunction._do_compile = compile_
-    for case in cases():
+    assumptions.check = counted
+    for case in cases() if over is None else over:
         for plan in plans(case):
             for shift in (0, 1, 0):
                 sizes = plan.sizes().items()

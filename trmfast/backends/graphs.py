@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Graph", "Graphs", "allocate", "fill", "new_input", "outside_of_pools", "pays"]
 
-# Seconds of one launch on the host, an estimate: 7e-6 in Python and Triton, about 3e-6 in the driver.
+# Seconds of one launch on the host, an estimate of no GPU: 7e-6 in Python and Triton, about 3e-6 in the driver.  The
+# step "model" of `python -m trmfast.benchmark.first_gpu` measures it on a device and reports it beside this number.
 HOST_LAUNCH = 10e-6
 # A graph costs only the copies in and out of its buffers, and neither number is known better.
 MARGIN = 2

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trmfast.backends import BACKENDS
+from trmfast.backends.graphs import HOST_LAUNCH
 from trmfast.benchmark import gpu, launches
 from trmfast.benchmark.measure import measure_works
 from trmfast.benchmark.recursions import prepare_work
@@ -303,8 +304,14 @@ def _has_gpu_tests(file: Path) -> bool:
 
 
 def model(work: Work, options: Options) -> dict[str, Any]:
-    """Every kernel of a problem, timed and modelled."""
-    return {"status": "pass", "rows": launches.measured(_named(work, options))}
+    """Every kernel of a problem, timed and modelled; and the host's time of a launch, by which graphs are chosen."""
+    work = _named(work, options)
+    host = launches.host_seconds(work)
+    remark = (
+        f"{_title(work)}: the host takes {host * 1e6:.1f} us to launch a kernel; whether a CUDA graph pays is decided "
+        f"with {HOST_LAUNCH * 1e6:.0f} us (HOST_LAUNCH in trmfast/backends/graphs.py)"
+    )
+    return {"status": "pass", "rows": launches.measured(work), "host seconds": host, "remarks": [remark]}
 
 
 def tiles(work: Work, options: Options) -> dict[str, Any]:
@@ -340,7 +347,8 @@ def sanitizer(tool: str, options: Options) -> dict[str, Any]:
     if found is None:
         return {"status": "skip", "reason": "no compute-sanitizer: it comes with the CUDA toolkit"}
     command = [found, "--tool", tool, "--error-exitcode", str(FAULT), *_once("small", options)]
-    done = run_command(command, 600, TRMFAST_GRAPHS="0", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    environment = {"TRMFAST_GRAPHS": "0", "TRMFAST_CHECK_LAUNCHES": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = run_command(command, 600, **environment)
     said = [line.strip("= ") for line in done.output.splitlines() if line.startswith("=========")]
     last = said[-1] if said else "it printed nothing"
     if done.status == 0:

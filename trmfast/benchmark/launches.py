@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -21,11 +22,12 @@ from trmfast.kernels.plan import Launch, Plan, run
 from trmfast.kernels.roofline import launch_time, plan_time
 from trmfast.kernels.tuning import Tuner, cache_file
 
-__all__ = ["counted", "engines", "measured", "modelled", "seconds_of_launch", "tuned"]
+__all__ = ["counted", "engines", "host_seconds", "measured", "modelled", "seconds_of_launch", "tuned"]
 
 # Of one graph; a launch on the host may take longer than the kernel.
 REPEATS = 20
 REPLAYS = 5
+QUEUED = 256  # launches that a stream holds; CUDA's limit is about four times that
 
 
 def seconds_of_launch(launch: Launch) -> float:
@@ -102,6 +104,25 @@ def measured(work: Work) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def host_seconds(work: Work) -> float:
+    """Seconds that the host takes to launch a kernel of the forward plan, kernel by kernel, without a wait for the GPU.
+
+    The least of a few passes, over launches that a stream takes without making the host wait.
+    """
+    plan = forward_plan(_setting(work), save=False).packed()
+    plan = replace(plan, launches=plan.launches[:QUEUED])
+    tensors = {name: torch.zeros(size, dtype=dtype, device=current()) for name, (size, dtype) in plan.sizes().items()}
+    run(plan, tensors)  # compiles
+    times = []
+    for _ in range(REPLAYS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run(plan, tensors)
+        times.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return min(times) / len(plan)
 
 
 def tuned(work: Work) -> dict[str, Any]:
