@@ -7,7 +7,6 @@ conflicts and bytes are counted by it.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import shutil
 import subprocess
@@ -18,26 +17,22 @@ from typing import Any
 
 import pytest
 import torch
-from trmfast.kernels.architectures import ARCHITECTURES, GPUS
-from trmfast.kernels.persistent import cache_blocks, persistent_traffic, stream_rows
+from trmfast.kernels.persistent import persistent_traffic
 
 import simt_recursion
-from benchmarks.offline.cuda import CUDA_ARCHITECTURES
 from simt_recursion import (
     ATTENTION,
     FEW,
     LONG_MIXER,
     MIXER,
     Instance,
-    LaunchShape,
     Run,
     Schedule,
     build,
     listed_instances,
-    plan,
     run_emulated,
 )
-from trmfast.cases import PUBLISHED, Case, Inputs, make_case, make_inputs
+from trmfast.cases import Case, Inputs, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
 from trmfast.reference import summed_input
@@ -53,7 +48,6 @@ SCALE = 0.4  # of weights: eager PyTorch keeps to the policy in every program
 WIDE = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles <= 2]
 LONG = [instance for instance in listed_instances() if instance.width_tiles == 8 and instance.token_tiles in (0, 16)]
 SCHEDULES = [Schedule("forward"), Schedule("reverse"), *(Schedule("random", seed) for seed in (1, 2, 3))]
-DEVICES = [f"sm_{number}" for number in CUDA_ARCHITECTURES]
 
 # Two blocks of the grid share a sequence at 16 rows each.
 PROGRAMS = [
@@ -114,12 +108,6 @@ def small() -> ctypes.CDLL:
 def wide() -> ctypes.CDLL:
     """The harness with all instances."""
     return build()
-
-
-@pytest.fixture(scope="session")
-def plans() -> ctypes.CDLL:
-    """The harness without kernels."""
-    return build(plans_alone=True)
 
 
 @pytest.mark.representative(when=lambda case: case.name == "trm")
@@ -321,70 +309,6 @@ def test_long_sequences_of_every_instance(wide: ctypes.CDLL, instance: Instance)
     length = 901 if instance.stages == 8 else 916
     width = 256 if instance.token_tiles else 512
     check_one_block(wide, case_for(instance, length, width), instance, torch.bfloat16)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_plans(plans: ctypes.CDLL, device: str) -> None:
-    """The published problems on every architecture: which instance, and that its shared memory fits."""
-    shared = ARCHITECTURES[device].block_shared
-    rows = set()
-    for case in PUBLISHED:
-        if case.name == "urm-arc":
-            continue
-        made = plan(plans, case, device)
-        assert isinstance(made, LaunchShape), f"{case}: {made}"
-        assert made.shared_bytes <= shared
-        assert made.group_blocks * made.instance.row_tiles * 16 >= case.length
-        assert made.instance in listed_instances()
-        rows.add(made.instance.row_tiles)
-    assert rows <= ({1, 2} if shared == 99 << 10 else {1, 2, 4})
-
-
-def test_every_instance_is_the_plan_of_something(plans: ctypes.CDLL) -> None:
-    """No row of csrc/cuda/instances.h is left that no architecture would run; all of them are tested above."""
-    planned = set()
-    for device in DEVICES:
-        for width, length, mixer, batch in itertools.product((128, 512), (97, 916), ("attention", "mlp_t"), (1, 54)):
-            case = make_case(
-                "some", batch=batch, hidden_size=width, num_heads=width // 64, length=length, token_mixer=mixer
-            )
-            made = plan(plans, case, device)
-            assert isinstance(made, LaunchShape), made
-            planned.add(made.instance)
-    assert planned == set(listed_instances())
-
-
-def test_constants_of_the_choice() -> None:
-    """A100 by its whitepaper: 1024 multiply-adds a clock for 32 two-byte weights, 5120 bytes for 64 of a port."""
-    assert (stream_rows(GPUS["A100"]), cache_blocks(GPUS["A100"])) == (32, 80)
-
-
-@pytest.mark.parametrize("device", ["sm_80", "sm_90"])
-def test_plan_takes_more_rows_for_more_sequences(plans: ctypes.CDLL, device: str) -> None:
-    """Few sequences spread over the device; many share weights between as many rows as fit."""
-    few = make_case("few", batch=1, length=97, hidden_size=512, num_heads=8)
-    many = make_case("many", batch=768, length=97, hidden_size=512, num_heads=8)
-    made = [plan(plans, case, device) for case in (few, many)]
-    assert [one.instance.row_tiles for one in made if isinstance(one, LaunchShape)] == [2, 4]
-
-
-@pytest.mark.parametrize(
-    ("case", "reason"),
-    [
-        (make_case("conv", "urm", channel_mixer="conv_swiglu"), "channel_mixer: got conv_swiglu"),
-        (make_case("wide", hidden_size=528, num_heads=11), "hidden_size: got 528"),
-        (make_case("ragged", hidden_size=72, num_heads=2), "hidden_size: got 72"),
-        (make_case("head", hidden_size=48, num_heads=8), "head_dim: got 6"),
-        (make_case("heads", hidden_size=512, num_heads=64, length=9), "shared memory: a block needs"),
-        (make_case("tokens", token_mixer="mlp_t", length=1025, intermediate_size=16), "seq_len: got 1025"),
-        (make_case("long", length=1800), "length: 1800 tokens need"),
-    ],
-    ids=str,
-)
-def test_refusals(plans: ctypes.CDLL, case: Case, reason: str) -> None:
-    made = plan(plans, case, "sm_89", 20)
-    assert isinstance(made, str)
-    assert made.startswith(reason), made
 
 
 @pytest.mark.sanitizer
