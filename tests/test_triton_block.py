@@ -125,11 +125,7 @@ def test_short_sequences_in_tiles(case: Case) -> None:
     check(case, torch.float32, range(3), Apart(WHOLE.architecture, WHOLE.multiprocessors))
 
 
-@pytest.mark.breadth
-@pytest.mark.representative(
-    when=lambda block, dtype: dtype == (torch.float32 if block.token_mixer == "attention" else torch.bfloat16),
-    rest="grid",
-)
+@pytest.mark.grid  # test_triton_backend.py has whole passes of this size in breadth
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", [BlockSpec(512, 1536, num_heads=8), mixer(512, 1536, 97)], ids=["attention", "mlp_t"])
 def test_true_size(block: BlockSpec, dtype: torch.dtype) -> None:

@@ -60,6 +60,7 @@ EVERYTHING = (
 )
 
 
+@pytest.mark.representative(when=lambda architecture, mode: mode == "bfloat16" or architecture == "sm_90", rest="grid")
 @pytest.mark.parametrize("mode", ["bfloat16", "float32"])
 @pytest.mark.parametrize("architecture", FIRST)
 def test_a_program_of_each_tile(architecture: str, mode: str) -> None:
