@@ -56,6 +56,7 @@ except RuntimeError as error:
 ADDRESSES, CONSTANTS = (WRONG.replace("OTHER", other) for other in ("constants", "attrs"))
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("wrong, assumed", [(ADDRESSES, "a multiple of 16"), (CONSTANTS, r"[\w.']+")])
 def test_a_kernel_for_other_arguments_is_found(wrong: str, assumed: str) -> None:
     """In one line, before it is launched."""

@@ -213,7 +213,9 @@ def test_gradients_stop_at_updates_without_them() -> None:
 WIDE_HEADS = make_case("wide-heads", batch=1, length=97, hidden_size=512, num_heads=4)
 
 
-@pytest.mark.representative(when=lambda architecture, dtype: dtype == torch.bfloat16 or architecture == "sm_80")
+@pytest.mark.representative(
+    when=lambda architecture, dtype: architecture in ({"sm_90", "gfx942"} if dtype == torch.bfloat16 else {"sm_80"})
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("case", [*PUBLISHED, WIDE_HEADS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
