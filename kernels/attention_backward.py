@@ -6,8 +6,9 @@ sums lse.  With delta = sum(grad mixed * mixed) over a head:
     grad v = p^T grad mixed             grad s = p * (grad mixed v^T - delta) * scale
     grad k = grad s^T q                 grad q = grad s k
 
-The rotation is undone on the accumulators.  It pairs column c of a head with column c + head_dim / 2; the columns of q
-and k are taken in an order that keeps both in one thread (pairs.py).  Rows beyond L repeat the last one.
+The rotation is undone on the accumulators.  It pairs column c of a head with column c + head_dim / 2, or 2 c with
+2 c + 1; the columns of q and k are taken in an order that keeps both in one thread (pairs.py).  Rows beyond L repeat
+the last one.
 
 attention_backward_keys: a program owns BLOCK_N keys of one key/value head and walks the queries of its query heads in
 steps of BLOCK_M; grad k and grad v stay in registers.  If BLOCK_N covers the sequence, the program also recomputes the
@@ -21,6 +22,7 @@ import math
 
 import triton
 import triton.language as tl
+from trmfast.kernels.attention import seen_keys
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.pairs import group_of, pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
@@ -33,12 +35,15 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _head_columns(HALF: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+def _head_columns(HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
     """Which column of a head each column of its tile holds."""
     column = tl.arange(0, BLOCK_D)
     if HALF > 0:
         pair, half = pair_of(column, GROUP)
-        column = pair + half * HALF
+        if INTERLEAVED:
+            column = 2 * pair + half
+        else:
+            column = pair + half * HALF
     return column
 
 
@@ -62,6 +67,7 @@ def _store_unrotated(
     STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -70,16 +76,19 @@ def _store_unrotated(
     inside = (row < length)[:, None]
     if HALF > 0:
         low, high = part_columns(gradient, GROUP)
-        column = tl.arange(0, BLOCK_D // 2)
+        pair = tl.arange(0, BLOCK_D // 2)
         if HALF * 2 != BLOCK_D:
-            inside = inside & (column < HALF)[None, :]
+            inside = inside & (pair < HALF)[None, :]
+        STEP: tl.constexpr = 2 if INTERLEAVED else 1
+        PARTNER: tl.constexpr = 1 if INTERLEAVED else HALF
+        column = pair * STEP
         table = row[:, None] * HEAD_DIM + column[None, :]
         cos_low, sin_low = tl.load(cos + table, inside, 0.0), tl.load(sin + table, inside, 0.0)
-        cos_high, sin_high = tl.load(cos + HALF + table, inside, 0.0), tl.load(sin + HALF + table, inside, 0.0)
+        cos_high, sin_high = tl.load(cos + PARTNER + table, inside, 0.0), tl.load(sin + PARTNER + table, inside, 0.0)
         low, high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
         at = pointer + row[:, None] * STRIDE + column[None, :]
         tl.store(at, narrow(low, dtype), inside)
-        tl.store(at + HALF, narrow(high, dtype), inside)
+        tl.store(at + PARTNER, narrow(high, dtype), inside)
     else:
         column = tl.arange(0, BLOCK_D)
         if HEAD_DIM != BLOCK_D:
@@ -88,8 +97,33 @@ def _store_unrotated(
 
 
 @triton.jit
+def _seeing_queries(
+    segments, first_token, first_key, length, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The first query that may see one of a tile of keys, and the one behind the last."""
+    last_key = tl.minimum(first_key + BLOCK_N, length) - 1
+    if segments is not None:
+        # Those of the sequences that the tile touches: from the start of its first key's to the end of its last key's,
+        # behind all tokens whose sequence starts up to that key.
+        begin = tl.minimum(tl.maximum(tl.load(segments + (first_token + first_key) * 2), 0), first_key)
+        STARTS: tl.constexpr = 512
+        end = last_key * 0
+        for at in range(0, length, STARTS):
+            token = at + tl.arange(0, STARTS)
+            start = tl.load(segments + (first_token + token) * 2, token < length, 2147483647)
+            end += tl.sum((start <= last_key).to(tl.int32), 0)
+    else:
+        begin = first_key
+        if not CAUSAL:
+            begin = tl.maximum(first_key - (WINDOW - 1), 0)
+        end = tl.minimum(last_key + WINDOW, length)
+    return begin, end
+
+
+@triton.jit
 def attention_backward_keys_kernel(
     qkv,
+    segments,
     grad_mixed,
     lse,
     delta,
@@ -102,8 +136,11 @@ def attention_backward_keys_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,  # half of a rotated head; 0: no rotation
+    INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
+    GATE: tl.constexpr,  # columns of the gate, which come first
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,  # all keys fit one tile
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -111,18 +148,19 @@ def attention_backward_keys_kernel(
     BLOCK_N: tl.constexpr,
 ):
     SHARED: tl.constexpr = HEADS // KV_HEADS  # query heads of one key head
-    STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    STRIDE: tl.constexpr = GATE + (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    RANGED: tl.constexpr = WINDOW > 0 or segments is not None
     MIXED_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     first_key = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     key = first_key + tl.arange(0, BLOCK_N)
-    start = batch * length * STRIDE
+    start = batch * length * STRIDE + GATE
     mixed_start = batch * length * MIXED_STRIDE
     dtype: tl.constexpr = qkv.dtype.element_ty
 
     plain = tl.arange(0, BLOCK_D)
-    column = _head_columns(HALF, GROUP, BLOCK_D)
+    column = _head_columns(HALF, INTERLEAVED, GROUP, BLOCK_D)
     key_at = start + (HEADS + kv_head) * HEAD_DIM
     value_at = start + (HEADS + KV_HEADS + kv_head) * HEAD_DIM
     k = _load_rows(qkv + key_at, key, column, length, STRIDE, HEAD_DIM, BLOCK_D)
@@ -131,8 +169,13 @@ def attention_backward_keys_kernel(
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
-    first_tile = first_key // BLOCK_M if CAUSAL else 0
-    tiles = tl.cdiv(length, BLOCK_M) - first_tile
+    if RANGED:
+        first_tile, last_query = _seeing_queries(segments, batch * length, first_key, length, CAUSAL, WINDOW, BLOCK_N)
+        first_tile = first_tile // BLOCK_M
+        tiles = tl.cdiv(last_query, BLOCK_M) - first_tile
+    else:
+        first_tile = first_key // BLOCK_M if CAUSAL else 0
+        tiles = tl.cdiv(length, BLOCK_M) - first_tile
     for i in range(SHARED * tiles):
         head = kv_head * SHARED + i // tiles
         query = (first_tile + i % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -143,7 +186,11 @@ def attention_backward_keys_kernel(
         # [keys, queries], so that p and grad_s are left operands of the next products as they lie in registers.
         scores = dot(k, tl.trans(q), zero, PRECISION)
         grad_p = dot(v, tl.trans(grad), zero, PRECISION)
-        if CAUSAL:
+        if RANGED:
+            begin, end = seen_keys(segments, batch * length, query, length, CAUSAL, WINDOW)
+            seen = (key[:, None] >= begin[None, :]) & (key[:, None] < end[None, :])
+            scores = tl.where(seen, scores, float("-inf"))
+        elif CAUSAL:
             scores = tl.where(key[:, None] <= query[None, :], scores, float("-inf"))
         if WHOLE:
             scores += tl.where(key < length, 0.0, float("-inf"))[:, None]
@@ -162,16 +209,22 @@ def attention_backward_keys_kernel(
         if WHOLE:
             grad_q = dot(tl.trans(grad_s), k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
             _store_unrotated(
-                grad_qkv + query_at, grad_q, cos, sin, query, length, STRIDE, HEAD_DIM, HALF, GROUP, BLOCK_D
-            )
+                grad_qkv + query_at, grad_q, cos, sin, query, length,
+                STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D,
+            )  # fmt: skip
 
-    _store_unrotated(grad_qkv + key_at, grad_k, cos, sin, key, length, STRIDE, HEAD_DIM, HALF, GROUP, BLOCK_D)
-    _store_unrotated(grad_qkv + value_at, grad_v, cos, sin, key, length, STRIDE, HEAD_DIM, 0, GROUP, BLOCK_D)
+    _store_unrotated(
+        grad_qkv + key_at, grad_k, cos, sin, key, length, STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D
+    )  # fmt: skip
+    _store_unrotated(
+        grad_qkv + value_at, grad_v, cos, sin, key, length, STRIDE, HEAD_DIM, 0, INTERLEAVED, GROUP, BLOCK_D
+    )  # fmt: skip
 
 
 @triton.jit
 def attention_backward_queries_kernel(
     qkv,
+    segments,
     mixed,
     grad_mixed,
     lse,
@@ -185,21 +238,25 @@ def attention_backward_queries_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,  # half of a rotated head; 0: no rotation
+    INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
+    GATE: tl.constexpr,  # columns of the gate, which come first
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    STRIDE: tl.constexpr = GATE + (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    RANGED: tl.constexpr = WINDOW > 0 or segments is not None
     MIXED_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     first_query = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1)
     kv_head = head // (HEADS // KV_HEADS)
     batch = tl.program_id(2).to(tl.int64)
     query = first_query + tl.arange(0, BLOCK_M)
-    start = batch * length * STRIDE
+    start = batch * length * STRIDE + GATE
     mixed_at = batch * length * MIXED_STRIDE + head * HEAD_DIM
     query_at = start + head * HEAD_DIM
     key_at = start + (HEADS + kv_head) * HEAD_DIM
@@ -208,31 +265,45 @@ def attention_backward_queries_kernel(
     dtype: tl.constexpr = qkv.dtype.element_ty
 
     plain = tl.arange(0, BLOCK_D)
-    column = _head_columns(HALF, GROUP, BLOCK_D)
+    column = _head_columns(HALF, INTERLEAVED, GROUP, BLOCK_D)
     q = _load_rows(qkv + query_at, query, column, length, STRIDE, HEAD_DIM, BLOCK_D)
     grad = _load_rows(grad_mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
-    o = _load_rows(mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
-    dots = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + of_rows, dots, query < length)
+    if mixed is not None:
+        o = _load_rows(mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
+        dots = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
+        tl.store(delta + of_rows, dots, query < length)
+    else:
+        dots = tl.load(delta + of_rows)
     row_lse = tl.load(lse + of_rows)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = 0
     keys = tl.minimum(first_query + BLOCK_M, length) if CAUSAL else length
-    for first_key in range(0, keys, BLOCK_N):
+    if RANGED:
+        begin, end = seen_keys(segments, batch * length, query, length, CAUSAL, WINDOW)
+        first = tl.min(begin, 0) // BLOCK_N * BLOCK_N
+        keys = tl.max(end, 0)
+    for first_key in range(first, keys, BLOCK_N):
         key = first_key + tl.arange(0, BLOCK_N)
         k = _load_rows(qkv + key_at, key, column, length, STRIDE, HEAD_DIM, BLOCK_D)
         v = _load_rows(qkv + value_at, key, plain, length, STRIDE, HEAD_DIM, BLOCK_D)
         scores = dot(q, tl.trans(k), zero, PRECISION)
         grad_p = dot(grad, tl.trans(v), zero, PRECISION)
-        scores += tl.where(key < length, 0.0, float("-inf"))[None, :]
-        if CAUSAL:
-            scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
+        if RANGED:
+            seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        else:
+            scores += tl.where(key < length, 0.0, float("-inf"))[None, :]
+            if CAUSAL:
+                scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
         p = tl.exp2(scores * (SCALE * LOG2E) - (row_lse * LOG2E)[:, None])
         grad_q = dot(narrow(p * (grad_p - dots[:, None]) * SCALE, dtype), k, grad_q, PRECISION)
-    _store_unrotated(grad_qkv + query_at, grad_q, cos, sin, query, length, STRIDE, HEAD_DIM, HALF, GROUP, BLOCK_D)
+    _store_unrotated(
+        grad_qkv + query_at, grad_q, cos, sin, query, length, STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D
+    )  # fmt: skip
 
 
-def _constants(block: BlockSpec, rotated: bool, precision: str) -> dict[str, int | float | str]:
+def _constants(block: BlockSpec, length: int, rotated: bool, precision: str) -> dict[str, int | float | str]:
     if rotated and block.head_dim % 2:
         raise ValueError(f"head_dim: got {block.head_dim} with cos and sin, accepted are even numbers")
     half = block.head_dim // 2 if rotated else 0
@@ -242,8 +313,11 @@ def _constants(block: BlockSpec, rotated: bool, precision: str) -> dict[str, int
         "KV_HEADS": block.num_kv_heads,
         "HEAD_DIM": block.head_dim,
         "HALF": half,
+        "INTERLEAVED": block.rotation == "interleaved",
         "GROUP": group_of(half) if half else 1,
+        "GATE": block.gate_rows,
         "CAUSAL": block.causal,
+        "WINDOW": min(block.attention_window, length),
         "PRECISION": precision,
         "BLOCK_D": max(16, triton.next_power_of_2(block.head_dim)),
     }
@@ -251,8 +325,7 @@ def _constants(block: BlockSpec, rotated: bool, precision: str) -> dict[str, int
 
 def _flops(block: BlockSpec, qkv: Buffer, products: int) -> int:
     batch, length, _ = qkv.shape
-    pairs = length * (length + 1) // 2 if block.causal else length * length
-    return 2 * products * batch * block.num_heads * pairs * block.head_dim
+    return 2 * products * batch * block.num_heads * block.attention_pairs(length) * block.head_dim
 
 
 def attention_backward_keys(
@@ -261,6 +334,7 @@ def attention_backward_keys(
     grad_mixed: Buffer,
     grad_qkv: Buffer,
     *,
+    segments: Buffer | None = None,
     lse: Buffer | None = None,
     delta: Buffer | None = None,
     cos: Buffer | None = None,
@@ -272,9 +346,10 @@ def attention_backward_keys(
 
     Args:
         block: sizes of the block.
-        qkv: rotated queries and keys, and values, [B, L, (Hq + 2 Hkv) d].
+        qkv: the gate, rotated queries and keys, and values, [B, L, G + (Hq + 2 Hkv) d].
         grad_mixed: gradient of what attention returned, [B, L, Hq d].
-        grad_qkv: result, the shape of ``qkv``: gradients before rotation, of keys and values or of all.
+        grad_qkv: result, the shape of ``qkv``: gradients before rotation, of keys and values or of all but the gate.
+        segments: int32 [B, L, 2], of each token the start of its sequence and the end of its prefix, or None.
         lse: [B, Hq, L] float32, the natural logarithm of the sums of exp(q . k / sqrt(d)); needed if BLOCK_N < L.
         delta: [B, Hq, L] float32, from :func:`attention_backward_queries`; needed if BLOCK_N < L.
         cos, sin: [>= L, d] float32, or None if nothing was rotated.
@@ -294,6 +369,7 @@ def attention_backward_keys(
         (triton.cdiv(length, tile["BLOCK_N"]), block.num_kv_heads, batch),
         {
             "qkv": qkv,
+            "segments": segments,
             "grad_mixed": grad_mixed,
             "lse": None if whole else lse,
             "delta": None if whole else delta,
@@ -302,9 +378,9 @@ def attention_backward_keys(
             "grad_qkv": grad_qkv,
             "length": length,
         },
-        reads=("qkv", "grad_mixed", "lse", "delta", "cos", "sin"),
+        reads=("qkv", "segments", "grad_mixed", "lse", "delta", "cos", "sin"),
         writes=("grad_qkv",),
-        constants={**_constants(block, cos is not None, precision), "WHOLE": whole},
+        constants={**_constants(block, length, cos is not None, precision), "WHOLE": whole},
         tile=tile,
         flops=_flops(block, qkv, 5 if whole else 4),
         special=_flops(block, qkv, 1) // (2 * block.head_dim),
@@ -315,10 +391,11 @@ def attention_backward_keys(
 def attention_backward_queries(
     block: BlockSpec,
     qkv: Buffer,
-    mixed: Buffer,
+    mixed: Buffer | None,
     grad_mixed: Buffer,
     grad_qkv: Buffer,
     *,
+    segments: Buffer | None = None,
     lse: Buffer,
     delta: Buffer,
     cos: Buffer | None = None,
@@ -329,7 +406,7 @@ def attention_backward_queries(
     """Gradient of the queries, and delta for the launch that follows.
 
     Arguments as in :func:`attention_backward_keys`, but for ``mixed``, what attention returned [B, L, Hq d], and for
-    ``delta``, which is a result here.
+    ``delta``, which is a result here; ``mixed`` is None where :func:`gate_backward` has made delta.
     """
     batch, length, _ = qkv.shape
     return Launch.of(
@@ -337,6 +414,7 @@ def attention_backward_queries(
         (triton.cdiv(length, tile["BLOCK_M"]), block.num_heads, batch),
         {
             "qkv": qkv,
+            "segments": segments,
             "mixed": mixed,
             "grad_mixed": grad_mixed,
             "lse": lse,
@@ -346,9 +424,9 @@ def attention_backward_queries(
             "grad_qkv": grad_qkv,
             "length": length,
         },
-        reads=("qkv", "mixed", "grad_mixed", "lse", "cos", "sin"),
-        writes=("delta", "grad_qkv"),
-        constants=_constants(block, cos is not None, precision),
+        reads=("qkv", "segments", "mixed", "grad_mixed", "lse", *(("delta",) if mixed is None else ()), "cos", "sin"),
+        writes=("grad_qkv",) if mixed is None else ("delta", "grad_qkv"),
+        constants=_constants(block, length, cos is not None, precision),
         tile=tile,
         flops=_flops(block, qkv, 3),
         special=_flops(block, qkv, 1) // (2 * block.head_dim),

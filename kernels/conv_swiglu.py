@@ -124,7 +124,7 @@ def conv_projection(
     conv: Buffer,
     bias: Buffer,
     down: Buffer,
-    residual: Buffer | Rows,
+    residual: Buffer | Rows | None,
     out: Buffer,
     *,
     eps: float,
@@ -140,10 +140,10 @@ def conv_projection(
         conv: [I, 1, taps]; tap t sees position l + t - taps // 2.
         bias: [I].
         down: [D, I].
-        residual: [B, L, D].
+        residual: [B, L, D]; None for the product alone, with squares.
         out: [B, L, D]; not the residual's buffer.
         eps: of the norm.
-        squares: [B, L, tiles] float32 if BLOCK_N < D, otherwise None; as in projection.py.
+        squares: [B, L, tiles] float32, or None for the norm of whole rows; as in projection.py.
         rstd: [B, L] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None; not with squares.
         tile: BLOCK_M, BLOCK_N, BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
@@ -153,7 +153,7 @@ def conv_projection(
     """
     tokens, length, (width, inter), taps = prod(activation.shape[:-1]), activation.shape[-2], down.shape, conv.shape[-1]
     check_squares(squares, rstd, width, tile)
-    bypass = rows_of(residual)
+    bypass = None if residual is None else rows_of(residual)
     columns = min(tile["BLOCK_N"], width)
     return Launch.of(
         "conv_swiglu.conv_projection_kernel",
@@ -163,8 +163,8 @@ def conv_projection(
             "conv": conv,
             "bias": bias,
             "down": down,
-            "residual": bypass.values,
-            "residual_squares": bypass.squares,
+            "residual": None if bypass is None else bypass.values,
+            "residual_squares": None if bypass is None else bypass.squares,
             "out": out,
             "squares": squares,
             "rstd": rstd,
@@ -179,8 +179,8 @@ def conv_projection(
             "INTER": inter,
             "TAPS": taps,
             "EPS": eps,
-            "RESIDUAL_PARTS": bypass.parts,
-            "RESIDUAL_EPS": bypass.eps,
+            "RESIDUAL_PARTS": 0 if bypass is None else bypass.parts,
+            "RESIDUAL_EPS": 0.0 if bypass is None else bypass.eps,
             "PRECISION": precision,
             "BLOCK_T": triton.next_power_of_2(taps),
         },

@@ -47,13 +47,26 @@ elements / D a token for a short sequence.
     conv_gradient         sums partials              partials                       two gradients     small
 
 then as with SwiGLU, except that weight_gradient takes (ds2, z) for the down projection.
+
+    norms ahead of mixers, behind branches, or with weights (backward_block.py); s is the sum that enters a mixer, x its
+    norm, dy the gradient of what leaves it with its residual, dm that of what the mixer makes
+    column_sums           weight of the norm behind      dy, y                          a gradient        2
+    norm_backward         the norm behind                dy, y, rstd                    dm                3
+    ...                   the mixer as above, from dm    x and its values
+    projection_backward   its first product              grad of it                     dx                1 + 2 I/D
+    norm_backward         the norm ahead; + dy or dm     dx, x, rstd, dy or dm          ds                4
+    gate_backward         after o_proj                   grad a, a, gate                grad mixed, gate  5 A/D
+    head_norm_backward    queries, then keys             grad q, normed q               grad q            3 A/D
 """
 
 import triton
 import triton.language as tl
 from trmfast.kernels.dot import narrow
 
-__all__ = ["norm_gradient", "store_targets", "swiglu_gradient"]
+__all__ = ["activation_gradient", "norm_gradient", "store_targets", "swiglu_gradient"]
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+SQRT_TAU_INVERSE = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 
 @triton.jit
@@ -70,6 +83,21 @@ def swiglu_gradient(gate, up, gradient):
     silu = gate * sigmoid
     grad_gate = gradient * up * (sigmoid + silu * (1.0 - sigmoid))
     return grad_gate, gradient * silu, silu * up
+
+
+@triton.jit
+def activation_gradient(up, gradient, ACTIVATION: tl.constexpr):
+    """Gradient of what a square of a ReLU or an exact GELU takes, and the activation; all float32."""
+    if ACTIVATION == "relu2":
+        positive = tl.maximum(up, 0.0)
+        grad_up = 2.0 * positive * gradient
+        activation = positive * positive
+    else:
+        below = 0.5 * (1.0 + tl.erf(up * SQRT_HALF))  # of the normal distribution
+        density = SQRT_TAU_INVERSE * tl.exp(-0.5 * up * up)
+        grad_up = gradient * (below + up * density)
+        activation = up * below
+    return grad_up, activation
 
 
 @triton.jit

@@ -1,17 +1,22 @@
 """Gradient of the input of an RMSNorm over the width D, from its output.
 
-One program takes BLOCK_M whole rows in registers.  Reads grad y, y [T, D] and rstd [T], writes grad s [T, D].  Only
-the last norm of a net needs it, and those below an ``mlp_t`` mixer: elsewhere the kernel that makes grad y has whole
-rows in registers and applies the norm's gradient to them (projection_backward).
+One program takes BLOCK_M whole rows in registers.  Reads grad y, y [T, D] and rstd [T], writes grad s [T, D].  In a
+post-norm block only the last norm of a net needs it, and those below an ``mlp_t`` mixer: elsewhere the kernel that
+makes grad y has whole rows in registers and applies the norm's gradient to them (projection_backward).
+
+The weight of a norm behind a mixer multiplies grad y at its load.  Where a norm lies ahead of a mixer, the gradient
+that bypasses both is added at the end, and the sum is stored, or added to the gradients of states.
 """
 
+from collections.abc import Sequence
 from math import prod
 
 import triton
 import triton.language as tl
 from trmfast.kernels.dot import narrow
-from trmfast.kernels.gradients import norm_gradient
+from trmfast.kernels.gradients import norm_gradient, store_targets
 from trmfast.kernels.plan import Buffer, Launch, Tile
+from trmfast.kernels.projection_backward import part_targets
 
 __all__ = ["norm_backward"]
 
@@ -21,7 +26,11 @@ def norm_backward_kernel(
     gradient,
     norm_output,
     rstd,
+    weight,
+    residual,
     out,
+    added,
+    overwritten,
     rows,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -36,20 +45,39 @@ def norm_backward_kernel(
         mask = mask & (column < WIDTH)[None, :]
     at = first_row.to(tl.int64) * WIDTH + row[:, None] * WIDTH + column[None, :]
     grad = tl.load(gradient + at, mask, 0.0).to(tl.float32)
+    if weight is not None:
+        grad *= tl.load(weight + column, column < WIDTH, 0.0).to(tl.float32)[None, :]
     y = tl.load(norm_output + at, mask, 0.0).to(tl.float32)
     scale = tl.load(rstd + first_row + row, row_inside, 0.0)
     result = norm_gradient(grad, y, scale[:, None], WIDTH, 1)
-    tl.store(out + at, narrow(result, out.dtype.element_ty), mask)
+    if residual is not None:
+        result += tl.load(residual + at, mask, 0.0).to(tl.float32)
+    if out is not None:
+        tl.store(out + at, narrow(result, out.dtype.element_ty), mask)
+    store_targets(added, overwritten, at, mask, result)
 
 
-def norm_backward(gradient: Buffer, norm_output: Buffer, rstd: Buffer, out: Buffer, *, tile: Tile) -> Launch:
+def norm_backward(
+    gradient: Buffer,
+    norm_output: Buffer,
+    rstd: Buffer,
+    out: Buffer | None = None,
+    *,
+    weight: Buffer | None = None,
+    residual: Buffer | None = None,
+    targets: Sequence[tuple[Buffer, bool]] = (),
+    tile: Tile,
+) -> Launch:
     """From the gradient of ``y = rms_norm(s)`` to that of s.
 
     Args:
-        gradient: of y, [..., D], the compute dtype or float32.
+        gradient: of y, or of ``weight * y``; [..., D], the compute dtype or float32.
         norm_output: y, [..., D].
         rstd: [...] float32.
-        out: result [..., D].
+        out: result [..., D]; None if there are targets only.
+        weight: [D], of the norm, or None.
+        residual: [..., D], added to the result: the gradient of s that bypasses the norm; or None.
+        targets: float32 buffers of the shape of ``out``, and whether to add to them (True) or to overwrite them.
         tile: BLOCK_M rows, BLOCK_N >= D.
 
     Raises:
@@ -58,12 +86,23 @@ def norm_backward(gradient: Buffer, norm_output: Buffer, rstd: Buffer, out: Buff
     rows, width = prod(norm_output.shape[:-1]), norm_output.shape[-1]
     if tile["BLOCK_N"] < width:
         raise ValueError(f"tile: got BLOCK_N {tile['BLOCK_N']}, accepted is at least {width}")
+    added, overwritten = part_targets(targets)
     return Launch.of(
         "norm_backward.norm_backward_kernel",
         (triton.cdiv(rows, tile["BLOCK_M"]),),
-        {"gradient": gradient, "norm_output": norm_output, "rstd": rstd, "out": out, "rows": rows},
-        reads=("gradient", "norm_output", "rstd"),
-        writes=("out",),
+        {
+            "gradient": gradient,
+            "norm_output": norm_output,
+            "rstd": rstd,
+            "weight": weight,
+            "residual": residual,
+            "out": out,
+            "added": added,
+            "overwritten": overwritten,
+            "rows": rows,
+        },
+        reads=("gradient", "norm_output", "rstd", "weight", "residual", "added"),
+        writes=("out", "added", "overwritten"),
         constants={"WIDTH": width},
         tile=tile,
     )

@@ -68,9 +68,11 @@ def begin_sum(
     In 16 bits it is the residual, which would need extra registers if added at the end.  In float32 it is zero: a sum
     that starts with the residual rounds at the residual's magnitude in every step, a quarter more error per block.
     """
-    if residual.dtype.element_ty == tl.float32:
-        return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    return _load_residual(residual, squares, first_row, first_column, tokens, D, PARTS, EPS, BLOCK_M, BLOCK_N)
+    h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if residual is not None:  # noqa: SIM102 (known when compiled)
+        if residual.dtype.element_ty != tl.float32:
+            h = _load_residual(residual, squares, first_row, first_column, tokens, D, PARTS, EPS, BLOCK_M, BLOCK_N)
+    return h
 
 
 @triton.jit
@@ -88,8 +90,9 @@ def end_sum(
     BLOCK_N: tl.constexpr,
 ):
     """The sum with the residual, from one that began as :func:`begin_sum` says."""
-    if residual.dtype.element_ty == tl.float32:
-        h += _load_residual(residual, squares, first_row, first_column, tokens, D, PARTS, EPS, BLOCK_M, BLOCK_N)
+    if residual is not None:  # noqa: SIM102 (known when compiled)
+        if residual.dtype.element_ty == tl.float32:
+            h += _load_residual(residual, squares, first_row, first_column, tokens, D, PARTS, EPS, BLOCK_M, BLOCK_N)
     return h
 
 
@@ -183,12 +186,13 @@ def check_squares(squares: Buffer | None, rstd: Buffer | None, width: int, tile:
     """Whether what a product with a norm writes fits its tile.
 
     Raises:
-        ValueError: squares with whole rows, none with narrower tiles, or rstd with squares.
+        ValueError: squares of another number of column tiles, none with several, or rstd with squares.
     """
     tiles = triton.cdiv(width, tile["BLOCK_N"])
-    if (tiles > 1) != (squares is not None) or (squares is not None and squares.shape[-1] != tiles):
-        found = None if squares is None else squares.shape[-1]
-        raise ValueError(f"squares: got {found} for {tiles} column tiles, accepted is {tiles if tiles > 1 else None}")
+    found = None if squares is None else squares.shape[-1]
+    if found != tiles and not (found is None and tiles == 1):
+        accepted = tiles if tiles > 1 else "None or 1"
+        raise ValueError(f"squares: got {found} for {tiles} column tiles, accepted is {accepted}")
     if squares is not None and rstd is not None:
         raise ValueError("rstd: got a buffer with squares, accepted is None: no program knows whole rows")
 
@@ -196,7 +200,7 @@ def check_squares(squares: Buffer | None, rstd: Buffer | None, width: int, tile:
 def projection(
     source: Buffer,
     weight: Buffer,
-    residual: Buffer | Rows,
+    residual: Buffer | Rows | None,
     out: Buffer,
     *,
     eps: float,
@@ -210,11 +214,11 @@ def projection(
     Args:
         source: [..., K].
         weight: [D, K].
-        residual: [..., D].
+        residual: [..., D]; None for the product alone, with squares.
         out: [..., D]; not the residual's buffer.
         eps: of the norm.
-        squares: [..., tiles] float32 if BLOCK_N < D, receives sums of squares of what the norm takes, which is then
-            what ``out`` receives; otherwise None.
+        squares: [..., tiles] float32, receives sums of squares of what a norm takes, which is then what ``out``
+            receives.  Needed if BLOCK_N < D; otherwise None for the norm of whole rows.
         rstd: [...] float32, receives 1 / sqrt(mean(h^2) + eps) of each row, or None; not with squares.
         tile: BLOCK_M, BLOCK_N, BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
@@ -224,7 +228,7 @@ def projection(
     """
     tokens, (width, depth) = prod(source.shape[:-1]), weight.shape
     check_squares(squares, rstd, width, tile)
-    bypass = rows_of(residual)
+    bypass = None if residual is None else rows_of(residual)
     columns = min(tile["BLOCK_N"], width)
     return Launch.of(
         "projection.projection_kernel",
@@ -232,8 +236,8 @@ def projection(
         {
             "source": source,
             "weight": weight,
-            "residual": bypass.values,
-            "residual_squares": bypass.squares,
+            "residual": None if bypass is None else bypass.values,
+            "residual_squares": None if bypass is None else bypass.squares,
             "out": out,
             "squares": squares,
             "rstd": rstd,
@@ -246,8 +250,8 @@ def projection(
             "D": width,
             "DEPTH": depth,
             "EPS": eps,
-            "RESIDUAL_PARTS": bypass.parts,
-            "RESIDUAL_EPS": bypass.eps,
+            "RESIDUAL_PARTS": 0 if bypass is None else bypass.parts,
+            "RESIDUAL_EPS": 0.0 if bypass is None else bypass.eps,
             "PRECISION": precision,
         },
         tile=tile,

@@ -11,8 +11,10 @@ slower than the others.
 
 The rows of the product are normed here if those of the only term are not (rows.py).
 
-The rotation pairs column i of a head with i + d / 2.  The weight rows are taken so that both end up in one thread
-(pairs.py).  Rows beyond T repeat the last one: the inner loop has no masks unless BLOCK_K does not divide D.
+The rotation pairs column i of a head with i + d / 2, or 2 i with 2 i + 1.  The weight rows are taken so that both end
+up in one thread (pairs.py).  The rows of a gate, Hq d or Hq of them, precede those of the queries; the tiles have them
+padded to whole heads, so that pairs stay where they are.  Rows beyond T repeat the last one: the inner loop has no
+masks unless BLOCK_K does not divide D.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def qkv_kernel(
     terms,
     squares,
     weight,
+    bias,
     cos,
     sin,
     total,
@@ -48,8 +51,12 @@ def qkv_kernel(
     end,  # D, at run time: a constant trip count would be unrolled and use more registers
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ROTATED: tl.constexpr,  # columns of queries and keys; 0: no rotation
+    GATE: tl.constexpr,  # columns of the gate
+    PAD: tl.constexpr,  # what the tiles have behind it to fill a head
+    BIASED: tl.constexpr,  # columns of queries and keys
+    ROTATED: tl.constexpr,  # columns up to the end of the keys, in the tiles; 0: no rotation
     HALF: tl.constexpr,  # half of the width of a head
+    INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     EPS: tl.constexpr,
@@ -58,7 +65,10 @@ def qkv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    COLUMN_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    SPACE: tl.constexpr = COLUMNS + PAD
+    COLUMN_TILES: tl.constexpr = (SPACE + BLOCK_N - 1) // BLOCK_N
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1  # between the columns of two pairs
+    PARTNER: tl.constexpr = 1 if INTERLEAVED else HALF  # between the two of a pair
     MASKED: tl.constexpr = D % BLOCK_K != 0
     pid = tl.program_id(0)
     first_row = pid // COLUMN_TILES * BLOCK_M
@@ -69,10 +79,12 @@ def qkv_kernel(
     positions = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if ROTATED > 0:
         pair, half = pair_of(positions, GROUP)
-        columns = pair // HALF * (2 * HALF) + pair % HALF + half * HALF
+        columns = pair // HALF * (2 * HALF) + pair % HALF * STEP + half * PARTNER
     else:
         columns = positions
-    if COLUMNS % BLOCK_N != 0:
+    if PAD > 0:
+        columns = tl.where(columns < GATE + PAD, tl.minimum(columns, GATE - 1), columns - PAD)
+    if SPACE % BLOCK_N != 0:
         columns = tl.minimum(columns, COLUMNS - 1)
 
     depth = tl.arange(0, BLOCK_K)
@@ -95,31 +107,44 @@ def qkv_kernel(
         product = dot(a, tl.trans(b), product, PRECISION)
     if squares is not None:
         product *= row_factor(squares, first_row, near_rows, PARTS, D, EPS)[:, None]
+    if bias is not None:
+        biased = (columns >= GATE) & (columns < GATE + BIASED)
+        product += tl.load(bias + columns - GATE, mask=biased, other=0.0).to(tl.float32)[None, :]
 
     out_start = first_row.to(tl.int64) * COLUMNS
     if ROTATED > 0:
         low, high = part_columns(product, GROUP)
         pair = column_tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        within = pair % HALF
+        within = pair % HALF * STEP
         low_column = pair // HALF * (2 * HALF) + within
-        if column_tile * BLOCK_N < ROTATED:
+        turned = column_tile * BLOCK_N < ROTATED
+        if GATE > 0:
+            turned = turned & (column_tile * BLOCK_N + BLOCK_N > GATE + PAD)
+        if turned:
             table = ((first_row + rows) % length)[:, None] * (2 * HALF) + within[None, :]
-            if ROTATED % BLOCK_N == 0:
+            if ROTATED % BLOCK_N == 0 and (GATE + PAD) % BLOCK_N == 0:
                 cos_low, sin_low = tl.load(cos + table), tl.load(sin + table)
-                cos_high, sin_high = tl.load(cos + HALF + table), tl.load(sin + HALF + table)
+                cos_high, sin_high = tl.load(cos + PARTNER + table), tl.load(sin + PARTNER + table)
             else:
-                turns = (low_column < ROTATED)[None, :]
+                turns = ((low_column >= GATE + PAD) & (low_column < ROTATED))[None, :]
                 cos_low = tl.load(cos + table, mask=turns, other=1.0)
                 sin_low = tl.load(sin + table, mask=turns, other=0.0)
-                cos_high = tl.load(cos + HALF + table, mask=turns, other=1.0)
-                sin_high = tl.load(sin + HALF + table, mask=turns, other=0.0)
+                cos_high = tl.load(cos + PARTNER + table, mask=turns, other=1.0)
+                sin_high = tl.load(sin + PARTNER + table, mask=turns, other=0.0)
             low, high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
-        mask = row_in_range[:, None]
-        if COLUMNS % BLOCK_N != 0:
-            mask = mask & (low_column < COLUMNS)[None, :]
-        target = out + out_start + rows[:, None] * COLUMNS + low_column[None, :]
-        tl.store(target, narrow(low, out.dtype.element_ty), mask=mask)
-        tl.store(target + HALF, narrow(high, out.dtype.element_ty), mask=mask)
+        high_column = low_column + PARTNER
+        low_mask = row_in_range[:, None]
+        if SPACE % BLOCK_N != 0:
+            low_mask = low_mask & (low_column < SPACE)[None, :]
+        high_mask = low_mask
+        if PAD > 0:
+            low_mask = low_mask & ((low_column < GATE) | (low_column >= GATE + PAD))[None, :]
+            high_mask = high_mask & ((high_column < GATE) | (high_column >= GATE + PAD))[None, :]
+            low_column = tl.where(low_column < GATE, low_column, low_column - PAD)
+            high_column = tl.where(high_column < GATE, high_column, high_column - PAD)
+        target = out + out_start + rows[:, None] * COLUMNS
+        tl.store(target + low_column[None, :], narrow(low, out.dtype.element_ty), mask=low_mask)
+        tl.store(target + high_column[None, :], narrow(high, out.dtype.element_ty), mask=high_mask)
     else:
         mask = row_in_range[:, None]
         if COLUMNS % BLOCK_N != 0:
@@ -134,6 +159,7 @@ def qkv(
     weight: Buffer,
     out: Buffer,
     *,
+    bias: Buffer | None = None,
     cos: Buffer | None = None,
     sin: Buffer | None = None,
     total: Buffer | None = None,
@@ -146,8 +172,9 @@ def qkv(
         block: sizes of the block.
         terms: 1 to 8 of [B, L, D] in the order of the update, x last; the sum is taken from the right; one that
             is alone may have squares, and then ``total`` is None.
-        weight: [(Hq + 2 Hkv) d, D].
-        out: [B, L, (Hq + 2 Hkv) d], rotated queries, rotated keys, values.
+        weight: [G + (Hq + 2 Hkv) d, D], with G rows of the gate.
+        out: [B, L, G + (Hq + 2 Hkv) d], the gate before its sigmoid, rotated queries, rotated keys, values.
+        bias: [(Hq + Hkv) d], added to queries and keys before the rotation, or None.
         cos, sin: [>= L, d] float32, or None for no rotation.
         total: [B, L, D], receives the sum; None if not needed.
         tile: BLOCK_M, BLOCK_N, BLOCK_K.
@@ -161,11 +188,12 @@ def qkv(
     tokens, columns = prod(values[0].shape[:-1]), weight.shape[0]
     if rows.squares is not None and total is not None:
         raise ValueError("total: got a buffer with a term that has squares, accepted is None")
-    half = 0
+    gate, half, pad = block.gate_rows, 0, 0
     if cos is not None:
         if block.head_dim % 2:
             raise ValueError(f"head_dim: got {block.head_dim} with cos and sin, accepted are even numbers")
-        half = block.head_dim // 2
+        half, pad = block.head_dim // 2, -gate % block.head_dim
+    biased = (block.num_heads + block.num_kv_heads) * block.head_dim
     return Launch.of(
         "qkv.qkv_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),),
@@ -173,6 +201,7 @@ def qkv(
             "terms": values,
             "squares": rows.squares,
             "weight": weight,
+            "bias": bias,
             "cos": cos,
             "sin": sin,
             "total": total,
@@ -181,13 +210,17 @@ def qkv(
             "length": length,
             "end": width,
         },
-        reads=("terms", "squares", "weight", "cos", "sin"),
+        reads=("terms", "squares", "weight", "bias", "cos", "sin"),
         writes=("total", "out"),
         constants={
             "D": width,
             "COLUMNS": columns,
-            "ROTATED": (block.num_heads + block.num_kv_heads) * block.head_dim if half else 0,
+            "GATE": gate,
+            "PAD": pad,
+            "BIASED": biased,
+            "ROTATED": gate + pad + biased if half else 0,
             "HALF": half,
+            "INTERLEAVED": block.rotation == "interleaved",
             "GROUP": pairs.group_of(half) if half else 1,
             "PARTS": rows.parts,
             "EPS": rows.eps,

@@ -9,11 +9,16 @@ A weightless norm is one number a row, r = 1 / sqrt(mean(s^2) + eps), so it comm
 reader adds up the parts of its rows, from the first tile to the last, and multiplies: the rows of its product in the
 epilogue, a residual at its load.  Every part belongs to one program, and all readers get the same bits.
 
+Where a block norms what its mixers read, s is its residual too: the product stores the plain sum, and the readers of
+the branch scale it.
+
 Rounding: the squares are those of s before it is rounded to the compute dtype.  A product has round(s) as its operand
 and a residual is round(s) r in float32: one rounding a norm, as when one program holds the row and stores round(s r).
-``normed_sum`` and ``normed_rows`` store round(round(s) r), with the two roundings of eager PyTorch.
+``normed_sum`` and ``normed_rows`` store round(round(s) r), with the two roundings of eager PyTorch, and a third one
+after the norm's weight, if it has one.
 
-``normed_sum`` makes the input of an update from states of which some are such pairs; ``normed_rows`` norms up to eight
+``normed_sum`` adds up tensors of which some are such pairs: the input of an update, and a residual with the norm of its
+branch.  It writes the sum, its squares for the norm ahead of a mixer, or both.  ``normed_rows`` norms up to eight
 tensors: the results of a recursion, and what backward reads.  Both are elementwise: they read each operand once and
 write each result once.
 """
@@ -54,11 +59,15 @@ class Rows:
         values: [..., D], the result if there are no squares, otherwise the input of the norm.
         squares: [..., tiles] float32, sums of squares of parts of a row, or None.
         eps: of the norm.
+        weight: [D], factors of the columns behind the norm, or None; ``normed_sum`` and ``normed_rows`` alone take it.
+        rstd: 1 / sqrt(mean(s^2) + eps) of every row in float32, where the norm is applied and backward needs them.
     """
 
     values: Buffer
     squares: Buffer | None = None
     eps: float = 0.0
+    weight: Buffer | None = None
+    rstd: Buffer | None = None
 
     @property
     def parts(self) -> int:
@@ -126,13 +135,28 @@ def store_sum(
 
 
 @triton.jit
+def _times_weight(value, weights, PLACE: tl.constexpr, columns, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rounded values [rows, columns] times the weight at a place of a tuple, rounded again; PLACE -1: as they are."""
+    if PLACE >= 0:
+        if MASKED:
+            weight = tl.load(weights[PLACE] + columns, mask=columns < D, other=0.0)
+        else:
+            weight = tl.load(weights[PLACE] + columns)
+        value = narrow(value.to(tl.float32) * weight.to(tl.float32)[None, :], value.dtype)
+    return value
+
+
+@triton.jit
 def normed_sum_kernel(
     terms,
     squares,
+    weights,
     out,
+    sums,
     tokens,
     D: tl.constexpr,
-    PLACES: tl.constexpr,  # a tuple like the next two: of each term, the place of its squares, -1 without
+    PLACES: tl.constexpr,  # a tuple like the next three: of each term, the place of its squares, -1 without
+    WEIGHTED: tl.constexpr,  # the place of its weight, -1 without
     PARTS: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -141,14 +165,17 @@ def normed_sum_kernel(
     COLUMN_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     LAST: tl.constexpr = len(terms) - 1
     first_row = tl.program_id(0) // COLUMN_TILES * BLOCK_M
+    column_tile = tl.program_id(0) % COLUMN_TILES
     rows = tl.arange(0, BLOCK_M)
     near_rows = tl.minimum(rows, tokens - first_row - 1)
-    columns = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (rows < tokens - first_row)[:, None]
+    row_in_range = rows < tokens - first_row
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = row_in_range[:, None]
     if D % BLOCK_N != 0:
         mask = mask & (columns < D)[None, :]
     at = first_row.to(tl.int64) * D + rows[:, None] * D + columns[None, :]
-    dtype: tl.constexpr = out.dtype.element_ty
+    like = terms[0] if out is None else out
+    dtype: tl.constexpr = like.dtype.element_ty
     # From the right, rounded after each addition, as the reference does.
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype)
     for i in tl.static_range(len(terms)):
@@ -158,19 +185,27 @@ def normed_sum_kernel(
                 squares[PLACES[LAST - i]], first_row, near_rows, PARTS[LAST - i], D, EPS[LAST - i]
             )  # fmt: skip
             value = narrow(value.to(tl.float32) * factor[:, None], dtype)
+        value = _times_weight(value, weights, WEIGHTED[LAST - i], columns, D, D % BLOCK_N != 0)
         total = narrow(value.to(tl.float32) + total.to(tl.float32), dtype)
-    tl.store(out + at, total, mask=mask)
+    if out is not None:
+        tl.store(out + at, total, mask=mask)
+    if sums is not None:
+        wide = total.to(tl.float32)
+        target = sums + first_row.to(tl.int64) * COLUMN_TILES + rows * COLUMN_TILES + column_tile
+        tl.store(target, tl.sum(wide * wide, 1), mask=row_in_range)
 
 
 @triton.jit
 def normed_rows_kernel(
     sources,
     squares,
+    weights,
     outs,
     rstds,
     tokens,
     D: tl.constexpr,
-    PARTS: tl.constexpr,  # a tuple like the next one: of each source
+    WEIGHTED: tl.constexpr,  # a tuple like the next two: of each source, the place of its weight, -1 without
+    PARTS: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -189,36 +224,57 @@ def normed_rows_kernel(
     for i in tl.static_range(len(sources)):
         factor = row_factor(squares[i], first_row, near_rows, PARTS[i], D, EPS[i])
         value = tl.load(sources[i] + at, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-        tl.store(outs[i] + at, narrow(value, outs[i].dtype.element_ty), mask=mask)
+        value = narrow(value, outs[i].dtype.element_ty)
+        value = _times_weight(value, weights, WEIGHTED[i], columns, D, D % BLOCK_N != 0)
+        tl.store(outs[i] + at, value, mask=mask)
         if len(rstds) > 0:
             tl.store(rstds[i] + first_row + rows, factor, mask=row_in_range & (column_tile == 0))
 
 
-def normed_sum(terms: Sequence[Buffer | Rows], out: Buffer, *, tile: Tile) -> Launch:
-    """The launch of a sum of states, each normed and rounded before it is added.
+def _places(present: Sequence[object | None]) -> tuple[int, ...]:
+    """Of each item its place among those that are not None, -1 for those that are."""
+    counts = [sum(other is not None for other in present[:i]) for i in range(len(present))]
+    return tuple(-1 if item is None else count for item, count in zip(present, counts, strict=True))
+
+
+def normed_sum(
+    terms: Sequence[Buffer | Rows], out: Buffer | None, *, squares: Buffer | None = None, tile: Tile
+) -> Launch:
+    """The launch of a sum of tensors, those with squares normed and rounded before they are added.
 
     Args:
-        terms: 1 to 8 of [..., D] in the order of the update, x last; the sum is taken from the right.
-        out: [..., D].
+        terms: 1 to 8 of [..., D] in the order of the update, x last; the sum is taken from the right.  One term alone
+            may be float32, and is then cast.
+        out: [..., D], the buffer of a term or another; or None.
+        squares: [..., tiles] float32, receives the sums of squares of the rounded sum; or None.
         tile: BLOCK_M, BLOCK_N.
 
     Raises:
-        ValueError: the number of terms.
+        ValueError: the number of terms, or nothing to write.
     """
     rows = [rows_of(term) for term in terms]
     values = checked_terms([row.values for row in rows])
-    squares = tuple(row.squares for row in rows if row.squares is not None)
-    scaled = [row.squares is not None for row in rows]
-    tokens, width = prod(out.shape[:-1]), out.shape[-1]
+    if out is None and squares is None:
+        raise ValueError("out: got None without squares, accepted with them")
+    like = values[0] if out is None else out
+    tokens, width = prod(like.shape[:-1]), like.shape[-1]
     return Launch.of(
         "rows.normed_sum_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),
-        {"terms": values, "squares": squares, "out": out, "tokens": tokens},
-        reads=("terms", "squares"),
-        writes=("out",),
+        {
+            "terms": values,
+            "squares": tuple(row.squares for row in rows if row.squares is not None),
+            "weights": tuple(row.weight for row in rows if row.weight is not None),
+            "out": out,
+            "sums": squares,
+            "tokens": tokens,
+        },
+        reads=("terms", "squares", "weights"),
+        writes=("out", "sums"),
         constants={
             "D": width,
-            "PLACES": tuple(sum(scaled[:i]) if is_scaled else -1 for i, is_scaled in enumerate(scaled)),
+            "PLACES": _places([row.squares for row in rows]),
+            "WEIGHTED": _places([row.weight for row in rows]),
             "PARTS": tuple(row.parts for row in rows),
             "EPS": tuple(row.eps for row in rows),
         },
@@ -240,22 +296,23 @@ def normed_rows(sources: Sequence[Rows], outs: Sequence[Buffer], rstds: Sequence
     """
     if not 1 <= len(sources) <= MAX_SOURCES:
         raise ValueError(f"sources: got {len(sources)}, accepted are 1 to {MAX_SOURCES}")
-    squares = tuple(source.squares for source in sources if source.squares is not None)
     tokens, width = prod(outs[0].shape[:-1]), outs[0].shape[-1]
     return Launch.of(
         "rows.normed_rows_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),
         {
             "sources": tuple(source.values for source in sources),
-            "squares": squares,
+            "squares": tuple(source.squares for source in sources if source.squares is not None),
+            "weights": tuple(source.weight for source in sources if source.weight is not None),
             "outs": tuple(outs),
             "rstds": tuple(rstds),
             "tokens": tokens,
         },
-        reads=("sources", "squares"),
+        reads=("sources", "squares", "weights"),
         writes=("outs", "rstds"),
         constants={
             "D": width,
+            "WEIGHTED": _places([source.weight for source in sources]),
             "PARTS": tuple(source.parts for source in sources),
             "EPS": tuple(source.eps for source in sources),
         },

@@ -7,7 +7,8 @@
 share to [BLOCK_M, D] accumulators; the activation never leaves the chip.  A program reads the 3 I D elements of the
 weights from L2 once, and the rows of h1 I / BLOCK_I times, for 6 BLOCK_M I D FLOP: BLOCK_M FLOP for each byte of a
 2-byte weight.  ``gate_up`` writes the activation to memory, 4 I bytes a token there and back, and its tiles may be
-larger than whole rows allow; ``projection`` does the rest.
+larger than whole rows allow; ``projection`` does the rest.  It also makes the activation of a mixer without a gate, the
+square of a ReLU or a GELU of one product; its tiles are then as many columns of one product as of two otherwise.
 
 Where ``h1`` is normed by its readers (rows.py), the rows of gate and up are, and the residual.
 
@@ -26,15 +27,32 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection import begin_sum, block_width, end_sum, store_normed
 from trmfast.kernels.rows import Rows, row_factor, rows_of
 
-__all__ = ["gate_up", "silu", "swiglu"]
+__all__ = ["activate", "gate_up", "is_gated", "silu", "swiglu"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
 def silu(value):
     """``value * sigmoid(value)`` of float32 values."""
     return value / (1.0 + tl.exp2(value * -LOG2E))
+
+
+def is_gated(channel_mixer: str) -> bool:
+    """Whether a channel mixer has a gate beside its up projection."""
+    return channel_mixer in ("swiglu", "conv_swiglu")
+
+
+@triton.jit
+def activate(value, ACTIVATION: tl.constexpr):
+    """The square of a ReLU, or the exact GELU, of float32 values."""
+    if ACTIVATION == "relu2":
+        result = tl.maximum(value, 0.0)
+        result = result * result
+    else:
+        result = 0.5 * value * (1.0 + tl.erf(value * SQRT_HALF))
+    return result
 
 
 @triton.jit
@@ -111,6 +129,7 @@ def gate_up_kernel(
     INTER: tl.constexpr,
     PARTS: tl.constexpr,
     H1_EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # "swiglu", of two products; "relu2" or "gelu", of one
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -123,14 +142,21 @@ def gate_up_kernel(
     rows = tl.arange(0, BLOCK_M)
     near_rows = tl.minimum(rows, tokens - first_row - 1)
     depth = tl.arange(0, BLOCK_K)
-    pair, half = pair_of(tl.arange(0, 2 * BLOCK_I), GROUP)
-    column = first_column + pair
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    COLUMNS: tl.constexpr = 2 * BLOCK_I if GATED else BLOCK_I
+    if GATED:
+        pair, half = pair_of(tl.arange(0, COLUMNS), GROUP)
+        column = first_column + pair
+    else:
+        column = first_column + tl.arange(0, COLUMNS)
     if INTER % BLOCK_I != 0:
         column = tl.minimum(column, INTER - 1)
     a_base = h1 + first_row.to(tl.int64) * D
     a_offsets = near_rows[:, None] * D + depth[None, :]
-    b_offsets = (column + half * INTER)[:, None] * D + depth[None, :]
-    both = tl.zeros((BLOCK_M, 2 * BLOCK_I), tl.float32)
+    if GATED:
+        column += half * INTER
+    b_offsets = column[:, None] * D + depth[None, :]
+    both = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
     for k in range(0, end, BLOCK_K):
         if D % BLOCK_K == 0:
             a = tl.load(a_base + k + a_offsets)
@@ -142,18 +168,21 @@ def gate_up_kernel(
         both = dot(a, tl.trans(b), both, PRECISION)
     if squares is not None:
         both *= row_factor(squares, first_row, near_rows, PARTS, D, H1_EPS)[:, None]
-    gate, up = part_columns(both, GROUP)
     columns = first_column + tl.arange(0, BLOCK_I)
     mask = (rows < tokens - first_row)[:, None]
     if INTER % BLOCK_I != 0:
         mask = mask & (columns < INTER)[None, :]
     dtype: tl.constexpr = activation.dtype.element_ty
     target = activation + first_row.to(tl.int64) * INTER + rows[:, None] * INTER + columns[None, :]
-    tl.store(target, narrow(silu(gate) * up, dtype), mask=mask)
-    if gates is not None:
-        target = gates + first_row.to(tl.int64) * (2 * INTER) + rows[:, None] * (2 * INTER) + columns[None, :]
-        tl.store(target, narrow(gate, dtype), mask=mask)
-        tl.store(target + INTER, narrow(up, dtype), mask=mask)
+    if GATED:
+        gate, up = part_columns(both, GROUP)
+        tl.store(target, narrow(silu(gate) * up, dtype), mask=mask)
+        if gates is not None:
+            target = gates + first_row.to(tl.int64) * (2 * INTER) + rows[:, None] * (2 * INTER) + columns[None, :]
+            tl.store(target, narrow(gate, dtype), mask=mask)
+            tl.store(target + INTER, narrow(up, dtype), mask=mask)
+    else:
+        tl.store(target, narrow(activate(both, ACTIVATION), dtype), mask=mask)
 
 
 def swiglu(
@@ -218,6 +247,7 @@ def gate_up(
     activation: Buffer,
     *,
     gates: Buffer | None = None,
+    activation_of: str = "swiglu",
     tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
@@ -225,15 +255,16 @@ def gate_up(
 
     Args:
         h1: [..., D].
-        weight: [2 I, D], the rows of the gate, then those of the up projection.
-        activation: [..., I], receives silu(gate) * up.
-        gates: [..., 2 I], receives gate and up before the activation, or None.
+        weight: [2 I, D], the rows of the gate, then those of the up projection; without a gate [I, D].
+        activation: [..., I], receives silu(gate) * up, or what ``activation_of`` says.
+        gates: [..., 2 I], receives gate and up before the activation, or None; not without a gate.
+        activation_of: ``"swiglu"``, ``"relu2"`` or ``"gelu"``.
         tile: BLOCK_M, BLOCK_I (columns of the activation, at least 8), BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
     source = rows_of(h1)
     tokens, (rows, width) = prod(source.values.shape[:-1]), weight.shape
-    inter = rows // 2
+    inter, products = activation.shape[-1], rows // activation.shape[-1]
     return Launch.of(
         "swiglu.gate_up_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(inter, tile["BLOCK_I"]),),
@@ -253,10 +284,11 @@ def gate_up(
             "INTER": inter,
             "PARTS": source.parts,
             "H1_EPS": source.eps,
+            "ACTIVATION": activation_of,
             "PRECISION": precision,
         },
         tile=tile,
-        flops=4 * tokens * width * inter,
-        special=2 * tokens * inter,
-        loads=(tile["BLOCK_M"] + 2 * tile["BLOCK_I"]) * width + tile["BLOCK_M"] * tile["BLOCK_I"],
+        flops=2 * products * tokens * width * inter,
+        special={"relu2": 0, "gelu": 1}.get(activation_of, 2) * tokens * inter,
+        loads=(tile["BLOCK_M"] + products * tile["BLOCK_I"]) * width + tile["BLOCK_M"] * tile["BLOCK_I"],
     )

@@ -8,7 +8,8 @@ the first.
 
 Reads h1 and ds2 [T, D], writes the gradient of gate and up [T, 2I] and the activation [T, I], which the gradient of
 down_proj needs: (2 D + 3 I) * size bytes and 6 D I FLOP a token.  Recomputing gate and up takes 4 of these 6 D I; if
-the forward kernel stored them, they would move 4 I * size more bytes a token.
+the forward kernel stored them, they would move 4 I * size more bytes a token.  Without a gate there is one accumulator
+and one weight tile less, and half of the gradient: 4 D I FLOP.
 
 Transposed, for the mixer over the sequence: the rows of the product are the columns of the state, h is [B, L, D] and
 the intermediates are [B, inner, D], so that memory is contiguous along rows of the product instead of along its depth
@@ -20,7 +21,7 @@ from math import prod
 import triton
 import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
-from trmfast.kernels.gradients import swiglu_gradient
+from trmfast.kernels.gradients import activation_gradient, swiglu_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
 
 __all__ = ["swiglu_backward"]
@@ -39,6 +40,7 @@ def swiglu_backward_kernel(
     DEPTH: tl.constexpr,
     INNER: tl.constexpr,
     STRIDE: tl.constexpr,  # of the rows of gate_up
+    ACTIVATION: tl.constexpr,  # "swiglu", or "relu2" or "gelu" without a gate
     CHANNELS: tl.constexpr,  # D if transposed, otherwise 0
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -46,6 +48,9 @@ def swiglu_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     COLUMN_TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    PARTS: tl.constexpr = 2 if GATED else 1
+    UP: tl.constexpr = INNER * STRIDE if GATED else 0  # where the rows of the up projection begin
     PADDED: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K * BLOCK_K <= STRIDE
     first_row = tl.program_id(0) // COLUMN_TILES * BLOCK_M
     row = tl.arange(0, BLOCK_M)
@@ -72,7 +77,8 @@ def swiglu_backward_kernel(
     gate_offsets = near_column[:, None] * STRIDE + step[None, :]
     down_offsets = step[:, None] * INNER + near_column[None, :]
 
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATED:
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     grad_activation = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, end, BLOCK_K):
@@ -87,17 +93,23 @@ def swiglu_backward_kernel(
             g = tl.load(gradient + at + offsets, left[None, :], 0.0)
             down_tile = tl.load(down + k * INNER + down_offsets, left[:, None], 0.0)
         if PADDED:
-            gate_tile = tl.load(gate_up + k + gate_offsets)
-            up_tile = tl.load(gate_up + INNER * STRIDE + k + gate_offsets)
+            if GATED:
+                gate_tile = tl.load(gate_up + k + gate_offsets)
+            up_tile = tl.load(gate_up + UP + k + gate_offsets)
         else:
             left = step < DEPTH - k
-            gate_tile = tl.load(gate_up + k + gate_offsets, left[None, :], 0.0)
-            up_tile = tl.load(gate_up + INNER * STRIDE + k + gate_offsets, left[None, :], 0.0)
-        gate = dot(h, tl.trans(gate_tile), gate, PRECISION)
+            if GATED:
+                gate_tile = tl.load(gate_up + k + gate_offsets, left[None, :], 0.0)
+            up_tile = tl.load(gate_up + UP + k + gate_offsets, left[None, :], 0.0)
+        if GATED:
+            gate = dot(h, tl.trans(gate_tile), gate, PRECISION)
         up = dot(h, tl.trans(up_tile), up, PRECISION)
         grad_activation = dot(g, down_tile, grad_activation, PRECISION)
 
-    grad_gate, grad_up, act = swiglu_gradient(gate, up, grad_activation)
+    if GATED:
+        grad_gate, grad_up, act = swiglu_gradient(gate, up, grad_activation)
+    else:
+        grad_up, act = activation_gradient(up, grad_activation, ACTIVATION)
     mask = row_inside[:, None] & column_inside[None, :]
     dtype: tl.constexpr = grad_gate_up.dtype.element_ty
     if CHANNELS > 0:
@@ -108,10 +120,13 @@ def swiglu_backward_kernel(
     else:
         start = first_row.to(tl.int64) * INNER
         offsets = row[:, None] * INNER + column[None, :]
-        result = grad_gate_up + 2 * start + row[:, None] * (2 * INNER) + column[None, :]
+        result = grad_gate_up + PARTS * start + row[:, None] * (PARTS * INNER) + column[None, :]
         half = INNER
-    tl.store(result, narrow(grad_gate, dtype), mask)
-    tl.store(result + half, narrow(grad_up, dtype), mask)
+    if GATED:
+        tl.store(result, narrow(grad_gate, dtype), mask)
+        tl.store(result + half, narrow(grad_up, dtype), mask)
+    else:
+        tl.store(result, narrow(grad_up, dtype), mask)
     if activation is not None:
         tl.store(activation + start + offsets, narrow(act, dtype), mask)
 
@@ -125,6 +140,7 @@ def swiglu_backward(
     activation: Buffer | None = None,
     *,
     tile: Tile,
+    activation_of: str = "swiglu",
     transposed: bool = False,
     precision: str = "ieee",
 ) -> Launch:
@@ -133,15 +149,18 @@ def swiglu_backward(
     Args:
         source: its input, [..., D]; transposed [B, L, D].
         gradient: of its output, the shape of ``source``.
-        gate_up: [2 I, D], or transposed [2 I, W] with W >= L, zeros from L on.
+        gate_up: [2 I, D], [I, D] without a gate, or transposed [2 I, W] with W >= L, zeros from L on.
         down: [D, I]; transposed [L, I].
-        grad_gate_up: result, [..., 2 I]; transposed [B, 2 I, D].
-        activation: result ``silu(gate) * up``, [..., I]; transposed [B, I, D]; None if not needed.
+        grad_gate_up: result, [..., 2 I], or [..., I] without a gate; transposed [B, 2 I, D].
+        activation: result ``silu(gate) * up``, or what ``activation_of`` says, [..., I]; transposed [B, I, D]; None if
+            not needed.
         tile: BLOCK_M rows, BLOCK_N inner columns, BLOCK_K.
+        activation_of: ``"swiglu"``, ``"relu2"`` or ``"gelu"``.
         transposed: whether the product runs over the sequence.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
     depth, inner = down.shape
+    products = gate_up.shape[0] // inner
     rows = source.shape[-1] if transposed else prod(source.shape[:-1])
     batch = source.shape[0] if transposed else 1
     tiles = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(inner, tile["BLOCK_N"])
@@ -164,11 +183,13 @@ def swiglu_backward(
             "DEPTH": depth,
             "INNER": inner,
             "STRIDE": gate_up.shape[1],
+            "ACTIVATION": activation_of,
             "CHANNELS": rows if transposed else 0,
             "PRECISION": precision,
         },
         tile=tile,
-        flops=6 * batch * rows * depth * inner,
-        special=2 * batch * rows * inner,
-        loads=(2 * tile["BLOCK_M"] + 3 * tile["BLOCK_N"]) * depth + 3 * tile["BLOCK_M"] * tile["BLOCK_N"],
+        flops=2 * (products + 1) * batch * rows * depth * inner,
+        special={"relu2": 0}.get(activation_of, 2) * batch * rows * inner,
+        loads=(2 * tile["BLOCK_M"] + (products + 1) * tile["BLOCK_N"]) * depth
+        + (products + 1) * tile["BLOCK_M"] * tile["BLOCK_N"],
     )

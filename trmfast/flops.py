@@ -23,10 +23,7 @@ def _attention_flops(block: BlockSpec, length: int) -> int:
     """FLOPs of the products without a weight: queries with keys, and their softmax with values."""
     if block.token_mixer != "attention":
         return 0
-    reach = min(block.attention_window or length, length)
-    before = reach * length - reach * (reach - 1) // 2  # keys up to the query itself
-    pairs = before if block.causal else 2 * before - length
-    return 4 * pairs * block.num_heads * block.head_dim
+    return 4 * block.attention_pairs(length) * block.num_heads * block.head_dim
 
 
 def _weight_flops(block: BlockSpec, length: int) -> int:

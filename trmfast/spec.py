@@ -148,6 +148,12 @@ class BlockSpec:
         """Rows of the gate's projection."""
         return {"none": 0, "channel": self.num_heads * self.head_dim, "head": self.num_heads}[self.gate]
 
+    def attention_pairs(self, length: int) -> int:
+        """Pairs of a query and a key that it sees in ``length`` tokens; segments count as one causal sequence."""
+        reach = min(self.attention_window or length, length)
+        before = reach * length - reach * (reach - 1) // 2  # keys up to the query itself
+        return before if self.causal else 2 * before - length
+
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names (those of the published state_dicts) and shapes of a block's weights, in the order all code uses."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TRITON = (3, 4)
 MOST_TERMS = 8
 # The options of a network that the kernels run, see :func:`trmfast.problem.unsupported`.
-CHOICES: dict[str, tuple[object, ...]] = {
+CHOICES: dict[str, Container[object]] = {
     "token_mixer": ("attention", "mlp_t"),
-    "channel_mixer": ("swiglu", "conv_swiglu"),
+    "channel_mixer": ("swiglu", "conv_swiglu", "relu2", "gelu"),
     "causal": (False, True),
+    "norm_placement": ("post", "pre", "sandwich", "sandwich_sum"),
+    "norm_weight": (False, True),
+    "final_norm": (False, True),
+    "rotation": ("half", "interleaved"),
+    "qk_norm": ("none", "plain", "learned"),
+    "qk_bias": (False, True),
+    "gate": ("none", "channel", "head"),
+    "attention_window": range(2**31),
+    "segments": (False, True),
 }
 WIDEST, WIDEST_HEAD = 4096, 128
 MOST_SEQUENCES = 65535  # CUDA's limit for the second and third axis of a grid
@@ -146,7 +155,7 @@ class TritonBackend:
         inputs: dict[str, Tensor] = {f"states.{s}": state for s, state in enumerate(call.states)}
         if call.x is not None:
             inputs["x"] = call.x
-        results = _run((setting, call.save), plan, {**inputs, **_constants(call.weights, call.cos, call.sin)})
+        results = _run((setting, call.save), plan, {**inputs, **_constants(call)})
         # A state that no update writes is still the caller's tensor.
         out = [results[f"out.{s}"] if f"out.{s}" in results else state.clone() for s, state in enumerate(call.states)]
         saved = results["saved"] if "saved" in results else first.new_empty((0, *first.shape))
@@ -158,9 +167,7 @@ class TritonBackend:
         key = (setting, tuple(call.needs_states), call.needs_x, tuple(call.needs_weights))
         backward = _backward_plan(*key)
         inputs = {f"grad.{s}": gradient for s, gradient in enumerate(call.grad_states)}
-        results = _run(
-            key, backward.plan, {"saved": call.saved, **inputs, **_constants(call.weights, call.cos, call.sin)}
-        )
+        results = _run(key, backward.plan, {"saved": call.saved, **inputs, **_constants(call)})
 
         def of(buffer: Buffer | None) -> Tensor | None:
             return None if buffer is None else results[buffer.name]
@@ -168,10 +175,12 @@ class TritonBackend:
         return [of(g) for g in backward.grad_states], of(backward.grad_x), [of(g) for g in backward.grad_weights]
 
 
-def _constants(weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None) -> dict[str, Tensor]:
-    found = {f"weights.{i}": weight for i, weight in enumerate(weights)}
-    if cos is not None and sin is not None:
-        found.update(cos=cos, sin=sin)
+def _constants(call: ForwardCall | BackwardCall) -> dict[str, Tensor]:
+    found = {f"weights.{i}": weight for i, weight in enumerate(call.weights)}
+    for name in ("cos", "sin", "segments"):
+        tensor = getattr(call, name)
+        if tensor is not None:
+            found[name] = tensor
     return found
 
 
