@@ -14,6 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from trmfast.kernels.architectures import GPUS
+
 from standin import HazardError, standin
 from standin.engine import Engine
 from standin.streams import Stream
@@ -172,6 +174,10 @@ def test_refusals(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert supports() is None
     assert supports(device="cuda:1") is None
     assert supports(dtype=torch.float32) == "it computes in bfloat16, float16, not in float32"
+    pre = make_case("pre", norm_placement="pre")
+    assert supports(pre) == "it runs networks with norm_placement post, not pre"
+    assert BACKENDS["cuda"].kept_bytes(CASE.problem, torch.bfloat16, CASE.batch, CASE.length) == 0
+    assert cuda.limits_of(GPUS["A100"]) == (8, 0, 163 << 10, 108)
     first, second = CASE.problem.nets
     wider = NetSpec(replace(second.block, intermediate_size=64), second.num_layers)
     other = replace(CASE, problem=Problem(CASE.problem.program, (first, wider)))

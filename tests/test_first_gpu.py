@@ -19,6 +19,7 @@ from benchmarks import update_docs
 from standin import Runtime, standin
 from trmfast.backends import cuda as cuda_backend
 from trmfast.benchmark import first_gpu, first_gpu_steps, gpu, launches, suites
+from trmfast.benchmark.first_gpu_report import markdown
 from trmfast.benchmark.first_gpu_steps import Options, Step, run_command, steps
 from trmfast.cases import make_case
 
@@ -194,6 +195,56 @@ def test_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| b | c | pass |" in text
 
 
+ROWS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "small": (
+        [{"backend": "triton", "case": "a", "verdict": verdict} for verdict in ("pass: 9", "fail: 1", "refused: wide")],
+        "1 of 2 programs within the tolerance",
+    ),
+    "engines": (
+        [
+            {"backend": "triton", "case": "trm-sudoku-att", "batch": 8, "seconds": 2e-3, "modelled": 1e-3},
+            {"backend": "cuda", "case": "trm-sudoku-att", "batch": 8, "reason": "too wide", "modelled": None},
+        ],
+        "triton 2 ms, cuda does not run",
+    ),
+    "model": (
+        [
+            {
+                "kernel": "qkv",
+                "tile": "M64",
+                "launches": 1,
+                "programs": 2,
+                "bytes": 9,
+                "flops": 9,
+                "seconds": seconds,
+                "modelled": 1e-6,
+            }
+            for seconds in (1e-6, 4e-6, 5e-7)
+        ],
+        "measured over modelled: 0.5 to 4, median 1",
+    ),
+    "tiles": (
+        [
+            {"kernel": "qkv", "tiles": ["M64", "M32"], "seconds": [3e-6, 2e-6], "of the model": m, "fastest": 1}
+            for m in (0, 1)
+        ],
+        "the model's tile is the fastest for 1 of 2, the fastest gains up to 1.50x",
+    ),
+    "bytes": (
+        [{"kernel": "qkv", "launches": 1, "bytes": 3, "counted": 2}],
+        "measured over counted: 1.5 to 1.5, median 1.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_what_a_step_found_is_said_in_its_line(kind: str) -> None:
+    rows, said = ROWS[kind]
+    known = {"gpu": "some GPU", "torch": "2", "triton": "3", "trmfast": "0", "source": "abc"}
+    one = {"title": "A step", "status": "pass", "seconds": 3.0, "rows": rows}
+    assert f"| A step | pass | 3 | {said} |" in markdown({"identity": known, "steps": {f"{kind} x": one}})
+
+
 # ---------------------------------------------------------------- budget, resuming, processes
 
 
@@ -226,10 +277,14 @@ def test_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     clock = Clock(monkeypatch)
     assert first_gpu.main([*words, "--minutes", "10"], clock) == 0
     assert clock.now <= 600
-    skipped = [name for name, one in record_of(tmp_path)["steps"].items() if one["status"] == "skip"]
+    record = record_of(tmp_path)
+    skipped = [name for name, one in record["steps"].items() if one["status"] == "skip"]
     assert skipped
     printed = capsys.readouterr().out
     assert all(f"{name}: skip: takes about" in printed for name in skipped)
+    table, _, late = (tmp_path / "first_gpu.md").read_text().partition("Not run for lack of time")
+    assert all(record["steps"][name]["title"] in late for name in skipped)
+    assert not any(f"| {record['steps'][name]['title']} |" in table for name in skipped)
     assert first_gpu.main(words, again := Clock(monkeypatch)) == 0
     assert again.ran == skipped
     assert {one["status"] for one in record_of(tmp_path)["steps"].values()} == {"pass"}

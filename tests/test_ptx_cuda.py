@@ -6,7 +6,9 @@ ones; devices are the stand-in's (tests/standin), the runtime is tests/standin/c
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from trmfast import backends
 from trmfast.backends import BACKENDS, cuda
 from trmfast.backends.call import ForwardCall
 from trmfast.cases import Case, Inputs, make_case, make_inputs
+from trmfast.engine import block_fields
 from trmfast.testing import Comparison, Result, compare_results, pool, require, run_eager, run_truth
 
 pytestmark = [
@@ -245,6 +248,19 @@ def test_blocks_that_are_not_resident_together_are_reported(driver: Driver, monk
         forward(driver, draw(CASES[0], torch.bfloat16))
     with pytest.raises(RuntimeError, match=r"trmfast CUDA: \d blocks waited more than"):
         forward(driver, draw(CASES[0], torch.bfloat16))
+
+
+def test_two_engines_in_one_process(driver: Driver, engine: Path, tmp_path: Path) -> None:
+    """As that of the stand-in and a built one: each has classes of its own."""
+    spec = importlib.util.spec_from_file_location("another._cuda", shutil.copy(engine, tmp_path / "_cuda.so"))
+    assert spec is not None
+    assert spec.loader is not None
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    fields = block_fields(CASES[0].problem.nets[0].block)
+    one, two = (module.BlockShape(**fields) for module in (driver.module, other))
+    assert one.packed_elements == two.packed_elements
+    assert type(one) is not type(two)
 
 
 def test_a_buffer_that_is_too_small(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -114,6 +115,7 @@ def test_refusals_on_a_device(cuda: Runtime, monkeypatch: pytest.MonkeyPatch) ->
     assert supports(batch=1 << 17) == "it takes up to 65535 sequences and 2^31 tokens, not 131072 of 5"
     assert supports(hidden_size=8192, num_heads=64) == "it takes widths up to 4096, not 8192"
     assert supports(hidden_size=512, num_heads=2) == "it takes head_dim up to 128, not 256"
+    assert supports(norm_placement="pre") == "it runs networks with norm_placement post, not pre"
     monkeypatch.setattr(backend, "MOST_TERMS", 2)
     assert supports().startswith("it adds up to 2 tensors in an update, not ")
     cuda.capability = (7, 5)
@@ -168,7 +170,35 @@ def test_a_graph_where_the_host_is_slower(
         assert graphs.pays(plan, GPUS[gpu]) is asked
 
 
-# ---------------------------------------------------------------- Triton that is too old
+# ---------------------------------------------------------------- no Triton, or one that is too old
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """What is wrong with Triton is found once in a process."""
+    backend._triton_problem.cache_clear()
+    yield
+    backend._triton_problem.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreted = backend.interprets()
+    assert interpreted is not torch.cuda.is_available()
+    assert BACKENDS["triton"].slow_device_types == (("cpu",) if interpreted else ())
+    backend._triton_problem.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    reason = "Triton is not installed: `pip install trmfast[triton]` installs it on Linux"
+    assert BACKENDS["triton"].available() == reason
+    assert not backend.interprets()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.3.1")
+    reason = "Triton 3.3.1 is too old: it needs 3.4 or newer, which PyTorch 2.8 brings"
+    assert BACKENDS["triton"].available() == reason
+    assert not backend.interprets()
 
 
 @pytest.mark.breadth

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from trmfast.kernels.attention import attention
+from trmfast.kernels.configurations import INTERPRETER, Configuration, Sizes
 from trmfast.kernels.conv_swiglu import conv_projection
 from trmfast.kernels.mixer_mlp_t import LONGEST, down_t, gate_up_t, mlp_t, padded_length
 from trmfast.kernels.plan import Buffer, Launch, Tile
@@ -20,8 +21,9 @@ import triton_guard
 from triton_bounds import checked_run
 from triton_draw import Tensors, buffers, draw
 from triton_formula import DRAWS, DTYPES, EPS
-from triton_guard import guarded_run
+from triton_guard import DEVICE, INTERPRETED, guarded_run
 from trmfast import reference
+from trmfast.backends import triton as backend
 from trmfast.cases import rope_tables
 from trmfast.flops import block_flops
 from trmfast.reference import rms_norm, rotate, run_block, wide_dtype
@@ -296,35 +298,47 @@ def test_mlp_t(length: int, inner: int, terms: int, rows: int | None, padded: bo
 # ---------------------------------------------------------------- blocks
 
 
-def block_launches(block: BlockSpec, b: dict[str, Buffer], big: bool) -> list[Launch]:
-    """The launches of one block with one input ``h`` and output ``out``; ``big``: tiles as on a device."""
+# The tiles of published sizes: on a GPU its own, because those of the interpreter take more shared memory than it has.
+WHOLE = Configuration(INTERPRETER) if INTERPRETED else backend._configuration(DEVICE)
+
+
+def block_launches(block: BlockSpec, b: dict[str, Buffer], published: bool) -> list[Launch]:
+    """The launches of one block with one input ``h`` and output ``out``, in small tiles or those of published sizes."""
     shape, dtype = b["h"].shape, b["h"].dtype
-    batch, length, _ = shape
+    batch, length, width = shape
     inner, eps = block.intermediate_size, block.rms_norm_eps
     mid, out = Buffer("mid", shape, dtype), Buffer("out", shape, dtype)
-    M, N, K = (128, 128, 64) if big else (16, 32, 32)
-    rows = Tile.of(BLOCK_M=64 if big else 16, BLOCK_N=block_width(block.hidden_size), BLOCK_K=K)
+    act = Buffer("act", (batch, length, inner), dtype)
+    sizes = Sizes(width, length, dtype, block.head_dim)
+
+    def tile(kernel: str, **small: int) -> Tile:
+        blocks = {f"BLOCK_{name}": size for name, size in small.items()}
+        return WHOLE.tiles(kernel, sizes)[0] if published else Tile.of(**blocks)
+
+    rows = {"M": 16, "N": block_width(width), "K": 32}
     launches = []
     if block.token_mixer == "attention":
         queries = block.num_heads * block.head_dim
         qkv_out = Buffer("qkv", (batch, length, b["w0"].shape[0]), dtype)
         mixed = Buffer("mixed", (batch, length, queries), dtype)
-        tile = Tile.of(BLOCK_M=M, BLOCK_N=N, BLOCK_K=K)
+        tables = {"cos": b["cos"], "sin": b["sin"]}
         launches += [
-            qkv(block, [b["h"]], b["w0"], qkv_out, cos=b["cos"], sin=b["sin"], tile=tile),
-            attention(block, qkv_out, mixed, tile=Tile.of(BLOCK_M=M, BLOCK_N=N)),
-            projection(mixed, b["w1"], b["h"], mid, eps=eps, tile=rows),
+            qkv(block, [b["h"]], b["w0"], qkv_out, **tables, tile=tile("qkv", M=16, N=32, K=32)),
+            attention(block, qkv_out, mixed, tile=tile("attention", M=16, N=32)),
+            projection(mixed, b["w1"], b["h"], mid, eps=eps, tile=tile("projection", **rows)),
         ]
     else:
-        tile = Tile.of(BLOCK_C=64 if big else 16, BLOCK_I=64 if big else 16)
-        launches.append(mlp_t([b["h"]], b["w0"], b["w1"], mid, eps=eps, tile=tile))
-    if block.channel_mixer == "swiglu":
-        tile = Tile.of(BLOCK_M=rows["BLOCK_M"], BLOCK_I=N // 2, BLOCK_K=K)
-        launches.append(swiglu(mid, b["w2"], b["w3"], out, eps=eps, tile=tile))
+        launches.append(mlp_t([b["h"]], b["w0"], b["w1"], mid, eps=eps, tile=tile("mlp_t", C=16, I=16)))
+    if block.channel_mixer == "conv_swiglu":
+        launches.append(gate_up(mid, b["w2"], act, tile=tile("gate_up", M=16, I=32, K=32)))
+        launches.append(
+            conv_projection(act, b["w3"], b["w4"], b["w5"], mid, out, eps=eps, tile=tile("conv_projection", **rows))
+        )
+    elif not published or WHOLE.offers("swiglu", sizes):
+        launches.append(swiglu(mid, b["w2"], b["w3"], out, eps=eps, tile=tile("swiglu", M=16, I=16, K=32)))
     else:
-        act = Buffer("act", (batch, length, inner), dtype)
-        launches.append(gate_up(mid, b["w2"], act, tile=Tile.of(BLOCK_M=M, BLOCK_I=N, BLOCK_K=K)))
-        launches.append(conv_projection(act, b["w3"], b["w4"], b["w5"], mid, out, eps=eps, tile=rows))
+        launches.append(gate_up(mid, b["w2"], act, tile=tile("gate_up")))
+        launches.append(projection(act, b["w3"], mid, out, eps=eps, tile=tile("projection")))
     return launches
 
 
@@ -347,8 +361,8 @@ BLOCKS = {
 def test_block(name: str, dtype: torch.dtype) -> None:
     """Whole blocks, and two of the published size."""
     block = BLOCKS[name]
-    big = block.hidden_size == 512
-    batch, length = (1, 97) if big else (3, 13)
+    published = block.hidden_size == 512
+    batch, length = (1, 97) if published else (3, 13)
     cos, sin = rope_tables(length, block.head_dim or 2)
 
     def formula(t: Tensors) -> Tensors:
@@ -357,7 +371,7 @@ def test_block(name: str, dtype: torch.dtype) -> None:
 
     def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
         inputs = {**t, "cos": cos, "sin": sin} if block.token_mixer == "attention" else dict(t)
-        launches = block_launches(block, buffers(inputs), big)
+        launches = block_launches(block, buffers(inputs), published)
         assert sum(launch.flops for launch in launches) == batch * block_flops(block, length)
         return inputs, launches
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +22,8 @@ from trmfast.kernels.plan import Buffer, Launch, Tile, map_buffers, resolve
 from benchmarks.offline.triton import Job, KernelCode, compile_all, markdown, production_jobs, specialise, summary
 
 pytestmark = pytest.mark.compile
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # These stand for the rest where time is short: no wgmma and much shared memory, wgmma, AMD.
 FIRST = ("sm_80", "sm_90", "gfx942")
@@ -76,6 +83,22 @@ def test_every_program(architecture: str, mode: str) -> None:
     found = check(programs(architecture, mode), mode)
     expected = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}.get(architecture, "mma")
     assert mode != "bfloat16" or expected in {c.instructions for c in found}
+
+
+@pytest.mark.parametrize(
+    "architecture", ["sm_89", *(pytest.param(name, marks=pytest.mark.grid) for name in ("sm_80", "sm_90", "sm_120"))]
+)
+def test_launches_of_tests_fit(architecture: str, request: pytest.FixtureRequest) -> None:
+    """What the tests of kernels launch on a GPU has room in its shared memory; sm_89 and sm_120 have least."""
+    every = ["--all"] if request.node.get_closest_marker("grid") else []
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    command = [sys.executable, "tests/triton_tiles.py", architecture, *every]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["launches"] > 400
+    assert found["compiled"] > 10
+    assert not found["faults"], "\n".join(found["faults"])
 
 
 def spilling() -> Job:

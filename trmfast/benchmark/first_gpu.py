@@ -100,6 +100,7 @@ def _run(record: dict[str, Any], file: Path, options: Options, minutes: float | 
         if left < max(step.seconds, LEAST_SECONDS):
             found: dict[str, Any] = {
                 "status": "skip",
+                "late": True,
                 "reason": f"takes about {step.seconds:.0f} s, {max(left, 0):.0f} s were left",
             }
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,34 +21,84 @@ def markdown(record: Found) -> str:
         record: of first_gpu.json.
     """
     known, found = record["identity"], record["steps"]
+    shown = [_line(name.split()[0], one) for name, one in found.items() if not one.get("late")]
+    late = [one["title"] for one in found.values() if one.get("late")]
     lines = [
         f"{known['gpu']}; PyTorch {known['torch']}, Triton {known['triton']}, trmfast {known['trmfast']}, "
         f"source {known['source']}.",
         "",
-        *_table(("step", "result", "seconds", "what"), [_line(one) for one in found.values()], numbers=(2,)),
+        *_table(("step", "result", "seconds", "what"), shown, numbers=(2,)),
     ]
+    if late:
+        lines += ["", f"Not run for lack of time; the same command goes on with them: {'; '.join(late)}."]
     for heading, kind, show in SECTIONS:
-        shown = [line for name, one in found.items() if name.split()[0] == kind and "rows" in one for line in show(one)]
-        if shown:
+        rows = [line for name, one in found.items() if name.split()[0] == kind and "rows" in one for line in show(one)]
+        if rows:
             heads = HEADS[kind]
             numbers = [i for i, head in enumerate(heads) if head not in WORDS]
-            lines += ["", heading, "", *_table(heads, shown, numbers)]
+            lines += ["", heading, "", *_table(heads, rows, numbers)]
     remarks = [remark for one in found.values() for remark in one.get("remarks", ())]
     lines += ["", *(f"* {remark}" for remark in remarks)] if remarks else []
     return "\n".join(lines)
 
 
-def _line(one: Found) -> Sequence[str]:
-    said = one.get("reason") or one.get("summary") or _short(one)
+def _line(kind: str, one: Found) -> Sequence[str]:
+    said = one.get("reason") or one.get("summary") or (SHORT[kind](one) if "rows" in one or "tools" in one else "")
     return (one["title"], one["status"], f"{one['seconds']:.0f}" if "seconds" in one else "", said)
 
 
-def _short(one: Found) -> str:
-    if "tools" in one:
-        here = [name for name, path in one["tools"].items() if path != "missing"]
-        engines = [name for name, state in one["backends"].items() if state == "runs"]
-        return f"{one['driver']}; backends: {', '.join(engines) or 'none'}; tools: {', '.join(here) or 'none'}"
-    return f"{len(one['rows'])} rows" if "rows" in one else ""
+def _short_environment(one: Found) -> str:
+    here = [name for name, path in one["tools"].items() if path != "missing"]
+    engines = [name for name, state in one["backends"].items() if state == "runs"]
+    return f"{one['driver']}; backends: {', '.join(engines) or 'none'}; tools: {', '.join(here) or 'none'}"
+
+
+def _short_small(one: Found) -> str:
+    ran = [row for row in one["rows"] if not row["verdict"].startswith(("does not run", "refused"))]
+    return f"{sum(row['verdict'].startswith('pass') for row in ran)} of {len(ran)} programs within the tolerance"
+
+
+def _short_speed(one: Found) -> str:
+    rows = [row for row in one["rows"] if row["implementation"] == "trmfast"]
+    times = ", ".join(f"{row['step']} {row['seconds'] * 1e3:.3g} ms ({row['ratio']:.2f}x)" for row in rows)
+    return f"{times}, as fast as the best rival"
+
+
+def _short_engines(one: Found) -> str:
+    return ", ".join(
+        f"{row['backend']} {row['seconds'] * 1e3:.3g} ms" if "seconds" in row else f"{row['backend']} does not run"
+        for row in one["rows"]
+    )
+
+
+def _short_model(one: Found) -> str:
+    return f"measured over modelled: {_extent([row['seconds'] / row['modelled'] for row in one['rows']])}"
+
+
+def _short_tiles(one: Found) -> str:
+    gains = [row["seconds"][row["of the model"]] / row["seconds"][row["fastest"]] for row in one["rows"]]
+    right = sum(row["of the model"] == row["fastest"] for row in one["rows"])
+    return f"the model's tile is the fastest for {right} of {len(gains)}, the fastest gains up to {max(gains):.2f}x"
+
+
+def _short_bytes(one: Found) -> str:
+    return f"measured over counted: {_extent([row['bytes'] / row['counted'] for row in one['rows']])}"
+
+
+def _extent(values: Sequence[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}, median {statistics.median(values):.3g}"
+
+
+SHORT: dict[str, Callable[[Found], str]] = {
+    "environment": _short_environment,
+    "small": _short_small,
+    "speed": _short_speed,
+    "engines": _short_engines,
+    "model": _short_model,
+    "tiles": _short_tiles,
+    "bytes": _short_bytes,
+}
+"""What a kind of step found, in a few words."""
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
@@ -98,8 +149,8 @@ def _model(one: Found) -> list[Sequence[str]]:
     return [
         (
             *(row["kernel"], row["tile"], str(row["launches"]), str(row["programs"])),
-            *(f"{row['seconds'] * 1e6:.1f}", f"{row['modelled'] * 1e6:.1f}"),
-            f"{row['seconds'] / row['modelled']:.2f}",
+            *(f"{row['seconds'] * 1e6:.3g}", f"{row['modelled'] * 1e6:.3g}"),
+            f"{row['seconds'] / row['modelled']:.3g}",
             *(f"{row['bytes'] / row['seconds'] / 1e9:.0f}", f"{row['flops'] / row['seconds'] / 1e12:.1f}"),
         )
         for row in sorted(one["rows"], key=lambda row: -row["seconds"] * row["launches"])
@@ -110,7 +161,7 @@ def _tiles(one: Found) -> list[Sequence[str]]:
     lines: list[Sequence[str]] = []
     for row in one["rows"]:
         best, chosen = row["fastest"], row["of the model"]
-        times = [f"{seconds * 1e6:.1f}" for seconds in row["seconds"]]
+        times = [f"{seconds * 1e6:.3g}" for seconds in row["seconds"]]
         gain = row["seconds"][chosen] / row["seconds"][best]
         lines.append((row["kernel"], row["tiles"][chosen], row["tiles"][best], " / ".join(times), f"{gain:.2f}x"))
     return lines
@@ -128,17 +179,21 @@ def _bytes(one: Found) -> list[Sequence[str]]:
 
 SECTIONS: tuple[tuple[str, str, Callable[[Found], list[Sequence[str]]]], ...] = (
     ("Small programs, forward and all gradients against float64:", "small", _small),
-    ("Published problems; milliseconds are medians, torch.compile runs as CUDA graphs:", "speed", _speed),
+    (
+        "Published problems; milliseconds are medians, torch.compile runs as CUDA graphs, the peak is that of "
+        "torch.mm in the same minute:",
+        *("speed", _speed),
+    ),
     ("Backends, forward:", "engines", _engines),
-    ("Kernels in a CUDA graph of their like, beside the model of time:", "model", _model),
-    ("Tiles: the model's choice and the fastest:", "tiles", _tiles),
+    ("Kernels in a CUDA graph of their like, beside the model of time (tiles with warps x stages):", "model", _model),
+    ("Tiles: the model's choice and the fastest (warps x stages), from the largest to the smallest:", "tiles", _tiles),
     ("Memory traffic of a forward pass by Nsight Compute, caches emptied before each kernel:", "bytes", _bytes),
 )
 HEADS: dict[str, tuple[str, ...]] = {
     "small": ("backend", "program", "verdict"),
     "speed": (
         *("problem", "step", f"{TITLES['eager']} ms", f"{TITLES['compile']} ms", "trmfast ms"),
-        *("faster than the best", "of peak", "modelled ms", "counted GB/s", "error (eager's)", "policy"),
+        *("as fast as the best", "of peak", "modelled ms", "counted GB/s", "error (eager's)", "policy"),
     ),
     "engines": ("problem", "backend", "ms", "modelled ms"),
     "model": (
