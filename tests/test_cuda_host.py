@@ -174,8 +174,9 @@ def test_refusals(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert supports() is None
     assert supports(device="cuda:1") is None
     assert supports(dtype=torch.float32) == "it computes in bfloat16, float16, not in float32"
-    pre = make_case("pre", norm_placement="pre")
-    assert supports(pre) == "it runs networks with norm_placement post, not pre"
+    with monkeypatch.context() as patch:
+        patch.setitem(cuda.CHOICES, "causal", (True,))
+        assert supports() == "it runs networks with causal True, not False"
     assert BACKENDS["cuda"].kept_bytes(CASE.problem, torch.bfloat16, CASE.batch, CASE.length) == 0
     assert cuda.limits_of(GPUS["A100"]) == (8, 0, 163 << 10, 108)
     first, second = CASE.problem.nets

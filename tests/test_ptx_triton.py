@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,14 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from trmfast.kernels import plan as kernel_plan
+from trmfast.kernels.backward_plan import backward_plan
 from trmfast.kernels.configurations import Configuration, Sizes
+from trmfast.kernels.forward_plan import Setting, forward_plan
 from trmfast.kernels.plan import Launch, Tile
 
 from ptx_plans import ARCHITECTURE, Executor, Recorded
 from ptx_tools import PtxError, Schedule
 from test_triton_backend import CASES, small
 from trmfast.backends import triton as backend
-from trmfast.cases import Case, make_case
+from trmfast.benchmark.suites import GPU_BATCHES
+from trmfast.cases import PUBLISHED, Case, make_case
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram
 from trmfast.testing import (
@@ -213,6 +217,31 @@ def test_published_blocks(
     """
     scale = 1.0 if len(case.problem.program.updates) == 1 else None
     run_case(case, mode, fusion, schedule, seeds=1, scale=scale, tile=tile)
+
+
+def tiles_of(case: Case, batch: int, configuration: Configuration) -> set[tuple[Any, ...]]:
+    """Kernels with the tiles that the plans of a problem take in bfloat16, forward and backward."""
+    problem = case.problem
+    setting = Setting(problem, batch, case.length, torch.bfloat16, case.rope, configuration)
+    needs = [True] * len(problem.program.states), problem.uses_x, [True] * problem.num_weights
+    found = set()
+    for launch in (*forward_plan(setting, True), *backward_plan(setting, *needs).plan):
+        blocks = tuple(constant for constant in launch.constants if constant[0].startswith("BLOCK_"))
+        found.add((launch.kernel, blocks, launch.num_warps, launch.num_stages))
+    return found
+
+
+@pytest.mark.breadth
+def test_published_blocks_have_every_kernel_and_tile_of_published_plans() -> None:
+    """What a published problem launches on an A100, at each batch that is measured."""
+    grid, published = set(), set()
+    for case, fusion, index in product(BLOCKS, FUSIONS, (LARGEST, MIDDLE, SMALLEST)):
+        grid |= tiles_of(case, case.batch, OneTile(ARCHITECTURE, fusion=fusion, index=index))
+    for case in PUBLISHED:
+        for batch in GPU_BATCHES[case.name]:
+            published |= tiles_of(case, batch, Configuration(ARCHITECTURE))
+    assert len(published) > 40
+    assert published <= grid, "\n".join(map(str, published - grid))
 
 
 # ---- planted faults

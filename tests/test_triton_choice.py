@@ -115,7 +115,9 @@ def test_refusals_on_a_device(cuda: Runtime, monkeypatch: pytest.MonkeyPatch) ->
     assert supports(batch=1 << 17) == "it takes up to 65535 sequences and 2^31 tokens, not 131072 of 5"
     assert supports(hidden_size=8192, num_heads=64) == "it takes widths up to 4096, not 8192"
     assert supports(hidden_size=512, num_heads=2) == "it takes head_dim up to 128, not 256"
-    assert supports(norm_placement="pre") == "it runs networks with norm_placement post, not pre"
+    with monkeypatch.context() as patch:
+        patch.setitem(backend.CHOICES, "causal", (True,))
+        assert supports() == "it runs networks with causal True, not False"
     monkeypatch.setattr(backend, "MOST_TERMS", 2)
     assert supports().startswith("it adds up to 2 tensors in an update, not ")
     cuda.capability = (7, 5)
