@@ -39,9 +39,11 @@ __all__ = ["BlockBackward", "Targets", "norm_kernel"]
 Targets = Sequence[tuple[Buffer, bool]]
 
 
-def norm_kernel(writer: PlanWriter) -> str:
-    """Programs of ``norm_backward`` hold whole rows, fewer where they are wide."""
-    return "norm_backward" if writer.sizes.width <= WIDEST_ROW else "norm_backward_wide"
+def norm_kernel(writer: PlanWriter, targets: Targets = ()) -> str:
+    """Programs of ``norm_backward`` hold whole rows, fewer where they are wide, or with gradients of states."""
+    if writer.sizes.width > WIDEST_ROW:
+        return "norm_backward_wide"
+    return "norm_backward_targets" if targets else "norm_backward"
 
 
 class BlockBackward:
@@ -186,7 +188,7 @@ class BlockBackward:
             return out
         between = writer.state("grad_normed")
         writer.add_product("projection_backward", projection_backward, gradient, weight, between)
-        norm = (norm_kernel(writer), norm_backward, between, normed.values, normed.rstd, out)
+        norm = (norm_kernel(writer, targets), norm_backward, between, normed.values, normed.rstd, out)
         writer.add(*norm, residual=bypass, targets=targets)
         return out
 
@@ -261,9 +263,10 @@ class BlockBackward:
             options.update(lse=values.lse, delta=delta)
             mixed = None if has_gate else values.mixed
             wide = "_wide" if block.head_dim > 64 else ""
+            ranged = "_ranged" if not wide and (block.segments or block.attention_window) else wide
             queries = (attention_backward_queries, block, values.qkv, mixed, grad_mixed, grad_qkv)
             add(f"attention_backward_queries{wide}", *queries, **options)
-            add(f"attention_backward_keys{wide}", *keys, **options)
+            add(f"attention_backward_keys{ranged}", *keys, **options)
         for number, normed in enumerate(values.heads):
             self._head_norm(grad_qkv, normed, keys=bool(number))
         if block.qk_bias:

@@ -177,6 +177,7 @@ INTERPRETED: dict[str, Tile] = {
     "head_norm": Tile.of(BLOCK_M=128),
     "head_norm_backward": Tile.of(BLOCK_M=128),
     "norm_backward": Tile.of(BLOCK_M=128, BLOCK_N=ROW),
+    "norm_backward_targets": Tile.of(BLOCK_M=128, BLOCK_N=ROW),
     "norm_backward_wide": Tile.of(BLOCK_M=128, BLOCK_N=ROW),
     "swiglu_backward": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "swiglu_backward_t": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
@@ -186,6 +187,7 @@ INTERPRETED: dict[str, Tile] = {
     "projection_backward_t": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "attention_backward": Tile.of(BLOCK_M=128, BLOCK_N=LENGTH),
     "attention_backward_keys": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "attention_backward_keys_ranged": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_backward_queries": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_backward_keys_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_backward_queries_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
@@ -323,6 +325,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "32-bit": (_tile(8, 2, L=64, C=64, K=16),),
     },
     "norm_backward": {"16-bit": (_tile(4, 1, M=4, N=ROW),), "32-bit": (_tile(4, 1, M=4, N=ROW),)},
+    "norm_backward_targets": {"16-bit": (_tile(4, 1, M=2, N=ROW),), "32-bit": (_tile(4, 1, M=2, N=ROW),)},
     "norm_backward_wide": {
         "16-bit": (_tile(4, 1, M=1, N=ROW),),
         _AMD: (_tile(4, 1, M=2, N=ROW),),
@@ -372,6 +375,11 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "attention_backward_keys": {
         "16-bit": (_tile(8, 2, M=64, N=128), _tile(4, 1, M=32, N=64)),
         "16-bit sm_120 gfx942": (_tile(8, 2, M=32, N=128), _tile(4, 1, M=32, N=64)),
+        "32-bit": (_tile(4, 1, M=16, N=64),),
+    },
+    # With a window or segments, whose ranges take registers.
+    "attention_backward_keys_ranged": {
+        "16-bit": (_tile(8, 2, M=32, N=128), _tile(4, 1, M=32, N=64)),
         "32-bit": (_tile(4, 1, M=16, N=64),),
     },
     "attention_backward_queries": {
