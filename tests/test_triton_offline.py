@@ -19,7 +19,16 @@ from triton.runtime.jit import JITFunction, MockTensor, create_function_from_sig
 from trmfast.kernels.architectures import ARCHITECTURES
 from trmfast.kernels.plan import Buffer, Launch, Tile, map_buffers, resolve
 
-from benchmarks.offline.triton import Job, KernelCode, compile_all, markdown, production_jobs, specialise, summary
+from benchmarks.offline.triton import (
+    OPTIONS,
+    Job,
+    KernelCode,
+    compile_all,
+    markdown,
+    production_jobs,
+    specialise,
+    summary,
+)
 
 pytestmark = pytest.mark.compile
 
@@ -99,6 +108,15 @@ def test_launches_of_tests_fit(architecture: str, request: pytest.FixtureRequest
     assert found["launches"] > 400
     assert found["compiled"] > 10
     assert not found["faults"], "\n".join(found["faults"])
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("sm_80", marks=pytest.mark.grid)])
+def test_options_of_blocks(architecture: str) -> None:
+    """Norms ahead of mixers, gates, masks, norms of heads, mixers without a gate: the kernels as those need them."""
+    found = compile_all(one_of_each_tile(production_jobs(architecture, cases=OPTIONS)))
+    faulty = [f"{c.kernel} for {c.architecture}, {c.label}: {'; '.join(c.faults)}" for c in found if c.faults]
+    assert not faulty, "\n".join(faulty)
+    assert {"norm_weights", "gate_backward", "head_norm", "rows"} <= {c.kernel.split(".")[0] for c in found}
 
 
 def spilling() -> Job:

@@ -26,9 +26,19 @@ from trmfast.kernels.forward_plan import Setting, forward_plan
 from trmfast.kernels.plan import Buffer, Launch, resolve
 
 from benchmarks.offline.machine_code import read_amd, read_nvidia
-from trmfast.cases import PUBLISHED, make_case
+from trmfast.cases import PUBLISHED, Case, make_case
 
-__all__ = ["Job", "KernelCode", "compile_all", "compile_one", "markdown", "production_jobs", "specialise", "summary"]
+__all__ = [
+    "OPTIONS",
+    "Job",
+    "KernelCode",
+    "compile_all",
+    "compile_one",
+    "markdown",
+    "production_jobs",
+    "specialise",
+    "summary",
+]
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -48,6 +58,18 @@ PRODUCTION = (
     make_case("wide-1024", "urm", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=1024, num_heads=16,
               channel_mixer="conv_swiglu"),
     make_case("wide-2560", "urm", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=2560, num_heads=40),
+)  # fmt: skip
+# Every option of blocks, in networks of HRM-Text's and Ouro's sizes and smaller ones.
+_ONE: dict[str, Any] = {"H_cycles": 1, "L_cycles": 1, "batch": 1, "length": 256}
+OPTIONS = (
+    make_case("hrm-text", "urm", hidden_size=1024, num_heads=8, intermediate_size=2816, causal=True, segments=True,
+              norm_placement="pre", final_norm=True, gate="channel", **_ONE),
+    make_case("ouro", "urm", hidden_size=2048, num_heads=16, intermediate_size=5632, causal=True,
+              norm_placement="sandwich", norm_weight=True, final_norm=True, **_ONE),
+    make_case("huginn", "urm", hidden_size=768, num_heads=8, causal=True, norm_placement="sandwich_sum",
+              norm_weight=True, qk_bias=True, rotation="interleaved", channel_mixer="gelu", **_ONE),
+    make_case("heads", "urm", hidden_size=512, num_heads=8, norm_placement="pre", norm_weight=True, qk_norm="learned",
+              attention_window=64, channel_mixer="relu2", **_ONE),
 )  # fmt: skip
 # Tile sizes that are rows of the left operand of a product.
 _ROWS = ("BLOCK_M", "BLOCK_C")
@@ -97,7 +119,11 @@ class _Recorder(Configuration):
 
 
 def production_jobs(
-    architecture: str, dtype: torch.dtype = torch.bfloat16, batch: int = 3, tf32: bool = True
+    architecture: str,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 3,
+    tf32: bool = True,
+    cases: Sequence[Case] = PRODUCTION,
 ) -> list[Job]:
     """Every kernel of the published problems with every tile that an architecture could get.
 
@@ -108,7 +134,7 @@ def production_jobs(
         batch: B; by default one that leaves no number of tokens divisible by 16, which is the harder case.
     """
     jobs: dict[tuple[Any, ...], Job] = {}
-    for case, fusion in product(PRODUCTION, ("most", "least")):
+    for case, fusion in product(cases, ("most", "least")):
         problem, recorder = case.problem, _Recorder(architecture, fusion)
         setting = Setting(problem, batch, case.length, dtype, case.rope, recorder, tf32)
         forward_plan(setting, save=True)
