@@ -81,7 +81,7 @@ def test_models_are_compared_with_rivals_alone() -> None:
     """Training that keeps activations is trmfast too: its time says nothing of a rival's."""
     generator = np.random.default_rng(5)
     old = rows(generator)
-    old.append(replace(old[2], implementation="kept"))
+    old.append(replace(old[2], implementation="recompute=False"))
     (change,) = compare_rows(old, old)
     assert {ratio.reference for ratio in change.ratios} == {"eager", "compile", "peak"}
 

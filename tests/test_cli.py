@@ -67,6 +67,9 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
         (["info", "--program", "trm:3,6,9"], "window: got 9"),
         (["info", "--batch", "4"], "--batch: got 4 without --plan, accepted only with --plan"),
         (["info", "--gpu", "H100"], "--gpu: got H100 without --plan"),
+        (["info", "--recompute", "1GB"], "--recompute: got 1GB without --plan"),
+        (["info", "--plan", "trm", "--recompute", "x"], "--recompute: got 'x', accepted are True, False, a number of"),
+        (["bench", "--recompute", "1 cow"], "--recompute: got '1 cow', accepted are True, False, a number of bytes"),
         (["info", "--program", "trm:3,6", "--dtype", "float32"], "--dtype: got float32 without --plan"),
         (["info", "--plan", "trm", "--program", "trm:3,6"], "--program: got trm:3,6 with --plan, accepted is one of"),
         (["check", "--problem", "nothing"], "--problem: got 'nothing'"),
@@ -302,22 +305,24 @@ def test_bench_markdown_is_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.breadth
-def test_bench_no_recompute(tmp_path: Path) -> None:
-    """Training with kept activations is checked, timed and counted beside training that computes them again."""
+def test_bench_recompute(tmp_path: Path) -> None:
+    """Training with other budgets is checked, timed and counted beside the default."""
     options = ["--quick", "--tiny", "--threads", "1", "--config", "sudoku", "--batch", "1", "--output", str(tmp_path)]
-    record = json.loads(run("bench", *options, "--no-recompute", "--json").stdout)
-    assert record["settings"]["no_recompute"]
+    record = json.loads(run("bench", *options, "--recompute", "True", "False", "--json").stdout)
+    assert record["settings"]["recompute"] == ["True", "False"]
     results = {(r["step"], r["implementation"]): r for r in record["results"]}
-    assert len(results) == 5
-    kept, fused, eager = (results["training", name] for name in ("kept", "trmfast", "eager"))
+    assert len(results) == 6
+    names = ("recompute=False", "recompute=True", "trmfast", "eager")
+    kept, recomputed, fused, eager = (results["training", name] for name in names)
     assert kept["verdict"] == "pass"
-    assert kept["error"] == fused["error"]
+    assert kept["error"] == recomputed["error"] == fused["error"]
     assert kept["ratio"] == pytest.approx(eager["seconds"] / kept["seconds"])
     if CpuBackend().available() is None:  # the reference has nothing else to keep
-        assert fused["saved"] * 10 < kept["saved"] < eager["saved"]
+        assert recomputed["saved"] * 10 < kept["saved"] < eager["saved"]
     table = (tmp_path / "bench.md").read_text()
     assert [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| TRM")] == [
         "forward",
         "training",
+        "training, recompute=True",
         "training, recompute=False",
     ]

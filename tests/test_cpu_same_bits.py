@@ -1,4 +1,4 @@
-"""The CPU engine's results do not depend on threads, on recomputation, or on when the store of backward is full."""
+"""The CPU engine's results do not depend on threads, on the budget, or on when the store of backward is full."""
 
 from __future__ import annotations
 
@@ -64,10 +64,13 @@ def check_same_bits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(case := random_case(random), random.choice([torch.float32, torch.bfloat16]), seed)
     monkeypatch.setattr(engine, "STORE_BYTES", random.choice([1, 1 << 18, 1 << 20, 36 << 20]))
     with engine.force_target(random.choice(TARGETS)):
+        pairs = case.problem.num_grad_updates * case.batch
+        size = BACKENDS["cpu"].pair_bytes(case.problem, inputs.states[0].dtype, case.length)
+        budget = random.randint(1, max(1, pairs)) * size - random.choice([0, 1])
         expected = None
         for threads in THREADS:
             torch.set_num_threads(threads)
-            for recompute in (True, False):
+            for recompute in (True, budget, False):
                 got = run_fused(inputs, "cpu", recompute=recompute)
                 results = {**got.outputs, **got.gradients}
                 expected = expected or results
@@ -112,7 +115,7 @@ def test_stores_that_fill(options: dict[str, object], dtype: torch.dtype, monkey
     expected = None
     for threads in THREADS:
         torch.set_num_threads(threads)
-        for recompute in (True, False):
+        for recompute in (True, "150kB", False):
             got = run_fused(inputs, "cpu", recompute=recompute).gradients
             expected = expected or got
             for name, tensor in got.items():

@@ -46,7 +46,7 @@ def _hand_over(inputs: Inputs, states: Any, saved: torch.Tensor) -> Result:
         problem,
         grad_states=[g.contiguous() for g in inputs.grad_states],
         saved=saved,
-        kept=saved.new_empty(0, dtype=torch.uint8),
+        kept=saved.new_empty((0, 0), dtype=torch.uint8),
         weights=inputs.weights,
         cos=tables[0],
         sin=tables[1],

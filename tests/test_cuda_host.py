@@ -177,7 +177,7 @@ def test_refusals(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(cuda.CHOICES, "causal", (True,))
         assert supports() == "it runs networks with causal True, not False"
-    assert BACKENDS["cuda"].kept_bytes(CASE.problem, torch.bfloat16, CASE.batch, CASE.length) == 0
+    assert BACKENDS["cuda"].pair_bytes(CASE.problem, torch.bfloat16, CASE.length) == 0
     assert cuda.limits_of(GPUS["A100"]) == (8, 0, 163 << 10, 108)
     first, second = CASE.problem.nets
     wider = NetSpec(replace(second.block, intermediate_size=64), second.num_layers)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trmfast.backends import BACKENDS
+from trmfast.budget import Recompute
 from trmfast.cases import Case, Inputs, make_case, make_inputs
 from trmfast.testing import Result, compare_results, require, run_eager, run_fused, run_truth
 
@@ -53,7 +54,9 @@ def others(result: Result) -> Result:
     return Result({name: t[keep] for name, t in result.outputs.items()}, gradients)
 
 
-def check(inputs: Inputs, backend: str, value: float, places: tuple[str, ...] = WHERE, recompute: bool = True) -> None:
+def check(
+    inputs: Inputs, backend: str, value: float, places: tuple[str, ...] = WHERE, recompute: Recompute = True
+) -> None:
     clean = others(run_fused(inputs, backend, recompute=recompute))
     for where in places:
         poisoned = poison(inputs, where, value)
@@ -75,7 +78,8 @@ def check(inputs: Inputs, backend: str, value: float, places: tuple[str, ...] = 
 @pytest.mark.usefixtures("one_thread", "target")
 def test_cpu_engine(case: Case, dtype: torch.dtype, value: float) -> None:
     inputs = make_inputs(case, dtype, weight_scale=0.5)
-    for recompute in (True, False):
+    part = BACKENDS["cpu"].pair_bytes(case.problem, dtype, case.length) * 5 // 2  # two sequences of the last update
+    for recompute in (part, False):
         check(inputs, "cpu", value, recompute=recompute)
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Bottom to top.  A module may import what is in its own layer and below.
 LAYERS = (
     ("version", "build_info", "spec", "updates", "program", "problem"),
+    ("budget",),
     ("config", "architectures", "engine", "targets", "file_format", "data", "sudoku", "sudoku_puzzles"),
     ("kernels",),
     ("int8", "reference", "recompute", "flops", "watch"),

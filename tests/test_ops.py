@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from trmfast import Problem, RecursionProgram, recursion
 from trmfast.backends import BACKENDS, BackwardCall
+from trmfast.budget import EVERYTHING
 from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
 from trmfast.reference import run_program
 
@@ -119,9 +120,7 @@ def test_window_cuts_as_autograd_does(name: str, window: Any) -> None:
 # ---------------------------------------------------------------- registration
 
 
-def forward_sample(
-    case: Case, backend: str, requires_grad: bool, save: bool, recompute: bool = True
-) -> tuple[Any, ...]:
+def forward_sample(case: Case, backend: str, requires_grad: bool, save: bool, budget: int = 0) -> tuple[Any, ...]:
     inputs = make_inputs(case)
 
     def take(tensors: Any) -> list[Tensor]:
@@ -130,7 +129,7 @@ def forward_sample(
     assert inputs.x is not None
     program, nets = case.problem.program.key, [net.key for net in case.problem.nets]
     states, (x,), weights = take(inputs.states), take([inputs.x]), take(inputs.weights)
-    return states, x, weights, inputs.cos, inputs.sin, program, nets, backend, save, recompute
+    return states, x, weights, inputs.cos, inputs.sin, program, nets, backend, save, budget
 
 
 OPCHECK = [
@@ -152,13 +151,13 @@ def test_opcheck_forward(case: Case, requires_grad: bool, backend: str) -> None:
 
 
 @pytest.mark.representative(
-    when=lambda case, requires_grad, recompute: requires_grad or (case is OPCHECK[0] and recompute)
+    when=lambda case, requires_grad, budget: requires_grad or (case is OPCHECK[0] and not budget)
 )
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no-grad"])
 @pytest.mark.parametrize("case", OPCHECK, ids=["trm", "hrm", "mlp_t"])
-@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
-def test_opcheck_backward(case: Case, requires_grad: bool, recompute: bool, backend: str) -> None:
-    states, x, weights, *rest = forward_sample(case, backend, False, save=True, recompute=recompute)
+@pytest.mark.parametrize("budget", [0, 20_000, EVERYTHING], ids=["recompute", "part", "keep"])
+def test_opcheck_backward(case: Case, requires_grad: bool, budget: int, backend: str) -> None:
+    states, x, weights, *rest = forward_sample(case, backend, False, save=True, budget=budget)
     _, saved, kept = torch.ops.trmfast.recursion.default(states, x, weights, *rest)
     grads = [state.clone().requires_grad_(requires_grad) for state in states]
     for needs in (True, False):
@@ -174,7 +173,7 @@ def test_opcheck_backward(case: Case, requires_grad: bool, recompute: bool, back
 
 @pytest.mark.parametrize("case", OPCHECK, ids=["trm", "hrm", "mlp_t"])
 def test_opcheck_forward_that_keeps_activations(case: Case, backend: str) -> None:
-    sample = forward_sample(case, backend, True, save=True, recompute=False)
+    sample = forward_sample(case, backend, True, save=True, budget=20_000)
     # Without the checks that compare results: what is kept has gaps that nobody writes.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.trmfast.recursion.default, sample, test_utils=checks)
@@ -183,16 +182,16 @@ def test_opcheck_forward_that_keeps_activations(case: Case, backend: str) -> Non
 def test_saved_is_the_window_and_nothing_more(backend: str) -> None:
     case = make_case("sudoku", H_cycles=3, L_cycles=6)
     *arguments, _, _ = forward_sample(case, backend, False, save=True)
-    _, saved, kept = torch.ops.trmfast.recursion.default(*arguments, True, True)
+    _, saved, kept = torch.ops.trmfast.recursion.default(*arguments, True, 0)
     assert kept.numel() == 0
     assert saved.shape == (7, case.batch, case.length, 64)
     assert torch.isfinite(saved).all()
-    _, nothing, kept = torch.ops.trmfast.recursion.default(*arguments, False, False)
+    _, nothing, kept = torch.ops.trmfast.recursion.default(*arguments, False, EVERYTHING)
     assert nothing.shape == (0, case.batch, case.length, 64)
     assert kept.numel() == 0
 
 
-def test_activations_kept_for_backward(backend: str) -> None:
+def test_inputs_saved_for_backward(backend: str) -> None:
     """Bytes a token between forward and backward: 7 inputs of width 512 in bfloat16 for TRM Sudoku."""
     case = make_case("sudoku", H_cycles=3, L_cycles=6, length=16, hidden_size=512, num_heads=8)
     inputs = make_inputs(case, torch.bfloat16)
@@ -204,7 +203,7 @@ def test_activations_kept_for_backward(backend: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        call(inputs, backend, weights=weights)
+        call(inputs, backend, weights=weights, recompute=True)
     held = {id(t) for t in (*weights, inputs.cos, inputs.sin)}
     size = sum(
         t.numel() * t.element_size() for t in kept if id(t) not in held and t.shape[-1:] == (512,) and t.dim() == 4

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from trmfast.budget import DEFAULT, Recompute, budget_of
 from trmfast.spec import BlockSpec, NetSpec, swiglu_width
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ class ModelConfig:
             inference: bfloat16 with int8 operands in the products by weights, as in :func:`trmfast.recursion`.
         mlp_t: whether a SwiGLU over the sequence axis takes the place of attention.
         backend: backend of the recursion; ``"auto"`` takes the best that supports the problem.
-        recompute: whether backward recomputes the gradient window, instead of forward keeping its activations; as in
-            :func:`trmfast.recursion`.
+        recompute: what backward computes again: True, False, a number of bytes or a size such as ``"256MB"`` that
+            forward may keep; as in :func:`trmfast.recursion`.
 
     ``MOST`` has the largest values; of other integers the largest is 2**31 - 1, and H_cycles * (L_cycles + 1) is at
     most ``MOST_UPDATES``.
@@ -105,7 +106,7 @@ class ModelConfig:
     forward_dtype: str = "bfloat16"
     mlp_t: bool = False
     backend: str = "auto"
-    recompute: bool = True
+    recompute: Recompute = DEFAULT
 
     @classmethod
     def from_dict(cls: type[C], config: Mapping[str, Any]) -> C:
@@ -143,6 +144,7 @@ class ModelConfig:
         self._accept("num_heads", 1 <= self.num_heads <= self.hidden_size, f"1 to hidden_size {self.hidden_size}")
         self._accept("halt_exploration_prob", 0 <= self.halt_exploration_prob <= 1, "0 to 1")
         self._accept("pos_encodings", self.pos_encodings in POSITIONS, ", ".join(POSITIONS))
+        budget_of(self.recompute)
         self._accept("forward_dtype", self.forward_dtype in DTYPES, ", ".join(DTYPES))
         if self.uses_rope:
             accepted = f"divisors of hidden_size {self.hidden_size} that make heads of even width"
@@ -288,6 +290,9 @@ def _misspelt(config: Iterable[Any], known: Iterable[str]) -> dict[str, str]:
 
 def convert(name: str, kind: str, value: Any) -> Any:
     """``value`` converted to the type that ``kind`` names; YAML may have written 4 for 4.0."""
+    if kind == "Recompute":
+        budget_of(value)
+        return value
     if kind == "bool" or isinstance(value, bool):
         if kind == "bool" and isinstance(value, bool):
             return value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trmfast import reference
+from trmfast.budget import DEFAULT, Recompute, budget_of
 from trmfast.layers import (
     MLP,
     Attention,
@@ -285,8 +286,8 @@ class Recursion(nn.Module):
         program: the recursion.
         nets: one network for each of the program.
         backend: the name of a backend, or ``"auto"``; networks other than :class:`Net` accept ``"auto"`` only.
-        recompute: whether the gradient window is computed again in backward, or keeps what backward needs: faster, and
-            for :class:`Net` about thirty times the memory.
+        recompute: what backward computes again: True, False or a size, as in :func:`trmfast.recursion`.  Other networks
+            than :class:`Net` compute the whole window again unless it is False.
         dtype: ``"int8"`` for inference with int8 operands, as in :func:`trmfast.recursion`; every network is a
             :class:`Net` then.
 
@@ -300,10 +301,11 @@ class Recursion(nn.Module):
         program: RecursionProgram,
         nets: Sequence[nn.Module],
         backend: str = "auto",
-        recompute: bool = True,
+        recompute: Recompute = DEFAULT,
         dtype: str | None = None,
     ) -> None:
         super().__init__()
+        budget_of(recompute)
         if dtype not in (None, "int8"):
             raise ValueError(f"dtype: got {dtype!r}, accepted are 'int8' and None")
         if not isinstance(nets, (Sequence, nn.ModuleList)):
@@ -325,7 +327,7 @@ class Recursion(nn.Module):
                     f"backend: got {backend!r}, accepted is 'auto', nets[{foreign}] is not a trmfast.nn.Net"
                 )
             for i, net in enumerate(nets):
-                reason = refusal(net) if recompute else None
+                reason = refusal(net) if recompute is not False else None
                 if reason is not None:
                     raise ValueError(f"nets[{i}]: {reason}, accepted with recompute=False")
         self.program = program
@@ -390,7 +392,7 @@ class Recursion(nn.Module):
             args = (cos_sin,) if isinstance(net, Net) else ()
             with torch.set_grad_enabled(update.grad and torch.is_grad_enabled()):
                 h = reference.summed_input(update, current, x)
-                current[update.dst] = recomputed(net, net, h, *args) if self.recompute else net(h, *args)
+                current[update.dst] = net(h, *args) if self.recompute is False else recomputed(net, net, h, *args)
         return tuple(current)
 
     def _check_count(self, program: RecursionProgram) -> None:

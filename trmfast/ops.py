@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
-from trmfast.backends import BackwardCall, ForwardCall, select
+from trmfast.backends import BackwardCall, ForwardCall, kept_pairs, select
+from trmfast.budget import DEFAULT, Recompute, budget_of
 from trmfast.flops import backward_flops, forward_flops
 from trmfast.problem import Problem, check_segments
 from trmfast.program import RecursionProgram
@@ -23,7 +24,7 @@ __all__ = ["recursion"]
 _library = torch.library.Library("trmfast", "DEF")
 _library.define(
     "recursion(Tensor[] states, Tensor? x, Tensor[] weights, Tensor? cos, Tensor? sin, "
-    "str program, str[] nets, str backend, bool save, bool recompute, bool int8=False, Tensor? segments=None) "
+    "str program, str[] nets, str backend, bool save, int budget, bool int8=False, Tensor? segments=None) "
     "-> (Tensor[] states, Tensor saved, Tensor kept)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -44,14 +45,15 @@ def recursion(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     backend: str = "auto",
-    recompute: bool = True,
+    recompute: Recompute = DEFAULT,
     dtype: str | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Runs a whole recursion as one operation.
 
-    Works under torch.compile, torch.export, autocast and inference mode.  For the backward pass it keeps the summed
-    input of every update in the gradient window and recomputes the rest; that pass cannot be differentiated again.
+    Works under torch.compile, torch.export, autocast and inference mode.  For the backward pass it keeps the
+    activations of the last updates that fit into a budget, and of the earlier ones in the gradient window their summed
+    inputs, to compute the rest again; that pass cannot be differentiated again.
 
     Args:
         program: the recursion; it may change from call to call.
@@ -65,8 +67,10 @@ def recursion(
         cos, sin: RoPE tables [>= L, head_dim], or None for no rotation; column c belongs to channel c of a head.  Row l
             is the angle of token l: for packed sequences, tables gathered by position.
         backend: the name of a backend, or ``"auto"``.
-        recompute: whether the backward pass recomputes the gradient window.  If not, a backend may keep its activations
-            instead: faster, but about thirty times the memory of the summed inputs.
+        recompute: True: backward computes the whole gradient window again; False: forward keeps all its activations,
+            which is faster and takes about thirty times the memory of the summed inputs; or the bytes of activations
+            that this call may keep, a number or a size such as ``"256MB"``.  Memory and time change in proportion; no
+            bit of a result does.  GPU backends, the reference and exported programs recompute everything.
         dtype: ``"int8"`` for int8 operands in the products by weights (trmfast/int8.py); states and x are cast to
             bfloat16 here, and gradients are refused.
         segments: for networks with ``BlockSpec.segments``: integers [B, L, 2], for each token the first position of its
@@ -115,12 +119,18 @@ def recursion(
     save = torch.is_grad_enabled() and (
         any(tensor.requires_grad for tensor in (*weights, *states)) or (x is not None and x.requires_grad)
     )
+    budget = budget_of(recompute)
+    if _is_exporting():
+        budget = 0  # the exporter cannot prove bounds of sizes that depend on a budget and a symbolic batch
     net_keys = [net.key for net in nets]
     out, _, _ = torch.ops.trmfast.recursion.default(
-        list(states), x, list(weights), cos, sin, program.key, net_keys, backend, save, recompute, int8, segments
+        list(states), x, list(weights), cos, sin, program.key, net_keys, backend, save, budget, int8, segments
     )
     return tuple(out)
 
+
+# PyTorch 2.6 does not tell export from compilation.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 # The types that most items have, which takes no longer to see than that they are tensors.
 _USUAL = {NetSpec: (NetSpec,), Tensor: (Tensor, torch.nn.Parameter)}
@@ -154,7 +164,7 @@ def _forward(
     nets: list[str],
     backend: str,
     save: bool,
-    recompute: bool,
+    budget: int,
     int8: bool = False,
     segments: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -166,12 +176,13 @@ def _forward(
     batch, length, _ = first.shape
     chosen = select(backend, problem, first.device, torch.int8 if int8 else first.dtype, batch, length)
     if first.numel() == 0:
-        return _forward_fake(states, x, weights, cos, sin, program, nets, backend, save, recompute, int8, segments)
+        return _forward_fake(states, x, weights, cos, sin, program, nets, backend, save, budget, int8, segments)
     segments = _boundaries(segments)
     cos, sin = _tables(problem, cos, sin, length, first.dtype)
     states = [state.contiguous() for state in states]
     x = x.contiguous() if x is not None and problem.uses_x else None
-    call = ForwardCall(problem, states, x, weights, cos, sin, save, recompute, int8, segments)
+    pairs, _ = kept_pairs(chosen, problem, first.dtype, batch, length, budget if save else 0)
+    call = ForwardCall(problem, states, x, weights, cos, sin, save, pairs, int8, segments)
     out, saved, kept = chosen.forward(call)
     return [t.contiguous() for t in out], saved, kept
 
@@ -186,7 +197,7 @@ def _forward_fake(
     nets: list[str],
     backend: str,
     save: bool,
-    recompute: bool,
+    budget: int,
     int8: bool = False,
     segments: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -196,13 +207,15 @@ def _forward_fake(
     first = states[0]
     if int8:
         _check_int8(first.dtype, save)
-    saved = first.new_empty((problem.num_grad_updates if save else 0, *first.shape))
-    size = 0
-    if save and not recompute and first.numel():
-        batch, length = (int(n) for n in first.shape[:2])  # an allocation size: symbolic shapes become constants
-        chosen = select(backend, problem, first.device, first.dtype, batch, length)
-        size = chosen.kept_bytes(problem, first.dtype, batch, length)
-    return [first.new_empty(first.shape) for _ in states], saved, first.new_empty(size, dtype=torch.uint8)
+    pairs, size, updates = 0, 0, problem.num_grad_updates if save else 0
+    if updates and budget and first.numel():
+        # The batch may stay symbolic, as the backend does not depend on it here; the length becomes a constant.
+        batch, length = first.shape[0], int(first.shape[1])
+        chosen = select(backend, problem, first.device, first.dtype, 1, length)
+        pairs, size = kept_pairs(chosen, problem, first.dtype, batch, length, budget)
+        updates -= pairs // batch
+    saved = first.new_empty((updates, *first.shape))
+    return [first.new_empty(first.shape) for _ in states], saved, first.new_empty((pairs, size), dtype=torch.uint8)
 
 
 def _check_int8(dtype: torch.dtype, save: bool) -> None:
@@ -256,9 +269,10 @@ def _backward(
     segments: Tensor | None = None,
 ) -> list[Tensor]:
     problem = Problem.from_keys(program, tuple(nets))
-    if saved.shape[0] != problem.num_grad_updates:
+    updates = problem.num_grad_updates - kept.shape[0] // max(saved.shape[1], 1)
+    if saved.shape[0] != updates:
         raise ValueError(
-            f"saved: got {saved.shape[0]} inputs, accepted are {problem.num_grad_updates}, one for each grad update"
+            f"saved: got {saved.shape[0]} inputs, accepted are {updates}, one for each grad update that was not kept"
         )
     problem.validate(grad_states, grad_states[0], weights, cos, sin, segments)
     dtype = saved.dtype

@@ -30,6 +30,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from trmfast.budget import Recompute
 from trmfast.cases import CHOICES, PUBLISHED, SMALL, Case, Inputs, make_case, make_inputs
 from trmfast.models.inner import Inner
 from trmfast.ops import recursion
@@ -156,7 +157,7 @@ def run_eager(inputs: Inputs, backward: bool = True) -> Result:
     return _run(_reference(inputs), inputs, inputs.states[0].dtype, backward)
 
 
-def run_fused(inputs: Inputs, backend: str, backward: bool = True, recompute: bool = True) -> Result:
+def run_fused(inputs: Inputs, backend: str, backward: bool = True, recompute: Recompute = True) -> Result:
     """The operator, with one backend; recompute as in :func:`trmfast.recursion`."""
     problem = inputs.problem
 

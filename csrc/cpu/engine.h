@@ -121,25 +121,29 @@ struct Job {
   const int32_t* segments = nullptr; // [B, L, 2] or null, see Mask
 };
 
+// Backward takes the (update, sequence) pairs of the window from its end: the last update first, and the sequences of
+// an update in their order.  Forward keeps the activations of the first `kept_pairs` in that order.
 struct ForwardJob {
   Job job;
   const void* const* states_in; // num_states x [B, L, D]
   void* const* states_out;      // the same; written by every update
   const void* x;                // [B, L, D] or null
-  void* saved;                  // [G, B, L, D], the summed input of each update with gradient; or null
-  void* kept;                   // kept_bytes(job): the activations of every update with gradient; or null
+  void* saved; // [updates, B, L, D], the summed inputs of the updates with gradient that are not wholly kept; or null
+  void* kept;  // kept_bytes(job, kept_pairs), or null
+  int kept_pairs;
 };
 
 struct BackwardJob {
   Job job;
   const void* const* grad_states_out; // num_states x [B, L, D] in the compute dtype; null: zero
-  const void* saved;                  // as ForwardJob::saved
-  const void* kept;                   // as ForwardJob::kept; null: recomputed from `saved`
-  float* const* grad_states;          // num_states x [B, L, D]: running gradients, finally those of the incoming states
-  float* grad_x;                      // [B, L, D] or null
-  float* const* grad_weights;         // net by net, layer by layer; null if not requested.  Nothing is
-                                      // written for a net that no update with gradient applies
-  size_t store_bytes;                 // limit on the memory for operands of weight gradients
+  const void* saved;                  // as in ForwardJob: what was not kept is recomputed from it
+  const void* kept;
+  int kept_pairs;
+  float* const* grad_states;  // num_states x [B, L, D]: running gradients, finally those of the incoming states
+  float* grad_x;              // [B, L, D] or null
+  float* const* grad_weights; // net by net, layer by layer; null if not requested.  Nothing is
+                              // written for a net that no update with gradient applies
+  size_t store_bytes;         // limit on the memory for operands of weight gradients
   // f32, as grad_weights; read where norms with learned weights stand before products, and may be null otherwise.
   const float* const* weights = nullptr;
 };
@@ -166,7 +170,7 @@ struct Engine {
   const char* element;
   size_t (*packed_bytes)(const NetShape& net, bool backward);
   void (*pack)(const NetShape& net, const float* const* weights, bool backward, void* packed, int thread, int threads);
-  size_t (*kept_bytes)(const Job& job);
+  size_t (*kept_bytes)(const Job& job, int pairs);
   size_t (*forward_bytes)(const ForwardJob& job);
   void (*forward)(const ForwardJob& job, void* workspace, int thread);
   // Null for i8, which is for inference, as is kept_bytes.

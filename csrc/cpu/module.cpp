@@ -131,45 +131,44 @@ public:
 
 void forward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
              std::tuple<int, int, int> shape, const std::vector<Address>& states_in,
-             const std::vector<Address>& states_out, Address x, Address saved, Address kept, Address cos, Address sin,
-             int threads, const py::object& phases, Address segments) {
+             const std::vector<Address>& states_out, Address x, Address saved, Address kept, int kept_pairs,
+             Address cos, Address sin, int threads, const py::object& phases, Address segments) {
   PythonMonitor python(phases);
   const OwnedJob owned(program, nets, shape, cos, sin, segments, threads, &python.monitor);
   const auto in = pointers<const void>(states_in);
   const auto out = pointers<void>(states_out);
   run(nets[0]->engine, ForwardJob{owned.job, in.data(), out.data(), reinterpret_cast<const void*>(x),
-                                  reinterpret_cast<void*>(saved), reinterpret_cast<void*>(kept)});
+                                  reinterpret_cast<void*>(saved), reinterpret_cast<void*>(kept), kept_pairs});
   python.rethrow();
 }
 
-// The size of the activations that forward keeps.  layers: those of each net, and whether it has a final norm.
-size_t kept_bytes(const OwnedProgram& program, const std::string& target, const std::string& element,
-                  const BlockShape& block, const std::vector<std::pair<int, bool>>& layers,
-                  std::tuple<int, int, int> shape) {
+// The size of the activations of one update of one sequence that forward keeps; those of several take at most as many
+// times as much.  layers: those of each net, and whether it has a final norm.
+size_t pair_bytes(const std::string& target, const std::string& element, const BlockShape& block,
+                  const std::vector<std::pair<int, bool>>& layers, int length) {
   std::vector<NetShape> nets;
   for (const auto& [count, final_norm] : layers) nets.push_back({block, count, final_norm});
   Job job = {};
-  std::tie(job.batch, job.length, job.width) = shape;
-  job.program = program.view();
+  job.length = length;
   job.nets = nets.data();
   job.num_nets = static_cast<int>(nets.size());
-  return find_engine(target, element).kept_bytes(job);
+  return find_engine(target, element).kept_bytes(job, 1);
 }
 
 void backward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
               std::tuple<int, int, int> shape, const std::vector<Address>& grad_states_out, Address saved, Address kept,
-              const std::vector<Address>& grad_states, Address grad_x, const std::vector<Address>& grad_weights,
-              Address cos, Address sin, int threads, size_t store_bytes, const std::vector<Address>& weights_f32,
-              const py::object& phases, Address segments) {
+              int kept_pairs, const std::vector<Address>& grad_states, Address grad_x,
+              const std::vector<Address>& grad_weights, Address cos, Address sin, int threads, size_t store_bytes,
+              const std::vector<Address>& weights_f32, const py::object& phases, Address segments) {
   PythonMonitor python(phases);
   const OwnedJob owned(program, nets, shape, cos, sin, segments, threads, &python.monitor);
   const auto from = pointers<const void>(grad_states_out);
   const auto states = pointers<float>(grad_states);
   const auto weights = pointers<float>(grad_weights);
   const auto read = pointers<const float>(weights_f32);
-  run(nets[0]->engine,
-      BackwardJob{owned.job, from.data(), reinterpret_cast<const void*>(saved), reinterpret_cast<const void*>(kept),
-                  states.data(), reinterpret_cast<float*>(grad_x), weights.data(), store_bytes, read.data()});
+  run(nets[0]->engine, BackwardJob{owned.job, from.data(), reinterpret_cast<const void*>(saved),
+                                   reinterpret_cast<const void*>(kept), kept_pairs, states.data(),
+                                   reinterpret_cast<float*>(grad_x), weights.data(), store_bytes, read.data()});
   python.rethrow();
 }
 
@@ -277,14 +276,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("uses_openmp", &uses_openmp);
   m.def("int8_product", &int8_product, py::arg("target"), py::arg("x"), py::arg("weights"), py::arg("sizes"),
         py::arg("left"), py::arg("outputs"), Released());
-  m.def("kept_bytes", &kept_bytes, Released());
+  m.def("pair_bytes", &pair_bytes, py::arg("target"), py::arg("element"), py::arg("block"), py::arg("layers"),
+        py::arg("length"), Released());
   m.def("forward", &forward, py::arg("program"), py::arg("nets"), py::arg("shape"), py::arg("states_in"),
-        py::arg("states_out"), py::arg("x"), py::arg("saved"), py::arg("kept"), py::arg("cos"), py::arg("sin"),
-        py::arg("threads"), py::arg("phases") = py::none(), py::arg("segments") = 0, Released());
+        py::arg("states_out"), py::arg("x"), py::arg("saved"), py::arg("kept"), py::arg("kept_pairs"), py::arg("cos"),
+        py::arg("sin"), py::arg("threads"), py::arg("phases") = py::none(), py::arg("segments") = 0, Released());
   m.def("backward", &backward, py::arg("program"), py::arg("nets"), py::arg("shape"), py::arg("grad_states_out"),
-        py::arg("saved"), py::arg("kept"), py::arg("grad_states"), py::arg("grad_x"), py::arg("grad_weights"),
-        py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("store_bytes"), py::arg("weights"),
-        py::arg("phases") = py::none(), py::arg("segments") = 0, Released());
+        py::arg("saved"), py::arg("kept"), py::arg("kept_pairs"), py::arg("grad_states"), py::arg("grad_x"),
+        py::arg("grad_weights"), py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("store_bytes"),
+        py::arg("weights"), py::arg("phases") = py::none(), py::arg("segments") = 0, Released());
   m.def(
       "fingerprint",
       [](const std::vector<Address>& arrays, const std::vector<int64_t>& sizes, int threads) {

@@ -35,26 +35,34 @@ template <class T> struct BackwardThread {
         gradient_scratch(arena, gradient_depth) {}
 };
 
+// Pairs whose weight gradients are added up at once: forward kept the activations of all, or none is read where forward
+// left it.  `room` is a whole number of groups, or all pairs that are left.
+struct Batch {
+  bool kept;
+  int first, room;
+};
+
 // The workspace; every thread derives the same layout from its address.
 template <class T> class BackwardWorkspace {
 public:
   const BackwardJob& backward;
   const BlockShape& block;
-  const bool recompute;
+  const bool recompute; // some pairs
   int layers;
   int group; // slots of a group, see weight_gradient.h; `slots` is a multiple of it, or all there are
   int slots;
   RopeTables tables;
-  ActivationStore<T> activations; // as many slots as `gradients`, or all that forward kept
+  ActivationStore<T> kept;        // of forward
+  ActivationStore<T> activations; // as many slots as `gradients`, none without recomputation
   GradientStore<T> gradients;
   T* panels; // shared: the packed operand of a weight gradient
 
   BackwardWorkspace(Arena& arena, const BackwardJob& backward)
-      : backward(backward), block(backward.job.nets[0].block), recompute(!backward.kept),
+      : backward(backward), block(backward.job.nets[0].block), recompute(backward.kept_pairs < all_pairs(backward.job)),
         layers(most_layers(backward.job)), group(choose_group(backward)),
-        slots(choose_slots(backward, recompute, group)), tables(arena, backward.job),
-        activations(recompute ? ActivationStore<T>(arena, backward.job, slots) : kept(backward)),
-        gradients(arena, backward.job, slots, recompute), panels(arena.take<T>(panels_elements())) {
+        slots(choose_slots(backward, recompute, group)), tables(arena, backward.job), kept(of_forward(backward)),
+        activations(arena, backward.job, recompute ? slots : 0), gradients(arena, backward.job, slots, recompute),
+        panels(arena.take<T>(panels_elements())) {
     Arena one(nullptr);
     BackwardThread<T>(one, block, backward.job.length, chunks(slots).depth());
     per_thread_ = one.used();
@@ -68,11 +76,21 @@ public:
   TokenChunks<T> chunks(int used) const {
     return {smaller(group, slots) * backward.job.length, used * backward.job.length};
   }
+  // The gradients of a slot; where there is a store of activations, some take the places of those.
+  BlockGradients<T> gradient_layer(int index, int slot) const {
+    return gradients.layer(index, slot, recompute ? activations.layer(index, slot) : BlockActivations<T>{});
+  }
+  // The batch that begins with a pair, the first of a group.
+  Batch batch(int pair) const {
+    const int ahead = backward.kept_pairs - pair;
+    if (!recompute) return {true, pair, slots};
+    return ahead < group ? Batch{false, pair, slots} : Batch{true, pair, smaller(slots, ahead / group * group)};
+  }
 
 private:
-  static ActivationStore<T> kept(const BackwardJob& backward) {
+  static ActivationStore<T> of_forward(const BackwardJob& backward) {
     Arena arena(const_cast<void*>(backward.kept));
-    return ActivationStore<T>(arena, backward.job, all_slots(backward.job));
+    return ActivationStore<T>(arena, backward.job, backward.kept_pairs);
   }
   static size_t slot_bytes(const Job& job, bool recompute) {
     Arena arena(nullptr);
@@ -93,7 +111,7 @@ private:
   // every thread.
   static int choose_slots(const BackwardJob& backward, bool recompute, int group) {
     const Job& job = backward.job;
-    const int wanted = all_slots(job);
+    const int wanted = all_pairs(job);
     const long fit = static_cast<long>(backward.store_bytes / slot_bytes(job, recompute));
     if (fit >= wanted) return larger(1, wanted);
     int equal = group;
@@ -112,10 +130,16 @@ private:
   char* first_;
 };
 
-// A pair's slots in both stores; they differ if forward kept all activations.
-struct Slots {
-  int activations, gradients;
-  Slots operator+(int n) const { return {activations + n, gradients + n}; }
+// Where a pair is: its slot of the workspace, and its activations there or in the kept store.
+template <class T> struct Place {
+  const BackwardWorkspace<T>& workspace;
+  int pair, slot;
+  bool kept;
+
+  const ActivationStore<T>& store() const { return kept ? workspace.kept : workspace.activations; }
+  int in_store() const { return kept ? pair : slot; }
+  BlockActivations<T> activations(int layer) const { return store().layer(layer, in_store()); }
+  T* output(int layer, int layers) const { return store().output(layer, layers, in_store()); }
 };
 
 // Recomputes an update's activations for one sequence from its saved input.
@@ -164,7 +188,8 @@ void final_norm_backward(const Team& team, const BlockShape& block, int length, 
 // One (update, sequence): h from `saved`, dy from the gradient of dst; dh is added to the sources and to x.
 template <class T>
 void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
-                   int sequence, const Slots& slot, const BackwardThread<T>& shared, const BackwardThread<T>& mine) {
+                   int sequence, const Place<T>& place, const BackwardThread<T>& shared,
+                   const BackwardThread<T>& mine) {
   const BackwardJob& backward = workspace.backward;
   const Job& job = backward.job;
   const NetShape& net = job.nets[update.net];
@@ -174,8 +199,13 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   const long first = static_cast<long>(sequence) * L * D;
   const Range rows = team.split(L);
   const Positions positions = Positions{workspace.tables.rope(job), job.segments}.of(sequence, L);
-  if (workspace.recompute)
-    slot_forward(workspace, team, update, saved + first, positions, slot.activations, shared, mine);
+  if (!place.kept && place.pair < backward.kept_pairs) {
+    team.begin("copy of kept activations");
+    workspace.activations.copy(team, net.layers, workspace.kept, place.pair, place.slot);
+    team.sync();
+  } else if (!place.kept) {
+    slot_forward(workspace, team, update, saved + first, positions, place.slot, shared, mine);
+  }
 
   team.begin("gradient of the output");
   const RunningGradient running = {shared.buffers.dy, shared.buffers.u};
@@ -189,15 +219,12 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   const void* packed = job.packed[update.net].backward;
   if (net.final_norm)
     final_norm_backward(team, block, L, final_norm_weight<BackwardWeights<T>>(net, packed),
-                        workspace.activations.normed(slot.activations),
-                        workspace.activations.final_rstd(slot.activations), dy,
-                        workspace.gradients.final_norm(slot.gradients));
+                        place.store().normed(place.in_store()), place.store().final_rstd(place.in_store()), dy,
+                        workspace.gradients.final_norm(place.slot));
   for (int layer = net.layers - 1; layer >= 0; --layer) {
-    const BlockActivations<T> act = workspace.activations.layer(layer, slot.activations);
-    block_backward(team, block, layer_weights<BackwardWeights<T>>(net, packed, layer), positions, L, act,
-                   workspace.activations.output(layer, net.layers, slot.activations), running,
-                   workspace.gradients.layer(layer, slot.gradients, act), shared.buffers.grad_mixed,
-                   mine.backward_scratch);
+    block_backward(team, block, layer_weights<BackwardWeights<T>>(net, packed, layer), positions, L,
+                   place.activations(layer), place.output(layer, net.layers), running,
+                   workspace.gradient_layer(layer, place.slot), shared.buffers.grad_mixed, mine.backward_scratch);
   }
   team.begin("gradients of the sources");
   const auto add = [&](float* to) {
@@ -213,10 +240,10 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   team.sync(); // before the buffers are used again
 }
 
-// Accumulates `used` slots starting at `first` into the gradients of net `n`; the first time, stores them.
+// Accumulates `used` pairs, `first` and those after it, into the gradients of net `n`; the first time, stores them.
 template <class T>
-void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& all, int n, const Slots& first, int used,
-                            bool fresh, const BackwardThread<T>& mine) {
+void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& all, int n, const Place<T>& first,
+                            int used, bool fresh, const BackwardThread<T>& mine) {
   const Job& job = workspace.backward.job;
   const BlockShape& block = workspace.block;
   const BlockStrides strides(block);
@@ -229,8 +256,8 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
   const WeightPlaces places(block);
   const auto same = [](int row) { return row; };
   for (int layer = 0; layer < job.nets[n].layers; ++layer, into += block_weights(block)) {
-    const BlockActivations<T> act = workspace.activations.layer(layer, first.activations);
-    const BlockGradients<T> grads = workspace.gradients.layer(layer, first.gradients, act);
+    const BlockActivations<T> act = first.activations(layer);
+    const BlockGradients<T> grads = workspace.gradient_layer(layer, first.slot);
     const auto by_token = [&](const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs,
                               float* grad, auto row_of) {
       if (grad)
@@ -258,7 +285,7 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
     by_token(grads.ds2, strides.h, D, down_input(block, act), strides.activation, block.inner, into[places.down], same);
     add_vector_gradients(all, block, grads, used, into, fresh);
   }
-  if (float* sums = workspace.gradients.final_norm(first.gradients); sums && job.nets[n].final_norm && *into)
+  if (float* sums = workspace.gradients.final_norm(first.slot); sums && job.nets[n].final_norm && *into)
     vector_gradient(all, sums, strides.u, used, D, {*into, fresh}, same);
 }
 
@@ -309,16 +336,16 @@ template <class T> void program_backward(const BackwardJob& backward, void* memo
   start_backward(workspace, all, mine);
 
   const long elements = static_cast<long>(job.batch) * job.length * job.width;
-  const T* saved = static_cast<const T*>(backward.saved);
-  for (int i = 0; i < job.program.num_updates; ++i) saved += job.program.updates[i].grad ? elements : 0;
+  // Behind the updates that are not wholly kept.
+  const T* saved = static_cast<const T*>(backward.saved) +
+                   (all_pairs(job) - backward.kept_pairs + job.batch - 1) / job.batch * elements;
   bool zero[kMostStates] = {}, summed[kMostNets] = {};
-  int used = 0, net = 0;
-  Slots first = {0, 0}; // of the `used` slots
+  int next = 0, used = 0, net = 0; // the next pair; slots in use, of one net
+  Batch batch = {};
   const auto add_up = [&] {
     all.begin("weight gradients");
-    store_weight_gradients(workspace, all, net, first, used, !summed[net], mine);
+    store_weight_gradients(workspace, all, net, {workspace, batch.first, 0, batch.kept}, used, !summed[net], mine);
     summed[net] = true;
-    if (!workspace.recompute) first.activations += used;
     used = 0;
   };
   for (int i = job.program.num_updates - 1; i >= 0; --i) {
@@ -333,26 +360,29 @@ template <class T> void program_backward(const BackwardJob& backward, void* memo
       zero[update.dst] = true;
       continue;
     }
-    saved -= elements;
+    if (next + job.batch > backward.kept_pairs) saved -= elements;
     for (int s = 0; s < update.num_sources; ++s) zero[job.program.sources[update.first_source + s]] = false;
     for (int sequence = 0; sequence < job.batch;) {
-      if (used == workspace.slots || (used > 0 && net != update.net)) add_up();
+      if (used > 0 && (used == batch.room || net != update.net)) add_up();
+      if (used == 0) batch = workspace.batch(next);
       net = update.net;
-      const int wave = smaller(job.batch - sequence, workspace.slots - used);
+      const int wave = smaller(job.batch - sequence, batch.room - used);
+      const auto place = [&](int index) { return Place<T>{workspace, next + index, used + index, batch.kept}; };
       const Division division(wave, job.threads);
       const Team self = alone(job, thread);
       for (int k = 0; k < division.each && !self.stopped(); ++k) {
         const int index = thread * division.each + k;
-        slot_backward(workspace, self, update, saved, sequence + index, first + (used + index), mine, mine);
+        slot_backward(workspace, self, update, saved, sequence + index, place(index), mine, mine);
       }
       const RestTeam rest(job, division, thread);
       if (!rest.idle) {
         const int index = division.each * job.threads + rest.index;
         rest.team.sync(); // the team uses the first thread's buffers: wait until its own sequences are done
-        slot_backward(workspace, rest.team, update, saved, sequence + index, first + (used + index),
+        slot_backward(workspace, rest.team, update, saved, sequence + index, place(index),
                       workspace.thread(rest.first_thread), mine);
       }
       if (!all.sync()) return;
+      next += wave;
       used += wave;
       sequence += wave;
     }

@@ -179,37 +179,42 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
   const Job& job = forward.job;
   const long first_row = static_cast<long>(first_sequence) * job.length,
              elements = static_cast<long>(job.batch) * job.length * job.width;
-  const int rows = sequences * job.length;
   const Positions positions = Positions{rope, job.segments}.of(first_sequence, job.length);
-  Arena kept(forward.kept);
-  const ActivationStore<T> store(kept, job, all_slots(job));
-  int slot = all_slots(job) + first_sequence;
+  Arena arena(forward.kept);
+  const ActivationStore<T> store(arena, job, forward.kept_pairs);
+  int pair = all_pairs(job) + first_sequence;
   for (int s = 0; s < job.program.num_states; ++s) states[s] = static_cast<const T*>(forward.states_in[s]);
   T* saved = static_cast<T*>(forward.saved);
   for (int i = 0; i < job.program.num_updates; ++i) {
     const Update& update = job.program.updates[i];
     const NetShape& net = job.nets[update.net];
-    const bool save = saved && update.grad, keep = forward.kept && update.grad;
-    if (keep) slot -= job.batch;
+    const void* packed = job.packed[update.net].forward;
+    if (update.grad) pair -= job.batch;
+    // Of these sequences, the first ones are kept.
+    const int kept = update.grad ? smaller(larger(forward.kept_pairs - pair, 0), sequences) : 0;
+    const int kept_rows = kept * job.length, rows = (sequences - kept) * job.length;
+    const bool save = saved && update.grad && pair - first_sequence + job.batch > forward.kept_pairs;
+    const auto sum = [&](long from, int count, T* h) {
+      sum_sources(team, job, update, states, static_cast<const T*>(forward.x), from, count, h,
+                  BlockStrides(net.block).h, save ? saved : nullptr);
+    };
     team.begin("sum of the sources");
-    sum_sources(team, job, update, states, static_cast<const T*>(forward.x), first_row, rows,
-                keep ? store.layer(0, slot).h : buffers.act.h, BlockStrides(net.block).h, save ? saved : nullptr);
+    if (kept) sum(first_row, kept_rows, store.layer(0, pair).h);
+    sum(first_row + kept_rows, rows, buffers.act.h);
     if (save) saved += elements;
     if (!team.sync()) return;
-    T* out = static_cast<T*>(forward.states_out[update.dst]);
-    if (keep)
-      net_forward_kept(team, net, job.packed[update.net].forward, positions, sequences, job.length, store, slot,
-                       buffers.u, out + first_row * job.width, scratch);
-    else
-      net_forward(team, net, job.packed[update.net].forward, positions, sequences, job.length, buffers.act, buffers.u,
-                  out + first_row * job.width, job.width, scratch);
-    states[update.dst] = out;
+    T* out = static_cast<T*>(forward.states_out[update.dst]) + first_row * job.width;
+    if (kept) net_forward_kept(team, net, packed, positions, kept, job.length, store, pair, buffers.u, out, scratch);
+    if (rows)
+      net_forward(team, net, packed, positions.of(kept, job.length), sequences - kept, job.length, buffers.act,
+                  buffers.u, out + static_cast<long>(kept_rows) * job.width, job.width, scratch);
+    states[update.dst] = static_cast<const T*>(forward.states_out[update.dst]);
   }
 }
 
-template <class T> size_t kept_bytes(const Job& job) {
+template <class T> size_t kept_bytes(const Job& job, int pairs) {
   Arena arena(nullptr);
-  ActivationStore<T>(arena, job, all_slots(job));
+  ActivationStore<T>(arena, job, pairs);
   return arena.used();
 }
 
@@ -230,7 +235,7 @@ template <class T> void forward(const ForwardJob& forward, void* memory, int thr
   if constexpr (keeps) {
     if (forward.kept) {
       Arena kept(forward.kept);
-      ActivationStore<T>(kept, job, all_slots(job)).clear_padding(most_layers(job), all.split(all_slots(job)));
+      ActivationStore<T>(kept, job, forward.kept_pairs).clear_padding(most_layers(job), all.split(forward.kept_pairs));
     }
   }
   if (workspace.tables.cos || forward.kept) all.sync();

@@ -1,5 +1,5 @@
-// What backward reads of the updates with gradient, one slot per (update, sequence) pair.  The store is part of the
-// backward workspace when activations are recomputed; otherwise forward fills it and keeps it.
+// What backward reads of the updates with gradient, one slot per (update, sequence) pair.  Forward keeps a store of the
+// pairs that the budget has room for; the backward workspace has one for those that are recomputed.
 #pragma once
 
 #include "block_backward.h"
@@ -32,8 +32,8 @@ void visit_arrays(BlockActivations<T>& act, const BlockShape& block, int length,
   }
 }
 
-// The same for the gradients that weight gradients read.  Where the activations are this pass's own (in_place),
-// d(q, k, v) and d(gate, up) take their places.
+// The same for the gradients that weight gradients read.  Where the workspace has a store of activations (in_place),
+// d(q, k, v) and d(gate, up) take their places there.
 template <class T, class Visit>
 void visit_arrays(BlockGradients<T>& grads, const BlockShape& block, int length, bool in_place, const Visit& visit) {
   const BlockStrides strides(block);
@@ -70,8 +70,8 @@ inline int most_layers(const Job& job) {
   return most;
 }
 
-// Slots of all updates with gradient.
-inline int all_slots(const Job& job) {
+// All (update, sequence) pairs of the window.
+inline int all_pairs(const Job& job) {
   int updates = 0;
   for (int i = 0; i < job.program.num_updates; ++i) updates += job.program.updates[i].grad;
   return updates * job.batch;
@@ -84,8 +84,8 @@ inline bool has_final_norm(const Job& job) {
   return false;
 }
 
-// Activations of every layer, the output of the last one and of the final norm.  A kept store holds the slots of all
-// updates in the order in which backward takes them: the last update first, the sequences of an update in their order.
+// Activations of every layer, the output of the last one and of the final norm.  Slot i of a kept store is that of pair
+// i (ForwardJob).
 template <class T> class ActivationStore {
 public:
   ActivationStore(Arena& arena, const Job& job, int slots)
@@ -109,6 +109,28 @@ public:
   float* final_rstd(int slot) const { return final_rstd_ + static_cast<long>(slot) * length_; }
   // Where layer `index` of `layers` writes its output.
   T* output(int index, int layers, int slot) const { return index + 1 < layers ? layer(index + 1, slot).h : out(slot); }
+
+  // Copies a slot of another store; the threads of a team share the arrays.
+  void copy(const Team& team, int layers, const ActivationStore& store, int from, int to) const {
+    constexpr int kMostArrays = 16;
+    for (int i = 0; i < layers; ++i) {
+      BlockActivations<T> source = store.layer(i, from), target = layer(i, to);
+      const void* arrays[kMostArrays];
+      int found = 0, written = 0;
+      visit_arrays(source, block_, length_, [&](const auto* array, long) { arrays[found++] = array; });
+      visit_arrays(target, block_, length_, [&](auto* array, long elements) {
+        if (written % team.size == team.rank)
+          __builtin_memcpy(array, arrays[written], sizeof(*array) * static_cast<size_t>(elements));
+        ++written;
+      });
+    }
+    if (team.rank) return;
+    const size_t bytes = sizeof(T) * static_cast<size_t>(length_) * static_cast<size_t>(BlockStrides(block_).h);
+    __builtin_memcpy(out(to), store.out(from), bytes);
+    if (!normed_) return;
+    __builtin_memcpy(normed(to), store.normed(from), bytes);
+    __builtin_memcpy(final_rstd(to), store.final_rstd(from), sizeof(float) * static_cast<size_t>(length_));
+  }
 
   // Zeroes what products read beyond the last column, in the rows of a range of slots.
   void clear_padding(int layers, const Range& slots) const {
@@ -144,7 +166,7 @@ public:
     if (has_final_norm(job) && block_.norm_weight)
       final_norm_ = arena.take<float>(static_cast<long>(slots) * BlockStrides(block_).u);
   }
-  // act: the activations of the same slot.
+  // act: the activations of the same slot of the workspace.
   BlockGradients<T> layer(int index, int slot, const BlockActivations<T>& act) const {
     Arena arena(first_ + per_layer_ * static_cast<size_t>(index));
     BlockGradients<T> grads = take(arena, slot);

@@ -46,6 +46,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import trmfast
+from trmfast.budget import recompute_of
 from trmfast.models import TRM, ACTLossHead
 from trmfast.sudoku_puzzles import symmetric_copies
 
@@ -359,7 +360,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--ema", type=float, default=0.995, help="decay of the averaged weights (default: 0.995)")
     add("--dtype", choices=("bfloat16", "float32"), default="float32", help="compute dtype")
     add("--eager", action="store_true", help="without trmfast: eager PyTorch as upstream writes it")
-    add("--recompute", action="store_true", help="compute the gradient window again instead of keeping it")
+    add(
+        "--recompute",
+        type=recompute_of,
+        default=False,
+        metavar="SETTING",
+        help="True, or a size such as 256MB that may be kept instead of computed again (default: False, keep all)",
+    )
     add("--shallow-steps", type=int, metavar="N", help="of one short supervision step (default: 0, attention 3000)")
     add("--fixed-attention", type=int, metavar="N", help="before queries and keys move (default: 0, attention 600)")
     add("--puzzles", type=int, default=8000, metavar="N", help="generated for training (default: 8000)")

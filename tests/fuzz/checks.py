@@ -169,8 +169,10 @@ def threads(run: Run) -> list[str]:
 
 
 def recompute(run: Run) -> list[str]:
-    """Computing the window again gives the bits of keeping it."""
-    return differences(run.result, run.engine(recompute=not run.variant.recompute), "recompute=True and False differ")
+    """Computing the window again gives the bits of keeping it, or a part of it."""
+    other = run.variant.recompute is not True
+    message = f"recompute={run.variant.recompute} and {other} differ"
+    return differences(run.result, run.engine(recompute=other), message)
 
 
 def alone(run: Run) -> list[str]:

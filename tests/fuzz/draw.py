@@ -157,7 +157,7 @@ def draw_variant(rng: random.Random, trial: Trial, targets: list[str]) -> Varian
     return Variant(
         target=rng.choices(able, [1 if target == "amx_emulated" else 4 for target in able])[0],
         threads=rng.choice((1,) * 6 + (2, 3, 5)),
-        recompute=rng.random() < 0.5,
+        recompute=rng.choice((True, True, False, 2_000, 30_000, "300kB")),
         store=rng.choice((0, 0, 1, 20_000, 200_000)),
         dirty=rng.random() < 0.5,
     )

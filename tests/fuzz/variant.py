@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trmfast import recursion
 from trmfast.backends import cpu
+from trmfast.budget import Recompute
 from trmfast.cases import Inputs
 from trmfast.testing import Result
 
@@ -36,7 +37,7 @@ class Variant(_Plain):
 
     target: str = "portable"
     threads: int = 1
-    recompute: bool = True
+    recompute: Recompute = True
     store: int = 0
     dirty: bool = False
 

@@ -199,7 +199,7 @@ class Engine:
                 rope[0][1] if rope else None,
                 rope[1][1] if rope else None,
                 bool(window),
-                True,
+                0,
             )
             results, kept, _ = ReferenceBackend().forward(call)
             for (_, target), result in zip(out, results, strict=True):

@@ -16,7 +16,7 @@ from trmfast.backends.reference import ReferenceBackend
 from trmfast.backends.triton import TritonBackend
 from trmfast.problem import Problem
 
-__all__ = ["BACKENDS", "Backend", "BackwardCall", "ForwardCall", "select"]
+__all__ = ["BACKENDS", "Backend", "BackwardCall", "ForwardCall", "kept_pairs", "select"]
 
 
 class Backend(Protocol):
@@ -48,20 +48,20 @@ class Backend(Protocol):
     def declines(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> bool:
         """Whether ``"auto"`` should take the next backend although this one supports the problem."""
 
-    def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
-        """Bytes of activations that forward keeps if asked not to recompute; 0 if this backend always recomputes."""
+    def pair_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
+        """Bytes that activations of one update of one sequence take if forward keeps them; 0 if it never does."""
 
     def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """Runs the program.
 
         Returns:
-            The final states, newly allocated and contiguous, in the compute dtype; the summed input of every update
-            with ``grad``, [G, B, L, D] in the compute dtype, with G = 0 if not ``save``; and :meth:`kept_bytes` bytes
-            in a form of the backend's own, none if not ``save`` or if ``recompute``.
+            The final states, newly allocated and contiguous, in the compute dtype; the summed inputs of the updates
+            with ``grad`` that are not wholly kept, [G, B, L, D] in the compute dtype, with G = 0 if not ``save``; and
+            the activations of the first ``keep`` pairs, [keep, pair_bytes] bytes in a form of the backend's own.
         """
 
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
-        """Differentiates the grad updates in reverse; recomputes each from its saved input unless ``kept`` has it.
+        """Differentiates the grad updates in reverse; recomputes each from its saved input, unless ``kept`` has it.
 
         It changes neither ``saved`` nor ``kept``: backward may run again.
 
@@ -114,6 +114,26 @@ def select(name: str, problem: Problem, device: torch.device, dtype: torch.dtype
             _told.add(reason)
             warnings.warn(f"trmfast: backend {backend.name} is not used: {reason}", stacklevel=2)
     raise AssertionError("the reference backend takes every problem")
+
+
+def kept_pairs(
+    backend: Backend, problem: Problem, dtype: torch.dtype, batch: int, length: int, budget: int
+) -> tuple[int, int]:
+    """Of how many (update, sequence) pairs a backend keeps activations, from the end of the window on.
+
+    Args:
+        backend, problem, dtype, length: what runs it, and what it runs.
+        batch: sequences; may be symbolic.
+        budget: bytes that it may keep.
+
+    Returns:
+        The pairs, and the bytes of one; 0 and 0 if not one fits.
+    """
+    size = backend.pair_bytes(problem, dtype, length) if budget and problem.num_grad_updates else 0
+    if not 0 < size <= budget:
+        return 0, 0
+    pairs: int = torch.sym_min(problem.num_grad_updates * batch, budget // size)
+    return pairs, size
 
 
 def _refusal(

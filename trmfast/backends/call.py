@@ -26,7 +26,8 @@ class ForwardCall(NamedTuple):
         cos, sin: contiguous RoPE tables [L, head_dim], float32 (float64 if the compute dtype is); None if no net
             attends, or for no rotation.
         save: whether a backward pass will follow.
-        recompute: whether that pass recomputes the activations of the gradient window.
+        keep: of how many (update, sequence) pairs to keep activations: the last update of the gradient window first,
+            and the sequences of an update in their order.  0 if ``pair_bytes`` of the backend is.
         segments: int32 [B, L, 2], contiguous, where a network reads them, else None, see :func:`trmfast.recursion`.
         int8: whether the operands of products by weights are int8; the compute dtype is bfloat16 then, and ``save``
             False.
@@ -39,7 +40,7 @@ class ForwardCall(NamedTuple):
     cos: Tensor | None
     sin: Tensor | None
     save: bool
-    recompute: bool
+    keep: int
     int8: bool = False
     segments: Tensor | None = None
 
@@ -50,8 +51,8 @@ class BackwardCall(NamedTuple):
     Attributes:
         problem, weights, cos, sin, segments: as in :class:`ForwardCall`.
         grad_states: S gradients [B, L, D] of the final states, contiguous, in the compute dtype.
-        saved: [G, B, L, D], the summed input of every update with ``grad``, from forward.
-        kept: bytes that forward kept instead of recomputing, empty if it kept none.
+        saved: [G, B, L, D], the summed inputs of the updates with ``grad`` that are not wholly kept, from forward.
+        kept: [pairs, bytes], the activations that forward kept.
         needs_states, needs_x, needs_weights: which gradients are wanted.
     """
 

@@ -184,7 +184,7 @@ CHECK_WEIGHTS = os.environ.get("TRMFAST_CHECK_WEIGHTS") != "0"
 
 
 class _SeenWeights:
-    """Fingerprints of the weights of forward passes, kept as long as the inputs they saved."""
+    """Fingerprints of the weights of forward passes, kept as long as what they saved."""
 
     def __init__(self) -> None:
         # Keyed by the address of a storage: no other storage gets it while a weak reference exists.
@@ -261,12 +261,21 @@ def _folded(problem: Problem) -> Iterator[tuple[int, int]]:
             yield first + names.index(second), first + 2
 
 
-def _keep(size: int) -> Tensor:
-    """A tensor of bytes in memory that the engine takes back when the tensor dies."""
+@lru_cache(maxsize=256)
+def _pair_bytes(problem: Problem, target: str, element: str, length: int) -> int:
     assert _cpu is not None
-    return (
-        torch.frombuffer(_cpu.KeptActivations(size), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
-    )
+    engine = _engine(problem)
+    size: int = _cpu.pair_bytes(target, element, engine.blocks[0], list(engine.layers), length)
+    return size
+
+
+def _keep(pairs: int, size: int) -> Tensor:
+    """[pairs, size] bytes in memory that the engine takes back when the tensor dies."""
+    assert _cpu is not None
+    if not pairs:
+        return torch.empty((0, size), dtype=torch.uint8)
+    # resize_ and not view: the operator returns tensors of its own.
+    return torch.frombuffer(_cpu.KeptActivations(pairs * size), dtype=torch.uint8).resize_(pairs, size)
 
 
 def _explained(error: Exception, problem: Problem, state: Tensor) -> Exception:
@@ -325,17 +334,9 @@ class CpuBackend:
         """False: it is the best choice for whatever it supports."""
         return False
 
-    def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
-        """Bytes of the activations of the gradient window."""
-        assert _cpu is not None
-        if not problem.num_grad_updates:
-            return 0
-        engine = _engine(problem)
-        shape = (batch, length, problem.hidden_size)
-        size: int = _cpu.kept_bytes(
-            engine.program, target_for(dtype), ELEMENTS[dtype], engine.blocks[0], list(engine.layers), shape
-        )
-        return size
+    def pair_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
+        """Bytes of the activations of one update of one sequence."""
+        return _pair_bytes(problem, target_for(dtype), ELEMENTS[dtype], length)
 
     def _packed(
         self,
@@ -371,10 +372,11 @@ class CpuBackend:
             torch.empty_like(state) if written else state.clone()
             for state, written in zip(call.states, engine.written, strict=True)
         ]
-        saved = first.new_empty((problem.num_grad_updates if call.save else 0, *shape))
-        if CHECK_WEIGHTS and saved.numel():
-            _seen.note(saved, fingerprints)
-        kept = _keep(self.kept_bytes(problem, first.dtype, *shape[:2]) if call.save and not call.recompute else 0)
+        saved = first.new_empty((problem.num_grad_updates - call.keep // shape[0] if call.save else 0, *shape))
+        kept = _keep(call.keep, self.pair_bytes(problem, first.dtype, shape[1]) if call.keep else 0)
+        holder = saved if saved.numel() else kept
+        if CHECK_WEIGHTS and holder.numel():
+            _seen.note(holder, fingerprints)
         _cpu.forward(
             engine.program,
             packed,
@@ -382,8 +384,9 @@ class CpuBackend:
             [state.data_ptr() for state in call.states],
             [state.data_ptr() for state in out],
             address(call.x),
-            saved.data_ptr() if call.save and problem.num_grad_updates else 0,
-            kept.data_ptr() if kept.numel() else 0,
+            saved.data_ptr() if saved.numel() else 0,
+            kept.data_ptr() if call.keep else 0,
+            call.keep,
             address(call.cos),
             address(call.sin),
             threads,
@@ -401,14 +404,17 @@ class CpuBackend:
 
     def _backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         assert _cpu is not None
-        problem, threads = call.problem, torch.get_num_threads()
+        problem, threads, pairs = call.problem, torch.get_num_threads(), call.kept.shape[0]
         engine = _engine(problem)
         shape = tuple(call.saved.shape[1:])
+        size = self.pair_bytes(problem, call.saved.dtype, shape[1]) if pairs else 0
+        if pairs and call.kept.shape[1] != size:
+            raise ValueError(f"kept: got {call.kept.shape[1]} bytes a pair, accepted are {size}")
         fingerprints, packed = self._packed(
             problem, engine, call.saved.dtype, call.weights, backward=True, threads=threads
         )
         if CHECK_WEIGHTS:
-            _seen.check(problem, call.saved, fingerprints)
+            _seen.check(problem, call.saved if call.saved.numel() else call.kept, fingerprints)
         grads = [torch.empty(shape, dtype=torch.float32) for _ in call.grad_states]
         grad_x = torch.empty(shape, dtype=torch.float32) if call.needs_x else None
         # The engine writes gradients only for the nets that it differentiates.
@@ -427,8 +433,9 @@ class CpuBackend:
             packed,
             shape,
             [grad.data_ptr() for grad in call.grad_states],
-            call.saved.data_ptr(),
-            call.kept.data_ptr() if call.kept.numel() else 0,
+            call.saved.data_ptr() if call.saved.numel() else 0,
+            call.kept.data_ptr() if pairs else 0,
+            pairs,
             [grad.data_ptr() for grad in grads],
             address(grad_x),
             [address(grad) for grad in grad_weights],

@@ -109,7 +109,7 @@ class CudaBackend:
         setting = forward_setting(problem, device, dtype, batch, length)
         return is_slower(problem, batch, length, setting, _limits(_index(device)))
 
-    def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
+    def pair_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
         """0: it always recomputes."""
         return 0
 
@@ -148,7 +148,7 @@ class CudaBackend:
                 timeout_ns=TIMEOUT_NS,
                 stream=stream,
             )
-        return out, saved, first.new_empty(0, dtype=torch.uint8)
+        return out, saved, first.new_empty((0, 0), dtype=torch.uint8)
 
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """See :class:`trmfast.backends.Backend`."""

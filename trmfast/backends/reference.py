@@ -31,7 +31,7 @@ class ReferenceBackend:
     def declines(self, *_: Any) -> bool:
         return False
 
-    def kept_bytes(self, *_: Any) -> int:
+    def pair_bytes(self, *_: Any) -> int:
         return 0
 
     def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -51,7 +51,7 @@ class ReferenceBackend:
                 current[update.dst] = run_net(net, h, weights, call.cos, call.sin, call.int8, call.segments)
         # A state that no update writes is still the caller's tensor.
         out = [z.clone() if z is state else z for z, state in zip(current, call.states, strict=True)]
-        return out, saved, saved.new_empty(0, dtype=torch.uint8)
+        return out, saved, saved.new_empty((0, 0), dtype=torch.uint8)
 
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         problem, saved = call.problem, call.saved

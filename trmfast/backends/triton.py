@@ -143,7 +143,7 @@ class TritonBackend:
         """False: it is the best choice for whatever it supports."""
         return False
 
-    def kept_bytes(self, problem: Problem, dtype: torch.dtype, batch: int, length: int) -> int:
+    def pair_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
         """0: it always recomputes."""
         return 0
 
@@ -159,7 +159,7 @@ class TritonBackend:
         # A state that no update writes is still the caller's tensor.
         out = [results[f"out.{s}"] if f"out.{s}" in results else state.clone() for s, state in enumerate(call.states)]
         saved = results["saved"] if "saved" in results else first.new_empty((0, *first.shape))
-        return out, saved, first.new_empty(0, dtype=torch.uint8)
+        return out, saved, first.new_empty((0, 0), dtype=torch.uint8)
 
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """See :class:`trmfast.backends.Backend`."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from trmfast.benchmark.measure import Row
 from trmfast.benchmark.report import Report, title_of
-from trmfast.benchmark.rivals import OURS, TITLES
+from trmfast.benchmark.rivals import in_order, is_ours
+from trmfast.benchmark.rivals import title_of as implementation_title
 from trmfast.benchmark.scaling import Sweep
 from trmfast.cases import find_case
 from trmfast.problem import Problem
@@ -25,8 +26,8 @@ COLOURS = {
     "onnxruntime": "#a3b18a",
     "trmfast-bf16": "#7aa6cf",
     "trmfast": "#1f4e79",
-    "kept": "#5b8fc0",
 }
+OTHER_SETTING = "#5b8fc0"
 GREY = "#60656c"
 STEP_TITLES = {"forward": "forward", "training": "training step"}
 
@@ -92,12 +93,12 @@ def _speed(pyplot: Any, report: Report) -> Any:
             if "eager" not in rows:
                 continue
             begin = position
-            for name in (name for name in TITLES if name in rows):
+            for name in in_order(rows):
                 speed = rows["eager"].seconds / rows[name].seconds
                 longest = max(longest, speed)
-                bar = axis.barh(position, speed, 0.9, color=COLOURS[name])
+                bar = axis.barh(position, speed, 0.9, color=COLOURS.get(name, OTHER_SETTING))
                 handles.setdefault(name, bar)
-                weight = "bold" if name in OURS else "normal"
+                weight = "bold" if is_ours(name) else "normal"
                 axis.annotate(
                     f"{speed:.2f}",
                     (speed, position),
@@ -110,7 +111,7 @@ def _speed(pyplot: Any, report: Report) -> Any:
                 position += 1
             ticks.append((begin + position - 1) / 2)
             labels.append(_label(group[0]))
-            missing = [name for name in TITLES if name in everywhere - rows.keys()]
+            missing = in_order(everywhere - rows.keys())
             if missing:
                 text = f"not run: {', '.join(missing)}"
                 axis.annotate(
@@ -125,8 +126,8 @@ def _speed(pyplot: Any, report: Report) -> Any:
         axis.set_title(STEP_TITLES[step], fontsize=11)
         _clean(axis, "x")
     figure.legend(
-        [handles[name] for name in TITLES if name in handles],
-        [TITLES[name] for name in TITLES if name in handles],
+        [handles[name] for name in in_order(handles)],
+        [implementation_title(name) for name in in_order(handles)],
         loc="outside upper center",
         ncols=min(len(handles), 6),
         frameon=False,
@@ -213,7 +214,14 @@ def _roofline(pyplot: Any, report: Report) -> Any:
             numbers[label] = (x, row.gflops)
     for name, dtype in product(("trmfast", "eager"), ("int8", "bf16", "fp32")):
         if any((row.implementation, row.dtype) == (name, dtype) for row in rows):
-            axis.plot([], [], markers[dtype], color=COLOURS[name], label=f"{TITLES[name]}, {dtype}", linestyle="none")
+            axis.plot(
+                [],
+                [],
+                markers[dtype],
+                color=COLOURS[name],
+                label=f"{implementation_title(name)}, {dtype}",
+                linestyle="none",
+            )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(left, right)
@@ -289,7 +297,7 @@ def _memory(pyplot: Any, report: Report) -> Any:
                         values[name] / 1e6,
                         0.38,
                         color=COLOURS[name],
-                        label=TITLES[name] if position == 0 else None,
+                        label=implementation_title(name) if position == 0 else None,
                     )
                     axis.annotate(
                         f"{values[name] / 1e6:,.3g}" if values[name] < 1e9 else f"{values[name] / 1e6:,.0f}",
@@ -332,7 +340,7 @@ def _scaling(pyplot: Any, report: Report) -> Any:
         for sweep in sweeps:
             times = [1e3 * t for t in sweep.seconds_per_update]
             dashed = "--" if sweep.hidden_size != sweeps[0].hidden_size else "-"
-            name = f"{TITLES[sweep.implementation]}, D={sweep.hidden_size}"
+            name = f"{implementation_title(sweep.implementation)}, D={sweep.hidden_size}"
             counts = sweep.x if sweep.name == "depth" else [sweep.updates] * len(sweep.x)
             low = [t - 1e3 * s / c for t, s, c in zip(times, sweep.low, counts, strict=True)]
             high = [1e3 * s / c - t for t, s, c in zip(times, sweep.high, counts, strict=True)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trmfast.benchmark.measure import Row
-from trmfast.benchmark.rivals import OURS
+from trmfast.benchmark.rivals import is_ours
 
 __all__ = ["LIMIT", "Change", "compare_rows"]
 
@@ -127,7 +127,7 @@ def _references(rows: Sequence[Row]) -> dict[tuple[str, str, str, int, int], dic
             continue
         fused = group["trmfast"]
         times = np.asarray(fused.times)
-        ratios = {name: np.asarray(row.times) / times for name, row in group.items() if name not in OURS}
+        ratios = {name: np.asarray(row.times) / times for name, row in group.items() if not is_ours(name)}
         ratios["peak"] = fused.gflop / times / np.asarray(fused.peaks)
         found[key] = ratios
     return found

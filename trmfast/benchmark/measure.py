@@ -13,7 +13,7 @@ import torch
 from trmfast.benchmark import gpu
 from trmfast.benchmark.errors import Check
 from trmfast.benchmark.memory import peak_bytes, resident_bytes, trim
-from trmfast.benchmark.rivals import OURS
+from trmfast.benchmark.rivals import is_ours
 from trmfast.benchmark.suites import Work
 from trmfast.benchmark.turns import FEWEST_ROUNDS, MOST_ROUNDS, VISIT_SECONDS, Timing, Turns, quartiles
 from trmfast.flops import forward_flops, window_flops
@@ -29,7 +29,7 @@ class Row:
     Attributes:
         case, dtype, step, batch, length, updates: what ran; training of a recursion is forward and backward with given
             gradients, of a model a supervision step with its loss.
-        implementation: a name in :data:`trmfast.benchmark.rivals.TITLES`.
+        implementation: as in :func:`trmfast.benchmark.rivals.title_of`.
         note: how it was run.
         seconds: median over the rounds; low, high: quartiles.
         times: seconds of every round; implementations of one problem share rounds.
@@ -227,7 +227,7 @@ def measure_works(
 def _rows(prepared: Prepared, step: str, timing: Timing) -> list[Row]:
     work, flops = prepared.work, prepared.flops[step]
     medians = {name: statistics.median(times) for name, times in timing.times.items()}
-    rivals = [seconds for name, seconds in medians.items() if name not in OURS]
+    rivals = [seconds for name, seconds in medians.items() if not is_ours(name)]
     rows = []
     for name, times in timing.times.items():
         built, check = prepared.built[name], prepared.checks[step][name]

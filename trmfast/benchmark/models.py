@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -14,8 +14,9 @@ from trmfast.benchmark.configs import BenchConfig
 from trmfast.benchmark.eager import EagerInner
 from trmfast.benchmark.errors import check_model
 from trmfast.benchmark.measure import Prepared, Runs, build, count_flops
-from trmfast.benchmark.rivals import OURS, TITLES, descend
+from trmfast.benchmark.rivals import descend, implementation_of, is_ours, title_of
 from trmfast.benchmark.suites import BOTH, Work
+from trmfast.budget import Recompute
 from trmfast.cases import Case
 from trmfast.models import ACTLossHead, ACTModel
 from trmfast.nn import Net
@@ -28,7 +29,7 @@ class ModelRunner:
     """One implementation of a model, with its own copy of the weights.
 
     Args:
-        name: a name in :data:`trmfast.benchmark.rivals.TITLES`.
+        name: as in :func:`trmfast.benchmark.rivals.title_of`.
         model: the model.
         batch: its input.
     """
@@ -37,9 +38,9 @@ class ModelRunner:
     keeps_memory = False
 
     def __init__(self, name: str, model: ACTModel, batch: dict[str, Tensor]) -> None:
-        self.title, self.model, self.batch = TITLES[name], model, batch
-        # Forward does not depend on whether training recomputes.
-        self.steps: tuple[str, ...] = ("training",) if name == "kept" else BOTH
+        self.title, self.model, self.batch = title_of(name), model, batch
+        # Forward does not depend on what training recomputes.
+        self.steps: tuple[str, ...] = ("training",) if is_ours(name) and name != "trmfast" else BOTH
         self.head = ACTLossHead(model, "stablemax_cross_entropy")
         self.carry = model.initial_carry(batch)
         inner = model.inner
@@ -85,7 +86,7 @@ def prepare_model(
     peak_dtype: torch.dtype,
     batch: int | None = None,
     check: tuple[int, int] | None = None,
-    keep: bool = False,
+    settings: Sequence[Recompute] = (),
     device: str = "cpu",
 ) -> Prepared:
     """Builds a model for every implementation, all of the same weights, and checks them.
@@ -98,7 +99,7 @@ def prepare_model(
         peak_dtype: whose matrix peak rates are compared with.
         batch: sequences, or None for the configuration's own number.
         check: (H_cycles, L_cycles) of the accuracy check, None for the configuration's own.
-        keep: whether training is measured with ``recompute=False`` too.
+        settings: of ``recompute``, with which training is measured too.
         device: where it runs, ``"cpu"`` or ``"cuda"``; there torch.compile makes CUDA graphs.
 
     Raises:
@@ -115,15 +116,15 @@ def prepare_model(
         models["compile"] = config.model(rows, False, overrides)
         cast(EagerInner, models["compile"].inner).stacks.compile(compile_scope, graphs=device != "cpu")
     models["trmfast"] = fused
-    if keep:
-        models["kept"] = config.model(rows, True, {**overrides, "recompute": False})
+    for recompute in settings:
+        models[implementation_of(recompute)] = config.model(rows, True, {**overrides, "recompute": recompute})
     makers: dict[str, tuple[str, Callable[[], Runs]]] = {}
     for name, model in models.items():
         model.load_state_dict(fused.state_dict())
-        makers[name] = TITLES[name], partial(ModelRunner, name, model, inputs)
+        makers[name] = title_of(name), partial(ModelRunner, name, model, inputs)
     for model in models.values():
         model.to(place)
-    built, remarks = build(config.title, makers, BOTH, say, ("eager", *OURS), device)
+    built, remarks = build(config.title, makers, BOTH, say, ("eager", *filter(is_ours, models)), device)
     if "compile" in built:
         remarks.append(f"{config.title}: torch.compile took {built['compile'].seconds:.0f} s to compile")
     say(f"{config.title}: accuracy")
@@ -140,5 +141,5 @@ def prepare_model(
     # HRM's training runs the recursion a second time, for the target of its q head.
     flops = count_flops(problem, rows, length, forwards=1 if fused.config.no_ACT_continue else 2)
     case = Case(config.name, problem, rows, length, fused.config.uses_rope)
-    work = Work(case, torch.bfloat16, BOTH, tuple(name for name in built if name not in OURS), device)
+    work = Work(case, torch.bfloat16, BOTH, tuple(name for name in built if not is_ours(name)), device)
     return Prepared(work, built, checks, flops, remarks, peak_dtype)

@@ -9,7 +9,7 @@ import torch
 
 from trmfast.benchmark.errors import check_forward, check_training
 from trmfast.benchmark.measure import Prepared, Row, Runs, build, count_flops, measure_works
-from trmfast.benchmark.rivals import OURS, Runner, missing, runner_of
+from trmfast.benchmark.rivals import Runner, missing, runner_of
 from trmfast.benchmark.suites import Work
 from trmfast.cases import make_inputs
 
@@ -38,7 +38,7 @@ def prepare_work(work: Work, say: Callable[[str], None], without: Sequence[str] 
             makers[name] = kind.title, partial(kind, inputs, torch.get_num_threads())
         else:
             absent.append(f"{work}: no {kind.title}: {reason}")
-    built, failed = build(str(work), makers, work.steps, say, OURS, work.device)
+    built, failed = build(str(work), makers, work.steps, say, ("trmfast",), work.device)
     say(f"{work}: error")
     runners = {name: b.runner for name, b in built.items() if isinstance(b.runner, Runner)}
     check = {"forward": check_forward, "training": check_training}

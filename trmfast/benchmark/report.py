@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trmfast.benchmark import rivals
 from trmfast.benchmark.compare import Change
 from trmfast.benchmark.configs import CONFIGS
 from trmfast.benchmark.measure import Row
-from trmfast.benchmark.rivals import OURS, TITLES
 from trmfast.benchmark.scaling import Fit, Sweep
 from trmfast.benchmark.suites import title
 
@@ -32,7 +32,7 @@ __all__ = [
 
 # Columns of the terminal's tables, and which of them models and suites have.
 _CELLS: dict[str, Callable[[Row], str]] = {
-    "implementation": lambda row: TITLES[row.implementation],
+    "implementation": lambda row: rivals.title_of(row.implementation),
     "time ms": lambda row: milliseconds(row.seconds),
     "quartiles ms": lambda row: f"{milliseconds(row.low)} to {milliseconds(row.high)}",
     "GFLOP/s": lambda row: f"{row.gflops:.0f}",
@@ -80,7 +80,7 @@ class Report:
     @property
     def failures(self) -> list[Row]:
         """Rows of trmfast outside the tolerance policy."""
-        return [row for row in self.rows if row.implementation in OURS and row.verdict.startswith("fail")]
+        return [row for row in self.rows if rivals.is_ours(row.implementation) and row.verdict.startswith("fail")]
 
     def groups(self) -> list[list[Row]]:
         """Rows of one problem and step together, in the order of the run."""
@@ -228,8 +228,8 @@ def _model_table(report: Report) -> list[str]:
         rows = {row.implementation: row for row in group}
         eager = rows["eager"]
         compiled = milliseconds(rows["compile"].seconds) if "compile" in rows else "-"
-        for row in (rows[name] for name in OURS if name in rows):
-            label = f"{row.step}, recompute=False" if row.implementation == "kept" else row.step
+        for row in (row for name, row in rows.items() if rivals.is_ours(name)):
+            label = row.step if row.implementation == "trmfast" else f"{row.step}, {row.implementation}"
             kept = "-" if row.saved is None else f"{_saved_a_token(row):,.0f} (eager {_saved_a_token(eager):,.0f})"
             lines.append(
                 f"| {title_of(row.case)}, B={row.batch}, L={row.length} | {label} | {milliseconds(eager.seconds)} "
@@ -241,10 +241,10 @@ def _model_table(report: Report) -> list[str]:
 
 def _suite_tables(report: Report) -> list[str]:
     """Times of all, trmfast's other numbers, and the fits."""
-    names = [name for name in TITLES if any(row.implementation == name for row in report.rows)]
+    names = rivals.in_order(dict.fromkeys(row.implementation for row in report.rows))
     lines: list[str] = []
     if report.rows:
-        heads = " | ".join(TITLES[name] for name in names)
+        heads = " | ".join(rivals.title_of(name) for name in names)
         lines += [
             f"| problem | step | {heads} | faster than the best rival | GFLOP/s | of peak | error (eager's) |",
             "| --- | --- |" + " ---: |" * (len(names) + 4),
@@ -290,7 +290,7 @@ def fit_table(sweeps: Sequence[Sweep]) -> list[str]:
         )
         lines.append(
             f"| {sweep.name} {sweep.fitted[0]} to {sweep.fitted[-1]}, D={sweep.hidden_size} | {sweep.step} "
-            f"| {TITLES[sweep.implementation]} | {terms} µs for {sweep.per} "
+            f"| {rivals.title_of(sweep.implementation)} | {terms} µs for {sweep.per} "
             f"| {fit.fixed_share[0]:.1%}, {fit.fixed_share[-1]:.1%} | {fit.worst:.1%} |"
         )
     return lines

@@ -11,7 +11,7 @@ import logging
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +21,25 @@ from torch import Tensor, nn
 
 from trmfast.benchmark.eager import EagerRecursion, Stack, apply_updates, with_own_code
 from trmfast.benchmark.memory import saved_bytes
+from trmfast.budget import DEFAULT, Recompute
 from trmfast.cases import Inputs
 from trmfast.ops import recursion
 from trmfast.program import RecursionProgram
 
-__all__ = ["OURS", "RIVALS", "TITLES", "Runner", "Trained", "descend", "missing", "runner_of"]
+__all__ = [
+    "RIVALS",
+    "TITLES",
+    "Fused",
+    "Runner",
+    "Trained",
+    "descend",
+    "implementation_of",
+    "in_order",
+    "is_ours",
+    "missing",
+    "runner_of",
+    "title_of",
+]
 
 # Above this many blocks OpenVINO would take minutes over the whole recursion; it then gets one network.
 MOST_BLOCKS = 64
@@ -137,6 +151,7 @@ def descend(weights: Iterable[Tensor], rate: float) -> None:
 
 class Fused(Trained):
     title = "trmfast"
+    recompute: Recompute = DEFAULT
 
     def __init__(self, inputs: Inputs, threads: int) -> None:
         super().__init__(inputs, threads)
@@ -144,7 +159,7 @@ class Fused(Trained):
 
     def recur(self, x: Tensor | None, program: RecursionProgram) -> Sequence[Tensor]:
         i = self.inputs
-        return recursion(program, i.problem.nets, i.states, x, self.weights, i.cos, i.sin)
+        return recursion(program, i.problem.nets, i.states, x, self.weights, i.cos, i.sin, recompute=self.recompute)
 
 
 class FusedInt8(Fused):
@@ -407,11 +422,30 @@ RIVALS: dict[str, type[Runner]] = {
 }
 """Implementations of a recursion by name, trmfast the last."""
 
-OURS = ("trmfast", "kept")
-"""Not rivals; ``"kept"`` is a model with ``recompute=False``."""
+TITLES = {name: kind.title for name, kind in RIVALS.items()}
+"""What tables and charts call an implementation, in their order; see :func:`title_of`."""
 
-TITLES = {**{name: kind.title for name, kind in RIVALS.items()}, "kept": "trmfast, recompute=False"}
-"""What tables and charts call an implementation, in their order."""
+_SETTING = "recompute="
+
+
+def implementation_of(recompute: Recompute) -> str:
+    """The name of trmfast with a setting of ``recompute`` other than the default."""
+    return f"{_SETTING}{recompute}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether an implementation is trmfast, with whatever setting, and no rival."""
+    return name == "trmfast" or name.startswith(_SETTING)
+
+
+def title_of(name: str) -> str:
+    """What tables and charts call an implementation."""
+    return f"trmfast, {name}" if name.startswith(_SETTING) else TITLES[name]
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Implementations in the order of tables and charts: trmfast and its settings last."""
+    return [*(name for name in TITLES if name in names), *(name for name in names if name not in TITLES)]
 
 
 def runner_of(name: str, dtype: torch.dtype) -> type[Runner]:

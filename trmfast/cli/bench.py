@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from trmfast.benchmark import gpu
+from trmfast.benchmark import gpu, rivals
 from trmfast.benchmark.configs import CONFIGS
 from trmfast.benchmark.measure import Row
 from trmfast.benchmark.report import Report, cells, columns, fit_table, group_title, load, markdown, title_of
-from trmfast.benchmark.rivals import TITLES
 from trmfast.benchmark.suites import SUITES
+from trmfast.budget import recompute_of
 from trmfast.cli import bench_solve
 from trmfast.cli.bench_compare import compare_runs
 from trmfast.cli.bench_models import measure_models
@@ -33,8 +33,8 @@ examples:
   trmfast bench --config sudoku --batch 32
   trmfast bench --compile recursion     one graph for the whole recursion: minutes of compilation for each configuration
   trmfast bench --markdown              print the README's table
-  trmfast bench --config sudoku sudoku-mlp --no-recompute
-                                        training that keeps the activations of the gradient window, too
+  trmfast bench --config sudoku sudoku-mlp --recompute True 256MB False
+                                        training with other budgets for activations, too
   trmfast bench --suite quick           recursions alone, of every model, size and dtype; under three minutes
   trmfast bench --suite full            with every rival that is installed, and scaling; under fifteen minutes
   trmfast bench --suite int8            recursions forward, int8 beside bf16
@@ -79,7 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what torch.compile gets (default: network)",
     )
     add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--no-recompute", action="store_true", help="also time training with recompute=False")
+    add(
+        "--recompute",
+        nargs="+",
+        metavar="SETTING",
+        help="also time training with these: True, False, or a size that forward may keep, such as 256MB",
+    )
     add("--seconds", type=float, default=240, metavar="S", help="time to aim at (default: 240)")
     add(
         "--output",
@@ -132,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _what(report: Report, row: Row) -> str:
-    return row.step if report.suite is not None else f"{row.step}, {TITLES[row.implementation]}"
+    return row.step if report.suite is not None else f"{row.step}, {rivals.title_of(row.implementation)}"
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -142,6 +147,11 @@ def _check_options(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--config: got {name!r}, accepted are {', '.join(CONFIGS)}")
     if arguments.batch is not None and arguments.batch < 1:
         raise UsageError(f"--batch: got {arguments.batch}, accepted are integers >= 1")
+    for text in arguments.recompute or ():
+        try:
+            recompute_of(text)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
     cores = cores_of_process()
     if arguments.threads is not None and not 1 <= arguments.threads <= cores:
         raise UsageError(f"--threads: got {arguments.threads}, accepted are 1 to {cores}, the cores of this process")
@@ -155,11 +165,11 @@ def _check_options(arguments: argparse.Namespace) -> None:
         if arguments.json:
             raise UsageError("--json: not an option of --compare, which prints a table")
     if arguments.suite == "solve":
-        _refuse(arguments, ("quick", "config", "no_recompute", "compare"), "not an option of --suite solve")
+        _refuse(arguments, ("quick", "config", "recompute", "compare"), "not an option of --suite solve")
     else:
         _refuse(arguments, bench_solve.OPTIONS, "an option of --suite solve alone")
         if arguments.suite is not None:
-            fixed = ("quick", "config", "batch", "no_compile", "no_recompute")
+            fixed = ("quick", "config", "batch", "no_compile", "recompute")
             _refuse(arguments, fixed, "not an option of --suite, whose problems are fixed")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

@@ -15,6 +15,7 @@ from trmfast.benchmark.measure import Row, measure_works
 from trmfast.benchmark.models import prepare_model
 from trmfast.benchmark.report import Report
 from trmfast.benchmark.turns import FEWEST_ROUNDS, VISIT_SECONDS, fastest_dtype
+from trmfast.budget import recompute_of
 from trmfast.cli.bench_compare import Again
 from trmfast.cli.console import Progress, UsageError, progress
 from trmfast.cli.machine import describe_machine, facts
@@ -35,6 +36,7 @@ def measure_models(arguments: argparse.Namespace) -> tuple[Report, Again]:
     start = time.monotonic()
     names = arguments.config or list(CONFIGS)
     scope = None if arguments.no_compile or arguments.quick else arguments.compile
+    others = [recompute_of(text) for text in arguments.recompute or ()]
     device = arguments.device
     peak_dtype, peak_source = fastest_dtype() if device == "cpu" else (torch.bfloat16, gpu.PEAK_SOURCE)
     settings = {
@@ -42,7 +44,7 @@ def measure_models(arguments: argparse.Namespace) -> tuple[Report, Again]:
         "compile": scope,
         "quick": arguments.quick,
         "tiny": arguments.tiny,
-        "no_recompute": arguments.no_recompute,
+        "recompute": arguments.recompute,
         "device": device,
         "dtype": "bfloat16",
     }
@@ -58,7 +60,7 @@ def measure_models(arguments: argparse.Namespace) -> tuple[Report, Again]:
                 peak_dtype=peak_dtype,
                 batch=arguments.batch,
                 check=(1, 2) if arguments.quick else None,
-                keep=arguments.no_recompute,
+                settings=others,
                 device=device,
             )
         except ModuleNotFoundError as error:
@@ -70,7 +72,7 @@ def measure_models(arguments: argparse.Namespace) -> tuple[Report, Again]:
     rows: list[Row] = []
     remarks: list[str] = []
     # Eager PyTorch, trmfast, the options, accuracy and two steps.
-    with progress((5 + (scope is not None) + arguments.no_recompute) * len(names)) as bar:
+    with progress((5 + (scope is not None) + len(others)) * len(names)) as bar:
         for i, name in enumerate(names):
             spent = time.monotonic() - start
             late = scope is not None and spent > COMPILE_SHARE * arguments.seconds

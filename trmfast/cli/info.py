@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trmfast.backends import BACKENDS
+from trmfast.budget import DEFAULT, recompute_of
 from trmfast.build_info import build_info
 from trmfast.cases import PROGRAMS
 from trmfast.cli.console import UsageError, print_json, print_table
@@ -25,7 +26,8 @@ examples:
   trmfast info --json                           everything as one JSON object
   trmfast info --program trm:3,6                the updates of TRM with 3 H cycles of 6 L cycles
   trmfast info --program hrm:2,2,all            with gradients through every update
-  trmfast info --plan trm-sudoku-att --batch 8  the kernel launches of a problem on a GPU
+  trmfast info --plan trm-sudoku-att --batch 8  the kernel launches of a problem on a GPU,
+                                                and what training keeps on a CPU
 """
 
 
@@ -42,12 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, metavar="B", help="sequences of the plan; by default the problem's")
     parser.add_argument("--dtype", help="compute dtype of the plan (default: bfloat16)")
     parser.add_argument("--gpu", help="GPU of the plan (default: H100)")
+    parser.add_argument(
+        "--recompute",
+        metavar="SETTING",
+        help=f"what training computes again: True, False, or a size that forward may keep (default: {DEFAULT})",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints; always 0."""
     if arguments.plan is None:
-        for option in ("batch", "dtype", "gpu"):
+        for option in ("batch", "dtype", "gpu", "recompute"):
             value = getattr(arguments, option)
             if value is not None:
                 raise UsageError(f"--{option}: got {value} without --plan, accepted only with --plan")
@@ -56,7 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--program: got {arguments.program} with --plan, accepted is one of the two")
         dtype = "bfloat16" if arguments.dtype is None else arguments.dtype
         gpu = "H100" if arguments.gpu is None else arguments.gpu
-        found = describe(arguments.plan, arguments.batch, dtype, gpu)
+        try:
+            recompute = DEFAULT if arguments.recompute is None else recompute_of(arguments.recompute)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+        found = describe(arguments.plan, arguments.batch, dtype, gpu, recompute)
         if arguments.json:
             print_json(found)
         else:

@@ -1,4 +1,7 @@
-"""``trmfast info --plan``: the launches of a problem on a GPU, counted and timed by a model.  Needs no GPU."""
+"""``trmfast info --plan``: the launches of a problem on a GPU, counted and timed by a model, and what training keeps.
+
+Needs no GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trmfast.cases import PUBLISHED, SMALL
+from trmfast.backends import BACKENDS, kept_pairs
+from trmfast.budget import Recompute, budget_of
+from trmfast.cases import PUBLISHED, SMALL, Case
 from trmfast.cli.console import UsageError, print_table
 
 if TYPE_CHECKING:
@@ -21,7 +26,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 COLUMNS = ("kernel", "launches", "programs", "tile", "warps", "MB", "GFLOP", "model us")
 
 
-def describe(name: str, batch: int | None, dtype: str, gpu: str) -> dict[str, Any]:
+def describe(name: str, batch: int | None, dtype: str, gpu: str, recompute: Recompute) -> dict[str, Any]:
     """The plans of a problem as one record.
 
     Args:
@@ -29,6 +34,7 @@ def describe(name: str, batch: int | None, dtype: str, gpu: str) -> dict[str, An
         batch: B, by default the problem's.
         dtype: name of the compute dtype.
         gpu: name of a GPU.
+        recompute: as in :func:`trmfast.recursion`.
 
     Raises:
         UsageError: something unknown, or Triton is missing.
@@ -56,6 +62,27 @@ def describe(name: str, batch: int | None, dtype: str, gpu: str) -> dict[str, An
         "gpu": gpu,
         "forward": _summary(forward, GPUS[gpu]),
         "backward": _summary(backward, GPUS[gpu]),
+        "window": _window(case, DTYPES[dtype], recompute),
+    }
+
+
+def _window(case: Case, dtype: torch.dtype, recompute: Recompute) -> dict[str, Any]:
+    """What the CPU engine keeps of the gradient window for backward; ``reason``: why nothing."""
+    backend = BACKENDS["cpu"]
+    problem, device = case.problem, torch.device("cpu")
+    reason = backend.available() or backend.supports(problem, device, dtype, case.batch, case.length)
+    size = 0 if reason else backend.pair_bytes(problem, dtype, case.length)
+    pairs, _ = kept_pairs(backend, problem, dtype, case.batch, case.length, 0 if reason else budget_of(recompute))
+    updates, tokens = problem.num_grad_updates, case.batch * case.length
+    return {
+        "recompute": recompute,
+        "reason": reason,
+        "updates": updates,
+        "pairs": updates * case.batch,
+        "kept_pairs": pairs,
+        "kept_bytes": pairs * size,
+        "all_bytes": updates * case.batch * size,
+        "saved_bytes": (updates - pairs // case.batch) * tokens * problem.hidden_size * dtype.itemsize,
     }
 
 
@@ -99,7 +126,21 @@ def print_plan(record: dict[str, Any]) -> None:
             f"{summary['launches']} launches, {summary['bytes'] / 1e9:.3f} GB, {summary['flops'] / 1e9:.1f} GFLOP, "
             f"{summary['scratch_bytes'] / 1e6:.1f} MB of scratch, {summary['model_seconds'] * 1e3:.3f} ms by the model"
         )
+    print(f"\n{_kept(record)}")
     print("\nBytes: each operand once and each result once.  Times are a model's (kernels/roofline.py), not measured.")
+
+
+def _kept(record: dict[str, Any]) -> str:
+    window, tokens = record["window"], record["batch"] * record["length"]
+    begin = f"recompute={window['recompute']!r}: GPU backends compute the whole window again; the CPU engine"
+    if window["reason"]:
+        return f"{begin} does not run this: {window['reason']}"
+    return (
+        f"{begin} keeps the activations of {window['kept_pairs']} of {window['pairs']} (update, sequence) pairs, "
+        f"{window['kept_bytes'] / 1e6:.1f} of {window['all_bytes'] / 1e6:.1f} MB "
+        f"({window['kept_bytes'] / tokens:,.0f} of {window['all_bytes'] / tokens:,.0f} bytes a token), "
+        f"and {window['saved_bytes'] / 1e6:.1f} MB of summed inputs"
+    )
 
 
 def _row(kernel: dict[str, Any]) -> list[str]:

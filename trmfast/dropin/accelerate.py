@@ -8,6 +8,7 @@ from torch import nn
 
 from trmfast import foreign
 from trmfast.backends import BACKENDS
+from trmfast.budget import DEFAULT, Recompute, budget_of
 from trmfast.dropin import probe
 from trmfast.dropin.families import FAMILIES
 from trmfast.dropin.language import functions_of, kind_of, language_models, read
@@ -21,7 +22,7 @@ __all__ = ["accelerate", "restore"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def accelerate(model: M, backend: str = "auto", recompute: bool = True) -> M:
+def accelerate(model: M, backend: str = "auto", recompute: Recompute = DEFAULT) -> M:
     """Lets a model's recursion run as one fused operation; the model itself is changed and returned.
 
     Takes TRM and its variants, HRM, the transformer baseline, URM and nano-trm under whatever class names, plain or
@@ -39,18 +40,16 @@ def accelerate(model: M, backend: str = "auto", recompute: bool = True) -> M:
     Args:
         model: the model.
         backend: the name of a backend, or ``"auto"`` for the best that supports the problem.
-        recompute: whether backward computes the gradient window again.  If not, the CPU engine keeps its activations,
-            as :func:`trmfast.recursion` says.
+        recompute: what backward computes again: True, False or a size, as in :func:`trmfast.recursion`.
 
     Raises:
-        TypeError: model is not a module, or recompute not a bool.
+        TypeError: model is not a module, or recompute of another type.
         UnsupportedModelError: a ValueError that lists every difference of the model, one per line.
-        ValueError: there is no backend of that name, or ``recompute=False`` for networks of any kind.
+        ValueError: there is no backend of that name, recompute is no size, or False for networks of any kind.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, accepted are torch.nn.Module")
-    if not isinstance(recompute, bool):
-        raise TypeError(f"recompute: got {recompute!r}, accepted are True and False")
+    budget_of(recompute)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, accepted are {', '.join(('auto', *BACKENDS))}")
     swapped = [module for module in model.modules() if is_swapped(module)]
@@ -66,7 +65,7 @@ def accelerate(model: M, backend: str = "auto", recompute: bool = True) -> M:
     if other is not None:
         if backend != "auto":
             raise ValueError(f"backend: got {backend!r}, accepted is 'auto', the networks are {other.kind}'s own")
-        if not recompute:
+        if recompute is False:
             raise ValueError(f"recompute: got False, accepted is True, which is all that is done for {other.kind}")
         other.swap()
         return model

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trmfast import ops
+from trmfast.budget import DEFAULT, Recompute
 from trmfast.dropin.families import FAMILIES, Family, program_of
 from trmfast.dropin.structure import blocks_of, get, read_net, settings_of
 from trmfast.nn import block_weights
@@ -60,7 +61,7 @@ class Swap:
     nets: tuple[NetSpec, ...]
     backend: str
     forwards: dict[str, str]
-    recompute: bool = True
+    recompute: Recompute = DEFAULT
     dtype: str | None = None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trmfast import ops
+from trmfast.budget import DEFAULT, Recompute, budget_of
 from trmfast.config import convert
 from trmfast.layers import RotaryEmbedding
 from trmfast.nn import Block, Net, watch_nets
@@ -62,7 +63,7 @@ class HRMTextConfig:
     bp_min_steps: int = 2
     bp_max_steps: int = 5
     backend: str = "auto"
-    recompute: bool = True
+    recompute: Recompute = DEFAULT
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> HRMTextConfig:
@@ -82,6 +83,7 @@ class HRMTextConfig:
         return cls(**{name: convert(name, str(known[name].type), value) for name, value in given.items()})
 
     def __post_init__(self) -> None:
+        budget_of(self.recompute)
         for name, accepted in (
             ("attn_type", ("prefixlm", "causal")),
             ("init_type", INIT_TYPES),

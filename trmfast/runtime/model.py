@@ -161,6 +161,7 @@ class Model:
             x.ctypes.data,
             0,
             0,
+            0,
             cos,
             sin,
             self.threads,

@@ -1,0 +1,221 @@
+"""The memory budget of training: what a setting means, what it keeps, and that it changes no bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from trmfast import recursion
+from trmfast.backends import BACKENDS
+from trmfast.backends import cpu as engine
+from trmfast.benchmark.memory import saved_bytes
+from trmfast.budget import DEFAULT, EVERYTHING, Recompute, budget_of, recompute_of
+from trmfast.cases import Case, Inputs, make_case, make_inputs
+from trmfast.models import TRM
+from trmfast.nn import Recursion
+from trmfast.testing import run_fused
+
+_reason = BACKENDS["cpu"].available()
+needs_engine = pytest.mark.skipif(_reason is not None, reason=f"backend cpu: {_reason}")
+
+CASES = [
+    make_case("trm", batch=3, length=13),
+    make_case("one-sequence", batch=1, length=130, num_layers=1),  # a team of threads to a sequence
+    make_case("hrm-all", "hrm", batch=5, length=9, window="all", num_layers=1),
+    make_case("hier6", "hier6", H_cycles=1, L_cycles=6, batch=2, window="all", num_layers=1),
+    make_case("urm-2-cycles", "urm", H_cycles=3, L_cycles=2, window=2, batch=3, length=7, channel_mixer="conv_swiglu"),
+    make_case("mlp_t", batch=3, length=11, hidden_size=48, intermediate_size=24, token_mixer="mlp_t"),
+]
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------- settings
+
+SIZES: list[tuple[Recompute, int]] = [
+    (True, 0),
+    (False, EVERYTHING),
+    (0, 0),
+    (1, 1),
+    (123456, 123456),
+    (2**80, EVERYTHING),
+    ("256MB", 256_000_000),
+    ("256MiB", 256 << 20),
+    ("1GB", 10**9),
+    ("1.5 gb", 1_500_000_000),
+    ("12kB", 12_000),
+    ("3KiB", 3072),
+    ("0B", 0),
+    ("999999999999GB", EVERYTHING),
+]
+
+
+@pytest.mark.parametrize("setting, found", SIZES, ids=repr)
+def test_a_setting_is_a_number_of_bytes(setting: Recompute, found: int) -> None:
+    assert budget_of(setting) == found
+    assert budget_of(recompute_of(str(setting))) == found
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["x", "", "256", "MB", "-1MB", "1e3MB", "1TB", "256 M B", "1..5MB", "1 000MB", "٣MB", "1" * 30 + "MB", -1, "true"],
+)
+def test_what_is_no_size(setting: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^recompute: got .*, accepted are True, False, a number of bytes or a size"
+    ) as e:
+        budget_of(setting)
+    assert "\n" not in str(e.value)
+    assert repr(setting) in str(e.value)
+
+
+REFUSALS: list[tuple[Any, type[Exception]]] = [
+    ("a lot", ValueError),
+    (-1, ValueError),
+    (2.5, TypeError),
+    (None, TypeError),
+]
+
+
+@pytest.mark.parametrize("setting, kind", REFUSALS, ids=repr)
+def test_everything_that_takes_it_refuses_alike(setting: Any, kind: type[Exception]) -> None:
+    case = make_case("trm")
+    inputs, problem = make_inputs(case), case.problem
+    config = {"batch_size": 1, "seq_len": 9, "num_puzzle_identifiers": 1, "vocab_size": 4, "H_cycles": 1, "L_cycles": 1}
+    config |= {"L_layers": 1, "hidden_size": 32, "expansion": 2, "num_heads": 2, "pos_encodings": "rope"}
+    config |= {"halt_max_steps": 1, "halt_exploration_prob": 0.0}
+    calls: list[Callable[[], object]] = [
+        lambda: recursion(problem.program, problem.nets, inputs.states, inputs.x, inputs.weights, recompute=setting),
+        lambda: Recursion(problem.program, [torch.nn.Identity()], recompute=setting),
+        lambda: TRM({**config, "recompute": setting}),
+    ]
+    for call in calls:
+        with pytest.raises(kind, match=r"^recompute: got .*, accepted are True, False, a number of bytes or a size"):
+            call()
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def run(inputs: Inputs, budget: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    problem = inputs.problem
+    nets = [net.key for net in problem.nets]
+    return cast(
+        tuple[list[Tensor], Tensor, Tensor],
+        torch.ops.trmfast.recursion.default(
+            *(list(inputs.states), inputs.x, list(inputs.weights), inputs.cos, inputs.sin),
+            *(problem.program.key, nets, "cpu", True, budget),
+        ),
+    )
+
+
+def pair_of(case: Case, dtype: torch.dtype) -> int:
+    return BACKENDS["cpu"].pair_bytes(case.problem, dtype, case.length)
+
+
+@needs_engine
+def test_what_fits_is_kept() -> None:
+    """The bytes stay within the budget, and what is kept is not saved too."""
+    case = make_case("trm", batch=3, length=13)
+    inputs, size, updates = make_inputs(case, torch.bfloat16), pair_of(case, torch.bfloat16), 3
+    assert case.problem.num_grad_updates == updates
+    for budget, pairs in {
+        0: 0,
+        size - 1: 0,
+        size: 1,
+        2 * size - 1: 1,
+        3 * size - 1: 2,
+        3 * size: 3,
+        4 * size: 4,
+        9 * size - 1: 8,
+        9 * size: 9,
+        EVERYTHING: 9,
+    }.items():
+        _, saved, kept = run(inputs, budget)
+        assert kept.shape == ((pairs, size) if pairs else (0, 0))
+        assert kept.untyped_storage().nbytes() == pairs * size <= budget
+        assert saved.shape == (updates - pairs // 3, 3, 13, 64)
+        weights = [weight.clone().requires_grad_() for weight in inputs.weights]
+
+        def forward(weights: list[Tensor] = weights, budget: int = budget) -> object:
+            problem = inputs.problem
+            arguments = (inputs.states, inputs.x, weights, inputs.cos, inputs.sin, "cpu", budget)
+            return recursion(problem.program, problem.nets, *arguments)
+
+        tables = [table for table in (inputs.cos, inputs.sin) if table is not None]
+        assert saved_bytes(forward, weights, tables) == kept.nbytes + saved.nbytes
+
+
+@needs_engine
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_bit_depends_on_the_budget(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.float32 if case.length % 2 else torch.bfloat16
+    inputs, size = make_inputs(case, dtype, weight_scale=0.5), pair_of(case, dtype)
+    pairs = case.problem.num_grad_updates * case.batch
+    expected: dict[int, dict[str, Tensor]] = {}
+    for store in (1 << 18, 36 << 20):  # filled many times, and once; sums may differ between the two
+        monkeypatch.setattr(engine, "STORE_BYTES", store)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for budget in (0, size, (pairs // 2 + 1) * size - 1, (pairs - 1) * size, pairs * size):
+                got = run_fused(inputs, "cpu", recompute=budget)
+                results = {**got.outputs, **got.gradients}
+                for name, tensor in expected.setdefault(store, results).items():
+                    assert torch.equal(tensor, results[name]), (store, threads, budget // size, pairs, name)
+
+
+@needs_engine
+def test_kept_of_another_layout_is_refused() -> None:
+    case = make_case("trm", batch=2, length=5)
+    inputs = make_inputs(case)
+    _, saved, kept = run(inputs, EVERYTHING)
+    weights, problem = list(inputs.weights), case.problem
+    rest = (problem.program.key, [net.key for net in problem.nets], "cpu", [True] * 2, True, [True] * len(weights))
+    backward = torch.ops.trmfast.recursion_backward.default
+    grads, tables = list(inputs.grad_states), (inputs.cos, inputs.sin)
+    with pytest.raises(
+        ValueError, match=rf"^kept: got {kept.shape[1] - 64} bytes a pair, accepted are {kept.shape[1]}$"
+    ):
+        backward(grads, saved, kept[:, 64:].contiguous(), weights, *tables, *rest)
+    with pytest.raises(
+        ValueError, match=r"^saved: got 0 inputs, accepted are 1, one for each grad update that was not"
+    ):
+        backward(grads, saved, kept[:4].contiguous(), weights, *tables, *rest)
+
+
+@needs_engine
+def test_compiled_once_for_all_batch_sizes() -> None:
+    """How many updates are kept depends on the batch, which stays symbolic; none or one saved would be a new graph."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    case = make_case("trm", batch=5, length=5, num_layers=1, L_cycles=4)
+    inputs, budget = make_inputs(case), f"{7 * pair_of(case, torch.float32) + 1}B"
+    weights = [weight.requires_grad_() for weight in inputs.weights]
+
+    def loss(z_H: Tensor, z_L: Tensor, x: Tensor) -> Tensor:
+        arguments = ((z_H, z_L), x, weights, inputs.cos, inputs.sin, "cpu", budget)
+        return recursion(case.problem.program, case.problem.nets, *arguments)[0].square().sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+    assert inputs.x is not None
+    for batch in (2, 3, 5):
+        tensors = [tensor[:batch].clone() for tensor in (*inputs.states, inputs.x)]
+        found = [torch.autograd.grad(function(*tensors), weights) for function in (compiled, loss)]
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+    assert counter.frame_count == 1
+
+
+def test_the_default_is_a_size() -> None:
+    assert isinstance(DEFAULT, str)
+    assert 0 < budget_of(DEFAULT) < EVERYTHING
