@@ -18,6 +18,7 @@ from trmfast.kernels.plan import Buffer, Launch, Plan, Tile
 from trmfast.kernels.qkv import qkv
 
 import triton_guard
+from test_cpu_choices import grows
 from test_triton_backend import guarded, values_of
 from test_triton_plan import check_written_before_read, everything, setting_of
 from triton_bounds import checked_run
@@ -89,6 +90,8 @@ def test_the_list_of_choices(case: Case, dtype: torch.dtype) -> None:
     """All of trmfast.cases.CHOICES, as ``trmfast check`` draws them."""
     reason = BACKENDS["triton"].supports(case.problem, DEVICE, dtype, case.batch, case.length)
     assert reason is None
+    if grows(case) and dtype == torch.bfloat16:
+        pytest.skip(f"{case}: states beyond 1, so the policy judges no bfloat16; test_programs has fewer updates")
     seeds = range(5 if dtype == torch.float32 else 2)
     require(check_case(case, dtype, "triton", seeds=seeds, device=DEVICE))
 
