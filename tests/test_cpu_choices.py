@@ -85,7 +85,8 @@ def random_case(random: Random) -> Case:
         "final_norm": random.random() < 0.5,
         "hidden_size": random.choice([24, 32, 40, 64]),
         "intermediate_size": random.choice([17, 32, 48]),
-        "length": random.choice([2, 5, 13, 33, 49]),
+        # A norm over two positions, as mlp_t has it, is ill-conditioned: a single draw would decide.
+        "length": max(random.choice([2, 5, 13, 33, 49]), 2 if attends else 5),
         "num_layers": random.choice([1, 2]),
         "batch": random.choice([1, 2, 3]),
         "token_mixer": "attention" if attends else "mlp_t",
@@ -115,19 +116,23 @@ def random_case(random: Random) -> Case:
 
 
 def comparable(case: Case, dtype: torch.dtype) -> list[Draw]:
-    """Draws with the largest weights at which eager PyTorch is close enough to the truth for a verdict."""
-    scales = (default_weight_scale(dtype), 0.25, 0.1, 0.05)
-    for scale in scales:
-        draws = draw_case(case, dtype, weight_scale=scale)
-        try:
-            for draw in draws:
+    """Five draws that eager PyTorch is close enough to the truth to judge.
+
+    Norms and softmax over two elements make some draws ill-conditioned, whatever the scale of the weights.
+    """
+    found = []
+    for scale in (default_weight_scale(dtype), 0.25):
+        for seed in range(16):
+            (draw,) = draw_case(case, dtype, seeds=[seed], weight_scale=scale)
+            try:
                 compare_results(draw.eager, draw.eager, draw.truth)
-        except MeaninglessComparisonError:
-            if scale == scales[-1]:
-                raise
-        else:
-            break
-    return draws
+            except MeaninglessComparisonError as error:
+                reason = error
+            else:
+                found.append(draw)
+            if len(found) == 5:
+                return found
+    raise reason
 
 
 def check_random(seed: int) -> None:

@@ -8,10 +8,10 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Length of the addition chains of an f32 product.  One chain over the whole depth rounds worse than PyTorch's product,
-// by half at depth 512 (measured, root mean square).  Chains of a quarter of the depth round less; they are at least 32
-// (shorter ones cost 4 % of a forward pass in sums of chains) and at most 128.
-constexpr int chain_length(int depth) { return larger(32, smaller(128, depth / 4)); }
+// Length of the addition chains of an f32 product.  PyTorch's product has one chain up to a depth of 256 and two at
+// 512. With half the depth, at least 32 and at most 128, the rounding is about 0.7 of that (root mean square; one chain
+// at 512: 1.4).  A chain costs a pass over the tile: with four of them a product of depth 128 takes 10 % longer.
+constexpr int chain_length(int depth) { return larger(32, smaller(128, ceil_div(depth, 2))); }
 
 // c <- a times a panel, as Dot<T>::run.  bf16 operands need only one chain: their own rounding dominates the sum's.
 TRMFAST_INLINE void multiply(const bf16* a, long lda, const bf16* panel, int depth, int rows, float* c, long ldc,
