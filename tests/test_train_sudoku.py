@@ -201,7 +201,7 @@ def test_two_trainings_in_one_chart(whole: Path, tmp_path: Path, capsys: pytest.
     assert (tmp_path / "both.png").stat().st_size > 10_000
     first, reached, *rest = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{whole.name}: 12 steps, ")
-    assert "of the held-out puzzles after" in reached
+    assert "held-out puzzles solved after" in reached
     assert [line.replace("other", whole.name) for line in rest] == [first, reached]
 
 
