@@ -103,6 +103,7 @@ def off_by(losses: list[float], truth: list[float]) -> float:
 
 @pytest.mark.breadth
 @pytest.mark.representative(when=lambda name: name in {"trm", "trm-mlp_t", "hrm", "urm"}, rest="grid product")
+@pytest.mark.spread("name")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_thirty_steps_lose_no_more_than_eager(name: str) -> None:
     dtypes = ("float32", "bfloat16")

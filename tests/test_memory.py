@@ -67,6 +67,7 @@ print(json.dumps(seen))
 
 
 @pytest.mark.breadth
+@pytest.mark.spread("mode")
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_resident_memory_does_not_grow(mode: str) -> None:
     command = [sys.executable, "-c", PROGRAM, mode, str(WARM_UP), str(PARTS), str(CALLS)]
