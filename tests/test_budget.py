@@ -90,7 +90,14 @@ REFUSALS: list[tuple[Any, type[Exception]]] = [
 def test_everything_that_takes_it_refuses_alike(setting: Any, kind: type[Exception]) -> None:
     case = make_case("trm")
     inputs, problem = make_inputs(case), case.problem
-    config = {"batch_size": 1, "seq_len": 9, "num_puzzle_identifiers": 1, "vocab_size": 4, "H_cycles": 1, "L_cycles": 1}
+    config: dict[str, Any] = {
+        "batch_size": 1,
+        "seq_len": 9,
+        "num_puzzle_identifiers": 1,
+        "vocab_size": 4,
+        "H_cycles": 1,
+        "L_cycles": 1,
+    }
     config |= {"L_layers": 1, "hidden_size": 32, "expansion": 2, "num_heads": 2, "pos_encodings": "rope"}
     config |= {"halt_max_steps": 1, "halt_exploration_prob": 0.0}
     calls: list[Callable[[], object]] = [

@@ -146,7 +146,7 @@ def test_opcheck_forward(case: Case, requires_grad: bool, backend: str) -> None:
     # The operator against itself: a matrix product may round differently where its operands are aligned differently.
     # PyTorch 2.6 takes no tolerances, its own are 1.3e-6 and 1e-5.
     accepted = inspect.signature(torch.library.opcheck).parameters
-    tolerances = {name: 1e-4 for name in ("rtol", "atol") if name in accepted}
+    tolerances: dict[str, Any] = {name: 1e-4 for name in ("rtol", "atol") if name in accepted}
     torch.library.opcheck(torch.ops.trmfast.recursion.default, sample, **tolerances)
 
 

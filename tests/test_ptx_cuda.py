@@ -76,7 +76,7 @@ def forward(driver: Driver, inputs: Inputs) -> tuple[list[torch.Tensor], torch.T
     """Final states and saved sums; an error of a kernel is raised as it was found."""
     given = [tensor.clone() for tensor in (*inputs.states, *inputs.weights)]
     call = ForwardCall(
-        inputs.problem, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin, save=True, recompute=True
+        inputs.problem, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin, save=True, keep=0
     )
     driver.error = None
     try:

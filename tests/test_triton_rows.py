@@ -24,9 +24,10 @@ from trmfast.kernels.swiglu import gate_up, swiglu
 
 import triton_guard
 from test_triton_backend import small
-from test_triton_forward import EPS, check, norm_factor
+from test_triton_forward import check, norm_factor
 from triton_bounds import checked_run
 from triton_draw import Tensors, buffers
+from triton_formula import EPS
 from triton_guard import DEVICE
 from trmfast import reference
 from trmfast.backends import triton as backend

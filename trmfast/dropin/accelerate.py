@@ -90,7 +90,7 @@ def restore(model: M) -> M:
     return model
 
 
-def _accelerate_language(models: list[nn.Module], backend: str, recompute: bool) -> None:
+def _accelerate_language(models: list[nn.Module], backend: str, recompute: Recompute) -> None:
     if len(models) > 1:
         raise UnsupportedModelError(["several modules hold a recursion; accelerate them one at a time"])
     (model,) = models
