@@ -81,8 +81,7 @@ def test_programs(case: Case, dtype: torch.dtype) -> None:
     require(check_case(case, dtype, "triton", seeds=seeds, device=DEVICE))
 
 
-@pytest.mark.breadth
-@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16, rest="grid")
+@pytest.mark.grid
 @pytest.mark.spread("case", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CHOICES, ids=str)
