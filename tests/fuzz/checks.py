@@ -299,8 +299,9 @@ def _poisoned(tensor: Tensor, sequence: int, value: float, seed: int) -> Tensor:
 def take(inputs: Inputs, rows: slice) -> Inputs:
     """Some sequences of a batch."""
     x = None if inputs.x is None else inputs.x[rows]
+    segments = None if inputs.segments is None else inputs.segments[rows]
     states, grads = (tuple(t[rows] for t in group) for group in (inputs.states, inputs.grad_states))
-    return replace(inputs, states=states, x=x, grad_states=grads)
+    return replace(inputs, states=states, x=x, grad_states=grads, segments=segments)
 
 
 def named(result: Result) -> list[tuple[str, Tensor]]:
