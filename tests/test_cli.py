@@ -270,9 +270,6 @@ def test_bench_record(bench: tuple[dict[str, Any], Path]) -> None:
         assert (r["saved"] is None) == (step == "forward")
         if implementation == "eager":
             assert r["ratio"] == 1
-    for config in ("arc", "sudoku", "sudoku-mlp", "hrm-sudoku"):
-        eager, fused = (results[config, "training", name]["saved"] for name in ("eager", "trmfast"))
-        assert 0 < fused < 2 * eager  # the default budget keeps so small a window whole, padding included
     assert record["passed"]
     assert {r["verdict"] for r in record["results"] if r["implementation"] == "trmfast"} == {"pass"}
     assert record["settings"]["threads"] == 1
