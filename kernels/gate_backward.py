@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from trmfast.kernels.attention import sigmoid
 from trmfast.kernels.dot import narrow
+from trmfast.kernels.head_norm import head_tile
 from trmfast.kernels.plan import Buffer, Launch, Tile
 
 from trmfast.spec import BlockSpec
@@ -39,14 +40,7 @@ def gate_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    head = tl.program_id(0) % HEADS
-    first_row = tl.program_id(0) // HEADS * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
-    row_inside = rows < tokens - first_row
-    columns = tl.arange(0, BLOCK_D)
-    mask = row_inside[:, None]
-    if HEAD_DIM != BLOCK_D:
-        mask = mask & (columns < HEAD_DIM)[None, :]
+    head, first_row, rows, columns, row_inside, mask = head_tile(tokens, HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
     start = first_row.to(tl.int64)
     at = start * (HEADS * HEAD_DIM) + head * HEAD_DIM + rows[:, None] * (HEADS * HEAD_DIM) + columns[None, :]
     grad = tl.load(gradient + at, mask, 0.0).to(tl.float32)

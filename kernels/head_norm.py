@@ -24,7 +24,21 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 
 from trmfast.spec import BlockSpec
 
-__all__ = ["head_norm", "head_norm_backward"]
+__all__ = ["head_norm", "head_norm_backward", "head_tile"]
+
+
+@triton.jit
+def head_tile(tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What a program takes: its head and first row, rows and columns from there, and which of them are inside."""
+    head = tl.program_id(0) % HEADS
+    first_row = tl.program_id(0) // HEADS * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    row_inside = rows < tokens - first_row
+    columns = tl.arange(0, BLOCK_D)
+    mask = row_inside[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    return head, first_row, rows, columns, row_inside, mask
 
 
 @triton.jit
@@ -57,12 +71,7 @@ def head_norm_kernel(
     BLOCK_D: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
-    head = tl.program_id(0) % HEADS
-    first_row = tl.program_id(0) // HEADS * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
-    row_inside = rows < tokens - first_row
-    columns = tl.arange(0, BLOCK_D)
-    mask = row_inside[:, None] & (columns < HEAD_DIM)[None, :]
+    head, first_row, rows, columns, row_inside, mask = head_tile(tokens, HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
     start = first_row.to(tl.int64)
     source = qkv + start * STRIDE + FIRST + head * HEAD_DIM + rows[:, None] * STRIDE
     value = tl.load(source + columns[None, :], mask, 0.0)
@@ -103,12 +112,7 @@ def head_norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    head = tl.program_id(0) % HEADS
-    first_row = tl.program_id(0) // HEADS * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
-    row_inside = rows < tokens - first_row
-    columns = tl.arange(0, BLOCK_D)
-    mask = row_inside[:, None] & (columns < HEAD_DIM)[None, :]
+    head, first_row, rows, columns, row_inside, mask = head_tile(tokens, HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
     start = first_row.to(tl.int64)
     target = grad_qkv + start * STRIDE + FIRST + head * HEAD_DIM + rows[:, None] * STRIDE + columns[None, :]
     at = start * (HEADS * HEAD_DIM) + head * HEAD_DIM + rows[:, None] * (HEADS * HEAD_DIM) + columns[None, :]
