@@ -29,9 +29,9 @@ private:
   AttentionScratch(Arena& arena, const BlockShape& block, const HeadLayout& heads, int length)
       : keys(arena.take<T>(packed_elements<T>(heads.qk_width, length))),
         values(arena.take<T>(packed_elements<T>(length, heads.v_width))),
-        scores(arena.take<float>(static_cast<long>(Dot<T>::kRows) * round_up(length, kPanel))),
+        scores(arena.take<float>(static_cast<long>(Dot<T>::kRows) * row_stride(length))),
         weights(arena.take<T>(Dot<T>::kRows * row_stride(length))), tile(arena.take<float>(Dot<T>::kRows * kPanel)),
-        normed(arena, block, length), score_stride(round_up(length, kPanel)),
+        normed(arena, block, length), score_stride(static_cast<int>(row_stride(length))),
         weight_stride(static_cast<int>(row_stride(length))) {}
 };
 
@@ -89,13 +89,15 @@ TRMFAST_INLINE float exponentials(const float* s, float top, float scale, const 
 }
 
 // Exponentials of the scores of query rows row.. (n rows) into `to` [n, to_stride], T or float, and their sums.  Scores
-// are computed panel by panel, and maxima taken while they are in L1.  Returns the keys that `to` holds.
+// are computed panel by panel, for `lead` rows before too (RowTiles), and maxima taken while they are in L1.  Returns
+// the keys that `to` holds.
 template <class T, class To>
 KeyRange attention_exponentials(const BlockShape& block, const Mask& mask, const T* query, long stride, int row, int n,
-                                To* to, long to_stride, float* sums, const AttentionScratch<T>& scratch) {
+                                int lead, To* to, long to_stride, float* sums, const AttentionScratch<T>& scratch) {
   const HeadLayout heads(block);
   const int depth = padded_depth<T>(heads.qk_width);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
+  const float* scores = scratch.scores + static_cast<long>(lead) * scratch.score_stride;
   const KeyRange tile = mask.tile(row, n);
   KeyRange seen[Dot<T>::kRows];
   vf most[Dot<T>::kRows];
@@ -104,13 +106,13 @@ KeyRange attention_exponentials(const BlockShape& block, const Mask& mask, const
     most[r] = broadcast(-__builtin_inff());
   }
   for (int k = tile.begin; k < tile.end; k += kPanel) {
-    multiply(query + row * stride, stride, scratch.keys + k / kPanel * panel_elements<T>(heads.qk_width), depth, n,
-             scratch.scores + k, scratch.score_stride);
+    multiply(query + (row - lead) * stride, stride, scratch.keys + k / kPanel * panel_elements<T>(heads.qk_width),
+             depth, lead + n, scratch.scores + k, scratch.score_stride);
     for (int r = 0; r < n; ++r)
-      most[r] = largest_scores(scratch.scores + static_cast<long>(r) * scratch.score_stride + k, k, seen[r], most[r]);
+      most[r] = largest_scores(scores + static_cast<long>(r) * scratch.score_stride + k, k, seen[r], most[r]);
   }
   for (int r = 0; r < n; ++r)
-    sums[r] = exponentials(scratch.scores + static_cast<long>(r) * scratch.score_stride, max_of(most[r]), scale,
+    sums[r] = exponentials(scores + static_cast<long>(r) * scratch.score_stride, max_of(most[r]), scale,
                            seen[r], tile, to + r * to_stride);
   return tile;
 }
@@ -128,7 +130,7 @@ void attention_forward(const Team& team, const BlockShape& block, const BlockVec
                        const Positions& positions, int sequences, int length, const T* qkv, long stride, T* mixed,
                        long mixed_stride, const AttentionScratch<T>& scratch) {
   const HeadLayout heads(block);
-  const RowTiles tiles(length, Dot<T>::kRows);
+  const RowTiles<Dot<T>> tiles(length);
   const int group = heads.heads / heads.kv_heads;
   const Range items = team.split(sequences * heads.kv_heads);
   float sums[Dot<T>::kRows];
@@ -147,13 +149,14 @@ void attention_forward(const Team& team, const BlockShape& block, const BlockVec
           norm_head({rows + heads.query(head), stride}, block, vectors.q_norm, rope, length, scratch.normed.query);
       for (int i = 0; i < tiles.count; ++i) {
         if (team.stopped()) return;
-        const int row = tiles.begin(i), n = tiles.size(i);
-        const KeyRange keys = attention_exponentials(block, mask, query.rows, query.stride, row, n, scratch.weights,
-                                                     scratch.weight_stride, sums, scratch);
+        const int row = tiles.begin(i), n = tiles.size(i), lead = tiles.lead(i);
+        const KeyRange keys =
+            attention_exponentials(block, mask, query.rows, query.stride, row, n, lead,
+                                   scratch.weights + lead * scratch.weight_stride, scratch.weight_stride, sums, scratch);
         for (int c = 0; c < heads.v_width; c += kPanel) {
           multiply(scratch.weights + keys.begin, scratch.weight_stride,
                    scratch.values + c / kPanel * panel_elements<T>(length) + static_cast<long>(keys.begin) * kPanel,
-                   padded_depth<T>(mask.end(row, n) - keys.begin), n, scratch.tile, kPanel);
+                   padded_depth<T>(mask.end(row, n) - keys.begin), lead + n, scratch.tile, kPanel);
           for (int r = 0; r < n; ++r) {
             const vf inverse = broadcast(1.0f / sums[r]);
             const T* gates = rows + (row + r) * stride + heads.gate();
@@ -161,7 +164,7 @@ void attention_forward(const Team& team, const BlockShape& block, const BlockVec
             const int columns = smaller(kPanel, heads.head_dim - c);
             for (int j = 0; j < columns; j += kLanes) {
               const int lanes = smaller(kLanes, columns - j);
-              vf value = load(scratch.tile + r * kPanel + j) * inverse;
+              vf value = load(scratch.tile + (lead + r) * kPanel + j) * inverse;
               if (block.gate != OutputGate::none) value *= gate_of(block, gates, head, c + j, lanes);
               store(to + j, value, lanes);
             }

@@ -64,7 +64,7 @@ KeyRange attention_grad_scores(const BlockShape& block, const Mask& mask, int le
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
   float sums[Dot<T>::kRows];
   const KeyRange keys =
-      attention_exponentials(block, mask, query, stride, row, n, forward.scores, forward.score_stride, sums, forward);
+      attention_exponentials(block, mask, query, stride, row, n, 0, forward.scores, forward.score_stride, sums, forward);
   for (int k = keys.begin; k < keys.end; k += kPanel)
     multiply(grad_out + row * grad_stride, grad_stride,
              scratch.values_transposed + k / kPanel * panel_elements<T>(heads.v_width), padded_depth<T>(heads.v_width),
@@ -101,7 +101,7 @@ void attention_accumulate(const T* x, int rows, int length, const KeyRange& keys
   const int end = smaller(keys.end, length);
   transpose(x + keys.begin, scratch.forward.weight_stride, rows, end - keys.begin,
             scratch.transposed + keys.begin * scratch.block_stride, scratch.block_stride);
-  const RowTiles tiles(end - keys.begin, Dot<T>::kRows);
+  const RowTiles<Dot<T>> tiles(end - keys.begin);
   for (int c = 0; c < columns; c += kPanel)
     for (int i = 0; i < tiles.count; ++i) {
       const long row = keys.begin + tiles.begin(i);
@@ -146,7 +146,7 @@ void attention_backward(const Team& team, const BlockShape& block, const BlockVe
                         const AttentionBackwardScratch<T>& scratch) {
   const HeadLayout heads(block);
   const AttentionScratch<T>& forward = scratch.forward;
-  const RowTiles tiles(length, Dot<T>::kRows);
+  const RowTiles<Dot<T>> tiles(length);
   const Mask mask(block, length, positions.segments);
   const Rope& rope = positions.rope;
   const int group = heads.heads / heads.kv_heads, qk = heads.qk_width;

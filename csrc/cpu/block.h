@@ -54,12 +54,12 @@ template <class T> T* down_input(const BlockShape& block, const BlockActivations
 }
 
 template <class T> struct BlockScratch {
-  float* tile; // [kRows, 32]
+  float* tile; // of gemm()
   AttentionScratch<T> attention;
   MlpTScratch<T> mlp_t;
 
-  BlockScratch(Arena& arena, const BlockShape& block, int length)
-      : tile(arena.take<float>(Dot<T>::kRows * kPanel)), attention(arena, block, length), mlp_t(arena, block) {}
+  BlockScratch(Arena& arena, const BlockShape& block, int length, int rows)
+      : tile(arena.take<float>(tile_floats<T>(rows))), attention(arena, block, length), mlp_t(arena, block) {}
 };
 
 // One half's way back into the residual stream.

@@ -34,7 +34,7 @@ template <class T> struct BlockBackwardScratch {
   MlpTBackwardScratch<T> mlp_t;
 
   BlockBackwardScratch(Arena& arena, const BlockShape& block, int length)
-      : tile(arena.take<float>(Dot<T>::kRows * kPanel)), attention(arena, block, length), mlp_t(arena, block) {}
+      : tile(arena.take<float>(tile_floats<T>(length))), attention(arena, block, length), mlp_t(arena, block) {}
 };
 
 // f32 of a team, [L, stride of u] each.

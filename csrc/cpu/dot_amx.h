@@ -2,16 +2,21 @@
 //
 //   tiles      columns 0-15   columns 16-31      rows
 //              b: 6           b: 7
-//   a: 4       c: 0           c: 1               the first ceil(rows / 2), or all of up to 16
-//   a: 5       c: 2           c: 3               the rest
+//   a: 4       c: 0           c: 1               the first 16
+//   a: 5       c: 2           c: 3               the last 16
 //
-// Tiles are as high as the rows given, since the time of TDPBF16PS falls with the rows of its destination (5.0 ns at 16
-// rows, 3.2 at 8, measured on a Xeon). A step is 2 loads of a, 2 of b and 4 products; with up to 16 rows 1, 2 and 2. a
-// is streamed: its loads (TILELOADDT1) leave the 32 KB panel in L1. The depth is a multiple of 32: pad with zeros.
+// A step is 2 loads of a, 2 of b and 4 products of 16 cycles each; with up to 16 rows 1, 2 and 2.  a is streamed: its
+// loads (TILELOADDT1) leave the 32 KB panel in L1. The depth is a multiple of 32: pad with zeros.
 //
-// The configuration of the tiles belongs to the thread, not to the call: it is loaded when the split of the rows
-// differs from the thread's last call, and release() gives the tiles back. Between the first run() of a region and
-// release(), code that configures tiles itself (oneDNN) must not run on the thread.
+// Tiles are always 16 rows high, so with 17 to 31 rows the lower ones begin inside the upper: those rows are multiplied
+// twice, with the same results.  Lower tiles of fewer rows would take the same time, as loads limit them, and another
+// configuration: LDTILECFG takes 80 ns, a sixth of a call of depth 512 (measured on a Xeon of 2023, 2.3 GHz with AMX).
+// Only a call with fewer than 16 rows needs one.  The configuration belongs to the thread: release() gives the tiles
+// back. Between the first run() of a region and release(), code that configures tiles itself (oneDNN) must not run on
+// the thread.
+//
+// While the tiles are busy, the vector units are idle and most of the core's ports too. run() calls `meanwhile` at every
+// step, see gemm().
 #pragma once
 
 #if defined(__AVX512F__)
@@ -29,14 +34,8 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Rows of the upper and the lower tiles; no lower tiles if the upper ones suffice.
-struct RowSplit {
-  int upper, lower;
-};
-
-TRMFAST_INLINE RowSplit split_rows(int rows) {
-  return rows > 16 ? RowSplit{(rows + 1) / 2, rows / 2} : RowSplit{rows, 0};
-}
+// The rows of a tile.
+constexpr int kTileHeight = 16;
 
 // The rows that this thread's tiles are configured for; 0: none of ours.
 inline thread_local int configured_rows = 0;
@@ -44,38 +43,41 @@ inline thread_local int configured_rows = 0;
 // GCC's tile intrinsics do not tell the compiler which memory they read.
 TRMFAST_INLINE void finish_stores() { asm volatile("" ::: "memory"); }
 
-inline void configure_tiles(int rows) {
+// For products of `rows` rows.
+TRMFAST_INLINE void configure_tiles(int rows) {
+  const int tile_rows = rows < kTileHeight ? rows : kTileHeight;
+  if (tile_rows == configured_rows) return;
   struct alignas(64) {
     uint8_t palette, start_row, reserved[14];
     uint16_t column_bytes[16];
     uint8_t rows[16];
   } config = {};
-  const RowSplit split = split_rows(rows);
-  const int tile_rows[8] = {split.upper, split.upper, split.lower, split.lower, split.upper, split.lower, 16, 16};
   config.palette = 1;
   for (int t = 0; t < 8; ++t) {
-    config.rows[t] = static_cast<uint8_t>(tile_rows[t]);
-    config.column_bytes[t] = tile_rows[t] > 0 ? 64 : 0;
+    config.rows[t] = static_cast<uint8_t>(t < 6 ? tile_rows : kTileHeight);
+    config.column_bytes[t] = 64;
   }
   finish_stores();
   _tile_loadconfig(&config);
-  configured_rows = rows;
+  configured_rows = tile_rows;
 }
 
 template <>
 struct Dot<bf16> {
   static constexpr int kRows = 32;
+  static constexpr int kWholeRows = kTileHeight;
   static constexpr int kDepthStep = 32;
 
-  static void run(const bf16* a, long lda, const bf16* b, int depth, int rows, float* c, long ldc, bool accumulate,
-                  Prefetch next = {}) {
-    if (rows != configured_rows) configure_tiles(rows);
+  template <class Meanwhile = DoNothing>
+  TRMFAST_INLINE void run(const bf16* a, long lda, const bf16* b, int depth, int rows, float* c, long ldc,
+                          bool accumulate, Prefetch next = {}, Meanwhile&& meanwhile = {}) {
+    configure_tiles(rows);
     finish_stores();
-    const int upper = split_rows(rows).upper;
-    if (upper < rows) {
-      four_tiles(a, a + upper * lda, lda * 2, b, depth, c, c + upper * ldc, ldc * 4, accumulate, next);
+    if (rows > kTileHeight) {
+      const int lower = rows - kTileHeight;
+      four_tiles(a, a + lower * lda, lda * 2, b, depth, c, c + lower * ldc, ldc * 4, accumulate, next, meanwhile);
     } else {
-      two_tiles(a, lda * 2, b, depth, c, ldc * 4, accumulate, next);
+      two_tiles(a, lda * 2, b, depth, c, ldc * 4, accumulate, next, meanwhile);
     }
   }
 
@@ -95,8 +97,10 @@ private:
   }
 
   // The strides are in bytes.
+  template <class Meanwhile>
   static void four_tiles(const bf16* a_upper, const bf16* a_lower, long a_stride, const bf16* b, int depth,
-                         float* c_upper, float* c_lower, long c_stride, bool accumulate, Prefetch next) {
+                         float* c_upper, float* c_lower, long c_stride, bool accumulate, Prefetch next,
+                         Meanwhile& meanwhile) {
     if (accumulate) {
       _tile_loadd(0, c_upper, c_stride);
       _tile_loadd(1, c_upper + 16, c_stride);
@@ -119,6 +123,7 @@ private:
       _tile_stream_loadd(5, a_lower + k, a_stride);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
+      meanwhile(k / kDepthStep);
     }
     _tile_stored(0, c_upper, c_stride);
     _tile_stored(1, c_upper + 16, c_stride);
@@ -126,8 +131,9 @@ private:
     _tile_stored(3, c_lower + 16, c_stride);
   }
 
+  template <class Meanwhile>
   static void two_tiles(const bf16* a, long a_stride, const bf16* b, int depth, float* c, long c_stride,
-                        bool accumulate, Prefetch next) {
+                        bool accumulate, Prefetch next, Meanwhile& meanwhile) {
     if (accumulate) {
       _tile_loadd(0, c, c_stride);
       _tile_loadd(1, c + 16, c_stride);
@@ -143,6 +149,7 @@ private:
       _tile_loadd(7, b + kHalf, kPanelStride);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
+      meanwhile(k / kDepthStep);
     }
     _tile_stored(0, c, c_stride);
     _tile_stored(1, c + 16, c_stride);

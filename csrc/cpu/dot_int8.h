@@ -33,6 +33,7 @@ template <class TileStep, int kTileRows, int kTileVectors>
 struct Int8Dot {
   using Step = TileStep;
   static constexpr int kRows = kTileRows;
+  static constexpr int kWholeRows = 1;
   static constexpr int kDepthStep = 4;
 
   TRMFAST_INLINE void run(const uint8_t* a, long lda, const int8_t* b, int depth, int rows, const int32_t* start,
@@ -232,15 +233,16 @@ using Int8VectorDot = Int8Dot<QuadStep, 4, 2>;
 template <>
 struct Dot<int8_t> {
   static constexpr int kRows = 32;
+  static constexpr int kWholeRows = kTileHeight;
   static constexpr int kDepthStep = 64;
 
   static void run(const uint8_t* a, long lda, const int8_t* b, int depth, int rows, const int32_t* start,
                   Dequantize scales, float* c, long ldc, Prefetch next = {}) {
-    if (rows != configured_rows) configure_tiles(rows);
+    configure_tiles(rows);
     finish_stores();
-    const int upper = split_rows(rows).upper;
-    if (upper < rows)
-      tiles<true>(a, a + upper * lda, lda, b, depth, c, c + upper * ldc, ldc * 4, next);
+    const int lower = rows - kTileHeight;
+    if (lower > 0)
+      tiles<true>(a, a + lower * lda, lda, b, depth, c, c + lower * ldc, ldc * 4, next);
     else
       tiles<false>(a, a, lda, b, depth, c, c, ldc * 4, next);
     finish_stores();

@@ -39,6 +39,11 @@ struct Prefetch {
   long bytes = 0;
 };
 
+// Where a step of a product leaves nothing else to do.
+struct DoNothing {
+  void operator()(int) const {}
+};
+
 // Addresses of up to 15 rows in five registers: bases five rows apart, and the x86 addressing modes base + {1, 2, 4} *
 // stride and base + stride3. The compiler must not see how the bases are related, or it keeps one pointer per row and
 // spills.
@@ -70,6 +75,7 @@ struct TileDot {
   using Step = TileStep;
   using T = typename Step::Element;
   static constexpr int kRows = kTileRows;
+  static constexpr int kWholeRows = 1;
   static constexpr int kDepthStep = Step::kDepth;
 
   // Inline: as a function it copies `next` on the stack as one vector right after the caller wrote its two halves,

@@ -71,7 +71,7 @@ void int8_product(const Int8Product& p) {
     else
       pack_int8_panel([&](int j) { return j < n ? p.weights + static_cast<long>(first + j) * p.depth : nullptr; },
                       p.depth, panel, scales, starts);
-    const RowTiles tiles(a.rows, Dot<int8_t>::kRows);
+    const RowTiles<Dot<int8_t>> tiles(a.rows);
     for (int i = 0; i < tiles.count; ++i)
       for (int scaled = 0; scaled < 2; ++scaled) {
         const int row = tiles.begin(i);

@@ -30,14 +30,67 @@ TRMFAST_INLINE void multiply(const float* a, long lda, const float* panel, int d
   }
 }
 
-// epilogue(row, rows, panel, tile): tile is f32 [rows][32] of rows row.. and columns 32 * panel..; every (row tile,
-// panel) is given to one thread of the team exactly once.  `tile` is scratch of the calling thread, Dot<T>::kRows * 32
-// floats. Every call brings a share of the following panel into L2; matrices lie in the order of their use, so after
-// the last panel that is the next matrix.
+// A tile whose epilogue is still to run.
+struct FinishedTile {
+  int row, rows, panel;
+  float* values;
+};
+
+// Depth whose panel stays in L1 beside the rows that stream past it: 32 KB in bf16.
+constexpr int kDepthInL1 = 512;
+
+// Floats of the tiles that gemm() takes as scratch for products of up to `rows` rows.
+template <class T> constexpr long tile_floats(int rows) {
+  return static_cast<long>(Dot<T>::kWholeRows > 1 ? larger(2, ceil_div(rows, Dot<T>::kRows)) : 1) * Dot<T>::kRows *
+         kPanel;
+}
+
+// gemm() where matrix and vector units work beside each other (AMX).  A core that has to finish an epilogue first gets
+// to the next product late, since instructions wait in order; so the epilogue of a tile is dealt out over the steps of
+// the next tile's product.  A deep panel is taken in parts that stay in L1, with the sums of all row tiles in `tiles`.
+template <class T, class Epilogue>
+void gemm_beside(const Team& team, const T* a, long a_stride, int rows, const T* panels, int depth, int columns,
+                 float* scratch, Epilogue&& epilogue) {
+  constexpr int kStep = Dot<T>::kDepthStep;
+  const RowTiles<Dot<T>> tiles(rows);
+  const int padded = padded_depth<T>(depth), parts = tiles.count > 1 ? ceil_div(padded, kDepthInL1) : 1,
+            part = round_up(ceil_div(padded, parts), kStep), buffers = parts > 1 ? tiles.count : 2;
+  const long elements = panel_elements<T>(depth), share = elements / (static_cast<long>(tiles.count) * parts);
+  const Range range = team.split(ceil_div(columns, kPanel));
+  FinishedTile last = {};
+  int buffer = 0;
+  for (int p = range.begin; p < range.end && !team.stopped(); ++p) {
+    const T* panel = panels + p * elements;
+    const T* next = panel + elements;
+    for (int from = 0; from < padded; from += part)
+      for (int i = 0; i < tiles.count; ++i, next += share) {
+        const int row = tiles.begin(i), n = tiles.size(i), lead = tiles.lead(i), size = smaller(part, padded - from);
+        float* const tile = scratch + buffer * Dot<T>::kRows * kPanel;
+        const int each = ceil_div(last.rows, size / kStep);
+        Dot<T>::run(a + (row - lead) * a_stride + from, a_stride, panel + static_cast<long>(from) * kPanel, size,
+                    lead + n, tile, kPanel, from > 0, {next, share * static_cast<long>(sizeof(T))}, [&](int step) {
+                      const int first = step * each, some = smaller(each, last.rows - first);
+                      if (some > 0) epilogue(last.row + first, some, last.panel, last.values + first * kPanel);
+                    });
+        last = {row, from + part < padded ? 0 : n, p, tile + lead * kPanel};
+        buffer = buffer + 1 < buffers ? buffer + 1 : 0;
+      }
+  }
+  if (last.rows) epilogue(last.row, last.rows, last.panel, last.values);
+}
+
+// epilogue(row, rows, panel, tile): tile is f32 [rows][32] of rows row.. and columns 32 * panel..; every row of every
+// panel is given to one thread of the team exactly once.  `tile` is scratch of the calling thread, tile_floats<T>().
+// Every call brings a share of the following panel into L2; matrices lie in the order of their use, so after the last
+// panel that is the next matrix.
 template <class T, class Epilogue>
 void gemm(const Team& team, const T* a, long a_stride, int rows, const T* panels, int depth, int columns, float* tile,
           Epilogue&& epilogue) {
-  const RowTiles tiles(rows, Dot<T>::kRows);
+  if constexpr (Dot<T>::kWholeRows > 1) {
+    gemm_beside(team, a, a_stride, rows, panels, depth, columns, tile, epilogue);
+    return;
+  }
+  const RowTiles<Dot<T>> tiles(rows);
   const int padded = padded_depth<T>(depth);
   const long elements = panel_elements<T>(depth), share = elements / tiles.count;
   const Range range = team.split(ceil_div(columns, kPanel));

@@ -26,7 +26,7 @@ struct Int8Operand {
 template <class Epilogue>
 void gemm(const Team& team, const Int8Operand& a, int rows, const Int8Matrix& weights, int depth, int columns,
           float* tile, Epilogue&& epilogue) {
-  const RowTiles tiles(rows, Dot<int8_t>::kRows);
+  const RowTiles<Dot<int8_t>> tiles(rows);
   const int padded = padded_depth<int8_t>(depth);
   const long bytes = panel_elements<int8_t>(depth), share = bytes / tiles.count;
   const Range range = team.split(ceil_div(columns, kPanel));
@@ -66,7 +66,7 @@ inline void mlp_t_forward(const Team& team, const BlockShape& block, const Int8R
   const int L = block.seq_len, inner = block.seq_inner, panels = ceil_div(block.width, kPanel);
   const int depth = padded_depth<int8_t>(L), inner_depth = padded_depth<int8_t>(inner);
   const long in_stride = int8_stride(L), inner_stride = int8_stride(inner);
-  const RowTiles features(inner, Dot<int8_t>::kRows), positions(L, Dot<int8_t>::kRows);
+  const RowTiles<Dot<int8_t>> features(inner), positions(L);
   const Range items = team.split(sequences * panels);
   for (int item = items.begin; item < items.end; ++item) {
     const int sequence = item / panels, c = item % panels * kPanel, columns = smaller(kPanel, block.width - c);
@@ -104,7 +104,7 @@ template <> struct BlockScratch<int8_t> {
   AttentionScratch<bf16> attention;
   MlpTScratch<int8_t> mlp_t;
 
-  BlockScratch(Arena& arena, const BlockShape& block, int length)
+  BlockScratch(Arena& arena, const BlockShape& block, int length, int)
       : tile(arena.take<float>(Dot<int8_t>::kRows * kPanel)), attention(arena, block, length), mlp_t(arena, block) {}
 };
 

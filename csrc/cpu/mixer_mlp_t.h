@@ -93,7 +93,7 @@ void mlp_t_forward(const Team& team, const BlockShape& block, const T* gate_up, 
   const int L = block.seq_len, inner = block.seq_inner, panels = ceil_div(block.width, kPanel);
   const long in_stride = row_stride(L), inner_stride = row_stride(inner);
   const EvenRowTiles features(inner, Dot<T>::kRows);
-  const RowTiles positions(L, Dot<T>::kRows);
+  const RowTiles<Dot<T>> positions(L);
   const Range items = team.split(sequences * panels);
   for (int item = items.begin; item < items.end; ++item) {
     const int sequence = item / panels, c = item % panels * kPanel, columns = smaller(kPanel, block.width - c);

@@ -31,7 +31,7 @@ void mlp_t_backward(const Team& team, const BlockShape& block, const T* gate_up,
   const int depth = padded_depth<T>(inner);
   const long down_stride = row_stride(L), gates_stride = row_stride(2 * depth);
   const EvenRowTiles features(inner, Dot<T>::kRows);
-  const RowTiles positions(L, Dot<T>::kRows);
+  const RowTiles<Dot<T>> positions(L);
   const Range items = team.split(sequences * panels);
   for (int item = items.begin; item < items.end; ++item) {
     const int sequence = item / panels, c = item % panels * kPanel, columns = smaller(kPanel, block.width - c);

@@ -31,7 +31,7 @@ template <class T> struct BackwardThread {
   WeightGradientScratch<T> gradient_scratch;
 
   BackwardThread(Arena& arena, const BlockShape& block, int length, long gradient_depth)
-      : buffers(arena, block, length), scratch(arena, block, length), backward_scratch(arena, block, length),
+      : buffers(arena, block, length), scratch(arena, block, length, length), backward_scratch(arena, block, length),
         gradient_scratch(arena, gradient_depth) {}
 };
 

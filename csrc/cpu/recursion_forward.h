@@ -89,7 +89,7 @@ template <class T> struct ForwardWorkspace {
   Thread layout(Arena& arena, const Job& job) const {
     const BlockShape& block = job.nets[0].block;
     ForwardBuffers<T> buffers(arena, block, together * job.length);
-    return {buffers, BlockScratch<T>(arena, block, job.length)};
+    return {buffers, BlockScratch<T>(arena, block, job.length, together * job.length)};
   }
   Thread thread(const Job& job, int index) const {
     Arena arena(first + per_thread * static_cast<size_t>(index));

@@ -56,12 +56,18 @@ struct RestTeam {
   }
 };
 
-// Equal row tiles of at most `most` rows: 97 rows in tiles of at most 14 are 7 tiles of 13 or 14, not 6 and a rest.
-struct RowTiles {
+// The row tiles of a product.  Equal ones where the time of a tile goes with its rows: 97 rows in tiles of at most 14 are
+// 7 tiles of 13 or 14, not 6 and a rest.  Where it goes with whole pieces of kWholeRows, whole tiles and a rest: 97 are
+// 3 of 32 and 1 of 1.  Such a rest is multiplied together with `lead` rows before it, which makes a piece whole.
+template <class Dot> struct RowTiles {
+  static constexpr bool kEqual = Dot::kWholeRows == 1;
   int rows, count;
-  RowTiles(int rows, int most) : rows(rows), count(ceil_div(rows, most)) {}
-  int begin(int tile) const { return static_cast<int>(static_cast<long>(rows) * tile / count); }
+  explicit RowTiles(int rows) : rows(rows), count(ceil_div(rows, Dot::kRows)) {}
+  int begin(int tile) const {
+    return kEqual ? static_cast<int>(static_cast<long>(rows) * tile / count) : smaller(rows, tile * Dot::kRows);
+  }
   int size(int tile) const { return begin(tile + 1) - begin(tile); }
+  int lead(int tile) const { return kEqual ? 0 : larger(0, smaller(begin(tile), Dot::kWholeRows - size(tile))); }
 };
 
 } // namespace TRMFAST_NAMESPACE

@@ -66,7 +66,7 @@ template <class T> struct WeightGradientScratch {
 template <class T, class Left, class Right, class Depth>
 void multiply_chunks(int n, int chunks, bool fresh, long left_stride, const WeightGradientScratch<T>& scratch,
                      Left left, Right right, Depth depth) {
-  const RowTiles rows(n, Dot<T>::kRows);
+  const RowTiles<Dot<T>> rows(n);
   for (int chunk = 0; chunk < chunks; ++chunk)
     for (int i = 0; i < rows.count; ++i) {
       float* tile = scratch.tiles + rows.begin(i) * kPanel;
