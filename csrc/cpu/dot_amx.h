@@ -81,6 +81,15 @@ struct Dot<bf16> {
     }
   }
 
+  // 32 rows, where the results of the last 16 are elsewhere.
+  template <class Meanwhile>
+  TRMFAST_INLINE void run_halves(const bf16* a, long lda, const bf16* b, int depth, float* upper, float* lower, long ldc,
+                                 bool accumulate, Prefetch next, Meanwhile&& meanwhile) {
+    configure_tiles(kRows);
+    finish_stores();
+    four_tiles(a, a + kTileHeight * lda, lda * 2, b, depth, upper, lower, ldc * 4, accumulate, next, meanwhile);
+  }
+
   static void release() {
     if (configured_rows != 0) _tile_release();
     configured_rows = 0;

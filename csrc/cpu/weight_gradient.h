@@ -2,7 +2,7 @@
 //
 //   grad[n, c] += sum over tokens of dy[t, n] x[t, c]
 //
-// x is packed into panels that all threads share; then every thread takes blocks of 64 outputs, transposes their dy and
+// x is packed into panels that all threads share; then every thread takes blocks of outputs, transposes their dy and
 // multiplies in chunks of up to 512 tokens, so that a chunk of a panel (32 KB in bf16) is read from L1 by all tiles of
 // the block. A thread owns the rows that it adds to: no copy per thread.
 //
@@ -16,7 +16,9 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-constexpr int kGradientRows = 64;
+// Outputs of a block.  AMX multiplies 64 x 32 in less time than L3 takes to deliver the chunk of the panel: 256 use it
+// four times as often, and their dy (0.4 MB for 776 tokens) still stays in L2.
+template <class T> constexpr int gradient_rows() { return Dot<T>::kWholeRows > 1 ? 256 : 64; }
 constexpr int kGradientChunk = 512;
 
 // tiles += sums, n x 32
@@ -48,17 +50,70 @@ template <class T> struct TokenChunks {
 };
 
 template <class T> struct WeightGradientScratch {
-  T* rows;      // dy^T of a block, [64, stride]
-  float* tiles; // [64, 32]
+  T* rows;      // dy^T of a block, [gradient_rows, stride]
+  float* tiles; // [gradient_rows, 32]
   float* sums;  // of one chunk, [kRows, 32]
   long stride;
 
   // depth: TokenChunks::depth of a full store
   WeightGradientScratch(Arena& arena, long depth)
-      : rows(arena.take<T>(kGradientRows * row_stride(static_cast<int>(depth)))),
-        tiles(arena.take<float>(kGradientRows * kPanel)), sums(arena.take<float>(Dot<T>::kRows * kPanel)),
+      : rows(arena.take<T>(gradient_rows<T>() * row_stride(static_cast<int>(depth)))),
+        tiles(arena.take<float>(gradient_rows<T>() * kPanel)), sums(arena.take<float>(Dot<T>::kRows * kPanel)),
         stride(row_stride(static_cast<int>(depth))) {}
 };
+
+// Fewer where threads would have nothing to do.
+template <class T> int rows_of_block(const Team& team, int outputs) {
+  return smaller(gradient_rows<T>(), round_up(ceil_div(outputs, team.size), 64));
+}
+
+// A gradient [outputs, inputs] in f32; `fresh`: nothing has been written yet, so the first sum is stored, not added.
+struct Gradient {
+  float* values;
+  bool fresh;
+};
+
+// The rows of a weight, or -1, for the outputs of a block.
+template <class T> struct BlockRows {
+  int count;
+  int of[gradient_rows<T>()];
+
+  template <class RowOf> BlockRows(int first, int count, RowOf row_of) : count(count) {
+    for (int r = 0; r < count; ++r) of[r] = row_of(first + r);
+  }
+  // Whether outputs r to r + 15 are 16 consecutive rows.
+  bool consecutive(int r) const {
+    if (r + 16 > count || of[r] < 0) return false;
+    for (int i = 1; i < 16; ++i)
+      if (of[r + i] != of[r] + i) return false;
+    return true;
+  }
+};
+
+// fn(to, tile, lanes) for the vectors of grad[rows.of[r], c ..] and tiles[r], r from `begin` to `end`.
+template <class T, class Fn>
+TRMFAST_INLINE void for_gradient(const BlockRows<T>& rows, int begin, int end, int c, int columns, float* tiles,
+                                 const Gradient& grad, Fn&& fn) {
+  const int wide = smaller(kPanel, columns - c);
+  for (int r = begin; r < end; ++r) {
+    if (rows.of[r] < 0) continue; // padding
+    float* to = grad.values + static_cast<long>(rows.of[r]) * columns + c;
+    for (int j = 0; j < wide; j += kLanes) fn(to + j, tiles + r * kPanel + j, smaller(kLanes, wide - j));
+  }
+}
+template <class T>
+void load_gradient(const BlockRows<T>& rows, int begin, int end, int c, int columns, float* tiles,
+                   const Gradient& grad) {
+  if (grad.fresh) return;
+  for_gradient(rows, begin, end, c, columns, tiles, grad,
+               [](const float* from, float* tile, int lanes) { store(tile, load_lanes(from, lanes)); });
+}
+template <class T>
+void store_gradient(const BlockRows<T>& rows, int begin, int end, int c, int columns, float* tiles,
+                    const Gradient& grad) {
+  for_gradient(rows, begin, end, c, columns, tiles, grad,
+               [](float* to, const float* tile, int lanes) { store_lanes(to, load(tile), lanes); });
+}
 
 // tiles[0 .. n) += sum over chunks of left(chunk) [n, depth(chunk)] times the panel right(chunk); `fresh`: the tiles
 // hold nothing yet.  Every chunk is summed separately first: one chain over all tokens would round far more often
@@ -79,36 +134,52 @@ void multiply_chunks(int n, int chunks, bool fresh, long left_stride, const Weig
     }
 }
 
-// A gradient [outputs, inputs] in f32; `fresh`: nothing has been written yet, so the first sum is stored, not added.
-struct Gradient {
-  float* values;
-  bool fresh;
-};
-
-// fn(to, tile, lanes) for the vectors of grad[row_of(first + r), c ..] and tiles[r]; rows without a place in the weight
-// are padding.
-template <class RowOf, class Fn>
-TRMFAST_INLINE void for_gradient(int first, int n, int c, int columns, float* tiles, const Gradient& grad, RowOf row_of,
-                                 Fn&& fn) {
-  const int wide = smaller(kPanel, columns - c);
-  for (int r = 0; r < n; ++r) {
-    const int row = row_of(first + r);
-    if (row < 0) continue;
-    float* to = grad.values + static_cast<long>(row) * columns + c;
-    for (int j = 0; j < wide; j += kLanes) fn(to + j, tiles + r * kPanel + j, smaller(kLanes, wide - j));
-  }
+// add_chunks() on AMX, which adds 32 depths before it rounds to f32: it needs no sums of chunks, and its tiles load and
+// store the gradient in its place where 16 outputs are 16 consecutive rows.  The lines of the next panel's columns, which
+// would come from L3 one row at a time, are fetched meanwhile.
+template <class T, class Left, class Right, class Depth>
+void add_chunks_in_place(const BlockRows<T>& rows, int c, int columns, const Gradient& grad, int chunks,
+                         long left_stride, const WeightGradientScratch<T>& scratch, Left left, Right right,
+                         Depth depth) {
+  constexpr int kHalfRows = Dot<T>::kWholeRows, kTile = 2 * kHalfRows;
+  const int count = ceil_div(rows.count, kTile);
+  for (int chunk = 0; chunk < chunks; ++chunk)
+    for (int i = 0; i < count; ++i) {
+      const int r = i * kTile, n = smaller(kTile, rows.count - r);
+      const bool in_place = c + kPanel <= columns && rows.consecutive(r) && rows.consecutive(r + kHalfRows);
+      const T *from = left(chunk) + r * left_stride, *panel = right(chunk);
+      const long elements = static_cast<long>(depth(chunk)) * kPanel, share = elements / count;
+      const Prefetch next{panel + elements + i * share, share * static_cast<long>(sizeof(T))};
+      const bool accumulate = !grad.fresh || chunk > 0;
+      if (!in_place) {
+        if (chunk == 0) load_gradient(rows, r, r + n, c, columns, scratch.tiles, grad);
+        Dot<T>::run(from, left_stride, panel, depth(chunk), n, scratch.tiles + r * kPanel, kPanel, accumulate, next);
+        if (chunk + 1 == chunks) store_gradient(rows, r, r + n, c, columns, scratch.tiles, grad);
+        continue;
+      }
+      float *upper = grad.values + static_cast<long>(rows.of[r]) * columns + c,
+            *lower = grad.values + static_cast<long>(rows.of[r + kHalfRows]) * columns + c;
+      const int each = chunk == 0 && c + 2 * kPanel <= columns ? ceil_div(kHalfRows, depth(0) / Dot<T>::kDepthStep) : 0;
+      Dot<T>::run_halves(from, left_stride, panel, depth(chunk), upper, lower, columns, accumulate, next, [&](int step) {
+        for (int k = step * each; k < smaller(kHalfRows, (step + 1) * each); ++k)
+          for (float* half : {upper, lower})
+            for (int j = 0; j < kPanel; j += 16)
+              __builtin_prefetch(half + static_cast<long>(k) * columns + kPanel + j, 1);
+      });
+    }
 }
 
-// Adds the chunks to rows first.. (n of them) and columns c.. of a gradient.
-template <class T, class RowOf, class Left, class Right, class Depth>
-void add_chunks(int first, int n, int c, int columns, const Gradient& grad, RowOf row_of, int chunks, long left_stride,
+// Adds the chunks to rows.of[..] and columns c.. of a gradient.
+template <class T, class Left, class Right, class Depth>
+void add_chunks(const BlockRows<T>& rows, int c, int columns, const Gradient& grad, int chunks, long left_stride,
                 const WeightGradientScratch<T>& scratch, Left left, Right right, Depth depth) {
-  if (!grad.fresh)
-    for_gradient(first, n, c, columns, scratch.tiles, grad, row_of,
-                 [](const float* from, float* tile, int lanes) { store(tile, load_lanes(from, lanes)); });
-  multiply_chunks(n, chunks, grad.fresh, left_stride, scratch, left, right, depth);
-  for_gradient(first, n, c, columns, scratch.tiles, grad, row_of,
-               [](float* to, const float* tile, int lanes) { store_lanes(to, load(tile), lanes); });
+  if constexpr (Dot<T>::kWholeRows > 1) {
+    add_chunks_in_place(rows, c, columns, grad, chunks, left_stride, scratch, left, right, depth);
+    return;
+  }
+  load_gradient(rows, 0, rows.count, c, columns, scratch.tiles, grad);
+  multiply_chunks(rows.count, chunks, grad.fresh, left_stride, scratch, left, right, depth);
+  store_gradient(rows, 0, rows.count, c, columns, scratch.tiles, grad);
 }
 
 // dy: [tokens, outputs] in packed order, x: [tokens, inputs]; row_of(n) is the weight's row of packed output n, or -1.
@@ -126,15 +197,17 @@ void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs,
                 smaller(kPanel, inputs - p * kPanel),
                 panels + p * elements + static_cast<long>(g) * chunks.padded * kPanel);
   team.sync();
-  const Range blocks = team.split(ceil_div(outputs, kGradientRows));
+  const int most = rows_of_block<T>(team, outputs);
+  const Range blocks = team.split(ceil_div(outputs, most));
   for (int block = blocks.begin; block < blocks.end && !team.stopped(); ++block) {
-    const int first = block * kGradientRows, n = smaller(kGradientRows, outputs - first);
+    const int first = block * most, n = smaller(most, outputs - first);
+    const BlockRows<T> rows(first, n, row_of);
     for (int g = 0; g < chunks.groups; ++g)
       transpose(dy + static_cast<long>(g) * chunks.group * dy_stride + first, dy_stride, chunks.tokens_of(g), n,
                 scratch.rows + static_cast<long>(g) * chunks.padded, scratch.stride);
     for (int p = 0; p < num_panels && !team.stopped(); ++p)
       add_chunks<T>(
-          first, n, p * kPanel, inputs, grad, row_of, chunks.count, scratch.stride, scratch,
+          rows, p * kPanel, inputs, grad, chunks.count, scratch.stride, scratch,
           [&](int chunk) { return scratch.rows + chunks.begin(chunk); },
           [&](int chunk) { return panels + p * elements + chunks.begin(chunk) * kPanel; },
           [&](int chunk) { return chunks.size(chunk); });
@@ -157,12 +230,14 @@ void sequence_weight_gradient(const Team& team, const T* dy, int outputs, const 
                     panels + item * elements);
   }
   team.sync();
-  const Range blocks = team.split(ceil_div(outputs, kGradientRows));
+  const int most = rows_of_block<T>(team, outputs);
+  const Range blocks = team.split(ceil_div(outputs, most));
   for (int block = blocks.begin; block < blocks.end && !team.stopped(); ++block) {
-    const int first = block * kGradientRows, n = smaller(kGradientRows, outputs - first);
+    const int first = block * most;
+    const BlockRows<T> rows(first, smaller(most, outputs - first), [](int row) { return row; });
     for (int p = 0; p < num_panels && !team.stopped(); ++p)
       add_chunks<T>(
-          first, n, p * kPanel, inputs, grad, [](int row) { return row; }, sequences, stride, scratch,
+          rows, p * kPanel, inputs, grad, sequences, stride, scratch,
           [&](int sequence) { return dy + (static_cast<long>(sequence) * outputs + first) * stride; },
           [&](int sequence) { return panels + (static_cast<long>(sequence) * num_panels + p) * elements; },
           [&](int) { return padded_depth<T>(width); });
