@@ -162,9 +162,10 @@ void add_chunks_in_place(const BlockRows<T>& rows, int c, int columns, const Gra
       const int each = chunk == 0 && c + 2 * kPanel <= columns ? ceil_div(kHalfRows, depth(0) / Dot<T>::kDepthStep) : 0;
       Dot<T>::run_halves(from, left_stride, panel, depth(chunk), upper, lower, columns, accumulate, next, [&](int step) {
         for (int k = step * each; k < smaller(kHalfRows, (step + 1) * each); ++k)
-          for (float* half : {upper, lower})
-            for (int j = 0; j < kPanel; j += 16)
-              __builtin_prefetch(half + static_cast<long>(k) * columns + kPanel + j, 1);
+          for (int j = kPanel; j < 2 * kPanel; j += 16) {
+            __builtin_prefetch(upper + static_cast<long>(k) * columns + j, 1);
+            __builtin_prefetch(lower + static_cast<long>(k) * columns + j, 1);
+          }
       });
     }
 }
