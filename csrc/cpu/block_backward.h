@@ -1,4 +1,4 @@
-// One block backward over the sequence of a team, from activations that block_forward kept:
+// One block backward over the sequences of a team, from activations that block_forward kept:
 //
 //   d(out) -> ds2 -> W_down (-> SiLU, convolution) -> d(gate, up) -> W_gate_up, + d(out) or ds2 -> d(h1)
 //   attention: d(h1) -> ds1 -> W_o -> dO -> attention -> d(q, k, v) -> W_qkv, + d(h1) or ds1 -> d(h)
@@ -33,44 +33,46 @@ template <class T> struct BlockBackwardScratch {
   AttentionBackwardScratch<T> attention;
   MlpTBackwardScratch<T> mlp_t;
 
-  BlockBackwardScratch(Arena& arena, const BlockShape& block, int length)
-      : tile(arena.take<float>(tile_floats<T>(length))), attention(arena, block, length), mlp_t(arena, block) {}
+  BlockBackwardScratch(Arena& arena, const BlockShape& block, int length, int rows)
+      : tile(arena.take<float>(tile_floats<T>(rows))), attention(arena, block, length), mlp_t(arena, block) {}
 };
 
-// f32 of a team, [L, stride of u] each.
+// f32 of a team, [rows, stride of u] each.
 struct RunningGradient {
   float* dy; // of the residual stream
   float* g;  // of a branch alone
 };
 
-// sums[c] <- sum over tokens of dy[t, c] y[t, c]: the gradient of the weight of a norm whose plain output is y.
+// sums[s, c] <- sum over the tokens of a sequence of dy[t, c] y[t, c]: the gradient of the weight of a norm whose plain
+// output is y.
 template <class T>
-void norm_weight_gradient(const Team& team, const BlockShape& block, int length, const float* dy, const T* y,
-                          float* sums) {
+void norm_weight_gradient(const Team& team, const BlockShape& block, int sequences, int length, const float* dy,
+                          const T* y, float* sums) {
   const BlockStrides strides(block);
   const Range range = team.split(ceil_div(block.width, kPanel));
-  for (int c = range.begin * kPanel; c < smaller(range.end * kPanel, block.width); c += kLanes) {
-    const int lanes = smaller(kLanes, block.width - c);
-    store(sums + c, sum_over_positions(length, [&](int t) {
-            return load_lanes(dy + t * strides.u + c, lanes) * load_lanes(y + t * strides.h + c, lanes);
-          }));
-  }
+  for (int s = 0; s < sequences; ++s, dy += length * strides.u, y += length * strides.h, sums += strides.u)
+    for (int c = range.begin * kPanel; c < smaller(range.end * kPanel, block.width); c += kLanes) {
+      const int lanes = smaller(kLanes, block.width - c);
+      store(sums + c, sum_over_positions(length, [&](int t) {
+              return load_lanes(dy + t * strides.u + c, lanes) * load_lanes(y + t * strides.h + c, lanes);
+            }));
+    }
 }
 
 // The way back out of the residual stream: ds <- gradient of the half's last product, running.dy <- that of its
 // residual.  y: the plain output of the half's norm, r its rstd.
 template <class T>
-void result_backward(const Team& team, const BlockShape& block, int length, const float* weight, const T* y,
-                     const float* r, const RunningGradient& running, T* ds, float* grad_weight) {
+void result_backward(const Team& team, const BlockShape& block, int sequences, int length, const float* weight,
+                     const T* y, const float* r, const RunningGradient& running, T* ds, float* grad_weight) {
   const BlockStrides strides(block);
   const int D = block.width;
   if (grad_weight) {
     team.begin("norm weight gradient");
-    norm_weight_gradient(team, block, length, running.dy, y, grad_weight);
+    norm_weight_gradient(team, block, sequences, length, running.dy, y, grad_weight);
     team.sync();
   }
   team.begin("norm backward");
-  const Range rows = team.split(length);
+  const Range rows = team.split(sequences * length);
   for (int t = rows.begin; t < rows.end; ++t) {
     float *dy = running.dy + t * strides.u, *behind = block.branch_norm ? running.g + t * strides.u : dy;
     T* to = ds + t * strides.h;
@@ -96,10 +98,10 @@ TRMFAST_INLINE void add_tile(int row, int rows, int panel, int width, const floa
 // running.dy += the gradient of what a half's first product reads, from that of its results.
 // h: the input of the half, rstd that of the norm on it; null: none.
 template <class T>
-void input_backward(const Team& team, const BlockShape& block, int length, const T* grads, long stride, const T* weight,
+void input_backward(const Team& team, const BlockShape& block, int rows, const T* grads, long stride, const T* weight,
                     int depth, const T* h, const float* rstd, const RunningGradient& running, float* tile) {
   const BlockStrides strides(block);
-  gemm(team, grads, stride, length, weight, depth, block.width, tile, [&](int row, int n, int panel, const float* in) {
+  gemm(team, grads, stride, rows, weight, depth, block.width, tile, [&](int row, int n, int panel, const float* in) {
     if (rstd)
       for_rows(row, n, in,
                [&](int t, const float* from) { store_group(from, running.g + t * strides.u + panel * kPanel); });
@@ -109,8 +111,8 @@ void input_backward(const Team& team, const BlockShape& block, int length, const
   team.sync();
   if (!rstd) return;
   team.begin("norm backward");
-  const Range rows = team.split(length);
-  for (int t = rows.begin; t < rows.end; ++t)
+  const Range range = team.split(rows);
+  for (int t = range.begin; t < range.end; ++t)
     input_norm_backward(running.g + t * strides.u, h + t * strides.h, rstd[t], block.width, block.eps,
                         running.dy + t * strides.u);
   team.sync();
@@ -149,61 +151,68 @@ TRMFAST_INLINE void backward_gates(const BlockShape& block, int row, int rows, i
 // grad_mixed: [rows, stride of mixed], scratch of the team.
 template <class T>
 void block_backward(const Team& team, const BlockShape& block, const BackwardWeights<T>& weights,
-                    const Positions& positions, int length, const BlockActivations<T>& act, const T* out,
+                    const Positions& positions, int sequences, int length, const BlockActivations<T>& act, const T* out,
                     const RunningGradient& running, const BlockGradients<T>& grads, T* grad_mixed,
                     const BlockBackwardScratch<T>& scratch) {
   const BlockStrides strides(block);
   const HeadLayout heads(block);
   const GateLayout gates(block);
   const BlockVectors& vectors = weights.vectors;
-  const int D = block.width;
+  const int D = block.width, rows = sequences * length;
 
-  result_backward(team, block, length, vectors.result_norm[1], keeps_normed(block) ? act.normed2 : out, act.rstd2,
+  result_backward(team, block, sequences, length, vectors.result_norm[1], keeps_normed(block) ? act.normed2 : out, act.rstd2,
                   running, grads.ds2, grads.result_norm2);
   team.begin("down backward");
   if (block.conv_taps) {
-    gemm(team, grads.ds2, strides.h, length, weights.down, D, gates.activation_columns(), scratch.tile,
+    gemm(team, grads.ds2, strides.h, rows, weights.down, D, gates.activation_columns(), scratch.tile,
          [&](int row, int n, int panel, const float* tile) {
            silu_rows_backward(row, n, panel, tile, block.conv_taps, length, weights.conv, act.activation, grads.dconv,
                               strides.activation);
          });
     team.sync();
     team.begin("convolution backward");
-    gate_rows_backward(team, block, weights.conv, length, length, grads.dconv, strides.activation, act.input_rstd2,
+    gate_rows_backward(team, block, weights.conv, rows, length, grads.dconv, strides.activation, act.input_rstd2,
                        act.gate_up, grads.gate_up, strides.gate_up);
   } else {
-    gemm(team, grads.ds2, strides.h, length, weights.down, D, gates.activation_columns(), scratch.tile,
+    gemm(team, grads.ds2, strides.h, rows, weights.down, D, gates.activation_columns(), scratch.tile,
          scaled(act.input_rstd2, [&](int row, int n, int panel, const float* tile) {
            backward_gates(block, row, n, panel, tile, act.gate_up, grads.gate_up, strides.gate_up);
          }));
   }
   team.sync();
   team.begin("gate and up backward");
-  input_backward(team, block, length, grads.gate_up, strides.gate_up, weights.gate_up, gates.columns(), act.h1,
+  input_backward(team, block, rows, grads.gate_up, strides.gate_up, weights.gate_up, gates.columns(), act.h1,
                  act.input_rstd2, running, scratch.tile);
   if (!block.attention) {
     team.begin("mlp_t backward");
-    mlp_t_backward(team, block, weights.seq_gate_up, weights.seq_down, 1, act.h1, strides.h, running.dy, strides.u,
+    mlp_t_backward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h1, strides.h, running.dy, strides.u,
                    grads.ds1, act.mlp_t, grads.sequence_gate_up, scratch.mlp_t);
     team.sync();
     return;
   }
-  result_backward(team, block, length, vectors.result_norm[0], keeps_normed(block) ? act.normed1 : act.h1, act.rstd1,
+  result_backward(team, block, sequences, length, vectors.result_norm[0], keeps_normed(block) ? act.normed1 : act.h1, act.rstd1,
                   running, grads.ds1, grads.result_norm1);
   team.begin("attention output backward");
-  gemm(team, grads.ds1, strides.h, length, weights.output, D, heads.output_columns(), scratch.tile,
+  gemm(team, grads.ds1, strides.h, rows, weights.output, D, heads.output_columns(), scratch.tile,
        [&](int row, int n, int panel, const float* tile) {
          for_rows(row, n, tile,
                   [&](int t, const float* in) { store_group(in, grad_mixed + t * strides.mixed + panel * kPanel); });
        });
   team.sync();
   team.begin("attention backward");
-  attention_backward(team, block, vectors, positions, length, act.qkv,
-                     {grads.qkv, act.input_rstd1, grads.qk_bias, grads.qk_norm}, strides.qkv, act.mixed, grad_mixed,
-                     strides.mixed, scratch.attention);
+  for (int s = 0; s < sequences; ++s) {
+    const long first = static_cast<long>(s) * length;
+    const AttentionGradients<T> into = {
+        grads.qkv + first * strides.qkv, act.input_rstd1 ? act.input_rstd1 + first : nullptr,
+        grads.qk_bias ? grads.qk_bias + static_cast<long>(s) * heads.value(0) : nullptr,
+        grads.qk_norm ? grads.qk_norm + s * 2L * heads.kv_heads * heads.qk_width : nullptr};
+    attention_backward(team, block, vectors, positions.of(s, length), length, act.qkv + first * strides.qkv, into,
+                       strides.qkv, act.mixed + first * strides.mixed, grad_mixed + first * strides.mixed,
+                       strides.mixed, scratch.attention);
+  }
   team.sync();
   team.begin("qkv backward");
-  input_backward(team, block, length, grads.qkv, strides.qkv, weights.qkv, heads.columns(), act.h, act.input_rstd1,
+  input_backward(team, block, rows, grads.qkv, strides.qkv, weights.qkv, heads.columns(), act.h, act.input_rstd1,
                  running, scratch.tile);
 }
 

@@ -30,8 +30,9 @@ template <class T> struct BackwardThread {
   BlockBackwardScratch<T> backward_scratch;
   WeightGradientScratch<T> gradient_scratch;
 
-  BackwardThread(Arena& arena, const BlockShape& block, int length, long gradient_depth)
-      : buffers(arena, block, length), scratch(arena, block, length, length), backward_scratch(arena, block, length),
+  // rows: of the sequences that are taken together
+  BackwardThread(Arena& arena, const BlockShape& block, int length, int rows, long gradient_depth)
+      : buffers(arena, block, rows), scratch(arena, block, length, rows), backward_scratch(arena, block, length, rows),
         gradient_scratch(arena, gradient_depth) {}
 };
 
@@ -51,6 +52,7 @@ public:
   int layers;
   int group; // slots of a group, see weight_gradient.h; `slots` is a multiple of it, or all there are
   int slots;
+  int together; // sequences of a thread that share one pass over the weights
   RopeTables tables;
   ActivationStore<T> kept;        // of forward
   ActivationStore<T> activations; // as many slots as `gradients`, none without recomputation
@@ -60,19 +62,21 @@ public:
   BackwardWorkspace(Arena& arena, const BackwardJob& backward)
       : backward(backward), block(backward.job.nets[0].block), recompute(backward.kept_pairs < all_pairs(backward.job)),
         layers(most_layers(backward.job)), group(choose_group(backward)),
-        slots(choose_slots(backward, recompute, group)), tables(arena, backward.job), kept(of_forward(backward)),
+        slots(choose_slots(backward, recompute, group)), together(choose_together(backward.job, slots)),
+        tables(arena, backward.job), kept(of_forward(backward)),
         activations(arena, backward.job, recompute ? slots : 0), gradients(arena, backward.job, slots, recompute),
         panels(arena.take<T>(panels_elements())) {
     Arena one(nullptr);
-    BackwardThread<T>(one, block, backward.job.length, chunks(slots).depth());
+    lay_out(one);
     per_thread_ = one.used();
     first_ = arena.take<char>(static_cast<long>(per_thread_) * backward.job.threads);
   }
 
   BackwardThread<T> thread(int index) const {
     Arena arena(first_ + per_thread_ * static_cast<size_t>(index));
-    return BackwardThread<T>(arena, block, backward.job.length, chunks(slots).depth());
+    return lay_out(arena);
   }
+  int rows() const { return together * backward.job.length; }
   TokenChunks<T> chunks(int used) const {
     return {smaller(group, slots) * backward.job.length, used * backward.job.length};
   }
@@ -88,6 +92,12 @@ public:
   }
 
 private:
+  BackwardThread<T> lay_out(Arena& arena) const {
+    return BackwardThread<T>(arena, block, backward.job.length, rows(), chunks(slots).depth());
+  }
+  static int choose_together(const Job& job, int slots) {
+    return smaller(sequences_together<T>(job.length), larger(1, smaller(job.batch, slots) / job.threads));
+  }
   static ActivationStore<T> of_forward(const BackwardJob& backward) {
     Arena arena(const_cast<void*>(backward.kept));
     return ActivationStore<T>(arena, backward.job, backward.kept_pairs);
@@ -142,16 +152,16 @@ template <class T> struct Place {
   T* output(int layer, int layers) const { return store().output(layer, layers, in_store()); }
 };
 
-// Recomputes an update's activations for one sequence from its saved input.
+// Recomputes an update's activations for consecutive sequences from their saved inputs.
 template <class T>
 void slot_forward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
-                  const Positions& positions, int slot, const BackwardThread<T>& shared,
+                  const Positions& positions, int sequences, int slot, const BackwardThread<T>& shared,
                   const BackwardThread<T>& mine) {
   const Job& job = workspace.backward.job;
   const NetShape& net = job.nets[update.net];
   const BlockStrides strides(net.block);
   const int L = job.length, D = job.width;
-  const Range rows = team.split(L);
+  const Range rows = team.split(sequences * L);
   T* h = workspace.activations.layer(0, slot).h;
   team.begin("saved input");
   for (int t = rows.begin; t < rows.end; ++t)
@@ -159,25 +169,25 @@ void slot_forward(const BackwardWorkspace<T>& workspace, const Team& team, const
   team.sync();
   Arena weights(const_cast<void*>(job.packed[update.net].forward));
   for (int layer = 0; layer < net.layers; ++layer)
-    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), positions, 1, L,
+    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), positions, sequences, L,
                   workspace.activations.layer(layer, slot), shared.buffers.u,
                   workspace.activations.output(layer, net.layers, slot), strides.h, mine.scratch);
   if (net.final_norm)
-    norm_net<T>(team, net.block, L, workspace.activations.out(slot), nullptr, nullptr,
+    norm_net<T>(team, net.block, sequences * L, workspace.activations.out(slot), nullptr, nullptr,
                 workspace.activations.final_rstd(slot), workspace.activations.normed(slot), strides.h);
 }
 
 // dy <- gradient of a net's last block from that of its final norm, whose plain output is y, rstd r.
 template <class T>
-void final_norm_backward(const Team& team, const BlockShape& block, int length, const float* weight, const T* y,
-                         const float* r, float* dy, float* grad_weight) {
+void final_norm_backward(const Team& team, const BlockShape& block, int sequences, int length, const float* weight,
+                         const T* y, const float* r, float* dy, float* grad_weight) {
   const BlockStrides strides(block);
   team.begin("final norm backward");
   if (grad_weight) {
-    norm_weight_gradient(team, block, length, dy, y, grad_weight);
+    norm_weight_gradient(team, block, sequences, length, dy, y, grad_weight);
     team.sync();
   }
-  const Range rows = team.split(length);
+  const Range rows = team.split(sequences * length);
   for (int t = rows.begin; t < rows.end; ++t) {
     if (weight) weigh_row(dy + t * strides.u, weight, block.width, dy + t * strides.u);
     rms_norm_backward<T>(dy + t * strides.u, y + t * strides.h, r[t], block.width, block.eps, nullptr);
@@ -185,10 +195,11 @@ void final_norm_backward(const Team& team, const BlockShape& block, int length, 
   team.sync();
 }
 
-// One (update, sequence): h from `saved`, dy from the gradient of dst; dh is added to the sources and to x.
+// An update of consecutive sequences, the first at `place`: h from `saved`, dy from the gradient of dst; dh is added to
+// the sources and to x.
 template <class T>
 void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
-                   int sequence, const Place<T>& place, const BackwardThread<T>& shared,
+                   int sequence, int sequences, const Place<T>& place, const BackwardThread<T>& shared,
                    const BackwardThread<T>& mine) {
   const BackwardJob& backward = workspace.backward;
   const Job& job = backward.job;
@@ -197,14 +208,17 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   const BlockStrides strides(block);
   const int L = job.length, D = job.width;
   const long first = static_cast<long>(sequence) * L * D;
-  const Range rows = team.split(L);
+  const Range rows = team.split(sequences * L);
   const Positions positions = Positions{workspace.tables.rope(job), job.segments}.of(sequence, L);
-  if (!place.kept && place.pair < backward.kept_pairs) {
-    team.begin("copy of kept activations");
-    workspace.activations.copy(team, net.layers, workspace.kept, place.pair, place.slot);
-    team.sync();
-  } else if (!place.kept) {
-    slot_forward(workspace, team, update, saved + first, positions, place.slot, shared, mine);
+  if (!place.kept) {
+    const int kept = smaller(sequences, larger(0, backward.kept_pairs - place.pair));
+    if (kept) team.begin("copy of kept activations");
+    for (int s = 0; s < kept; ++s)
+      workspace.activations.copy(team, net.layers, workspace.kept, place.pair + s, place.slot + s);
+    if (kept) team.sync();
+    if (kept < sequences)
+      slot_forward(workspace, team, update, saved + first + static_cast<long>(kept) * L * D, positions.of(kept, L),
+                   sequences - kept, place.slot + kept, shared, mine);
   }
 
   team.begin("gradient of the output");
@@ -218,11 +232,11 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   team.sync();
   const void* packed = job.packed[update.net].backward;
   if (net.final_norm)
-    final_norm_backward(team, block, L, final_norm_weight<BackwardWeights<T>>(net, packed),
+    final_norm_backward(team, block, sequences, L, final_norm_weight<BackwardWeights<T>>(net, packed),
                         place.store().normed(place.in_store()), place.store().final_rstd(place.in_store()), dy,
                         workspace.gradients.final_norm(place.slot));
   for (int layer = net.layers - 1; layer >= 0; --layer) {
-    block_backward(team, block, layer_weights<BackwardWeights<T>>(net, packed, layer), positions, L,
+    block_backward(team, block, layer_weights<BackwardWeights<T>>(net, packed, layer), positions, sequences, L,
                    place.activations(layer), place.output(layer, net.layers), running,
                    workspace.gradient_layer(layer, place.slot), shared.buffers.grad_mixed, mine.backward_scratch);
   }
@@ -320,8 +334,8 @@ template <class T> void start_backward(const BackwardWorkspace<T>& workspace, co
     clear_padding(grads.ds2, count, block.width, padded, strides.h);
   }
   const int mixed = heads.output_columns();
-  clear_padding(mine.buffers.dy, job.length, block.width, strides.u, strides.u);
-  if (block.attention) clear_padding(mine.buffers.grad_mixed, job.length, mixed, strides.mixed, strides.mixed);
+  clear_padding(mine.buffers.dy, workspace.rows(), block.width, strides.u, strides.u);
+  if (block.attention) clear_padding(mine.buffers.grad_mixed, workspace.rows(), mixed, strides.mixed, strides.mixed);
   workspace.tables.pack(job, all);
   all.sync();
 }
@@ -370,15 +384,16 @@ template <class T> void program_backward(const BackwardJob& backward, void* memo
       const auto place = [&](int index) { return Place<T>{workspace, next + index, used + index, batch.kept}; };
       const Division division(wave, job.threads);
       const Team self = alone(job, thread);
-      for (int k = 0; k < division.each && !self.stopped(); ++k) {
+      for (int k = 0; k < division.each && !self.stopped(); k += workspace.together) {
         const int index = thread * division.each + k;
-        slot_backward(workspace, self, update, saved, sequence + index, place(index), mine, mine);
+        slot_backward(workspace, self, update, saved, sequence + index, smaller(workspace.together, division.each - k),
+                      place(index), mine, mine);
       }
       const RestTeam rest(job, division, thread);
       if (!rest.idle) {
         const int index = division.each * job.threads + rest.index;
         rest.team.sync(); // the team uses the first thread's buffers: wait until its own sequences are done
-        slot_backward(workspace, rest.team, update, saved, sequence + index, place(index),
+        slot_backward(workspace, rest.team, update, saved, sequence + index, 1, place(index),
                       workspace.thread(rest.first_thread), mine);
       }
       if (!all.sync()) return;
