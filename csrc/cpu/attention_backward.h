@@ -20,10 +20,10 @@ template <class T> struct AttentionBackwardScratch {
   float* grad_weights;         // dP of a tile [kRows, score_stride]
   T* weights;                  // P of a block [block rows, weight_stride]
   T* grad_scores;              // dS of a block
-  T* transposed;               // P^T or dS^T, [L, block_stride]
+  T* transposed;               // P^T or dS^T, [L + padding, block_stride]
   float* grad_query;           // of a tile [kRows, qk_width]
-  float* grad_key;             // [L, qk_width]
-  float* grad_value;           // [L, v_width]
+  float* grad_key;             // [L + padding, qk_width]
+  float* grad_value;           // [L + padding, v_width]
   float* sums;                 // of 32 rows, for the gradients of bias and norm, [2, qk_width]
   long block_stride;
 
@@ -31,6 +31,9 @@ template <class T> struct AttentionBackwardScratch {
       : AttentionBackwardScratch(arena, block, HeadLayout(block), block.attention ? length : 0) {}
 
 private:
+  // Room for a last tile of keys that is multiplied as a whole piece; nobody reads what it holds beyond the keys.
+  static long padded_rows(int length) { return length + Dot<T>::kWholeRows - 1; }
+
   AttentionBackwardScratch(Arena& arena, const BlockShape& block, const HeadLayout& heads, int length)
       : forward(arena, block, length), values_transposed(arena.take<T>(packed_elements<T>(heads.v_width, length))),
         keys_rows(arena.take<T>(packed_elements<T>(length, heads.qk_width))),
@@ -39,10 +42,10 @@ private:
         grad_weights(arena.take<float>(static_cast<long>(Dot<T>::kRows) * forward.score_stride)),
         weights(arena.take<T>(static_cast<long>(attention_block_rows<T>()) * forward.weight_stride)),
         grad_scores(arena.take<T>(static_cast<long>(attention_block_rows<T>()) * forward.weight_stride)),
-        transposed(arena.take<T>(length * row_stride(attention_block_rows<T>()))),
+        transposed(arena.take<T>(padded_rows(length) * row_stride(attention_block_rows<T>()))),
         grad_query(arena.take<float>(static_cast<long>(Dot<T>::kRows) * heads.qk_width)),
-        grad_key(arena.take<float>(static_cast<long>(length) * heads.qk_width)),
-        grad_value(arena.take<float>(static_cast<long>(length) * heads.v_width)),
+        grad_key(arena.take<float>(padded_rows(length) * heads.qk_width)),
+        grad_value(arena.take<float>(padded_rows(length) * heads.v_width)),
         sums(arena.take<float>(2L * heads.qk_width)), block_stride(row_stride(attention_block_rows<T>())) {}
 };
 
@@ -54,24 +57,26 @@ template <class T> struct AttentionGradients {
   float* qk_norm;     // [kv_heads, 2, qk_width], the same for queries and for keys
 };
 
-// P and dS of query rows row.. (n rows) into row `at` of the block's buffers, zero outside of what is seen.
+// P and dS of query rows row.. (n rows, multiplied together with `lead` rows before) into row `at` of the block's
+// buffers, zero outside of what is seen.
 template <class T>
 KeyRange attention_grad_scores(const BlockShape& block, const Mask& mask, int length, const T* query, long stride,
-                               const T* grad_out, long grad_stride, int row, int n, int at,
+                               const T* grad_out, long grad_stride, int row, int n, int lead, int at,
                                const AttentionBackwardScratch<T>& scratch) {
   const HeadLayout heads(block);
   const AttentionScratch<T>& forward = scratch.forward;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
   float sums[Dot<T>::kRows];
   const KeyRange keys =
-      attention_exponentials(block, mask, query, stride, row, n, 0, forward.scores, forward.score_stride, sums, forward);
+      attention_exponentials(block, mask, query, stride, row, n, lead,
+                             forward.scores + lead * forward.score_stride, forward.score_stride, sums, forward);
   for (int k = keys.begin; k < keys.end; k += kPanel)
-    multiply(grad_out + row * grad_stride, grad_stride,
+    multiply(grad_out + (row - lead) * grad_stride, grad_stride,
              scratch.values_transposed + k / kPanel * panel_elements<T>(heads.v_width), padded_depth<T>(heads.v_width),
-             n, scratch.grad_weights + k, forward.score_stride);
+             lead + n, scratch.grad_weights + k, forward.score_stride);
   for (int r = 0; r < n; ++r) {
-    const float* e = forward.scores + static_cast<long>(r) * forward.score_stride;
-    const float* grad = scratch.grad_weights + static_cast<long>(r) * forward.score_stride;
+    const float* e = forward.scores + static_cast<long>(lead + r) * forward.score_stride;
+    const float* grad = scratch.grad_weights + static_cast<long>(lead + r) * forward.score_stride;
     T* p_out = scratch.weights + static_cast<long>(at + r) * forward.weight_stride;
     T* ds_out = scratch.grad_scores + static_cast<long>(at + r) * forward.weight_stride;
     const vf inverse = broadcast(1.0f / sums[r]);
@@ -106,7 +111,7 @@ void attention_accumulate(const T* x, int rows, int length, const KeyRange& keys
     for (int i = 0; i < tiles.count; ++i) {
       const long row = keys.begin + tiles.begin(i);
       Dot<T>::run(scratch.transposed + row * scratch.block_stride, scratch.block_stride,
-                  panels + c / kPanel * panel_elements<T>(rows), padded_depth<T>(rows), tiles.size(i),
+                  panels + c / kPanel * panel_elements<T>(rows), padded_depth<T>(rows), larger(tiles.size(i), Dot<T>::kWholeRows),
                   accumulator + row * columns + c, columns, true);
     }
 }
@@ -192,19 +197,19 @@ void attention_backward(const Team& team, const BlockShape& block, const BlockVe
         pack_rows(grad + row0 * mixed_stride, mixed_stride, block_rows, heads.head_dim, scratch.grad_rows);
         for (int i = from; i < to; ++i) {
           if (team.stopped()) return;
-          const int row = tiles.begin(i), n = tiles.size(i);
+          const int row = tiles.begin(i), n = tiles.size(i), lead = smaller(tiles.lead(i), row - row0);
           const KeyRange keys = attention_grad_scores(block, mask, length, query.rows, query.stride, grad, mixed_stride,
-                                                      row, n, row - row0, scratch);
+                                                      row, n, lead, row - row0, scratch);
           seen = {smaller(seen.begin, keys.begin), larger(seen.end, keys.end)};
-          const T* grad_scores = scratch.grad_scores + static_cast<long>(row - row0) * forward.weight_stride;
+          const T* grad_scores = scratch.grad_scores + static_cast<long>(row - row0 - lead) * forward.weight_stride;
           // To the end where rows see all or the past: the depth decides how an f32 product is summed.
           const int end = mask.narrow() ? smaller(keys.end, padded_depth<T>(length)) : padded_depth<T>(length);
           for (int c = 0; c < qk; c += kPanel)
             multiply(grad_scores + keys.begin, forward.weight_stride,
                      scratch.keys_rows + c / kPanel * panel_elements<T>(length) + keys.begin * kPanel, end - keys.begin,
-                     n, scratch.grad_query + c, qk);
+                     lead + n, scratch.grad_query + c, qk);
           for (int r = 0; r < n; ++r)
-            to_query.row(scratch.grad_query + static_cast<long>(r) * qk, row + r, product + (row + r) * stride,
+            to_query.row(scratch.grad_query + static_cast<long>(lead + r) * qk, row + r, product + (row + r) * stride,
                          grad_query + (row + r) * stride);
         }
         attention_accumulate(scratch.weights, block_rows, length, seen, scratch.grad_rows, heads.v_width,
