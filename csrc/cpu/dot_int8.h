@@ -238,14 +238,25 @@ struct Dot<int8_t> {
 
   static void run(const uint8_t* a, long lda, const int8_t* b, int depth, int rows, const int32_t* start,
                   Dequantize scales, float* c, long ldc, Prefetch next = {}) {
+    multiply(a, lda, b, depth, rows, c, ldc, false, next);
+    finish(rows, start, scales, c, ldc);
+  }
+
+  // c (+)= the bare sums, as int32.
+  template <class Meanwhile = DoNothing>
+  TRMFAST_INLINE void multiply(const uint8_t* a, long lda, const int8_t* b, int depth, int rows, float* c, long ldc,
+                               bool accumulate, Prefetch next = {}, Meanwhile&& meanwhile = {}) {
     configure_tiles(rows);
     finish_stores();
     const int lower = rows - kTileHeight;
     if (lower > 0)
-      tiles<true>(a, a + lower * lda, lda, b, depth, c, c + lower * ldc, ldc * 4, next);
+      tiles<true>(a, a + lower * lda, lda, b, depth, c, c + lower * ldc, ldc * 4, accumulate, next, meanwhile);
     else
-      tiles<false>(a, a, lda, b, depth, c, c, ldc * 4, next);
-    finish_stores();
+      tiles<false>(a, a, lda, b, depth, c, c, ldc * 4, accumulate, next, meanwhile);
+  }
+
+  // What run() leaves in c, from the bare sums there.
+  static void finish(int rows, const int32_t* start, Dequantize scales, float* c, long ldc) {
     for (int r = 0; r < rows; ++r) {
       for (int j = 0; j < kPanelColumns; j += kLanes) {
         vi sum, first;
@@ -266,14 +277,24 @@ struct Dot<int8_t> {
 private:
   static constexpr long kPanelStride = kPanelColumns * 4;
 
-  template <bool kLower>
+  template <bool kLower, class Meanwhile>
   static void tiles(const uint8_t* upper, const uint8_t* lower, long a_stride, const int8_t* b, int depth,
-                    float* c_upper, float* c_lower, long c_stride, Prefetch next) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (kLower) {
-      _tile_zero(2);
-      _tile_zero(3);
+                    float* c_upper, float* c_lower, long c_stride, bool accumulate, Prefetch next,
+                    Meanwhile& meanwhile) {
+    if (accumulate) {
+      _tile_loadd(0, c_upper, c_stride);
+      _tile_loadd(1, c_upper + 16, c_stride);
+      if (kLower) {
+        _tile_loadd(2, c_lower, c_stride);
+        _tile_loadd(3, c_lower + 16, c_stride);
+      }
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      if (kLower) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
     }
     const long share = next.from ? next.bytes * kDepthStep / depth : 0;
     const char* ahead = static_cast<const char*>(next.from);
@@ -289,6 +310,7 @@ private:
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
       }
+      meanwhile(k / kDepthStep);
     }
     _tile_stored(0, c_upper, c_stride);
     _tile_stored(1, c_upper + 16, c_stride);

@@ -36,8 +36,8 @@ struct FinishedTile {
   float* values;
 };
 
-// Depth whose panel stays in L1 beside the rows that stream past it: 32 KB in bf16.
-constexpr int kDepthInL1 = 512;
+// Depth whose panel, 32 KB, stays in L1 beside the rows that stream past it.
+template <class T> constexpr int kDepthInL1 = 1024 / sizeof(T);
 
 // Floats of the tiles that gemm() takes as scratch for products of up to `rows` rows.
 template <class T> constexpr long tile_floats(int rows) {
@@ -47,31 +47,34 @@ template <class T> constexpr long tile_floats(int rows) {
 
 // gemm() where matrix and vector units work beside each other (AMX).  A core that has to finish an epilogue first gets
 // to the next product late, since instructions wait in order; so the epilogue of a tile is dealt out over the steps of
-// the next tile's product.  A deep panel is taken in parts that stay in L1, with the sums of all row tiles in `tiles`.
-template <class T, class Epilogue>
-void gemm_beside(const Team& team, const T* a, long a_stride, int rows, const T* panels, int depth, int columns,
-                 float* scratch, Epilogue&& epilogue) {
+// the next tile's product.  A deep panel is taken in parts that stay in L1, with the sums of all row tiles in `scratch`,
+// tile_floats<T>().
+//
+// product(row, rows, panel, from, depth, tile, next, meanwhile): tile (+)= rows row.. times a panel, over the depths
+// `from` to from + depth; it adds unless that is the panel's beginning, and calls meanwhile(step) at every step.
+template <class T, class Product, class Epilogue>
+void gemm_beside(const Team& team, int rows, const T* panels, int depth, int columns, float* scratch, Product&& product,
+                 Epilogue&& epilogue) {
   constexpr int kStep = Dot<T>::kDepthStep;
   const RowTiles<Dot<T>> tiles(rows);
-  const int padded = padded_depth<T>(depth), parts = tiles.count > 1 ? ceil_div(padded, kDepthInL1) : 1,
+  const int padded = padded_depth<T>(depth), parts = tiles.count > 1 ? ceil_div(padded, kDepthInL1<T>) : 1,
             part = round_up(ceil_div(padded, parts), kStep), buffers = parts > 1 ? tiles.count : 2;
   const long elements = panel_elements<T>(depth), share = elements / (static_cast<long>(tiles.count) * parts);
   const Range range = team.split(ceil_div(columns, kPanel));
   FinishedTile last = {};
   int buffer = 0;
   for (int p = range.begin; p < range.end && !team.stopped(); ++p) {
-    const T* panel = panels + p * elements;
-    const T* next = panel + elements;
+    const T* next = panels + (p + 1) * elements;
     for (int from = 0; from < padded; from += part)
       for (int i = 0; i < tiles.count; ++i, next += share) {
         const int row = tiles.begin(i), n = tiles.size(i), lead = tiles.lead(i), size = smaller(part, padded - from);
         float* const tile = scratch + buffer * Dot<T>::kRows * kPanel;
         const int each = ceil_div(last.rows, size / kStep);
-        Dot<T>::run(a + (row - lead) * a_stride + from, a_stride, panel + static_cast<long>(from) * kPanel, size,
-                    lead + n, tile, kPanel, from > 0, {next, share * static_cast<long>(sizeof(T))}, [&](int step) {
-                      const int first = step * each, some = smaller(each, last.rows - first);
-                      if (some > 0) epilogue(last.row + first, some, last.panel, last.values + first * kPanel);
-                    });
+        product(row - lead, lead + n, p, from, size, tile, Prefetch{next, share * static_cast<long>(sizeof(T))},
+                [&](int step) {
+                  const int first = step * each, some = smaller(each, last.rows - first);
+                  if (some > 0) epilogue(last.row + first, some, last.panel, last.values + first * kPanel);
+                });
         last = {row, from + part < padded ? 0 : n, p, tile + lead * kPanel};
         buffer = buffer + 1 < buffers ? buffer + 1 : 0;
       }
@@ -87,7 +90,11 @@ template <class T, class Epilogue>
 void gemm(const Team& team, const T* a, long a_stride, int rows, const T* panels, int depth, int columns, float* tile,
           Epilogue&& epilogue) {
   if constexpr (Dot<T>::kWholeRows > 1) {
-    gemm_beside(team, a, a_stride, rows, panels, depth, columns, tile, epilogue);
+    const auto product = [&](int row, int n, int p, int from, int size, float* c, Prefetch next, auto&& meanwhile) {
+      Dot<T>::run(a + row * a_stride + from, a_stride, panels + p * panel_elements<T>(depth) + from * kPanel, size, n, c,
+                  kPanel, from > 0, next, meanwhile);
+    };
+    gemm_beside(team, rows, panels, depth, columns, tile, product, epilogue);
     return;
   }
   const RowTiles<Dot<T>> tiles(rows);

@@ -23,9 +23,22 @@ struct Int8Operand {
 };
 
 // As gemm() in gemm.h.
-template <class Epilogue>
+template <class Epilogue, class Product = Dot<int8_t>>
 void gemm(const Team& team, const Int8Operand& a, int rows, const Int8Matrix& weights, int depth, int columns,
           float* tile, Epilogue&& epilogue) {
+  if constexpr (Product::kWholeRows > 1) {
+    const auto product = [&](int row, int n, int p, int from, int size, float* c, Prefetch next, auto&& meanwhile) {
+      Product::multiply(a.q + row * a.stride + from, a.stride,
+                            weights.panels + p * panel_elements<int8_t>(depth) + from * kPanel, size, n, c, kPanel,
+                            from > 0, next, meanwhile);
+    };
+    const auto finish = [&](int row, int n, int p, float* c) {
+      Product::finish(n, weights.starts + p * kPanel, {a.scales + row, weights.scales + p * kPanel}, c, kPanel);
+      epilogue(row, n, p, c);
+    };
+    gemm_beside(team, rows, weights.panels, depth, columns, tile, product, finish);
+    return;
+  }
   const RowTiles<Dot<int8_t>> tiles(rows);
   const int padded = padded_depth<int8_t>(depth);
   const long bytes = panel_elements<int8_t>(depth), share = bytes / tiles.count;
@@ -34,7 +47,7 @@ void gemm(const Team& team, const Int8Operand& a, int rows, const Int8Matrix& we
     const int8_t* panel = weights.panels + p * bytes;
     for (int i = 0; i < tiles.count; ++i) {
       const int row = tiles.begin(i), n = tiles.size(i);
-      Dot<int8_t>::run(a.q + row * a.stride, a.stride, panel, padded, n, weights.starts + p * kPanel,
+      Product::run(a.q + row * a.stride, a.stride, panel, padded, n, weights.starts + p * kPanel,
                        {a.scales + row, weights.scales + p * kPanel}, tile, kPanel, {panel + bytes + i * share, share});
       epilogue(row, n, p, tile);
     }
@@ -104,8 +117,8 @@ template <> struct BlockScratch<int8_t> {
   AttentionScratch<bf16> attention;
   MlpTScratch<int8_t> mlp_t;
 
-  BlockScratch(Arena& arena, const BlockShape& block, int length, int)
-      : tile(arena.take<float>(Dot<int8_t>::kRows * kPanel)), attention(arena, block, length), mlp_t(arena, block) {}
+  BlockScratch(Arena& arena, const BlockShape& block, int length, int rows)
+      : tile(arena.take<float>(tile_floats<int8_t>(rows))), attention(arena, block, length), mlp_t(arena, block) {}
 };
 
 inline void quantize_rows(const Team& team, int rows, const bf16* x, long stride, int columns, const Int8Operand& to) {
