@@ -51,11 +51,13 @@ def _drawn(case: Case, dtype: torch.dtype) -> list[Draw]:
 
 # Other programs and windows over blocks that other cases have, and the large one.
 PROGRAMS = {"hrm", "single_z", "hier6", "window-one_step", "window-2-cycles", "window-all", "published-width"}
+# Depths beyond what AMX takes at once, in tiles of 32 rows and a rest of 5.
+DEEP = make_case("deep", H_cycles=1, L_cycles=1, length=37, num_layers=1, intermediate_size=544)
 
 
 # The target varies fastest, so that all of them share the draws.
 @pytest.mark.representative(
-    when=lambda case, dtype: case.name not in PROGRAMS and (dtype == torch.float32 or case.name in {"trm", "trm-mlp_t"})
+    when=lambda case, dtype: case.name not in PROGRAMS and (dtype == torch.float32 or case.name in {"trm", "trm-mlp_t", "deep"})
 )
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,6 +65,7 @@ PROGRAMS = {"hrm", "single_z", "hier6", "window-one_step", "window-2-cycles", "w
     "case",
     [
         *SMALL,
+        DEEP,
         make_case("published-width", H_cycles=1, L_cycles=1, length=97, num_layers=1, hidden_size=512, num_heads=8),
     ],
     ids=str,

@@ -89,6 +89,8 @@ def compile_dot(target: str, optimize: list[str], folder: Path) -> tuple[Path | 
     output = folder / "test_dot"
     define = f"-DTRMFAST_NAMESPACE={target}_test"
     flags = [*optimize, *TARGETS[target], define, *link]
+    if target == "amx":
+        flags += [str(ISA)]  # asks for the tile registers
     done = subprocess.run(
         [compiler, "-std=c++17", *WARNINGS, *flags, str(SOURCE), "-o", str(output)], capture_output=True, text=True
     )

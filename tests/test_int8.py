@@ -130,6 +130,7 @@ CASES = [
     ),
     make_case("conv", "urm", H_cycles=1, L_cycles=2, channel_mixer="conv_swiglu", conv_kernel=3, intermediate_size=80),
     make_case("grouped", H_cycles=1, L_cycles=1, num_heads=4, num_kv_heads=2, length=101, batch=1),
+    make_case("deep", length=37, H_cycles=1, L_cycles=1, intermediate_size=1100),
     make_case("one-token", length=1, H_cycles=1, L_cycles=1),
 ]
 

@@ -2,6 +2,7 @@
 //
 //   struct Dot<T> {
 //     kRows         most rows of one call (AMX 32, AVX-512 14, AVX2 6, portable 4)
+//     kWholeRows    a call takes as long as for the next multiple of it (AMX 16, others 1)
 //     kDepthStep    depth must be a multiple of it (AMX bf16 32, other bf16 2, float 1); pad a and b with zeros
 //     run(a, lda, b, depth, rows, c, ldc, accumulate, next = {})
 //                   c[r][0..31] (+)= sum_k a[r][k] * b[k][0..31] for r < rows, 1 <= rows <= kRows, accumulated in fp32
@@ -10,7 +11,7 @@
 //                   must not overlap. With accumulate the product is added to c, summed from zero first but for AMX.
 //                   next: Prefetch{from, bytes}, brought into L2 meanwhile, at most the size of the panel: the panel
 //                   that comes next, whole or this call's share of it. Without it, panels that come from L3 cost a
-//                   tenth.
+//                   tenth. AMX: one more argument, meanwhile(step), is called at every step; see gemm_beside().
 //     release()     call when this thread leaves the region that calls run: gives back the AMX tiles. Nothing
 //     elsewhere.
 //   };

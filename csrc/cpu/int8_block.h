@@ -100,10 +100,10 @@ inline void mlp_t_forward(const Team& team, const BlockShape& block, const Int8R
     quantize_panel(scratch.activation, kPanel, inner, kPanel, scratch.quantized, scratch.inner_scales,
                    scratch.inner_starts);
     for (int i = 0; i < positions.count; ++i) {
-      const int row = positions.begin(i), n = positions.size(i);
-      Dot<int8_t>::run(down.rows + row * inner_stride, inner_stride, scratch.quantized, inner_depth, n,
-                       scratch.inner_starts, {down.scales + row, scratch.inner_scales}, scratch.gate, kPanel);
-      for_rows(row, n, scratch.gate, [&](int t, const float* in) {
+      const int row = positions.begin(i), n = positions.size(i), lead = positions.lead(i), from = row - lead;
+      Dot<int8_t>::run(down.rows + from * inner_stride, inner_stride, scratch.quantized, inner_depth, lead + n,
+                       scratch.inner_starts, {down.scales + from, scratch.inner_scales}, scratch.gate, kPanel);
+      for_rows(row, n, scratch.gate + lead * kPanel, [&](int t, const float* in) {
         for (int j = 0; j < kPanel; j += kLanes)
           store(scratch.u + t * kPanel + j, load(x + t * stride + j) + load(in + j));
       });

@@ -122,10 +122,10 @@ void mlp_t_forward(const Team& team, const BlockShape& block, const T* gate_up, 
     }
 
     for (int i = 0; i < positions.count; ++i) {
-      const int row = positions.begin(i), n = positions.size(i);
-      multiply(down + row * inner_stride, inner_stride, scratch.activation, padded_depth<T>(inner), n, scratch.gate,
-               kPanel);
-      for_rows(row, n, scratch.gate, [&](int t, const float* in) {
+      const int row = positions.begin(i), n = positions.size(i), lead = positions.lead(i);
+      multiply(down + (row - lead) * inner_stride, inner_stride, scratch.activation, padded_depth<T>(inner), lead + n,
+               scratch.gate, kPanel);
+      for_rows(row, n, scratch.gate + lead * kPanel, [&](int t, const float* in) {
         for (int j = 0; j < kPanel; j += kLanes) {
           const vf u = load(x + t * stride + j) + load(in + j);
           store(scratch.u + t * kPanel + j, u);

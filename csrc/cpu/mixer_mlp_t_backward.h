@@ -76,9 +76,10 @@ void mlp_t_backward(const Team& team, const BlockShape& block, const T* gate_up,
     }
 
     for (int i = 0; i < positions.count; ++i) {
-      const int row = positions.begin(i), n = positions.size(i);
-      multiply(gate_up + row * gates_stride, gates_stride, scratch.grad_gates, 2 * depth, n, scratch.tile, kPanel);
-      for_rows(row, n, scratch.tile, [&](int t, const float* in) {
+      const int row = positions.begin(i), n = positions.size(i), lead = positions.lead(i);
+      multiply(gate_up + (row - lead) * gates_stride, gates_stride, scratch.grad_gates, 2 * depth, lead + n,
+               scratch.tile, kPanel);
+      for_rows(row, n, scratch.tile + lead * kPanel, [&](int t, const float* in) {
         for (int j = 0; j < columns; j += kLanes)
           store_lanes(grad + t * dy_stride + j, load(grad + t * dy_stride + j) + load(in + j),
                       smaller(kLanes, columns - j));

@@ -148,7 +148,9 @@ template <class T> void sigmoid_and_silu_accuracy(double sigmoid_error, double s
 
 void sigmoid_and_silu_accuracy() {
   sigmoid_and_silu_accuracy<float>(4, 4);
-  sigmoid_and_silu_accuracy<bf16>(7.7e-5 * kRelative, (7.7e-5 + 0x1p-14) * kRelative);
+  // exp2_for_bf16, and its argument -87 log2(e) rounded to f32: half a unit of 2^-17, times ln 2.
+  constexpr double kExponential = 7.5e-5 + 0x1p-18 * 0.7 + 0x1p-20;
+  sigmoid_and_silu_accuracy<bf16>(kExponential * kRelative, (kExponential + 0x1p-14) * kRelative);
 }
 
 void rsqrt_accuracy() {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../../csrc/cpu/isa.h"
 #include "../../csrc/cpu/peak.h"
 #include "amx_cases.h"
 #include "check.h"
@@ -117,4 +118,13 @@ const Test kTests[] = {
 
 } // namespace
 
-int main(int argc, char** argv) { return run_test(argc, argv, kTests); }
+int main(int argc, char** argv) {
+#ifdef __AMX_TILE__
+  // Asks the kernel for the tile registers of this process.
+  if (const char* reason = trmfast::missing_reason("amx")) {
+    std::puts(reason);
+    return 1;
+  }
+#endif
+  return run_test(argc, argv, kTests);
+}
