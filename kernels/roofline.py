@@ -1,6 +1,6 @@
 """A model of the time of launches on a GPU: the roofline, with the shared cache as a second roof.
 
-It chooses between tiles and between plans, and it is what docs/gpu.md prints.  It is a model: nothing in it was
+It chooses between tiles and between plans, and it is what docs/gpu_model.md prints.  It is a model: nothing in it was
 measured.  A launch takes as long as the slowest of
 
 * its matrix products at a fraction of the tensor cores' rate,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import trmfast
-from trmfast.backends import BACKENDS
+from trmfast.backends import BACKENDS, packed_weights
 from trmfast.backends import cpu as engine
 from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
 from trmfast.targets import TARGETS
@@ -211,7 +211,7 @@ def test_weights_of_the_same_bytes_in_another_dtype() -> None:
 def test_a_pack_of_weights_that_change_meanwhile_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(ATTENTION, torch.float32)
     weights = tuple(weight.clone() for weight in inputs.weights)
-    module = engine._cpu
+    module = packed_weights._cpu
     assert module is not None
 
     def packed_while_another_thread_writes(*arguments: Any) -> Any:
@@ -220,7 +220,7 @@ def test_a_pack_of_weights_that_change_meanwhile_is_not_kept(monkeypatch: pytest
 
     writing = SimpleNamespace(**{**vars(module), "PackedWeights": packed_while_another_thread_writes})
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_cpu", writing)
+        patch.setattr(packed_weights, "_cpu", writing)
         forward(inputs, weights)
     weights[0].copy_(inputs.weights[0])
     assert_current(inputs, forward(inputs, weights))

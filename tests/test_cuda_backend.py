@@ -269,8 +269,8 @@ def test_a_tie_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("extension")
 def test_the_document_has_the_plans_and_bytes_of_these_sources() -> None:
-    """docs/gpu.md, written by ``python -m benchmarks.offline.tables --write docs/gpu.md``."""
-    text = (Path(__file__).resolve().parent.parent / "docs" / "gpu.md").read_text()
+    """docs/gpu_model.md, written by ``python -m benchmarks.offline.tables --write docs/gpu_model.md``."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "gpu_model.md").read_text()
     assert fill(text, "cuda-traffic", tables.cuda_traffic_section()) == text
     winning = {line.split("|")[2].strip() for line in tables.cuda_model_section() if "**" in line}
     assert winning, "auto takes this engine for nothing"

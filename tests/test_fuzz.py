@@ -20,8 +20,7 @@ from fuzz.pool import run_jobs
 from fuzz.trial import Trial
 from fuzz.variant import Variant
 from fuzz.worker import Counts, Failure, Job, work
-from trmfast.backends import BACKENDS
-from trmfast.backends import cpu as engine
+from trmfast.backends import BACKENDS, packed_weights
 from trmfast.backends.cpu import CpuBackend
 
 _reason = BACKENDS["cpu"].available()
@@ -106,7 +105,7 @@ def _wants(call: Any, gradients: Any) -> None:
 
 
 def _stale_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_cpu", _Constant(engine._cpu))
+    monkeypatch.setattr(packed_weights, "_cpu", _Constant(packed_weights._cpu))
 
 
 class _Constant:

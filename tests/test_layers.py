@@ -18,7 +18,7 @@ LAYERS = (
     ("kernels",),
     ("int8", "reference", "recompute", "flops", "watch"),
     ("backends",),
-    ("ops", "transforms"),
+    ("ops", "autograd", "transforms"),
     ("layers", "nn", "foreign"),
     ("cases", "testing", "models", "layouts", "checkpoint", "checkpoint_files", "puzzles"),
     ("dropin",),

@@ -1,8 +1,7 @@
-"""The operators: recompute structure under gradcheck, registration, gradients only where asked for, ownership."""
+"""The operators: recompute structure under gradcheck, ownership of outputs, dtypes, programs that change."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,31 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from trmfast import Problem, RecursionProgram, recursion
-from trmfast.backends import BACKENDS, BackwardCall
-from trmfast.budget import EVERYTHING
-from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
+from operator_cases import call, leaves, tiny
+from trmfast import Problem, RecursionProgram
+from trmfast.cases import SMALL, Case, make_case, make_inputs
 from trmfast.reference import run_program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOWS: list[Any] = ["one_step", "last_cycle", 2, "all"]
-TINY: dict[str, Any] = {
-    "batch": 2,
-    "length": 3,
-    "hidden_size": 4,
-    "num_heads": 2,
-    "num_layers": 1,
-    "intermediate_size": 3,
-}
-
-
-def tiny(model: str, window: Any = "last_cycle", **options: Any) -> Case:
-    return make_case(model, model, H_cycles=2, L_cycles=1, window=window, **{**TINY, **options})
-
-
 GRADCHECK: dict[str, dict[str, Any]] = {
     "trm": {},
     "trm mlp_t": {"token_mixer": "mlp_t"},
@@ -44,25 +27,6 @@ GRADCHECK: dict[str, dict[str, Any]] = {
     "urm": {"channel_mixer": "conv_swiglu"},
     "trm grouped causal": {"num_kv_heads": 1, "causal": True},
 }
-
-
-def call(inputs: Inputs, backend: str = "reference", **changes: Any) -> tuple[Tensor, ...]:
-    """recursion() on inputs, some arguments replaced."""
-    arguments: dict[str, Any] = {
-        "program": inputs.problem.program,
-        "nets": inputs.problem.nets,
-        "states": inputs.states,
-        "x": inputs.x,
-        "weights": inputs.weights,
-        "cos": inputs.cos,
-        "sin": inputs.sin,
-        "backend": backend,
-    }
-    return recursion(**{**arguments, **changes})
-
-
-def leaves(tensors: Any) -> list[Tensor]:
-    return [tensor.clone().requires_grad_() for tensor in tensors]
 
 
 @pytest.mark.representative(when=lambda name, window: window == "all" if name == "trm" else window == "last_cycle")
@@ -117,100 +81,6 @@ def test_window_cuts_as_autograd_does(name: str, window: Any) -> None:
     torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-10, atol=1e-10)
 
 
-# ---------------------------------------------------------------- registration
-
-
-def forward_sample(case: Case, backend: str, requires_grad: bool, save: bool, budget: int = 0) -> tuple[Any, ...]:
-    inputs = make_inputs(case)
-
-    def take(tensors: Any) -> list[Tensor]:
-        return [tensor.clone().requires_grad_(requires_grad) for tensor in tensors]
-
-    assert inputs.x is not None
-    program, nets = case.problem.program.key, [net.key for net in case.problem.nets]
-    states, (x,), weights = take(inputs.states), take([inputs.x]), take(inputs.weights)
-    return states, x, weights, inputs.cos, inputs.sin, program, nets, backend, save, budget
-
-
-OPCHECK = [
-    tiny("trm", hidden_size=32, length=5),
-    tiny("hrm", "one_step", hidden_size=32, length=5),
-    tiny("trm", "all", hidden_size=32, length=5, token_mixer="mlp_t"),
-]
-
-
-@pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no-grad"])
-@pytest.mark.parametrize("case", OPCHECK, ids=["trm", "hrm", "mlp_t"])
-def test_opcheck_forward(case: Case, requires_grad: bool, backend: str) -> None:
-    sample = forward_sample(case, backend, requires_grad, save=requires_grad)
-    # The operator against itself: a matrix product may round differently where its operands are aligned differently.
-    # PyTorch 2.6 takes no tolerances, its own are 1.3e-6 and 1e-5.
-    accepted = inspect.signature(torch.library.opcheck).parameters
-    tolerances: dict[str, Any] = {name: 1e-4 for name in ("rtol", "atol") if name in accepted}
-    torch.library.opcheck(torch.ops.trmfast.recursion.default, sample, **tolerances)
-
-
-@pytest.mark.representative(
-    when=lambda case, requires_grad, budget: requires_grad or (case is OPCHECK[0] and not budget)
-)
-@pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no-grad"])
-@pytest.mark.parametrize("case", OPCHECK, ids=["trm", "hrm", "mlp_t"])
-@pytest.mark.parametrize("budget", [0, 20_000, EVERYTHING], ids=["recompute", "part", "keep"])
-def test_opcheck_backward(case: Case, requires_grad: bool, budget: int, backend: str) -> None:
-    states, x, weights, *rest = forward_sample(case, backend, False, save=True, budget=budget)
-    _, saved, kept = torch.ops.trmfast.recursion.default(states, x, weights, *rest)
-    grads = [state.clone().requires_grad_(requires_grad) for state in states]
-    for needs in (True, False):
-        flags = ([needs] * len(states), True, [True] * (len(weights) - 1) + [needs])
-        # With gradients required, the checks that differentiate would meet the refusal of double backward.
-        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(
-            torch.ops.trmfast.recursion_backward.default,
-            (grads, saved, kept, weights, *rest[:-2], *flags),
-            test_utils=checks if requires_grad else (*checks, "test_aot_dispatch_dynamic"),
-        )
-
-
-@pytest.mark.parametrize("case", OPCHECK, ids=["trm", "hrm", "mlp_t"])
-def test_opcheck_forward_that_keeps_activations(case: Case, backend: str) -> None:
-    sample = forward_sample(case, backend, True, save=True, budget=20_000)
-    # Without the checks that compare results: what is kept has gaps that nobody writes.
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.trmfast.recursion.default, sample, test_utils=checks)
-
-
-def test_saved_is_the_window_and_nothing_more(backend: str) -> None:
-    case = make_case("sudoku", H_cycles=3, L_cycles=6)
-    *arguments, _, _ = forward_sample(case, backend, False, save=True)
-    _, saved, kept = torch.ops.trmfast.recursion.default(*arguments, True, 0)
-    assert kept.numel() == 0
-    assert saved.shape == (7, case.batch, case.length, 64)
-    assert torch.isfinite(saved).all()
-    _, nothing, kept = torch.ops.trmfast.recursion.default(*arguments, False, EVERYTHING)
-    assert nothing.shape == (0, case.batch, case.length, 64)
-    assert kept.numel() == 0
-
-
-def test_inputs_saved_for_backward(backend: str) -> None:
-    """Bytes a token between forward and backward: 7 inputs of width 512 in bfloat16 for TRM Sudoku."""
-    case = make_case("sudoku", H_cycles=3, L_cycles=6, length=16, hidden_size=512, num_heads=8)
-    inputs = make_inputs(case, torch.bfloat16)
-    weights = leaves(inputs.weights)
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        call(inputs, backend, weights=weights, recompute=True)
-    held = {id(t) for t in (*weights, inputs.cos, inputs.sin)}
-    size = sum(
-        t.numel() * t.element_size() for t in kept if id(t) not in held and t.shape[-1:] == (512,) and t.dim() == 4
-    )
-    assert size / (case.batch * case.length) == 7 * 512 * 2
-
-
 # ---------------------------------------------------------------- what the outputs own
 
 
@@ -250,125 +120,6 @@ def test_gradients_that_come_in_are_left_alone(backend: str) -> None:
     # And a second pass over the same graph gives the same.
     for a, b in zip(first, torch.autograd.grad(outputs, weights, grads), strict=True):
         assert torch.equal(a, b)
-
-
-# ---------------------------------------------------------------- gradients only where asked for
-
-
-def count_products(run: Any) -> int:
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        run()
-    return sum(event.count for event in record.key_averages() if event.key in ("aten::mm", "aten::bmm", "aten::addmm"))
-
-
-def test_frozen_weights_do_no_work() -> None:
-    """The reference backend's matrix products in backward: all, only those of x, only those of one weight."""
-    case = tiny("trm", "all", length=5, hidden_size=16)
-    inputs = make_inputs(case)
-    assert inputs.x is not None
-
-    def products(train_weights: bool, train_x: bool) -> int:
-        weights = [w.clone().requires_grad_(train_weights) for w in inputs.weights]
-        x = inputs.x.clone().requires_grad_(train_x)  # type: ignore[union-attr]
-        loss = call(inputs, weights=weights, x=x)[0].sum()
-        return count_products(loss.backward)
-
-    everything, only_x, only_weights = products(True, True), products(False, True), products(True, False)
-    assert only_x < everything
-    assert only_weights < everything
-
-
-@pytest.mark.parametrize("frozen", ["weights", "x", "states", "all but one weight"])
-def test_needs_input_grad(frozen: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend is asked for exactly what requires a gradient, and the rest stays None."""
-    case = make_case("asked", window="all", length=5, hidden_size=32, num_layers=1)
-    inputs = make_inputs(case)
-    assert inputs.x is not None
-    needs = {
-        "states": [frozen not in ("states", "all but one weight")] * 2,
-        "x": [frozen not in ("x", "all but one weight")],
-        "weights": [frozen != "weights"] * len(inputs.weights),
-    }
-    if frozen == "all but one weight":
-        needs["weights"] = [i == 1 for i in range(len(inputs.weights))]
-    asked: list[Any] = []
-    chosen = BACKENDS[backend]
-    genuine = chosen.backward
-
-    def spy(call: BackwardCall) -> Any:
-        asked.append((call.needs_states, call.needs_x, call.needs_weights))
-        return genuine(call)
-
-    monkeypatch.setattr(chosen, "backward", spy)
-    groups = {"states": inputs.states, "x": [inputs.x], "weights": inputs.weights}
-    tensors = {
-        name: [t.clone().requires_grad_(need) for t, need in zip(group, needs[name], strict=True)]
-        for name, group in groups.items()
-    }
-    expected = {name: leaves(group) for name, group in groups.items()}
-    for run in (tensors, expected):
-        out = call(inputs, backend, states=run["states"], x=run["x"][0], weights=run["weights"])
-        (out[0] * inputs.grad_states[0]).sum().backward()
-    assert [list(map(bool, flags)) if isinstance(flags, list) else flags for flags in asked[0]] == [
-        needs["states"],
-        needs["x"][0],
-        needs["weights"],
-    ]
-    for name, group in tensors.items():
-        for tensor, full, need in zip(group, expected[name], needs[name], strict=True):
-            assert (tensor.grad is not None) == need
-            if need:
-                assert tensor.grad is not None
-                assert full.grad is not None
-                torch.testing.assert_close(tensor.grad, full.grad)
-
-
-def test_one_network_of_two_frozen(backend: str) -> None:
-    case = tiny("hrm", "all", hidden_size=32)
-    inputs = make_inputs(case)
-    part = case.problem.weight_slices[1]
-    weights = [w.clone().requires_grad_(part.start <= i < part.stop) for i, w in enumerate(inputs.weights)]
-    full = leaves(inputs.weights)
-    for group in (weights, full):
-        call(inputs, backend, weights=group)[0].sum().backward()
-    for i, (weight, other) in enumerate(zip(weights, full, strict=True)):
-        if part.start <= i < part.stop:
-            assert weight.grad is not None
-            assert other.grad is not None
-            torch.testing.assert_close(weight.grad, other.grad)
-        else:
-            assert weight.grad is None
-
-
-def test_outputs_without_a_path_require_no_gradient(backend: str) -> None:
-    inputs = make_inputs(tiny("trm", hidden_size=32))
-    assert not any(out.requires_grad for out in call(inputs, backend))
-    # States that enter before the window do not reach the outputs.
-    assert not any(
-        out.requires_grad for out in call(inputs, backend, states=leaves(inputs.states), program=none(inputs))
-    )
-    with torch.no_grad():
-        assert not any(out.requires_grad for out in call(inputs, backend, weights=leaves(inputs.weights)))
-
-
-def none(inputs: Inputs) -> RecursionProgram:
-    return inputs.problem.program.with_window("none")
-
-
-def test_double_backward_is_refused(backend: str) -> None:
-    inputs = make_inputs(tiny("trm", hidden_size=32))
-    weights = leaves(inputs.weights)
-    loss = call(inputs, backend, weights=weights)[0].square().sum()
-    grads = torch.autograd.grad(loss, weights, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"^trmfast::recursion: double backward is not supported"):
-        grads[0].sum().backward()
-
-
-def test_backward_without_saved_inputs_is_refused(backend: str) -> None:
-    arguments = forward_sample(tiny("trm", hidden_size=32), backend, True, save=False)
-    outputs, _, _ = torch.ops.trmfast.recursion.default(*arguments)
-    with pytest.raises(RuntimeError, match="save=False"):
-        outputs[0].sum().backward()
 
 
 # ---------------------------------------------------------------- dtypes

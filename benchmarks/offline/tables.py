@@ -1,4 +1,4 @@
-"""Writes the counted and modelled tables of docs/gpu.md: ``python -m benchmarks.offline.tables --write docs/gpu.md``.
+"""Writes the counted and modelled tables: ``python -m benchmarks.offline.tables --write docs/gpu_model.md``.
 
 Launches and bytes of the Triton backend come from its plans; those of eager and compiled PyTorch are counted on the CPU
 (traffic.py); bytes of the CUDA engine come from kernels/persistent.py, which tests/test_cuda_emulated.py compares with
@@ -279,7 +279,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "cuda-traffic": cuda_traffic_section,
     "cuda-model": cuda_model_section,
 }
-"""The sections between ``<!-- name -->`` and ``<!-- /name -->`` in docs/gpu.md."""
+"""The sections between ``<!-- name -->`` and ``<!-- /name -->`` in docs/gpu_model.md."""
 CUDA_SECTIONS = ("cuda-traffic", "cuda-model")
 """The sections that need the CUDA engine."""
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import record_function
 
 from trmfast.backends.call import BackwardCall, ForwardCall
+from trmfast.backends.packed_weights import NetShape, PackedCache, SeenWeights
 from trmfast.build_info import build_info
 from trmfast.engine import address, block_fields, choice_fields, int8_refusal, update_rows
 from trmfast.problem import Problem, unsupported
@@ -50,7 +48,6 @@ INT8_CHOICES: dict[str, Container[object]] = {
     "channel_mixer": ("swiglu", "conv_swiglu"),
     "causal": CHOICES["causal"],
 }
-PACKED_NETS = 16
 
 _cpu = extension
 
@@ -113,103 +110,12 @@ class _Ranges:
             self._open.__enter__()
 
 
-# ---------------------------------------------------------------- packed weights
+# ---------------------------------------------------------------- what is kept between calls
 
-
-@dataclass
-class _Packed:
-    fingerprint: int
-    backward: bool
-    weights: object  # _cpu.PackedWeights
-    storages: tuple[StorageWeakRef, ...]
-
-
-class _PackedCache:
-    """Packed weights by the addresses of the weights, valid for as long as their bytes are the same.
-
-    A version counter would not work: writes through ``p.data`` do not change it.  So every call fingerprints the
-    bytes, which costs one read of the weights at memory speed, and packs again when they differ.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[object, ...], _Packed] = OrderedDict()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._after_fork)
-
-    def _after_fork(self) -> None:
-        self._lock = threading.Lock()
-
-    def clear(self) -> None:
-        with self._lock:
-            self._entries.clear()
-
-    def get(
-        self, engine: _Engine, net: int, dtype: torch.dtype, weights: list[Tensor], backward: bool, threads: int
-    ) -> tuple[int, object]:
-        """The fingerprint of the weights of a network, and their pack."""
-        assert _cpu is not None
-        weights = [weight.contiguous() for weight in weights]
-        addresses = [weight.data_ptr() for weight in weights]
-        sizes = [weight.nbytes for weight in weights]
-        fingerprint = _cpu.fingerprint(addresses, sizes, threads)
-        target, element = target_for(dtype), FORWARD_ELEMENTS[dtype]
-        key = (target, element, engine.net_keys[net], *addresses, *[weight.dtype for weight in weights])
-        with self._lock:
-            entry = self._entries.pop(key, None)
-            if entry is not None and entry.fingerprint == fingerprint and (entry.backward or not backward):
-                self._entries[key] = entry  # at the end
-                return fingerprint, entry.weights
-            # Free stale packs first: the new ones take their memory.
-            del entry
-            for stale in [k for k, e in self._entries.items() if any(s.expired() for s in e.storages)]:
-                del self._entries[stale]
-        floats = [weight if weight.dtype == torch.float32 else weight.to(torch.float32) for weight in weights]
-        packed = _cpu.PackedWeights(
-            *(target, element, engine.blocks[net], engine.layers[net][0], [w.data_ptr() for w in floats]),
-            *(backward, threads, engine.layers[net][1]),
-        )
-        if _cpu.fingerprint(addresses, sizes, threads) != fingerprint:
-            return fingerprint, packed  # another thread wrote meanwhile: don't cache them under this fingerprint
-        storages = tuple(StorageWeakRef(weight.untyped_storage()) for weight in weights)
-        with self._lock:
-            self._entries[key] = _Packed(fingerprint, backward, packed, storages)
-            while len(self._entries) > PACKED_NETS:
-                self._entries.popitem(last=False)
-        return fingerprint, packed
-
-
-_cache = _PackedCache()
 CHECK_WEIGHTS = os.environ.get("TRMFAST_CHECK_WEIGHTS") != "0"
 
-
-class _SeenWeights:
-    """Fingerprints of the weights of forward passes, kept as long as what they saved."""
-
-    def __init__(self) -> None:
-        # Keyed by the address of a storage: no other storage gets it while a weak reference exists.
-        self._entries: dict[int, tuple[StorageWeakRef, list[int]]] = {}
-
-    def note(self, saved: Tensor, fingerprints: list[int]) -> None:
-        for key, (storage, _) in list(self._entries.items()):
-            if storage.expired():
-                self._entries.pop(key, None)
-        storage = StorageWeakRef(saved.untyped_storage())
-        self._entries[storage.cdata] = (storage, fingerprints)
-
-    def check(self, problem: Problem, saved: Tensor, fingerprints: list[int]) -> None:
-        """Raises RuntimeError if the weights have changed; a copy of ``saved``, as hooks make it, is not checked."""
-        _, seen = self._entries.get(saved.untyped_storage()._cdata, (None, fingerprints))
-        for name, before, now in zip(problem.program.nets, seen, fingerprints, strict=True):
-            if before != now:
-                raise RuntimeError(
-                    f"weights: those of {name} were changed after the forward pass, through .data or in another way "
-                    "that no version counter sees, accepted are those of the forward pass; TRMFAST_CHECK_WEIGHTS=0 "
-                    "skips the check"
-                )
-
-
-_seen = _SeenWeights()
+_cache = PackedCache()
+_seen = SeenWeights()
 
 
 def release_memory() -> None:
@@ -227,9 +133,7 @@ class _Engine:
     """A problem in the engine's own structs."""
 
     program: object
-    blocks: tuple[object, ...]
-    layers: tuple[tuple[int, bool], ...]  # of each net, and whether it has a final norm
-    net_keys: tuple[str, ...]
+    nets: tuple[NetShape, ...]
     written: tuple[bool, ...]  # the states that an update writes
     folded: tuple[tuple[int, int], ...]  # the weight of each norm before a product, and the product's
 
@@ -237,12 +141,13 @@ class _Engine:
 @lru_cache(maxsize=256)
 def _engine(problem: Problem) -> _Engine:
     assert _cpu is not None
-    blocks = tuple(_cpu.BlockShape(**block_fields(net.block), **choice_fields(net.block)) for net in problem.nets)
+    blocks = [_cpu.BlockShape(**block_fields(net.block), **choice_fields(net.block)) for net in problem.nets]
     return _Engine(
         _cpu.Program(len(problem.program.states), update_rows(problem.program)),
-        blocks,
-        tuple((net.num_layers, net.final_norm) for net in problem.nets),
-        tuple(net.key for net in problem.nets),
+        tuple(
+            NetShape(net.key, block, net.num_layers, net.final_norm)
+            for net, block in zip(problem.nets, blocks, strict=True)
+        ),
         tuple(s in {update.dst for update in problem.program.counts()} for s in range(len(problem.program.states))),
         tuple(_folded(problem)),
     )
@@ -264,8 +169,9 @@ def _folded(problem: Problem) -> Iterator[tuple[int, int]]:
 @lru_cache(maxsize=256)
 def _pair_bytes(problem: Problem, target: str, element: str, length: int) -> int:
     assert _cpu is not None
-    engine = _engine(problem)
-    size: int = _cpu.pair_bytes(target, element, engine.blocks[0], list(engine.layers), length)
+    nets = _engine(problem).nets
+    layers = [(net.num_layers, net.final_norm) for net in nets]
+    size: int = _cpu.pair_bytes(target, element, nets[0].block, layers, length)
     return size
 
 
@@ -347,9 +253,10 @@ class CpuBackend:
         backward: bool,
         threads: int,
     ) -> tuple[list[int], list[object]]:
+        target, element = target_for(dtype), FORWARD_ELEMENTS[dtype]
         found = [
-            _cache.get(engine, n, dtype, problem.net_weights(weights, n), backward, threads)
-            for n in range(len(problem.nets))
+            _cache.get(target, element, net, problem.net_weights(weights, n), backward, threads)
+            for n, net in enumerate(engine.nets)
         ]
         return [fingerprint for fingerprint, _ in found], [pack for _, pack in found]
 

@@ -103,7 +103,7 @@ class CudaBackend:
         return None if reason is None else f"its backward pass needs the triton backend: {reason}"
 
     def declines(self, problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> bool:
-        """Whether the triton backend is about as fast, by the rule of :func:`is_slower`; see docs/gpu.md."""
+        """Whether the triton backend is about as fast, by the rule of :func:`is_slower`; see docs/gpu_model.md."""
         from trmfast.backends.triton import forward_setting
 
         setting = forward_setting(problem, device, dtype, batch, length)
