@@ -45,7 +45,7 @@ template <class T> struct Memory {
 
   Memory(Arena& arena, const BlockShape& block, int length)
       : tables(arena.take<float>(2L * length * HeadLayout(block).qk_width)), weights(arena, block),
-        buffers(arena, block, length), scratch(arena, block, length),
+        buffers(arena, block, length), scratch(arena, block, length, length),
         out(arena.take<T>(length * BlockStrides(block).h)) {}
 
   static Memory allocate(const BlockShape& block, int length) {

@@ -112,8 +112,8 @@ KeyRange attention_exponentials(const BlockShape& block, const Mask& mask, const
       most[r] = largest_scores(scores + static_cast<long>(r) * scratch.score_stride + k, k, seen[r], most[r]);
   }
   for (int r = 0; r < n; ++r)
-    sums[r] = exponentials(scores + static_cast<long>(r) * scratch.score_stride, max_of(most[r]), scale,
-                           seen[r], tile, to + r * to_stride);
+    sums[r] = exponentials(scores + static_cast<long>(r) * scratch.score_stride, max_of(most[r]), scale, seen[r], tile,
+                           to + r * to_stride);
   return tile;
 }
 
@@ -150,9 +150,9 @@ void attention_forward(const Team& team, const BlockShape& block, const BlockVec
       for (int i = 0; i < tiles.count; ++i) {
         if (team.stopped()) return;
         const int row = tiles.begin(i), n = tiles.size(i), lead = tiles.lead(i);
-        const KeyRange keys =
-            attention_exponentials(block, mask, query.rows, query.stride, row, n, lead,
-                                   scratch.weights + lead * scratch.weight_stride, scratch.weight_stride, sums, scratch);
+        const KeyRange keys = attention_exponentials(block, mask, query.rows, query.stride, row, n, lead,
+                                                     scratch.weights + lead * scratch.weight_stride,
+                                                     scratch.weight_stride, sums, scratch);
         for (int c = 0; c < heads.v_width; c += kPanel) {
           multiply(scratch.weights + keys.begin, scratch.weight_stride,
                    scratch.values + c / kPanel * panel_elements<T>(length) + static_cast<long>(keys.begin) * kPanel,

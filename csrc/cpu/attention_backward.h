@@ -68,8 +68,8 @@ KeyRange attention_grad_scores(const BlockShape& block, const Mask& mask, int le
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
   float sums[Dot<T>::kRows];
   const KeyRange keys =
-      attention_exponentials(block, mask, query, stride, row, n, lead,
-                             forward.scores + lead * forward.score_stride, forward.score_stride, sums, forward);
+      attention_exponentials(block, mask, query, stride, row, n, lead, forward.scores + lead * forward.score_stride,
+                             forward.score_stride, sums, forward);
   for (int k = keys.begin; k < keys.end; k += kPanel)
     multiply(grad_out + (row - lead) * grad_stride, grad_stride,
              scratch.values_transposed + k / kPanel * panel_elements<T>(heads.v_width), padded_depth<T>(heads.v_width),
@@ -111,8 +111,8 @@ void attention_accumulate(const T* x, int rows, int length, const KeyRange& keys
     for (int i = 0; i < tiles.count; ++i) {
       const long row = keys.begin + tiles.begin(i);
       Dot<T>::run(scratch.transposed + row * scratch.block_stride, scratch.block_stride,
-                  panels + c / kPanel * panel_elements<T>(rows), padded_depth<T>(rows), larger(tiles.size(i), Dot<T>::kWholeRows),
-                  accumulator + row * columns + c, columns, true);
+                  panels + c / kPanel * panel_elements<T>(rows), padded_depth<T>(rows),
+                  larger(tiles.size(i), Dot<T>::kWholeRows), accumulator + row * columns + c, columns, true);
     }
 }
 

@@ -160,8 +160,8 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
   const BlockVectors& vectors = weights.vectors;
   const int D = block.width, rows = sequences * length;
 
-  result_backward(team, block, sequences, length, vectors.result_norm[1], keeps_normed(block) ? act.normed2 : out, act.rstd2,
-                  running, grads.ds2, grads.result_norm2);
+  result_backward(team, block, sequences, length, vectors.result_norm[1], keeps_normed(block) ? act.normed2 : out,
+                  act.rstd2, running, grads.ds2, grads.result_norm2);
   team.begin("down backward");
   if (block.conv_taps) {
     gemm(team, grads.ds2, strides.h, rows, weights.down, D, gates.activation_columns(), scratch.tile,
@@ -185,13 +185,13 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
                  act.input_rstd2, running, scratch.tile);
   if (!block.attention) {
     team.begin("mlp_t backward");
-    mlp_t_backward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h1, strides.h, running.dy, strides.u,
-                   grads.ds1, act.mlp_t, grads.sequence_gate_up, scratch.mlp_t);
+    mlp_t_backward(team, block, weights.seq_gate_up, weights.seq_down, sequences, act.h1, strides.h, running.dy,
+                   strides.u, grads.ds1, act.mlp_t, grads.sequence_gate_up, scratch.mlp_t);
     team.sync();
     return;
   }
-  result_backward(team, block, sequences, length, vectors.result_norm[0], keeps_normed(block) ? act.normed1 : act.h1, act.rstd1,
-                  running, grads.ds1, grads.result_norm1);
+  result_backward(team, block, sequences, length, vectors.result_norm[0], keeps_normed(block) ? act.normed1 : act.h1,
+                  act.rstd1, running, grads.ds1, grads.result_norm1);
   team.begin("attention output backward");
   gemm(team, grads.ds1, strides.h, rows, weights.output, D, heads.output_columns(), scratch.tile,
        [&](int row, int n, int panel, const float* tile) {

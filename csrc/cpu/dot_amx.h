@@ -15,8 +15,8 @@
 // back. Between the first run() of a region and release(), code that configures tiles itself (oneDNN) must not run on
 // the thread.
 //
-// While the tiles are busy, the vector units are idle and most of the core's ports too. run() calls `meanwhile` at every
-// step, see gemm().
+// While the tiles are busy, the vector units are idle and most of the core's ports too. run() calls `meanwhile` at
+// every step, see gemm().
 #pragma once
 
 #if defined(__AVX512F__)
@@ -83,8 +83,8 @@ struct Dot<bf16> {
 
   // 32 rows, where the results of the last 16 are elsewhere.
   template <class Meanwhile>
-  TRMFAST_INLINE void run_halves(const bf16* a, long lda, const bf16* b, int depth, float* upper, float* lower, long ldc,
-                                 bool accumulate, Prefetch next, Meanwhile&& meanwhile) {
+  TRMFAST_INLINE void run_halves(const bf16* a, long lda, const bf16* b, int depth, float* upper, float* lower,
+                                 long ldc, bool accumulate, Prefetch next, Meanwhile&& meanwhile) {
     configure_tiles(kRows);
     finish_stores();
     four_tiles(a, a + kTileHeight * lda, lda * 2, b, depth, upper, lower, ldc * 4, accumulate, next, meanwhile);

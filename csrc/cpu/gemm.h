@@ -47,8 +47,8 @@ template <class T> constexpr long tile_floats(int rows) {
 
 // gemm() where matrix and vector units work beside each other (AMX).  A core that has to finish an epilogue first gets
 // to the next product late, since instructions wait in order; so the epilogue of a tile is dealt out over the steps of
-// the next tile's product.  A deep panel is taken in parts that stay in L1, with the sums of all row tiles in `scratch`,
-// tile_floats<T>().
+// the next tile's product.  A deep panel is taken in parts that stay in L1, with the sums of all row tiles in
+// `scratch`, tile_floats<T>().
 //
 // product(row, rows, panel, from, depth, tile, next, meanwhile): tile (+)= rows row.. times a panel, over the depths
 // `from` to from + depth; it adds unless that is the panel's beginning, and calls meanwhile(step) at every step.
@@ -91,8 +91,8 @@ void gemm(const Team& team, const T* a, long a_stride, int rows, const T* panels
           Epilogue&& epilogue) {
   if constexpr (Dot<T>::kWholeRows > 1) {
     const auto product = [&](int row, int n, int p, int from, int size, float* c, Prefetch next, auto&& meanwhile) {
-      Dot<T>::run(a + row * a_stride + from, a_stride, panels + p * panel_elements<T>(depth) + from * kPanel, size, n, c,
-                  kPanel, from > 0, next, meanwhile);
+      Dot<T>::run(a + row * a_stride + from, a_stride, panels + p * panel_elements<T>(depth) + from * kPanel, size, n,
+                  c, kPanel, from > 0, next, meanwhile);
     };
     gemm_beside(team, rows, panels, depth, columns, tile, product, epilogue);
     return;

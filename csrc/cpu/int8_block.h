@@ -29,8 +29,8 @@ void gemm(const Team& team, const Int8Operand& a, int rows, const Int8Matrix& we
   if constexpr (Product::kWholeRows > 1) {
     const auto product = [&](int row, int n, int p, int from, int size, float* c, Prefetch next, auto&& meanwhile) {
       Product::multiply(a.q + row * a.stride + from, a.stride,
-                            weights.panels + p * panel_elements<int8_t>(depth) + from * kPanel, size, n, c, kPanel,
-                            from > 0, next, meanwhile);
+                        weights.panels + p * panel_elements<int8_t>(depth) + from * kPanel, size, n, c, kPanel,
+                        from > 0, next, meanwhile);
     };
     const auto finish = [&](int row, int n, int p, float* c) {
       Product::finish(n, weights.starts + p * kPanel, {a.scales + row, weights.scales + p * kPanel}, c, kPanel);
@@ -48,7 +48,7 @@ void gemm(const Team& team, const Int8Operand& a, int rows, const Int8Matrix& we
     for (int i = 0; i < tiles.count; ++i) {
       const int row = tiles.begin(i), n = tiles.size(i);
       Product::run(a.q + row * a.stride, a.stride, panel, padded, n, weights.starts + p * kPanel,
-                       {a.scales + row, weights.scales + p * kPanel}, tile, kPanel, {panel + bytes + i * share, share});
+                   {a.scales + row, weights.scales + p * kPanel}, tile, kPanel, {panel + bytes + i * share, share});
       epilogue(row, n, p, tile);
     }
   }

@@ -292,8 +292,8 @@ TRMFAST_INLINE vf exp(vf v) {
 }
 
 // 2^v where the result will be rounded to bf16: within 7.5e-5 of it, a fortieth of that rounding. Exact 0 from v < -150
-// (and -inf) on, inf from 128 on; NaN stays NaN. v = n + r, and the cubic of least relative error for 2^r: with r from 0
-// to 1 on AVX-512, which has instructions for v - floor(v) and for p 2^floor(v), else from -1/2 to 1/2.
+// (and -inf) on, inf from 128 on; NaN stays NaN. v = n + r, and the cubic of least relative error for 2^r: with r from
+// 0 to 1 on AVX-512, which has instructions for v - floor(v) and for p 2^floor(v), else from -1/2 to 1/2.
 TRMFAST_INLINE vf exp2_for_bf16(vf v) {
 #if defined(__AVX512F__)
   const vf r = (vf)_mm512_maskz_reduce_ps(kAll, (__m512)v, 0x09); // 0 for infinities

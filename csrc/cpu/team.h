@@ -56,9 +56,9 @@ struct RestTeam {
   }
 };
 
-// The row tiles of a product.  Equal ones where the time of a tile goes with its rows: 97 rows in tiles of at most 14 are
-// 7 tiles of 13 or 14, not 6 and a rest.  Where it goes with whole pieces of kWholeRows, whole tiles and a rest: 97 are
-// 3 of 32 and 1 of 1.  Such a rest is multiplied together with `lead` rows before it, which makes a piece whole.
+// The row tiles of a product.  Equal ones where the time of a tile goes with its rows: 97 rows in tiles of at most 14
+// are 7 tiles of 13 or 14, not 6 and a rest.  Where it goes with whole pieces of kWholeRows, whole tiles and a rest: 97
+// are 3 of 32 and 1 of 1.  Such a rest is multiplied together with `lead` rows before it, which makes a piece whole.
 template <class Dot> struct RowTiles {
   static constexpr bool kEqual = Dot::kWholeRows == 1;
   int rows, count;

@@ -135,8 +135,8 @@ void multiply_chunks(int n, int chunks, bool fresh, long left_stride, const Weig
 }
 
 // add_chunks() on AMX, which adds 32 depths before it rounds to f32: it needs no sums of chunks, and its tiles load and
-// store the gradient in its place where 16 outputs are 16 consecutive rows.  The lines of the next panel's columns, which
-// would come from L3 one row at a time, are fetched meanwhile.
+// store the gradient in its place where 16 outputs are 16 consecutive rows.  The lines of the next panel's columns,
+// which would come from L3 one row at a time, are fetched meanwhile.
 template <class T, class Left, class Right, class Depth>
 void add_chunks_in_place(const BlockRows<T>& rows, int c, int columns, const Gradient& grad, int chunks,
                          long left_stride, const WeightGradientScratch<T>& scratch, Left left, Right right,
@@ -160,13 +160,14 @@ void add_chunks_in_place(const BlockRows<T>& rows, int c, int columns, const Gra
       float *upper = grad.values + static_cast<long>(rows.of[r]) * columns + c,
             *lower = grad.values + static_cast<long>(rows.of[r + kHalfRows]) * columns + c;
       const int each = chunk == 0 && c + 2 * kPanel <= columns ? ceil_div(kHalfRows, depth(0) / Dot<T>::kDepthStep) : 0;
-      Dot<T>::run_halves(from, left_stride, panel, depth(chunk), upper, lower, columns, accumulate, next, [&](int step) {
-        for (int k = step * each; k < smaller(kHalfRows, (step + 1) * each); ++k)
-          for (int j = kPanel; j < 2 * kPanel; j += 16) {
-            __builtin_prefetch(upper + static_cast<long>(k) * columns + j, 1);
-            __builtin_prefetch(lower + static_cast<long>(k) * columns + j, 1);
-          }
-      });
+      Dot<T>::run_halves(from, left_stride, panel, depth(chunk), upper, lower, columns, accumulate, next,
+                         [&](int step) {
+                           for (int k = step * each; k < smaller(kHalfRows, (step + 1) * each); ++k)
+                             for (int j = kPanel; j < 2 * kPanel; j += 16) {
+                               __builtin_prefetch(upper + static_cast<long>(k) * columns + j, 1);
+                               __builtin_prefetch(lower + static_cast<long>(k) * columns + j, 1);
+                             }
+                         });
     }
 }
 
