@@ -1,13 +1,13 @@
 """Gradients of the gate of attention and of what it multiplies.
 
-    output = mixed * sigmoid(g)             mixed [B, L, Hq d]; g of the same shape, or [B, L, Hq]
+    mixed = o * sigmoid(g)             o, softmax(q k^T) v, [B, L, Hq d]; g of the same shape, or [B, L, Hq]
 
-All that is needed is what the gate left, a = output, and g, with s = sigmoid(g):
+All that is needed is what the gate left, a = mixed, and g, with s = sigmoid(g):
 
-    grad mixed = grad a * s             grad g = grad a * a * (1 - s)             delta = sum over a head of grad a * a
+    grad o = grad a * s             grad g = grad a * a * (1 - s)             delta = sum over a head of grad a * a
 
 delta is what attention_backward.py needs of the output of attention, which is not kept.  A program takes BLOCK_M tokens
-of one head: it reads a, g and grad a, and writes grad mixed where grad a was, grad g, and delta.
+of one head: it reads a, g and grad a, and writes grad o where grad a was, grad g, and delta.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def gate_backward(
     delta: Buffer | None = None,
     tile: Tile,
 ) -> Launch:
-    """From the gradient of attention times its gate to those of the gate and of what attention mixed.
+    """From the gradient of attention times its gate to those of the gate and of what it multiplies.
 
     Args:
         block: sizes of the block.
         qkv: [B, L, G + (Hq + 2 Hkv) d], the gate before its sigmoid first.
         output: what attention returned, times the gate, [B, L, Hq d].
-        gradient: of ``output``, the same shape; becomes that of what was mixed.
+        gradient: of ``output``, the same shape; becomes that of what the gate multiplied.
         grad_qkv: the shape of ``qkv``, receives the gradient of the gate.
         delta: [B, Hq, L] float32, receives the sums that :func:`attention_backward_queries` would make, or None.
         tile: BLOCK_M rows.

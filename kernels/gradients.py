@@ -55,7 +55,7 @@ then as with SwiGLU, except that weight_gradient takes (ds2, z) for the down pro
     ...                   the mixer as above, from dm    x and its values
     projection_backward   its first product              grad of it                     dx                1 + 2 I/D
     norm_backward         the norm ahead; + dy or dm     dx, x, rstd, dy or dm          ds                4
-    gate_backward         after o_proj                   grad a, a, gate                grad mixed, gate  5 A/D
+    gate_backward         after o_proj                   grad a, a, gate                grad o, grad gate 5 A/D
     head_norm_backward    queries, then keys             grad q, normed q               grad q            3 A/D
 """
 

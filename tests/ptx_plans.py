@@ -17,14 +17,14 @@ from trmfast.kernels.plan import Buffer, Launch, resolve
 from benchmarks.offline.triton import Job, specialise
 from ptx_tools import Kernels, Piece, Schedule
 
-__all__ = ["ARCHITECTURE", "Compiled", "Executor", "Recorded"]
+__all__ = ["ARCHITECTURE", "Executor", "LaunchPtx", "Recorded"]
 
 ARCHITECTURE = "sm_80"
 _FORMATS = {"i32": "i", "i64": "q", "fp32": "f"}
 
 
 @dataclass(frozen=True)
-class Compiled:
+class LaunchPtx:
     """A launch as PTX.
 
     Attributes:
@@ -41,7 +41,7 @@ class Compiled:
     signature: Mapping[str, Any]
 
 
-def compile_launch(launch: Launch) -> Compiled:
+def compile_launch(launch: Launch) -> LaunchPtx:
     """Compiles in this process, in which Triton must not interpret, what Triton would compile when it launches."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -56,7 +56,7 @@ def compile_launch(launch: Launch) -> Compiled:
     )
     metadata = made.metadata
     assert metadata.global_scratch_size == metadata.profile_scratch_size == 0, "a kernel that needs scratch memory"
-    return Compiled(made.asm["ptx"], metadata.name, 32 * metadata.num_warps, metadata.shared, signature)
+    return LaunchPtx(made.asm["ptx"], metadata.name, 32 * metadata.num_warps, metadata.shared, signature)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Recorded:
     """A launch with the tensors that it uses, as it found them."""
 
     launch: Launch
-    compiled: Compiled
+    compiled: LaunchPtx
     tensors: Mapping[str, Tensor]
 
 
@@ -88,7 +88,7 @@ class Executor:
     blocks: int = 0
     launches: Counter[str] = field(default_factory=Counter)
     programs: set[tuple[Any, ...]] = field(default_factory=set)
-    _compiled: dict[tuple[Any, ...], Compiled] = field(default_factory=dict)
+    _compiled: dict[tuple[Any, ...], LaunchPtx] = field(default_factory=dict)
     _loaded: dict[str, Kernels] = field(default_factory=dict)
     _pool: ProcessPoolExecutor | None = None
 
@@ -139,7 +139,7 @@ class Executor:
         written = {name: buffers for name in record.launch.writes for buffers in record.launch.buffers([name])}
         return {name: buffer.of(tensors[buffer.name]).float() for name, buffer in written.items()}
 
-    def _launch(self, launch: Launch, compiled: Compiled, text: str, tensors: Mapping[str, Tensor]) -> None:
+    def _launch(self, launch: Launch, compiled: LaunchPtx, text: str, tensors: Mapping[str, Tensor]) -> None:
         if text not in self._loaded:
             self._loaded[text] = Kernels(text)
         params, pieces = pack(launch, compiled, tensors)
@@ -163,7 +163,7 @@ class Executor:
         )
 
 
-def pack(launch: Launch, compiled: Compiled, tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Piece]]:
+def pack(launch: Launch, compiled: LaunchPtx, tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Piece]]:
     """The block of parameters, and the buffers that it points to: no more than the launch says that it uses."""
     params = b""
     pieces: list[Piece] = []

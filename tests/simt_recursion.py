@@ -110,21 +110,21 @@ def listed_instances() -> list[Instance]:
     return [Instance(*map(int, row.split(","))) for row in rows]
 
 
-def build(instances: Iterable[Instance] = (), plans_alone: bool = False) -> ctypes.CDLL:
+def build(instances: Iterable[Instance] = (), shapes_alone: bool = False) -> ctypes.CDLL:
     """Compiles the harness and loads it; the arguments are those of :func:`compile_harness`."""
-    return ctypes.CDLL(str(compile_harness(instances, plans_alone)))
+    return ctypes.CDLL(str(compile_harness(instances, shapes_alone)))
 
 
-def compile_harness(instances: Iterable[Instance] = (), plans_alone: bool = False) -> Path:
+def compile_harness(instances: Iterable[Instance] = (), shapes_alone: bool = False) -> Path:
     """Compiles the harness; ``TRMFAST_SIMT_VARIANT`` is a key of ``cuda_tools.VARIANTS``.
 
     Args:
         instances: by default all that are listed.
-        plans_alone: for :func:`plan`, without the kernels.
+        shapes_alone: for :func:`launch_shape`, without the kernels.
     """
     listed = " ".join(f"X({', '.join(map(str, i))})" for i in instances)
     options = ["-O1"]  # compiling takes longer than running
-    options += [f"-DTRMFAST_INSTANCES(X)={listed}"] * bool(listed) + ["-DTRMFAST_PLANS_ALONE"] * plans_alone
+    options += [f"-DTRMFAST_INSTANCES(X)={listed}"] * bool(listed) + ["-DTRMFAST_SHAPES_ALONE"] * shapes_alone
     variant = os.environ.get("TRMFAST_SIMT_VARIANT", "plain")
     source = cuda_tools.SIMT / "recursion_harness.cpp"
     return cuda_tools.build_emulated([source], variant=variant, options=options, shared=True)
@@ -150,15 +150,15 @@ def _request(problem: Problem, batch: int, length: int, **fields: Any) -> _Reque
     )
 
 
-def plan(library: ctypes.CDLL, case: Case, architecture: str, multiprocessors: int = 108) -> LaunchShape | str:
-    """The plan for a problem on a device of some architecture, or why there is none."""
+def launch_shape(library: ctypes.CDLL, case: Case, architecture: str, multiprocessors: int = 108) -> LaunchShape | str:
+    """The launch shape of a problem on a device of some architecture, or why there is none."""
     block = case.problem.nets[0].block
     taps = block.conv_kernel if block.channel_mixer == "conv_swiglu" else 0
     words, reason = (ctypes.c_int32 * 8)(), ctypes.create_string_buffer(256)
     gpu = Configuration(architecture, multiprocessors).gpu
     limits = (ARCHITECTURES[architecture].block_shared, multiprocessors, stream_rows(gpu), cache_blocks(gpu))
     request = _request(case.problem, case.batch, case.length)
-    if library.trmfast_plan(ctypes.byref(request), taps, *limits, words, reason, len(reason)):
+    if library.trmfast_launch_shape(ctypes.byref(request), taps, *limits, words, reason, len(reason)):
         return reason.value.decode()
     return LaunchShape(Instance(*words[:5]), *words[5:])
 
@@ -262,8 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     case = find_case(options.problem)
     torch.set_num_threads(1)
-    # The plan of as many sequences as the device takes at a time.
-    found = plan(build(plans_alone=True), replace(case, batch=54), options.architecture)
+    # The launch shape of as many sequences as the device takes at a time.
+    found = launch_shape(build(shapes_alone=True), replace(case, batch=54), options.architecture)
     if isinstance(found, str):
         print(found)
         return 1

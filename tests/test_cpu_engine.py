@@ -163,7 +163,7 @@ def test_kept_activations_serve_two_backward_passes_and_their_memory_returns(rec
 def test_bytes_that_are_kept() -> None:
     case = make_case("sudoku", batch=4, H_cycles=3, L_cycles=6, hidden_size=512, num_heads=8, length=97)
     size = BACKENDS["cpu"].pair_bytes(case.problem, torch.bfloat16, 97)
-    # h, h1, qkv, attended, gate and up, hidden of two layers, and the output: 2 x 7,680 + 512 channels of two bytes.
+    # h, h1, qkv, mixed, gate and up, activation of two layers, and the output: 2 x 7,680 + 512 channels of two bytes.
     assert 1.0 <= size / (97 * 2 * (2 * 7680 + 512)) < 1.1
 
 

@@ -12,7 +12,7 @@ from trmfast.kernels.architectures import ARCHITECTURES, GPUS
 from trmfast.kernels.persistent import cache_blocks, stream_rows
 
 from benchmarks.offline.cuda import CUDA_ARCHITECTURES
-from simt_recursion import LaunchShape, build, listed_instances, plan
+from simt_recursion import LaunchShape, build, launch_shape, listed_instances
 from trmfast.cases import PUBLISHED, Case, make_case
 
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
@@ -21,20 +21,20 @@ DEVICES = [f"sm_{number}" for number in CUDA_ARCHITECTURES]
 
 
 @pytest.fixture(scope="module")
-def plans() -> ctypes.CDLL:
+def harness() -> ctypes.CDLL:
     """The harness without kernels."""
-    return build(plans_alone=True)
+    return build(shapes_alone=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_plans(plans: ctypes.CDLL, device: str) -> None:
+def test_launch_shapes(harness: ctypes.CDLL, device: str) -> None:
     """The published problems on every architecture: which instance, and that its shared memory fits."""
     shared = ARCHITECTURES[device].block_shared
     rows = set()
     for case in PUBLISHED:
         if case.name == "urm-arc":
             continue
-        made = plan(plans, case, device)
+        made = launch_shape(harness, case, device)
         assert isinstance(made, LaunchShape), f"{case}: {made}"
         assert made.shared_bytes <= shared
         assert made.group_blocks * made.instance.row_tiles * 16 >= case.length
@@ -43,18 +43,18 @@ def test_plans(plans: ctypes.CDLL, device: str) -> None:
     assert rows <= ({1, 2} if shared == 99 << 10 else {1, 2, 4})
 
 
-def test_every_instance_is_the_plan_of_something(plans: ctypes.CDLL) -> None:
+def test_every_instance_is_chosen_for_something(harness: ctypes.CDLL) -> None:
     """No row of csrc/cuda/instances.h is left that no architecture would run; all of them are tested above."""
-    planned = set()
+    chosen = set()
     for device in DEVICES:
         for width, length, mixer, batch in itertools.product((128, 512), (97, 916), ("attention", "mlp_t"), (1, 54)):
             case = make_case(
                 "some", batch=batch, hidden_size=width, num_heads=width // 64, length=length, token_mixer=mixer
             )
-            made = plan(plans, case, device)
+            made = launch_shape(harness, case, device)
             assert isinstance(made, LaunchShape), made
-            planned.add(made.instance)
-    assert planned == set(listed_instances())
+            chosen.add(made.instance)
+    assert chosen == set(listed_instances())
 
 
 def test_constants_of_the_choice() -> None:
@@ -63,11 +63,11 @@ def test_constants_of_the_choice() -> None:
 
 
 @pytest.mark.parametrize("device", ["sm_80", "sm_90"])
-def test_plan_takes_more_rows_for_more_sequences(plans: ctypes.CDLL, device: str) -> None:
+def test_more_rows_for_more_sequences(harness: ctypes.CDLL, device: str) -> None:
     """Few sequences spread over the device; many share weights between as many rows as fit."""
     few = make_case("few", batch=1, length=97, hidden_size=512, num_heads=8)
     many = make_case("many", batch=768, length=97, hidden_size=512, num_heads=8)
-    made = [plan(plans, case, device) for case in (few, many)]
+    made = [launch_shape(harness, case, device) for case in (few, many)]
     assert [one.instance.row_tiles for one in made if isinstance(one, LaunchShape)] == [2, 4]
 
 
@@ -84,7 +84,7 @@ def test_plan_takes_more_rows_for_more_sequences(plans: ctypes.CDLL, device: str
     ],
     ids=str,
 )
-def test_refusals(plans: ctypes.CDLL, case: Case, reason: str) -> None:
-    made = plan(plans, case, "sm_89", 20)
+def test_refusals(harness: ctypes.CDLL, case: Case, reason: str) -> None:
+    made = launch_shape(harness, case, "sm_89", 20)
     assert isinstance(made, str)
     assert made.startswith(reason), made

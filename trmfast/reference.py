@@ -161,10 +161,10 @@ def conv_swiglu(
     wide, length, taps = wide_dtype(h.dtype), h.shape[1], conv.shape[-1]
     padded = F.pad((F.silu(gate) * up).to(wide), (0, 0, taps // 2, taps // 2))
     kernel = conv.to(h.dtype).to(wide)
-    mixed = bias.to(h.dtype).to(wide)
+    convolution = bias.to(h.dtype).to(wide)
     for tap in range(taps):
-        mixed = mixed + padded[:, tap : tap + length] * kernel[:, 0, tap]
-    return linear(F.silu(mixed.to(h.dtype)), down_proj)
+        convolution = convolution + padded[:, tap : tap + length] * kernel[:, 0, tap]
+    return linear(F.silu(convolution.to(h.dtype)), down_proj)
 
 
 def relu2(h: Tensor, up_proj: Tensor, down_proj: Tensor, *, linear: Linear = cast_linear) -> Tensor:

@@ -200,9 +200,9 @@ bool same(const InstanceSizes& a, const InstanceSizes& b) {
 
 std::string dispatch(const Request& r) {
   const InstanceSizes wanted{r.row_tiles, r.stages, r.width_tiles, r.token_tiles, r.strip_tiles};
-#ifdef TRMFAST_PLANS_ALONE // compiles in a tenth of the time
+#ifdef TRMFAST_SHAPES_ALONE // compiles in a tenth of the time
 #define TRY(...)                                                                                                       \
-  if (same(wanted, InstanceSizes{__VA_ARGS__})) throw simt::Error("this library makes plans alone");
+  if (same(wanted, InstanceSizes{__VA_ARGS__})) throw simt::Error("this library chooses launch shapes alone");
 #else
 #define TRY(...)                                                                                                       \
   if (same(wanted, sizes_of<Instance<bf16, __VA_ARGS__>>()))                                                           \
@@ -229,10 +229,10 @@ extern "C" int trmfast_forward(const Request* request, char* report, int capacit
   return status;
 }
 
-// The plan for a problem on a device as {row tiles, stages, width tiles, token tiles, strip tiles, groups, blocks of a
-// group, bytes of shared memory}.  1: there is none, for the reason given.
-extern "C" int trmfast_plan(const Request* request, int conv_taps, int shared, int multiprocessors, int stream_rows,
-                            int cache_blocks, int32_t* plan, char* reason, int capacity) {
+// The launch shape of a problem on a device as {row tiles, stages, width tiles, token tiles, strip tiles, groups,
+// blocks of a group, bytes of shared memory}.  1: there is none, for the reason given.
+extern "C" int trmfast_launch_shape(const Request* request, int conv_taps, int shared, int multiprocessors,
+                                    int stream_rows, int cache_blocks, int32_t* shape, char* reason, int capacity) {
 #define LISTED(...) InstanceSizes{__VA_ARGS__},
   const std::vector<InstanceSizes> instances{TRMFAST_INSTANCES(LISTED)};
 #undef LISTED
@@ -244,7 +244,7 @@ extern "C" int trmfast_plan(const Request* request, int conv_taps, int shared, i
   const InstanceSizes& c = made.sizes;
   const int32_t words[8] = {c.row_tiles,   c.stages,    c.width_tiles,     c.token_tiles,
                             c.strip_tiles, made.groups, made.group_blocks, made.shared_bytes};
-  std::memcpy(plan, words, sizeof words);
+  std::memcpy(shape, words, sizeof words);
   std::snprintf(reason, static_cast<size_t>(capacity), "%s", refused.c_str());
   return refused.empty() ? 0 : 1;
 }
