@@ -69,6 +69,7 @@ def on_target(target: str, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CHOICES, ids=str)
+@pytest.mark.usefixtures("one_thread")  # which takes both sequences together
 def test_every_target(case: Case, dtype: torch.dtype, target: str) -> None:
     if grows(case) and dtype == torch.bfloat16:
         pytest.skip(f"{case}: states beyond 1; test_random_combinations judges one update of such networks")

@@ -51,7 +51,7 @@ def _drawn(case: Case, dtype: torch.dtype) -> list[Draw]:
 
 # Other programs and windows over blocks that other cases have, and the large one.
 PROGRAMS = {"hrm", "single_z", "hier6", "window-one_step", "window-2-cycles", "window-all", "published-width"}
-# Depths beyond what AMX takes at once, in tiles of 32 rows and a rest of 5.
+# Deeper than the 512 that AMX takes at once, in tiles of 32 rows and a rest.
 DEEP = make_case("deep", H_cycles=1, L_cycles=1, length=37, num_layers=1, intermediate_size=544)
 
 

@@ -58,7 +58,7 @@ def check(
     inputs: Inputs, backend: str, value: float, places: tuple[str, ...] = WHERE, recompute: Recompute = True
 ) -> None:
     clean = others(run_fused(inputs, backend, recompute=recompute))
-    # Without the poison: PyTorch's own bf16 products on AMX carry it into other sequences.
+    # Without the poison, which PyTorch 2.13's bf16 products on AMX carry into other sequences.
     eager = others(run_eager(inputs))
     for where in places:
         poisoned = poison(inputs, where, value)

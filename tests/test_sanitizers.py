@@ -147,6 +147,8 @@ choices = ("hrm_text", "ouro", "huginn", "parcae", "gate-head", "qk_norm-weights
 cases = (*SMALL, *map(find_case, choices))
 emulated = [case for case in (*SMALL, *cases[-2:]) if not sys.argv[2:] or case.name in sys.argv[2:]]
 published = make_case("published", H_cycles=1, L_cycles=1, length=97, num_layers=1, hidden_size=512, num_heads=8)
+# Sequences together, tiles of 32 rows and a rest, and a depth in parts.
+deep = make_case("deep", H_cycles=1, L_cycles=1, batch=2, length=37, num_layers=1, intermediate_size=544)
 ran = [target for target, reason in cpu.targets().items() if reason is None]
 turn = 0
 for target in ran:
@@ -154,7 +156,7 @@ for target in ran:
     turn += 1
     # A minute at the published width where nothing is a vector.
     of_target = emulated if slow else cases if target == "portable" else (*cases, published)
-    for case in of_target:
+    for case in (*of_target, deep):
         for dtype in cpu.ELEMENTS:
             if BACKENDS["cpu"].supports(case.problem, torch.device("cpu"), dtype, case.batch, case.length):
                 continue
@@ -163,7 +165,8 @@ for target in ran:
                     continue
                 # A case has one thread on one target and three on the next; a race needs more than one.
                 turn += 1
-                threads = 1 if turn % 2 and not slow and build_info().sanitize != "thread" else 3
+                alone = case is deep or (turn % 2 and not slow)
+                threads = 1 if alone and build_info().sanitize != "thread" else 3
                 torch.set_num_threads(threads)
                 result = run_fused(make_inputs(case, dtype), "cpu")
             for name, value in (*result.outputs.items(), *result.gradients.items()):

@@ -197,7 +197,9 @@ void attention_backward(const Team& team, const BlockShape& block, const BlockVe
         pack_rows(grad + row0 * mixed_stride, mixed_stride, block_rows, heads.head_dim, scratch.grad_rows);
         for (int i = from; i < to; ++i) {
           if (team.stopped()) return;
-          const int row = tiles.begin(i), n = tiles.size(i), lead = smaller(tiles.lead(i), row - row0);
+          const int row = tiles.begin(i), n = tiles.size(i);
+          // Within the block.  The queries of these rows may hold their gradients already: nobody reads their scores.
+          const int lead = smaller(tiles.lead(i), row - row0);
           const KeyRange keys = attention_grad_scores(block, mask, length, query.rows, query.stride, grad, mixed_stride,
                                                       row, n, lead, row - row0, scratch);
           seen = {smaller(seen.begin, keys.begin), larger(seen.end, keys.end)};

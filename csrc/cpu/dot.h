@@ -12,6 +12,7 @@
 //                   next: Prefetch{from, bytes}, brought into L2 meanwhile, at most the size of the panel: the panel
 //                   that comes next, whole or this call's share of it. Without it, panels that come from L3 cost a
 //                   tenth. AMX: one more argument, meanwhile(step), is called at every step; see gemm_beside().
+//     forget()      call when other code may have used the AMX tiles. Nothing elsewhere.
 //     release()     call when this thread leaves the region that calls run: gives back the AMX tiles. Nothing
 //     elsewhere.
 //   };

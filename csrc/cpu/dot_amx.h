@@ -9,14 +9,15 @@
 // loads (TILELOADDT1) leave the 32 KB panel in L1. The depth is a multiple of 32: pad with zeros.
 //
 // Tiles are always 16 rows high, so with 17 to 31 rows the lower ones begin inside the upper: those rows are multiplied
-// twice, with the same results.  Lower tiles of fewer rows would take the same time, as loads limit them, and another
-// configuration: LDTILECFG takes 80 ns, a sixth of a call of depth 512 (measured on a Xeon of 2023, 2.3 GHz with AMX).
-// Only a call with fewer than 16 rows needs one.  The configuration belongs to the thread: release() gives the tiles
-// back. Between the first run() of a region and release(), code that configures tiles itself (oneDNN) must not run on
-// the thread.
+// twice, with the same results.  Lower tiles of fewer rows were no faster and would need another configuration:
+// LDTILECFG takes 80 ns, a sixth of a call of depth 512 (measured on an Emerald Rapids Xeon).  Calls with fewer than 16
+// rows still have their own.
 //
-// While the tiles are busy, the vector units are idle and most of the core's ports too. run() calls `meanwhile` at
-// every step, see gemm().
+// The configuration belongs to the thread: release() gives the tiles back. Between the first run() of a region and
+// release(), code that configures tiles itself (oneDNN) may run on the thread only if forget() follows.
+//
+// While the tiles are busy, the vector units are idle. run() calls meanwhile(step) at every step, see gemm_beside(); it
+// must not write what run() reads.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -43,10 +44,7 @@ inline thread_local int configured_rows = 0;
 // GCC's tile intrinsics do not tell the compiler which memory they read.
 TRMFAST_INLINE void finish_stores() { asm volatile("" ::: "memory"); }
 
-// For products of `rows` rows.
-TRMFAST_INLINE void configure_tiles(int rows) {
-  const int tile_rows = rows < kTileHeight ? rows : kTileHeight;
-  if (tile_rows == configured_rows) return;
+__attribute__((noinline)) inline void load_configuration(int tile_rows) {
   struct alignas(64) {
     uint8_t palette, start_row, reserved[14];
     uint16_t column_bytes[16];
@@ -60,6 +58,12 @@ TRMFAST_INLINE void configure_tiles(int rows) {
   finish_stores();
   _tile_loadconfig(&config);
   configured_rows = tile_rows;
+}
+
+// For products of `rows` rows.
+TRMFAST_INLINE void configure_tiles(int rows) {
+  const int tile_rows = rows < kTileHeight ? rows : kTileHeight;
+  if (tile_rows != configured_rows) load_configuration(tile_rows);
 }
 
 template <>
@@ -89,6 +93,8 @@ struct Dot<bf16> {
     finish_stores();
     four_tiles(a, a + kTileHeight * lda, lda * 2, b, depth, upper, lower, ldc * 4, accumulate, next, meanwhile);
   }
+
+  static void forget() { configured_rows = 0; }
 
   static void release() {
     if (configured_rows != 0) _tile_release();

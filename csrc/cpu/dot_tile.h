@@ -88,6 +88,7 @@ struct TileDot {
   }
 
   // Tile hardware keeps state between calls; this kernel has none.
+  static void forget() {}
   static void release() {}
 
 private:

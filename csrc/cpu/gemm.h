@@ -1,5 +1,6 @@
 // The schedule of a product: activations [rows, depth] times packed panels.  One panel (32 columns, 32 KB in bf16 at
-// depth 512) stays in L1 while all row tiles stream past it; the epilogue takes every finished 32-wide tile from L1.
+// depth 512) stays in L1 while all row tiles stream past it; the epilogue takes every finished 32-wide tile from L1, or
+// with AMX and deep panels from L2.
 #pragma once
 
 #include "pack.h"
@@ -45,13 +46,13 @@ template <class T> constexpr long tile_floats(int rows) {
          kPanel;
 }
 
-// gemm() where matrix and vector units work beside each other (AMX).  A core that has to finish an epilogue first gets
-// to the next product late, since instructions wait in order; so the epilogue of a tile is dealt out over the steps of
-// the next tile's product.  A deep panel is taken in parts that stay in L1, with the sums of all row tiles in
-// `scratch`, tile_floats<T>().
+// gemm() where matrix and vector units work beside each other (AMX).  An epilogue has more instructions than the core
+// looks ahead, so a product behind it starts late.  Therefore it is dealt out over the steps of the next tile's
+// product: it gets a tile's rows in pieces, and must not write what that product reads.  A deep panel is taken in parts
+// that stay in L1, with the sums of all row tiles in `scratch`, tile_floats<T>().
 //
 // product(row, rows, panel, from, depth, tile, next, meanwhile): tile (+)= rows row.. times a panel, over the depths
-// `from` to from + depth; it adds unless that is the panel's beginning, and calls meanwhile(step) at every step.
+// `from` to from + depth; it adds unless `from` is 0, and calls meanwhile(step) at every step.
 template <class T, class Product, class Epilogue>
 void gemm_beside(const Team& team, int rows, const T* panels, int depth, int columns, float* scratch, Product&& product,
                  Epilogue&& epilogue) {
@@ -95,19 +96,19 @@ void gemm(const Team& team, const T* a, long a_stride, int rows, const T* panels
                   c, kPanel, from > 0, next, meanwhile);
     };
     gemm_beside(team, rows, panels, depth, columns, tile, product, epilogue);
-    return;
-  }
-  const RowTiles<Dot<T>> tiles(rows);
-  const int padded = padded_depth<T>(depth);
-  const long elements = panel_elements<T>(depth), share = elements / tiles.count;
-  const Range range = team.split(ceil_div(columns, kPanel));
-  for (int p = range.begin; p < range.end && !team.stopped(); ++p) {
-    const T* panel = panels + p * elements;
-    for (int i = 0; i < tiles.count; ++i) {
-      const int row = tiles.begin(i), n = tiles.size(i);
-      const Prefetch next{panel + elements + i * share, share * static_cast<long>(sizeof(T))};
-      multiply(a + row * a_stride, a_stride, panel, padded, n, tile, kPanel, next);
-      epilogue(row, n, p, tile);
+  } else {
+    const RowTiles<Dot<T>> tiles(rows);
+    const int padded = padded_depth<T>(depth);
+    const long elements = panel_elements<T>(depth), share = elements / tiles.count;
+    const Range range = team.split(ceil_div(columns, kPanel));
+    for (int p = range.begin; p < range.end && !team.stopped(); ++p) {
+      const T* panel = panels + p * elements;
+      for (int i = 0; i < tiles.count; ++i) {
+        const int row = tiles.begin(i), n = tiles.size(i);
+        const Prefetch next{panel + elements + i * share, share * static_cast<long>(sizeof(T))};
+        multiply(a + row * a_stride, a_stride, panel, padded, n, tile, kPanel, next);
+        epilogue(row, n, p, tile);
+      }
     }
   }
 }

@@ -37,19 +37,19 @@ void gemm(const Team& team, const Int8Operand& a, int rows, const Int8Matrix& we
       epilogue(row, n, p, c);
     };
     gemm_beside(team, rows, weights.panels, depth, columns, tile, product, finish);
-    return;
-  }
-  const RowTiles<Dot<int8_t>> tiles(rows);
-  const int padded = padded_depth<int8_t>(depth);
-  const long bytes = panel_elements<int8_t>(depth), share = bytes / tiles.count;
-  const Range range = team.split(ceil_div(columns, kPanel));
-  for (int p = range.begin; p < range.end && !team.stopped(); ++p) {
-    const int8_t* panel = weights.panels + p * bytes;
-    for (int i = 0; i < tiles.count; ++i) {
-      const int row = tiles.begin(i), n = tiles.size(i);
-      Product::run(a.q + row * a.stride, a.stride, panel, padded, n, weights.starts + p * kPanel,
-                   {a.scales + row, weights.scales + p * kPanel}, tile, kPanel, {panel + bytes + i * share, share});
-      epilogue(row, n, p, tile);
+  } else {
+    const RowTiles<Dot<int8_t>> tiles(rows);
+    const int padded = padded_depth<int8_t>(depth);
+    const long bytes = panel_elements<int8_t>(depth), share = bytes / tiles.count;
+    const Range range = team.split(ceil_div(columns, kPanel));
+    for (int p = range.begin; p < range.end && !team.stopped(); ++p) {
+      const int8_t* panel = weights.panels + p * bytes;
+      for (int i = 0; i < tiles.count; ++i) {
+        const int row = tiles.begin(i), n = tiles.size(i);
+        Product::run(a.q + row * a.stride, a.stride, panel, padded, n, weights.starts + p * kPanel,
+                     {a.scales + row, weights.scales + p * kPanel}, tile, kPanel, {panel + bytes + i * share, share});
+        epilogue(row, n, p, tile);
+      }
     }
   }
 }

@@ -20,6 +20,9 @@ public:
   bool stopped(bool caller);
   // Called by the calling thread.
   void begin_phase(const char* name);
+  // Whether `stop` or `phase` was called since the last query, by the calling thread: code that may have used the AMX
+  // tiles.
+  bool called_out();
   // Called once every thread has left.
   void end();
 
@@ -32,6 +35,7 @@ private:
   int checks_left_;
   std::chrono::steady_clock::time_point last_look_, last_asked_;
   std::atomic<bool> stopped_;
+  bool called_out_; // touched by the calling thread alone
 };
 
 } // namespace trmfast

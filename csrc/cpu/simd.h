@@ -300,7 +300,8 @@ TRMFAST_INLINE vf exp2_for_bf16(vf v) {
   vf p = broadcast(0x1.3f96a4p-4f);
   p = fma(p, r, broadcast(0x1.cefc4cp-3f));
   p = fma(p, r, broadcast(0x1.64444ap-1f));
-  return scale_by_power(fma(p, r, broadcast(0x1.fff632p-1f)), v);
+  p = fma(p, r, broadcast(0x1.fff632p-1f));
+  return (vf)_mm512_maskz_scalef_ps(kAll, (__m512)p, (__m512)v);
 #else
   v = max(broadcast(-150.0f), v); // the constant first: NaN passes through
   v = min(broadcast(129.0f), v);

@@ -5,6 +5,7 @@
 // every barrier.  A team leaves a program only on the result of sync(), which is the same for all its threads.
 #pragma once
 
+#include "dot.h"
 #include "engine.h"
 #include "layout.h"
 #include "monitor.h"
@@ -23,11 +24,18 @@ struct Team {
   Monitor* monitor; // or null
   bool caller;      // this is the calling thread
 
-  bool stopped() const { return monitor && monitor->stopped(caller); }
+  bool stopped() const {
+    if (!monitor) return false;
+    const bool stop = monitor->stopped(caller);
+    if (caller && monitor->called_out()) Dot<bf16>::forget();
+    return stop;
+  }
   // Whether to continue: false if any thread of the team has seen the stop.
   bool sync() const { return size > 1 ? barrier->wait(size, !stopped()) : !stopped(); }
   void begin(const char* phase) const {
-    if (monitor && caller) monitor->begin_phase(phase);
+    if (!monitor || !caller) return;
+    monitor->begin_phase(phase);
+    if (monitor->called_out()) Dot<bf16>::forget();
   }
   Range split(int items) const {
     return {static_cast<int>(static_cast<long>(items) * rank / size),
@@ -59,15 +67,15 @@ struct RestTeam {
 // The row tiles of a product.  Equal ones where the time of a tile goes with its rows: 97 rows in tiles of at most 14
 // are 7 tiles of 13 or 14, not 6 and a rest.  Where it goes with whole pieces of kWholeRows, whole tiles and a rest: 97
 // are 3 of 32 and 1 of 1.  Such a rest is multiplied together with `lead` rows before it, which makes a piece whole.
-template <class Dot> struct RowTiles {
-  static constexpr bool kEqual = Dot::kWholeRows == 1;
+template <class Kernel> struct RowTiles {
+  static constexpr bool kEqual = Kernel::kWholeRows == 1;
   int rows, count;
-  explicit RowTiles(int rows) : rows(rows), count(ceil_div(rows, Dot::kRows)) {}
+  explicit RowTiles(int rows) : rows(rows), count(ceil_div(rows, Kernel::kRows)) {}
   int begin(int tile) const {
-    return kEqual ? static_cast<int>(static_cast<long>(rows) * tile / count) : smaller(rows, tile * Dot::kRows);
+    return kEqual ? static_cast<int>(static_cast<long>(rows) * tile / count) : smaller(rows, tile * Kernel::kRows);
   }
   int size(int tile) const { return begin(tile + 1) - begin(tile); }
-  int lead(int tile) const { return kEqual ? 0 : larger(0, smaller(begin(tile), Dot::kWholeRows - size(tile))); }
+  int lead(int tile) const { return kEqual ? 0 : larger(0, smaller(begin(tile), Kernel::kWholeRows - size(tile))); }
 };
 
 } // namespace TRMFAST_NAMESPACE

@@ -16,9 +16,14 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Outputs of a block.  AMX multiplies 64 x 32 in less time than L3 takes to deliver the chunk of the panel: 256 use it
-// four times as often, and their dy (0.4 MB for 776 tokens) still stays in L2.
+// Most outputs of a block.  AMX multiplies 64 x 32 in less time than L3 takes to deliver the chunk of the panel: 256
+// use it four times as often.
 template <class T> constexpr int gradient_rows() { return Dot<T>::kWholeRows > 1 ? 256 : 64; }
+// As many of them as leave most of L2 to other data: 256 for 776 tokens, in bf16 0.4 MB.
+template <class T> int gradient_rows(long depth) {
+  const int fit = static_cast<int>((512L << 10) / (static_cast<long>(sizeof(T)) * depth)) / 64 * 64;
+  return smaller(gradient_rows<T>(), larger(64, fit));
+}
 constexpr int kGradientChunk = 512;
 
 // tiles += sums, n x 32
@@ -50,21 +55,23 @@ template <class T> struct TokenChunks {
 };
 
 template <class T> struct WeightGradientScratch {
-  T* rows;      // dy^T of a block, [gradient_rows, stride]
-  float* tiles; // [gradient_rows, 32]
+  int most;     // outputs of a block
+  T* rows;      // dy^T of a block, [most, stride]
+  float* tiles; // [most, 32]
   float* sums;  // of one chunk, [kRows, 32]
   long stride;
 
   // depth: TokenChunks::depth of a full store
   WeightGradientScratch(Arena& arena, long depth)
-      : rows(arena.take<T>(gradient_rows<T>() * row_stride(static_cast<int>(depth)))),
-        tiles(arena.take<float>(gradient_rows<T>() * kPanel)), sums(arena.take<float>(Dot<T>::kRows * kPanel)),
+      : most(gradient_rows<T>(depth)), rows(arena.take<T>(most * row_stride(static_cast<int>(depth)))),
+        tiles(arena.take<float>(static_cast<long>(most) * kPanel)), sums(arena.take<float>(Dot<T>::kRows * kPanel)),
         stride(row_stride(static_cast<int>(depth))) {}
 };
 
-// Fewer where threads would have nothing to do.
-template <class T> int rows_of_block(const Team& team, int outputs) {
-  return smaller(gradient_rows<T>(), round_up(ceil_div(outputs, team.size), 64));
+// Outputs of a block, so that threads have equally many blocks.
+inline int rows_of_block(const Team& team, int outputs, int most) {
+  const int blocks = team.size * ceil_div(outputs, team.size * most);
+  return round_up(ceil_div(outputs, blocks), 64);
 }
 
 // A gradient [outputs, inputs] in f32; `fresh`: nothing has been written yet, so the first sum is stored, not added.
@@ -81,10 +88,10 @@ template <class T> struct BlockRows {
   template <class RowOf> BlockRows(int first, int count, RowOf row_of) : count(count) {
     for (int r = 0; r < count; ++r) of[r] = row_of(first + r);
   }
-  // Whether outputs r to r + 15 are 16 consecutive rows.
-  bool consecutive(int r) const {
-    if (r + 16 > count || of[r] < 0) return false;
-    for (int i = 1; i < 16; ++i)
+  // Whether outputs r to r + n - 1 are n consecutive rows.
+  bool consecutive(int r, int n) const {
+    if (r + n > count || of[r] < 0) return false;
+    for (int i = 1; i < n; ++i)
       if (of[r + i] != of[r] + i) return false;
     return true;
   }
@@ -134,8 +141,9 @@ void multiply_chunks(int n, int chunks, bool fresh, long left_stride, const Weig
     }
 }
 
-// add_chunks() on AMX, which adds 32 depths before it rounds to f32: it needs no sums of chunks, and its tiles load and
-// store the gradient in its place where 16 outputs are 16 consecutive rows.  The lines of the next panel's columns,
+// add_chunks() on AMX, which sums 32 depths before it adds them, so that a chain over all tokens has a 32nd of the
+// additions: it needs no sums of chunks.  Its tiles load and store the gradient in its place where 16 outputs are 16
+// consecutive rows.  The lines of the next panel's columns,
 // which would come from L3 one row at a time, are fetched meanwhile.
 template <class T, class Left, class Right, class Depth>
 void add_chunks_in_place(const BlockRows<T>& rows, int c, int columns, const Gradient& grad, int chunks,
@@ -146,7 +154,8 @@ void add_chunks_in_place(const BlockRows<T>& rows, int c, int columns, const Gra
   for (int chunk = 0; chunk < chunks; ++chunk)
     for (int i = 0; i < count; ++i) {
       const int r = i * kTile, n = smaller(kTile, rows.count - r);
-      const bool in_place = c + kPanel <= columns && rows.consecutive(r) && rows.consecutive(r + kHalfRows);
+      const bool in_place =
+          c + kPanel <= columns && rows.consecutive(r, kHalfRows) && rows.consecutive(r + kHalfRows, kHalfRows);
       const T *from = left(chunk) + r * left_stride, *panel = right(chunk);
       const long elements = static_cast<long>(depth(chunk)) * kPanel, share = elements / count;
       const Prefetch next{panel + elements + i * share, share * static_cast<long>(sizeof(T))};
@@ -177,11 +186,11 @@ void add_chunks(const BlockRows<T>& rows, int c, int columns, const Gradient& gr
                 const WeightGradientScratch<T>& scratch, Left left, Right right, Depth depth) {
   if constexpr (Dot<T>::kWholeRows > 1) {
     add_chunks_in_place(rows, c, columns, grad, chunks, left_stride, scratch, left, right, depth);
-    return;
+  } else {
+    load_gradient(rows, 0, rows.count, c, columns, scratch.tiles, grad);
+    multiply_chunks(rows.count, chunks, grad.fresh, left_stride, scratch, left, right, depth);
+    store_gradient(rows, 0, rows.count, c, columns, scratch.tiles, grad);
   }
-  load_gradient(rows, 0, rows.count, c, columns, scratch.tiles, grad);
-  multiply_chunks(rows.count, chunks, grad.fresh, left_stride, scratch, left, right, depth);
-  store_gradient(rows, 0, rows.count, c, columns, scratch.tiles, grad);
 }
 
 // dy: [tokens, outputs] in packed order, x: [tokens, inputs]; row_of(n) is the weight's row of packed output n, or -1.
@@ -199,7 +208,7 @@ void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs,
                 smaller(kPanel, inputs - p * kPanel),
                 panels + p * elements + static_cast<long>(g) * chunks.padded * kPanel);
   team.sync();
-  const int most = rows_of_block<T>(team, outputs);
+  const int most = rows_of_block(team, outputs, scratch.most);
   const Range blocks = team.split(ceil_div(outputs, most));
   for (int block = blocks.begin; block < blocks.end && !team.stopped(); ++block) {
     const int first = block * most, n = smaller(most, outputs - first);
@@ -232,7 +241,7 @@ void sequence_weight_gradient(const Team& team, const T* dy, int outputs, const 
                     panels + item * elements);
   }
   team.sync();
-  const int most = rows_of_block<T>(team, outputs);
+  const int most = rows_of_block(team, outputs, scratch.most);
   const Range blocks = team.split(ceil_div(outputs, most));
   for (int block = blocks.begin; block < blocks.end && !team.stopped(); ++block) {
     const int first = block * most;

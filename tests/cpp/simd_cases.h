@@ -148,8 +148,8 @@ template <class T> void sigmoid_and_silu_accuracy(double sigmoid_error, double s
 
 void sigmoid_and_silu_accuracy() {
   sigmoid_and_silu_accuracy<float>(4, 4);
-  // exp2_for_bf16, and its argument -87 log2(e) rounded to f32: half a unit of 2^-17, times ln 2.
-  constexpr double kExponential = 7.5e-5 + 0x1p-18 * 0.7 + 0x1p-20;
+  // exp2_for_bf16 of v log2(e), |v| up to 87: the rounding of that product, half a unit of 2^-17, and that of log2(e).
+  constexpr double kExponential = 7.5e-5 + (0x1p-18 + 126 * 0x1p-26) * 0.7;
   sigmoid_and_silu_accuracy<bf16>(kExponential * kRelative, (kExponential + 0x1p-14) * kRelative);
 }
 
