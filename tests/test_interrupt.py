@@ -31,12 +31,12 @@ from trmfast.cases import make_case, make_inputs
 
 torch.set_num_threads(2)
 
-def prepare(updates, batch, length, mixer):
+def prepare(updates, batch, length, mixer, dtype=torch.float32):
     case = make_case(
         "deep", "urm", H_cycles=1, L_cycles=updates, window="all", batch=batch, length=length, hidden_size=128,
         num_heads=2, intermediate_size=384, num_layers=1, token_mixer=mixer,
     )
-    inputs = make_inputs(case)
+    inputs = make_inputs(case, dtype)
     weights = [weight.requires_grad_() for weight in inputs.weights]
 
     def forward():
@@ -127,6 +127,21 @@ print(json.dumps([during, interrupted, torch.equal(results[0], expected)]))
 """
 )
 
+MULTIPLIES = (
+    PREPARE
+    + """
+torch.set_num_threads(1)
+inputs, weights, forward = prepare(210, 4, 97, "attention", torch.bfloat16)
+expected = forward()[0]
+square, handled = torch.ones(64, 64, dtype=torch.bfloat16), []
+signal.signal(signal.SIGALRM, lambda *_: handled.append(square @ square))
+signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+outputs = [forward()[0] for _ in range(3)]
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(json.dumps([bool(handled), all(torch.equal(output, expected) for output in outputs)]))
+"""
+)
+
 
 def run(program: str, *arguments: str) -> Any:
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
@@ -147,3 +162,8 @@ def test_a_call_is_interrupted_at_any_depth(depths: list[tuple[int, int, int, st
 def test_a_handler_that_returns_and_a_call_of_another_thread() -> None:
     """The handler runs during the call, which goes on; a worker's call ends while the main thread is interrupted."""
     assert run(HANDLED) == [True, True, True]
+
+
+def test_a_handler_that_multiplies_in_bfloat16() -> None:
+    """PyTorch's product configures the AMX tiles of the thread, whose own configuration is gone after it."""
+    assert run(MULTIPLIES) == [True, True]
