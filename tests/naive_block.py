@@ -88,7 +88,7 @@ def sees(block: BlockSpec, i: int, j: int) -> bool:
     return not block.attention_window or abs(i - j) < block.attention_window
 
 
-def attended(rows: list[Tensor], block: BlockSpec, w: dict[str, Tensor]) -> list[Tensor]:
+def attention(rows: list[Tensor], block: BlockSpec, w: dict[str, Tensor]) -> list[Tensor]:
     heads, kv, d = block.num_heads, block.num_kv_heads, block.head_dim
     packed = w["self_attn.qkv_proj.weight" if block.gate == "none" else "self_attn.gqkv_proj.weight"]
     gate_rows = {"none": 0, "channel": heads * d, "head": heads}[block.gate]
@@ -149,7 +149,7 @@ def naive_block(rows: list[Tensor], block: BlockSpec, w: dict[str, Tensor]) -> l
     def plus(these: list[Tensor], those: list[Tensor]) -> list[Tensor]:
         return [a + b for a, b in zip(these, those, strict=True)]
 
-    for mix in (attended, channels):
+    for mix in (attention, channels):
         if block.norm_placement == "post":
             rows = normed(plus(rows, mix(rows, block, w)))
         elif block.norm_placement == "pre":

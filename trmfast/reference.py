@@ -226,12 +226,12 @@ def residual(
     eps, first, last = block.rms_norm_eps, norm_weights[0], norm_weights[-1]
     if block.norm_placement == "post":
         return rms_norm(h + mix(h), eps, first)
-    mixed = mix(rms_norm(h, eps, first))
+    branch = mix(rms_norm(h, eps, first))
     if block.norm_placement == "pre":
-        return h + mixed
+        return h + branch
     if block.norm_placement == "sandwich":
-        return h + rms_norm(mixed, eps, last)
-    return rms_norm(h + mixed, eps, last)
+        return h + rms_norm(branch, eps, last)
+    return rms_norm(h + branch, eps, last)
 
 
 def run_net(
