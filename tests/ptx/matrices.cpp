@@ -29,31 +29,37 @@ template <int kMatrices, bool kTransposed> void ldmatrix(Warp& w, const Op& op, 
 
 float truncated(double x) {
   const float y = static_cast<float>(x);
-  return std::fabs(static_cast<double>(y)) > std::fabs(x) ? std::nextafter(y, 0.0f) : y;
+  const uint32_t too_far = std::fabs(static_cast<double>(y)) > std::fabs(x);
+  return from_bits<float>(to_bits(y) - too_far);
 }
 
 // d = a b + c with one rounding or, to show what a device may do, rounded to zero after every 8 (4) columns of a.
-template <int kDepth> void multiply(Warp& w, const Op& op, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+// Of c and d a lane has [g][2t, 2t+1], [g+8][same].
+template <int kDepth> void multiply(Warp& w, const Op& op, const float (&a)[16][kDepth], const double (&b)[kDepth][8]) {
   const int step = w.block->truncate_mma ? kDepth / 2 : kDepth;
   const uint32_t* c = op.src + op.num_src - 4;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    float found[4];
-    for (int v = 0; v < 4; ++v) {
-      const int row = lane / 4 + 8 * (v / 2), column = 2 * (lane % 4) + v % 2;
-      double sum = from_bits<float>(w.reg<uint32_t>(c[v])[lane]);
-      for (int first = 0; first < kDepth; first += step) {
-        for (int k = first; k < first + step; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-        if (w.block->truncate_mma) sum = truncated(sum);
-      }
-      found[v] = static_cast<float>(sum);
+  double sums[16][8];
+  for (int row = 0; row < 16; ++row)
+    for (int i = 0; i < 8; ++i)
+      sums[row][i] = from_bits<float>(w.reg<uint32_t>(c[row / 8 * 2 + i % 2])[row % 8 * 4 + i / 2]);
+  for (int row = 0; row < 16; ++row) {
+    double (&sum)[8] = sums[row];
+    for (int first = 0; first < kDepth; first += step) {
+      for (int k = first; k < first + step; ++k)
+        for (int i = 0; i < 8; ++i) sum[i] += a[row][k] * b[k][i];
+      if (w.block->truncate_mma)
+        for (double& one : sum) one = truncated(one);
     }
-    for (int v = 0; v < 4; ++v) w.reg<uint32_t>(op.dst[v])[lane] = to_bits(found[v]);
   }
+  for (int row = 0; row < 16; ++row)
+    for (int i = 0; i < 8; ++i)
+      w.reg<uint32_t>(op.dst[row / 8 * 2 + i % 2])[row % 8 * 4 + i / 2] = to_bits(static_cast<float>(sums[row][i]));
 }
 
 // m16n8k16.  a: [g][2t, 2t+1], [g+8][same], [g][2t+8, 2t+9], [g+8][same]; b: [2t, 2t+1][g], [2t+8, 2t+9][g].
 template <float (*kWiden)(uint16_t)> void mma_half(Warp& w, const Op& op, Mask) {
-  float a[16][16], b[16][8];
+  float a[16][16];
+  double b[16][8];
   for (int lane = 0; lane < kLanes; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int v = 0; v < 4; ++v) {
@@ -75,7 +81,8 @@ float tf32(uint32_t bits) { return from_bits<float>(bits & ~0x1fffu); } // the l
 
 // m16n8k8.  a: [g][t], [g+8][t], [g][t+4], [g+8][t+4]; b: [t][g], [t+4][g].
 void mma_tf32(Warp& w, const Op& op, Mask) {
-  float a[16][8], b[8][8];
+  float a[16][8];
+  double b[8][8];
   for (int lane = 0; lane < kLanes; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int v = 0; v < 4; ++v) a[g + 8 * (v % 2)][t + 4 * (v / 2)] = tf32(w.reg<uint32_t>(op.src[v])[lane]);

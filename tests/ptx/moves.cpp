@@ -6,8 +6,6 @@
 namespace trmfast {
 namespace ptx {
 
-float bf16_to_float(uint16_t bits) { return from_bits<float>(static_cast<uint32_t>(bits) << 16); }
-
 uint16_t float_to_bf16(float x) {
   const uint32_t bits = to_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;

@@ -179,7 +179,7 @@ template <class T, class F> Mask test(Warp& w, const Op& op, F f) {
 }
 
 // Conversions, round to nearest even; NaN becomes 0x7fff, as on the device.
-float bf16_to_float(uint16_t bits);
+inline float bf16_to_float(uint16_t bits) { return from_bits<float>(static_cast<uint32_t>(bits) << 16); }
 uint16_t float_to_bf16(float x);
 float f16_to_float(uint16_t bits);
 uint16_t float_to_f16(float x);
