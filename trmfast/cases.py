@@ -330,7 +330,7 @@ def _draw_segments(case: Case, generator: torch.Generator) -> Tensor:
     """Rows of up to three sequences, each with a prefix, which may be empty or all of it: int32 [B, L, 2]."""
     segments = torch.empty(case.batch, case.length, 2, dtype=torch.int32)
     for row in segments:
-        cuts = torch.randint(case.length, (2,), generator=generator).tolist()
+        cuts = torch.randint(max(case.length, 1), (2,), generator=generator).tolist()
         bounds = sorted({0, *cuts, case.length})
         for start, end in pairwise(bounds):
             row[start:end, 0] = start

@@ -4,6 +4,8 @@ The judge of numbers is the tolerance policy of trmfast/testing.py.  It needs se
 outside in the first draw is judged by the mean of five, and by the mean and the median of twenty others before it is
 called a failure: in fifty thousand problems the mean of five is outside by chance too, and where a norm's input comes
 close to zero (narrow widths, small eps) one draw in twenty decides a mean.  Everything else is equality of bits.
+
+A limit of docs/cpu.md is part of the policy: products of bf16 in hardware take denormal numbers for 0.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ from .trial import Trial, references, tensors_of
 from .variant import Variant, applied, run_engine
 
 __all__ = ["CHECKS", "Run", "Tally"]
+
+# Of bf16; what they lose of a denormal number (1.2e-38) reaches a result through sums and norms.
+FLUSHING_TARGETS = ("amx", "avx512_bf16")
+FLUSHED = 1e-34
 
 
 @dataclass
@@ -87,7 +93,7 @@ def policy(run: Run) -> list[str]:
         found = judged(name, fused, e, t)
         run.tally.tensors += 1
         run.tally.unjudged += found is None
-        if found is not None and not found.passed:
+        if found is not None and not found.passed and not _flushed(run, found):
             outside.append(name)
     if outside:
         wrong += _still_outside(run, outside)
@@ -112,11 +118,17 @@ def _still_outside(run: Run, names: list[str]) -> list[str]:
         if len(seeds) > 5:
             middle = {name: _median([draw[name] for draw in draws if name in draw]) for name in names}
             pooled = [c for c in pooled if not middle[c.name].passed]
-        worst = [f"{c} (mean of {len(seeds)} draws)" for c in pooled if not c.passed]
-        names = [c.name for c in pooled if not c.passed]
+        pooled = [c for c in pooled if not c.passed and not _flushed(run, c)]
+        worst = [f"{c} (mean of {len(seeds)} draws)" for c in pooled]
+        names = [c.name for c in pooled]
         if not names:
             return []
     return worst
+
+
+def _flushed(run: Run, found: Comparison) -> bool:
+    """Whether denormal numbers taken for 0 explain an error."""
+    return run.trial.dtype == "bfloat16" and run.variant.target in FLUSHING_TARGETS and found.error < FLUSHED
 
 
 def _median(draws: list[Comparison]) -> Comparison:
