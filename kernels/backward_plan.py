@@ -1,4 +1,5 @@
-"""From a recursion to launches, backward: updates in reverse, each recomputed from its saved input and differentiated.
+"""From a recursion to launches, backward: updates in reverse, each recomputed from its saved input, unless forward kept
+what backward reads, and differentiated.
 
 The blocks are in backward_block.py; the order of their kernels, and what each reads and writes, is in gradients.py.
 """
@@ -11,16 +12,17 @@ from dataclasses import dataclass
 import torch
 from trmfast.kernels.backward_block import BlockBackward, Targets, norm_kernel
 from trmfast.kernels.forward_block import is_plain, norm_names
-from trmfast.kernels.forward_plan import PlanWriter, Setting, forward_net, normed_values
+from trmfast.kernels.forward_plan import NetValues, PlanWriter, Setting, forward_net, normed_values
+from trmfast.kernels.kept_values import kept_buffers, kept_names, with_names
 from trmfast.kernels.norm_backward import norm_backward
 from trmfast.kernels.norm_weights import column_sums, unfold
-from trmfast.kernels.plan import Buffer, Plan
+from trmfast.kernels.plan import ALIGNMENT, Buffer, Plan
 from trmfast.kernels.rows import Rows, normed_sum
 from trmfast.kernels.weight_gradient import sum_splits
 
 from trmfast.problem import Problem
 
-__all__ = ["BackwardPlan", "backward_plan"]
+__all__ = ["BackwardPlan", "backward_plan", "pair_bytes"]
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,22 @@ class BackwardPlan:
 
 
 def backward_plan(
-    setting: Setting, needs_states: Sequence[bool], needs_x: bool, needs_weights: Sequence[bool]
+    setting: Setting, needs_states: Sequence[bool], needs_x: bool, needs_weights: Sequence[bool], keep: int = 0
 ) -> BackwardPlan:
     """The launches that differentiate a whole recursion.
 
     Args:
         setting: what the plan is for.
         needs_states, needs_x, needs_weights: which gradients are requested.
+        keep: as in :func:`forward_plan`.
     """
     problem, shape = setting.problem, setting.shape
     updates, part = tuple(problem.program.updates), problem.weight_slices
     writer = PlanWriter(setting)
     totals = WeightTotals(writer, needs_weights)
-    saved = Buffer("saved", (problem.num_grad_updates, *shape), setting.dtype)
+    saved = Buffer("saved", (problem.num_grad_updates - keep, *shape), setting.dtype)
+    kept = _kept_values(setting, keep)
+    kept_inputs = tuple(dict.fromkeys(buffer for _, buffers in kept for buffer in buffers))
     incoming = [Buffer(f"grad.{s}", shape, torch.float32) for s in range(len(problem.program.states))]
     grads: list[Buffer | None] = list(incoming)
     grad_x: Buffer | None = None
@@ -78,15 +83,60 @@ def backward_plan(
             if update.inject_x and needs_x:
                 targets.append((Buffer("grad_x", shape, torch.float32), grad_x is not None))
                 grad_x = targets[-1][0]
-        _differentiate(writer, totals, update.net, saved[slot], gradient, targets)
+        if slot < saved.shape[0]:
+            values = _values(writer, update.net, saved[slot])
+        else:
+            values, _ = kept[slot - saved.shape[0]]
+        _differentiate(writer, totals, update.net, values, gradient, targets)
     totals.finish()
     grad_states = tuple(g if need else None for g, need in zip(grads, needs_states, strict=True))
     grad_weights = tuple(totals.results.get(i) for i in range(problem.num_weights))
     results = (*grad_states, grad_x, *grad_weights)
     outputs = tuple(buffer for buffer in results if buffer is not None)
-    inputs = (saved, *incoming, *writer.constants)
-    plan = Plan(tuple(writer.launches), inputs, outputs, totals.zeros)
+    inputs = (*((saved,) if saved.numel else ()), *kept_inputs, *incoming, *writer.constants)
+    plan = Plan(tuple(writer.launches), inputs, outputs, totals.zeros, kept_inputs)
     return BackwardPlan(plan, grad_states, grad_x, grad_weights)
+
+
+def _values(writer: PlanWriter, net: int, saved: Buffer) -> NetValues:
+    """Writes the launches that compute an application of a network again, from its input [B, L, D]."""
+    return normed_values(writer, forward_net(writer, net, [saved], writer.state("layer"), keep=True))
+
+
+def _kept_values(setting: Setting, keep: int) -> list[tuple[NetValues, list[Buffer]]]:
+    """What the forward plan keeps: the values of its last updates with ``grad``, and their buffers in order."""
+    problem = setting.problem
+    nets = [update.net for update in problem.program.updates if update.grad]
+    made = {net: _net_values(setting, net) for net in dict.fromkeys(nets[len(nets) - keep :])}
+    found = []
+    for number, net in enumerate(nets[len(nets) - keep :]):
+        names = kept_names(problem.nets[net], made[net], number)
+        found.append((with_names(made[net], names), list(names.values())))
+    return found
+
+
+def _net_values(setting: Setting, net: int) -> NetValues:
+    """The values of a network, by a plan that is not used."""
+    writer = PlanWriter(setting)
+    return _values(writer, net, writer.state("input"))
+
+
+def pair_bytes(setting: Setting) -> int:
+    """At most so many bytes are kept of one update of one sequence, on any GPU.
+
+    Args:
+        setting: of one sequence.
+    """
+    most = 0
+    for number, net in enumerate(setting.problem.nets):
+        values = _net_values(setting, number)
+        sizes = [buffer.nbytes for buffer in kept_buffers(net, values)]
+        # Whether these exist depends on the GPU.
+        sizes += [
+            4 * net.block.num_heads * setting.length for block in values.blocks if block.lse is None and block.qkv
+        ]
+        most = max(most, sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+    return most
 
 
 def _wanted(
@@ -182,20 +232,19 @@ class WeightTotals:
 
 
 def _differentiate(
-    writer: PlanWriter, totals: WeightTotals, net: int, saved: Buffer, gradient: Buffer, targets: Targets
+    writer: PlanWriter, totals: WeightTotals, net: int, values: NetValues, gradient: Buffer, targets: Targets
 ) -> None:
-    """Writes the launches that recompute one application of a network and differentiate it.
+    """Writes the launches that differentiate one application of a network.
 
     Args:
         writer, totals: the plan.
         net: index of the network.
-        saved: its input [B, L, D].
+        values: what its forward pass left behind.
         gradient: of its output, [B, L, D] float32.
         targets: gradients of the sources of the input, and whether to add to them; none if its gradient is not needed.
     """
     problem = writer.setting.problem
     spec, part = problem.nets[net], problem.weight_slices[net]
-    values = normed_values(writer, forward_net(writer, net, [saved], writer.state("layer"), keep=True))
     blocks = [BlockBackward(writer, totals, net, layer, block) for layer, block in enumerate(values.blocks)]
     count = len(spec.block.weight_shapes)
     needed_below = [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from trmfast.kernels.configurations import Configuration, Sizes
 from trmfast.kernels.forward_block import BlockValues, BlockWeights, add_sum, forward_block, norm_names
+from trmfast.kernels.kept_values import kept_names
 from trmfast.kernels.mixer_mlp_t import padded_length
 from trmfast.kernels.norm_weights import fold
 from trmfast.kernels.plan import Buffer, Launch, Plan
@@ -252,15 +253,17 @@ def _norm_rows(
         writer.add("normed_rows", normed_rows, sources[some], outs[some], rstds[some])
 
 
-def forward_plan(setting: Setting, save: bool) -> Plan:
+def forward_plan(setting: Setting, save: bool, keep: int = 0) -> Plan:
     """The launches of a whole recursion.
 
     Inputs are ``states.s``, ``x``, ``weights.i``, the tables and ``segments``; outputs are ``out.s`` of every state
-    that an update writes, and, if ``save``, ``saved`` [G, B, L, D] with the summed input of every update with ``grad``.
+    that an update writes, and, if ``save``, ``saved`` [G, B, L, D] with the summed input of every update with ``grad``
+    but the last ``keep``, and what those keep.
 
     Args:
         setting: what the plan is for.
         save: whether inputs are saved for backward.
+        keep: of how many updates with ``grad``, from the last one on, the activations are kept.
     """
     problem, shape = setting.problem, setting.shape
     program = problem.program
@@ -271,20 +274,37 @@ def forward_plan(setting: Setting, save: bool) -> Plan:
     inputs = (*incoming, *((x,) if problem.uses_x else ()), *writer.constants)
     written = sorted({update.dst for update in program.counts()})
     out = {s: Buffer(f"out.{s}", shape, setting.dtype) for s in written}
-    saved = Buffer("saved", (problem.num_grad_updates, *shape), setting.dtype)
     save = save and problem.num_grad_updates > 0
+    saved = Buffer("saved", (problem.num_grad_updates - keep, *shape), setting.dtype)
+    names: dict[str, Buffer] = {}
     slot = 0
     for update in program.updates:
         terms = [current[s] for s in update.sources] + [Rows(x)] * update.inject_x
-        total = None
+        total, number = None, -1
         if save and update.grad:
-            total = saved[slot]
+            number = slot - saved.shape[0]
+            total = writer.state("total") if number >= 0 else saved[slot]
             slot += 1
         elif len(terms) > 1:
             total = writer.state("total")
-        # In place where the state is among the terms: the last launch of a network reads none of them.
-        current[update.dst] = forward_net(writer, update.net, terms, out[update.dst], total=total).output
-    scaled = [state for state in current if state.squares is not None]
-    _norm_rows(writer, scaled, [state.values for state in scaled])
-    outputs = (*out.values(), *((saved,) if save else ()))
-    return Plan(tuple(writer.launches), inputs, outputs)
+        if number >= 0:
+            values = forward_net(writer, update.net, terms, writer.state("output"), total=total, keep=True)
+            names.update(kept_names(problem.nets[update.net], normed_values(writer, values), number))
+            current[update.dst] = values.output
+        else:
+            # In place where the state is among the terms: the last launch of a network reads none of them.
+            current[update.dst] = forward_net(writer, update.net, terms, out[update.dst], total=total).output
+    _write_results(writer, {out[s]: current[s] for s in written})
+    kept = tuple(names.values())
+    launches = tuple(launch.moved(lambda buffer: names.get(buffer.name, buffer)) for launch in writer.launches)
+    outputs = (*out.values(), *((saved,) if save and saved.numel else ()), *kept)
+    return Plan(launches, inputs, outputs, kept=kept)
+
+
+def _write_results(writer: PlanWriter, results: Mapping[Buffer, Rows]) -> None:
+    """Writes the launches that leave each state in its output: a norm, a copy, or none."""
+    scaled = [out for out, state in results.items() if state.squares is not None]
+    _norm_rows(writer, [results[out] for out in scaled], scaled)
+    for out, state in results.items():
+        if state.squares is None and state.values != out:
+            add_sum(writer, [state], out, squares=False)

@@ -18,7 +18,20 @@ import torch
 from torch import Tensor
 from trmfast.kernels.assumptions import check_launch
 
-__all__ = ["Argument", "Buffer", "Call", "Launch", "Plan", "Tile", "map_buffers", "resolve", "run", "start"]
+__all__ = [
+    "ALIGNMENT",
+    "KEPT",
+    "Argument",
+    "Buffer",
+    "Call",
+    "Launch",
+    "Plan",
+    "Tile",
+    "map_buffers",
+    "resolve",
+    "run",
+    "start",
+]
 
 
 CHECK_LAUNCHES = os.environ.get("TRMFAST_CHECK_LAUNCHES") == "1"
@@ -154,6 +167,10 @@ class Launch:
             found += value if isinstance(value, tuple) else [value] if isinstance(value, Buffer) else []
         return found
 
+    def moved(self, function: Callable[[Buffer], Buffer]) -> Launch:
+        """The same launch over other buffers."""
+        return replace(self, arguments=tuple((name, map_buffers(function, value)) for name, value in self.arguments))
+
     @property
     def nbytes(self) -> int:
         """Bytes that the launch moves if each operand is read once and each result written once."""
@@ -183,12 +200,14 @@ class Plan:
         inputs: buffers that the caller fills before.
         outputs: buffers that the caller reads after; they may be inputs too.
         zeros: buffers that must be zero before the first launch.
+        kept: the outputs of a forward plan that are inputs of the backward plan, in an order that both have.
     """
 
     launches: tuple[Launch, ...]
     inputs: tuple[Buffer, ...] = ()
     outputs: tuple[Buffer, ...] = ()
     zeros: tuple[Buffer, ...] = ()
+    kept: tuple[Buffer, ...] = ()
 
     def __iter__(self) -> Iterator[Launch]:
         return iter(self.launches)
@@ -245,7 +264,10 @@ class Plan:
         return sum(size * dtype.itemsize for name, (size, dtype) in self.sizes().items() if name not in outside)
 
     def packed(self) -> Plan:
-        """The same plan with its scratch buffers in one allocation a dtype; buffers with disjoint lifetimes overlap."""
+        """The same plan with its scratch buffers in one allocation a dtype; buffers with disjoint lifetimes overlap.
+
+        So are those of ``kept``, one behind the other, in buffers named :data:`KEPT` and their dtype.
+        """
         outside = {buffer.name for buffer in (*self.inputs, *self.outputs, *self.zeros)}
         lives: dict[str, tuple[int, int]] = {}
         for i, launch in enumerate(self.launches):
@@ -257,9 +279,14 @@ class Plan:
         for dtype in {sizes[name][1] for name in lives}:
             arena = f"scratch.{dtype}".replace("torch.", "")
             names = [name for name in lives if sizes[name][1] == dtype]
-            step = _ALIGNMENT // dtype.itemsize
-            spans = [(-(-sizes[name][0] // step) * step, *lives[name]) for name in names]
+            spans = [(_aligned(sizes[name][0], dtype), *lives[name]) for name in names]
             places.update((name, (arena, at)) for name, at in zip(names, _place(spans), strict=True))
+        arenas: dict[torch.dtype, Buffer] = {}
+        for buffer in self.kept:
+            name, dtype = f"{KEPT}{buffer.dtype}".replace("torch.", ""), buffer.dtype
+            at = arenas[dtype].numel if dtype in arenas else 0
+            places[buffer.name] = name, at
+            arenas[dtype] = Buffer(name, (at + _aligned(buffer.numel, dtype),), dtype)
 
         def move(buffer: Buffer) -> Buffer:
             if buffer.name not in places:
@@ -267,14 +294,23 @@ class Plan:
             arena, at = places[buffer.name]
             return replace(buffer, name=arena, offset=at + buffer.offset)
 
-        launches = tuple(
-            replace(launch, arguments=tuple((name, map_buffers(move, value)) for name, value in launch.arguments))
-            for launch in self.launches
-        )
-        return replace(self, launches=launches)
+        def gathered(buffers: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+            rest = tuple(buffer for buffer in buffers if buffer not in kept)
+            return rest if len(rest) == len(buffers) else (*rest, *arenas.values())
+
+        kept = set(self.kept)
+        launches = tuple(launch.moved(move) for launch in self.launches)
+        return replace(self, launches=launches, inputs=gathered(self.inputs), outputs=gathered(self.outputs), kept=())
 
 
-_ALIGNMENT = 256
+KEPT = "kept."
+ALIGNMENT = 256
+
+
+def _aligned(elements: int, dtype: torch.dtype) -> int:
+    """Elements up to the next multiple of the alignment of buffers."""
+    step = ALIGNMENT // dtype.itemsize
+    return -(-elements // step) * step
 
 
 def map_buffers(function: Callable[[Buffer], Any], value: Argument) -> Any:

@@ -39,14 +39,16 @@ def plans(
     *,
     rope: bool = True,
     needs_states: bool = False,
+    keep: int = 0,
 ) -> tuple[Plan, Plan]:
     """The forward plan that saves, and the backward plan with the gradients of x and of all weights.
 
     Args:
         gpu, problem, batch, length, dtype, rope: as in :func:`setting_on`.
         needs_states: whether the incoming states need gradients; in training they come from a carry and do not.
+        keep: as in :func:`forward_plan`.
     """
     setting = setting_on(gpu, problem, batch, length, dtype, rope=rope)
     needs = [needs_states] * len(problem.program.states)
-    backward = backward_plan(setting, needs, problem.uses_x, [True] * problem.num_weights)
-    return forward_plan(setting, save=True).packed(), backward.plan.packed()
+    backward = backward_plan(setting, needs, problem.uses_x, [True] * problem.num_weights, keep)
+    return forward_plan(setting, True, keep).packed(), backward.plan.packed()

@@ -186,10 +186,10 @@ def _forward(
     cos, sin = _tables(problem, cos, sin, length, first.dtype)
     states = [state.contiguous() for state in states]
     x = x.contiguous() if x is not None and problem.uses_x else None
-    pairs, _ = kept_pairs(chosen, problem, first.dtype, batch, length, budget if save else 0)
+    pairs, size = kept_pairs(chosen, problem, first.dtype, batch, length, budget if save else 0)
     call = ForwardCall(problem, states, x, weights, cos, sin, save, pairs, int8, segments)
     out, saved, kept = chosen.forward(call)
-    return [t.contiguous() for t in out], saved, kept
+    return [t.contiguous() for t in out], saved, kept if pairs else kept.new_empty((0, size))
 
 
 def _forward_fake(

@@ -51,6 +51,10 @@ class Backend(Protocol):
     def pair_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
         """Bytes that activations of one update of one sequence take if forward keeps them; 0 if it never does."""
 
+    @property
+    def keeps_updates_whole(self) -> bool:
+        """Whether forward keeps an update of all sequences or of none."""
+
     def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """Runs the program.
 
@@ -133,6 +137,8 @@ def kept_pairs(
     if not 0 < size <= budget:
         return 0, 0
     pairs: int = torch.sym_min(problem.num_grad_updates * batch, budget // size)
+    if backend.keeps_updates_whole:
+        pairs = pairs // batch * batch
     return pairs, size
 
 

@@ -206,6 +206,7 @@ class CpuBackend:
     name = "cpu"
     device_types = ("cpu",)
     slow_device_types: tuple[str, ...] = ()
+    keeps_updates_whole = False
 
     def available(self) -> str | None:
         """None, or why there is no engine in this installation."""

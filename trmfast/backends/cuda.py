@@ -65,6 +65,7 @@ class CudaBackend:
     name = "cuda"
     device_types: tuple[str, ...] = ("cuda",)
     slow_device_types: tuple[str, ...] = ()
+    keeps_updates_whole = True
 
     def __init__(self) -> None:
         self._triton = TritonBackend()

@@ -153,8 +153,8 @@ class Graph:
         self.targets = [self.tensors[buffer.name].view(buffer.shape) for buffer in plan.inputs]
         self.sources = [buffer.of(self.tensors[buffer.name]) for buffer in plan.outputs]
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The plan's outputs by name, in new tensors; None if the graph was dropped meanwhile."""
+    def __call__(self, inputs: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The plan's outputs by name, in those of ``into`` or new tensors; None if the graph was dropped meanwhile."""
         with self.shared.lock:
             if self.graph is None:
                 return None
@@ -162,7 +162,8 @@ class Graph:
             try:
                 _copy(self.targets, [inputs[buffer.name] for buffer in self.plan.inputs])
                 self.graph.replay()
-                results = [torch.empty_like(source) for source in self.sources]
+                outputs = zip(self.plan.outputs, self.sources, strict=True)
+                results = [into[b.name] if b.name in into else torch.empty_like(source) for b, source in outputs]
                 _copy(results, self.sources)
             finally:  # also when there is no memory for the results
                 self.shared.done.record()

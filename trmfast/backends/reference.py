@@ -21,6 +21,7 @@ class ReferenceBackend:
     name = "reference"
     device_types: tuple[str, ...] = ()
     slow_device_types: tuple[str, ...] = ()
+    keeps_updates_whole = False
 
     def available(self) -> str | None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,7 @@ class TritonBackend:
 
     name = "triton"
     device_types = ("cuda",)
+    keeps_updates_whole = True
 
     @property
     def slow_device_types(self) -> tuple[str, ...]:
@@ -144,35 +145,66 @@ class TritonBackend:
         return False
 
     def pair_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
-        """0: it always recomputes."""
-        return 0
+        """Bytes of the activations of one update of one sequence, at most."""
+        return _pair_bytes(problem, dtype, length)
 
     def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """See :class:`trmfast.backends.Backend`."""
         first = call.states[0]
         setting = _setting(call.problem, first, call.cos is not None)
-        plan = _forward_plan(setting, call.save)
+        keep = call.keep // setting.batch
+        plan = _forward_plan(setting, call.save, keep)
         inputs: dict[str, Tensor] = {f"states.{s}": state for s, state in enumerate(call.states)}
         if call.x is not None:
             inputs["x"] = call.x
-        results = _run((setting, call.save), plan, {**inputs, **_constants(call)})
+        size = self.pair_bytes(call.problem, first.dtype, setting.length) if call.keep else 0
+        kept = torch.empty((call.keep, size), dtype=torch.uint8, device=first.device)
+        results = _run((setting, call.save, keep), plan, {**inputs, **_constants(call)}, _kept(plan.outputs, kept))
         # A state that no update writes is still the caller's tensor.
         out = [results[f"out.{s}"] if f"out.{s}" in results else state.clone() for s, state in enumerate(call.states)]
-        saved = results["saved"] if "saved" in results else first.new_empty((0, *first.shape))
-        return out, saved, first.new_empty((0, 0), dtype=torch.uint8)
+        saved = results.get("saved", first.new_empty((0, *first.shape)))
+        return out, saved, kept
 
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """See :class:`trmfast.backends.Backend`."""
         setting = _setting(call.problem, call.grad_states[0], call.cos is not None, call.saved.dtype)
-        key = (setting, tuple(call.needs_states), call.needs_x, tuple(call.needs_weights))
+        keep = _whole_updates(call, self.pair_bytes(call.problem, setting.dtype, setting.length), setting.batch)
+        key = (setting, tuple(call.needs_states), call.needs_x, tuple(call.needs_weights), keep)
         backward = _backward_plan(*key)
         inputs = {f"grad.{s}": gradient for s, gradient in enumerate(call.grad_states)}
-        results = _run(key, backward.plan, {"saved": call.saved, **inputs, **_constants(call)})
+        inputs.update(_kept(backward.plan.inputs, call.kept))
+        if call.saved.numel():
+            inputs["saved"] = call.saved
+        results = _run(key, backward.plan, {**inputs, **_constants(call)})
 
         def of(buffer: Buffer | None) -> Tensor | None:
             return None if buffer is None else results[buffer.name]
 
         return [of(g) for g in backward.grad_states], of(backward.grad_x), [of(g) for g in backward.grad_weights]
+
+
+def _whole_updates(call: BackwardCall, size: int, batch: int) -> int:
+    """The number of kept updates.
+
+    Raises:
+        ValueError: what is kept is not of this backend.
+    """
+    pairs, found = call.kept.shape
+    if pairs % batch or (pairs and found != size):
+        raise ValueError(f"kept: got {pairs} pairs of {found} bytes, accepted are multiples of {batch} pairs of {size}")
+    return pairs // batch
+
+
+def _kept(buffers: Sequence[Buffer], kept: Tensor) -> dict[str, Tensor]:
+    """The parts of the kept bytes that a plan has as buffers."""
+    from trmfast.kernels.plan import KEPT
+
+    flat, found, at = kept.view(-1), {}, 0
+    for buffer in buffers:
+        if buffer.name.startswith(KEPT):
+            found[buffer.name] = flat[at : at + buffer.nbytes].view(buffer.dtype)
+            at += buffer.nbytes
+    return found
 
 
 def _constants(call: ForwardCall | BackwardCall) -> dict[str, Tensor]:
@@ -239,19 +271,28 @@ def forward_setting(problem: Problem, device: torch.device, dtype: torch.dtype, 
 
 
 @lru_cache(maxsize=256)
-def _forward_plan(setting: Setting, save: bool) -> Plan:
+def _pair_bytes(problem: Problem, dtype: torch.dtype, length: int) -> int:
+    from trmfast.kernels.backward_plan import pair_bytes
+    from trmfast.kernels.configurations import INTERPRETER, Configuration
+    from trmfast.kernels.forward_plan import Setting
+
+    return pair_bytes(Setting(problem, 1, length, dtype, problem.rope_dim is not None, Configuration(INTERPRETER, 1)))
+
+
+@lru_cache(maxsize=256)
+def _forward_plan(setting: Setting, save: bool, keep: int = 0) -> Plan:
     from trmfast.kernels.forward_plan import forward_plan
 
-    return forward_plan(setting, save).packed()
+    return forward_plan(setting, save, keep).packed()
 
 
 @lru_cache(maxsize=256)
 def _backward_plan(
-    setting: Setting, needs_states: tuple[bool, ...], needs_x: bool, needs_weights: tuple[bool, ...]
+    setting: Setting, needs_states: tuple[bool, ...], needs_x: bool, needs_weights: tuple[bool, ...], keep: int = 0
 ) -> BackwardPlan:
     from trmfast.kernels.backward_plan import backward_plan
 
-    found = backward_plan(setting, needs_states, needs_x, needs_weights)
+    found = backward_plan(setting, needs_states, needs_x, needs_weights, keep)
     return replace(found, plan=found.plan.packed())
 
 
@@ -260,26 +301,30 @@ def _backward_plan(
 _graphs = Graphs()
 
 
-def _run(key: tuple[Any, ...], plan: Plan, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Runs the plan of a key; returns its outputs by name, in tensors of their own."""
-    device = next(iter(inputs.values())).device
+def _run(
+    key: tuple[Any, ...], plan: Plan, inputs: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Runs the plan of a key; returns its outputs by name, in tensors of their own or in those of ``into``."""
+    device, into = next(iter(inputs.values())).device, into or {}
     if device.type != "cuda":
-        return _run_eagerly(plan, inputs, device)
+        return _run_eagerly(plan, inputs, into, device)
     with torch.cuda.device(device):
         # While the caller captures a graph, the launches become part of it.
         if not torch.cuda.is_current_stream_capturing():
             graph = _graphs.get(key, plan, device, key[0].configuration.gpu)
-            results = None if graph is None else graph(inputs)
+            results = None if graph is None else graph(inputs, into)
             if results is not None:
                 return results
-        return _run_eagerly(plan, inputs, device)
+        return _run_eagerly(plan, inputs, into, device)
 
 
-def _run_eagerly(plan: Plan, inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def _run_eagerly(
+    plan: Plan, inputs: Mapping[str, Tensor], into: Mapping[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
     """Kernel by kernel on the current stream, over the caller's tensors and new ones."""
     from trmfast.kernels.plan import run
 
-    tensors = allocate(plan, device, skip=inputs)
+    tensors = {**allocate(plan, device, skip=[*inputs, *into]), **into}
     changed = {buffer.name for launch in plan for buffer in launch.buffers(launch.writes)}
     for buffer in plan.inputs:
         given = inputs[buffer.name]
