@@ -82,6 +82,7 @@ def run_case(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         seeds: int = 2,
         scale: float | None = None,
         tile: int | None = None,
+        recompute: bool = True,
     ) -> None:
         dtype, tf32 = MODES[mode]
         configuration = Configuration(ARCHITECTURE, fusion=fusion)
@@ -99,7 +100,7 @@ def run_case(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> Callable[..
             inputs = make_inputs(case, dtype, seed, weight_scale=weight_scale)
             with Tf32Products() if tf32 else nullcontext():
                 eager = run_eager(inputs)
-            found.append(compare_results(run_fused(inputs, "triton"), eager, run_truth(inputs)))
+            found.append(compare_results(run_fused(inputs, "triton", recompute=recompute), eager, run_truth(inputs)))
         require(pool(found))
 
     return run
@@ -150,6 +151,13 @@ SAMPLE = [
 @pytest.mark.parametrize("name, mode, fusion, schedule", SAMPLE, ids=str)
 def test_sample(run_case: Callable[..., None], name: str, mode: str, fusion: str, schedule: Schedule) -> None:
     run_case(next(case for case in CASES if case.name == name), mode, fusion, schedule)
+
+
+@pytest.mark.breadth
+@pytest.mark.parametrize("fusion", ["most", "least"])
+def test_kept_activations(run_case: Callable[..., None], fusion: str) -> None:
+    """Backward finds what forward kept in place of computing it again."""
+    run_case(small("kept", "hrm", window="all"), "bf16", fusion, SCHEDULES[1], recompute=False)
 
 
 @pytest.mark.grid

@@ -349,7 +349,7 @@ PLANTED: dict[str, tuple[Callable[[], None], list[tuple[str, str]]]] = {
     "a replay leaves no event": (on_many_streams, [("self.shared.done.record()", "pass")]),
     "results are the graph's own buffers": (
         on_many_streams,
-        [("[torch.empty_like(source) for source in self.sources]", "self.sources")],
+        [("torch.empty_like(source) for b, source", "source for b, source")],
     ),
     "buffers are freed under a replay": (
         dropped_while_it_runs,

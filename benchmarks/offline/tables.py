@@ -21,7 +21,7 @@ from trmfast.kernels.architectures import GPUS, Gpu
 from trmfast.kernels.configurations import LENGTH, ROW, TILES, Configuration
 from trmfast.kernels.forward_plan import Setting, forward_plan, weight_buffers
 from trmfast.kernels.persistent import GAIN, persistent_traffic
-from trmfast.kernels.plan import Launch, Plan
+from trmfast.kernels.plan import KEPT, Launch, Plan
 from trmfast.kernels.plans import plans, setting_on
 from trmfast.kernels.roofline import plan_time, program_bytes
 
@@ -42,6 +42,7 @@ BATCHES = {
     "hrm-arc": (1, 8, 96),
     "urm-arc": (1, 8, 96),
 }
+KEEPING = "training, all kept"
 CUDA_SHOWN = ("A100", "L40S", "RTX 4090", "H100")
 CUDA_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 768)
 # The published problems that the CUDA engine takes, and narrower ones.
@@ -57,9 +58,9 @@ def setting_of(case: Case, gpu: Gpu) -> Setting:
     return setting_on(gpu, case.problem, case.batch, case.length, torch.bfloat16, rope=case.rope)
 
 
-def plans_of(case: Case, gpu: Gpu) -> tuple[Plan, Plan]:
-    """The plans of a case in bf16."""
-    return plans(gpu, case.problem, case.batch, case.length, torch.bfloat16, rope=case.rope)
+def plans_of(case: Case, gpu: Gpu, keep: int = 0) -> tuple[Plan, Plan]:
+    """The plans of a case in bf16; ``keep`` as in :func:`forward_plan`."""
+    return plans(gpu, case.problem, case.batch, case.length, torch.bfloat16, rope=case.rope, keep=keep)
 
 
 # ---------------------------------------------------------------- the Triton backend
@@ -151,6 +152,7 @@ def roofline_section() -> list[str]:
             problem, length = case.problem, case.length
             useful = {"forward": forward_flops(problem, batch, length)}
             useful["training"] = useful["forward"] + 2 * window_flops(problem, batch, length)
+            useful[KEEPING] = useful["training"]
             cells = {
                 step: [modelled(sized, GPUS[name], step, flops) for name in SHOWN] for step, flops in useful.items()
             }
@@ -160,9 +162,35 @@ def roofline_section() -> list[str]:
 
 def modelled(case: Case, gpu: Gpu, step: str, flops: int) -> str:
     """Milliseconds, and the share of the tensor cores' peak by the published count of FLOP."""
-    forward, backward = plans_of(case, gpu)
-    seconds = plan_time(gpu, forward) + (plan_time(gpu, backward) if step == "training" else 0.0)
+    forward, backward = plans_of(case, gpu, case.problem.num_grad_updates if step == KEEPING else 0)
+    seconds = plan_time(gpu, forward) + (0.0 if step == "forward" else plan_time(gpu, backward))
     return f"{seconds * 1e3:.3g} ({flops / seconds / gpu.tensor_flops:.0%})"
+
+
+def kept_section() -> list[str]:
+    """What training keeps with ``recompute=False``, and what that buys by the model."""
+    shown = ("A100", "H100")
+    lines = [
+        "| problem | B | updates | KB a token | GB | scratch MB: recomputing | keeping "
+        f"| launches: recomputing | keeping | {' | '.join(f'{name}: time / recomputing' for name in shown)} |",
+        f"| --- |{' ---: |' * (8 + len(shown))}",
+    ]
+    for case in PUBLISHED:
+        updates = case.problem.num_grad_updates
+        for batch in BATCHES[case.name]:
+            sized = replace(case, batch=batch)
+            made = {name: [plans_of(sized, GPUS[name], keep) for keep in (0, updates)] for name in shown}
+            recomputing, keeping = made["H100"]
+            nbytes = sum(buffer.nbytes for buffer in keeping[0].outputs if buffer.name.startswith(KEPT))
+            times = [[sum(plan_time(GPUS[name], plan) for plan in both) for both in made[name]] for name in shown]
+            cells = (
+                *(case.name, batch, updates, f"{nbytes / batch / case.length / 1e3:.1f}", f"{nbytes / 1e9:.3g}"),
+                *(f"{max(plan.scratch_bytes for plan in both) / 1e6:.0f}" for both in (recomputing, keeping)),
+                *(sum(map(len, both)) for both in (recomputing, keeping)),
+                *(f"{after / before:.2f}" for before, after in times),
+            )
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def mixer_section() -> list[str]:
@@ -273,6 +301,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "launches": launches_section,
     "counts": counts_section,
     "roofline": roofline_section,
+    "kept": kept_section,
     "mixer": mixer_section,
     "fusion": fusion_section,
     "tiles": tiles_section,

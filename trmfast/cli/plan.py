@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trmfast.backends import BACKENDS, kept_pairs
+from trmfast.backends import BACKENDS, Backend, kept_pairs
 from trmfast.budget import Recompute, budget_of
 from trmfast.cases import PUBLISHED, SMALL, Case
 from trmfast.cli.console import UsageError, print_table
@@ -53,7 +53,12 @@ def describe(name: str, batch: int | None, dtype: str, gpu: str, recompute: Reco
     if batch is not None and batch < 1:
         raise UsageError(f"--batch: got {batch}, accepted are numbers >= 1")
     case = cases[name] if batch is None else replace(cases[name], batch=batch)
-    forward, backward = plans(GPUS[gpu], case.problem, case.batch, case.length, DTYPES[dtype], rope=case.rope)
+    window = _window(BACKENDS["triton"], case, DTYPES[dtype], recompute, None)
+    keep = window["kept_pairs"] // case.batch
+    sizes = (case.problem, case.batch, case.length, DTYPES[dtype])
+    forward, backward = plans(GPUS[gpu], *sizes, rope=case.rope, keep=keep)
+    cpu = BACKENDS["cpu"]
+    reason = cpu.available() or cpu.supports(case.problem, torch.device("cpu"), sizes[-1], case.batch, case.length)
     return {
         "problem": name,
         "batch": case.batch,
@@ -62,15 +67,16 @@ def describe(name: str, batch: int | None, dtype: str, gpu: str, recompute: Reco
         "gpu": gpu,
         "forward": _summary(forward, GPUS[gpu]),
         "backward": _summary(backward, GPUS[gpu]),
-        "window": _window(case, DTYPES[dtype], recompute),
+        "gpu_window": window,
+        "window": _window(cpu, case, DTYPES[dtype], recompute, reason),
     }
 
 
-def _window(case: Case, dtype: torch.dtype, recompute: Recompute) -> dict[str, Any]:
-    """What the CPU engine keeps of the gradient window for backward; ``reason``: why nothing."""
-    backend = BACKENDS["cpu"]
-    problem, device = case.problem, torch.device("cpu")
-    reason = backend.available() or backend.supports(problem, device, dtype, case.batch, case.length)
+def _window(
+    backend: Backend, case: Case, dtype: torch.dtype, recompute: Recompute, reason: str | None
+) -> dict[str, Any]:
+    """What a backend keeps of the gradient window for backward; ``reason``: why nothing."""
+    problem = case.problem
     size = 0 if reason else backend.pair_bytes(problem, dtype, case.length)
     pairs, _ = kept_pairs(backend, problem, dtype, case.batch, case.length, 0 if reason else budget_of(recompute))
     updates, tokens = problem.num_grad_updates, case.batch * case.length
@@ -131,16 +137,19 @@ def print_plan(record: dict[str, Any]) -> None:
 
 
 def _kept(record: dict[str, Any]) -> str:
-    window, tokens = record["window"], record["batch"] * record["length"]
-    begin = f"recompute={window['recompute']!r}: GPU backends compute the whole window again; the CPU engine"
-    if window["reason"]:
-        return f"{begin} does not run this: {window['reason']}"
-    return (
-        f"{begin} keeps the activations of {window['kept_pairs']} of {window['pairs']} (update, sequence) pairs, "
-        f"{window['kept_bytes'] / 1e6:.1f} of {window['all_bytes'] / 1e6:.1f} MB "
-        f"({window['kept_bytes'] / tokens:,.0f} of {window['all_bytes'] / tokens:,.0f} bytes a token), "
-        f"and {window['saved_bytes'] / 1e6:.1f} MB of summed inputs"
-    )
+    lines = [f"recompute={record['window']['recompute']!r}"]
+    tokens = record["batch"] * record["length"]
+    for name, window in (("GPU backends", record["gpu_window"]), ("the CPU engine", record["window"])):
+        if window["reason"]:
+            lines.append(f"  {name}: does not run this: {window['reason']}")
+            continue
+        lines.append(
+            f"  {name}: activations of {window['kept_pairs']} of {window['pairs']} (update, sequence) pairs, "
+            f"{window['kept_bytes'] / 1e6:.1f} of {window['all_bytes'] / 1e6:.1f} MB "
+            f"({window['kept_bytes'] / tokens:,.0f} of {window['all_bytes'] / tokens:,.0f} bytes a token), "
+            f"and {window['saved_bytes'] / 1e6:.1f} MB of summed inputs"
+        )
+    return "\n".join(lines)
 
 
 def _row(kernel: dict[str, Any]) -> list[str]:
