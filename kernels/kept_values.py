@@ -53,7 +53,7 @@ def kept_names(net: NetSpec, values: NetValues, number: int) -> dict[str, Buffer
 def with_names(value: T, names: dict[str, Buffer]) -> T:
     """Values with some of their buffers replaced, by name."""
     if isinstance(value, Buffer):
-        return names.get(value.name, value)  # type: ignore[return-value]
+        return names.get(value.name, value)
     if isinstance(value, tuple):
         return tuple(with_names(item, names) for item in value)  # type: ignore[return-value]
     if is_dataclass(value) and not isinstance(value, type):

@@ -181,6 +181,7 @@ def arithmetic() -> list[Case]:
         Case("mul.lo.s16", "h=hh", "s16 s16", each(lambda a, b: a * b, 16)),
         Case("mul.hi.u16", "h=hh", "u16 u16", each(lambda a, b: a * b >> 16, 16)),
         Case("mul.wide.u16", "r=hh", "u16 u16", each(lambda a, b: a * b)),
+        Case("mul.wide.s16", "r=hh", "s16 s16", each(lambda a, b: a * b)),
         Case("neg.s32", "r=r", "s32", each(lambda a: -a)),
         Case("neg.s64", "d=d", "s64", each(lambda a: -a, 64)),
         Case("abs.s32", "r=r", "s32", each(abs)),
@@ -201,9 +202,8 @@ def arithmetic() -> list[Case]:
             Case(f"shl.b{bits}", f"{letter}={letter}r", f"u{bits} shift", each(lambda a, b: a << b, bits)),
             Case(f"shr.u{bits}", f"{letter}={letter}r", f"u{bits} shift", each(lambda a, b: a >> b, bits)),
             Case(f"shr.b{bits}", f"{letter}={letter}r", f"u{bits} shift", each(lambda a, b: a >> b, bits)),
+            Case(f"shr.s{bits}", f"{letter}={letter}r", f"s{bits} shift", each(lambda a, b: a >> b, bits)),
         ]
-        if bits > 16:
-            found.append(Case(f"shr.s{bits}", f"{letter}={letter}r", f"s{bits} shift", each(lambda a, b: a >> b, bits)))
     return found
 
 
@@ -275,6 +275,7 @@ def floats() -> list[Case]:
         Case("cvt.rn.f32.u32", "r=r", "u32", lambda a: a.astype(np.float32)),
         Case("cvt.u16.u32", "h=r", "u32", each(lambda a: a, 16)),
         Case("cvt.u32.u16", "r=h", "u16", each(lambda a: a)),
+        Case("cvt.s16.s8", "h=h", "u16", each(lambda a: ((int(a) & 0xFF) ^ 0x80) - 0x80, 16)),
         Case("cvt.s32.s16", "r=h", "s16", each(lambda a: a)),
         Case("cvt.u32.u64", "r=d", "u64", each(lambda a: a)),
         Case("cvt.u64.u32", "d=r", "u32", each(lambda a: a, 64)),

@@ -160,8 +160,8 @@ def test_the_operator_and_its_fake_agree(budget: int) -> None:
     case = small("fake", num_layers=1)
     inputs = make_inputs(case, device=DEVICE)
     nets = [net.key for net in case.problem.nets]
-    arguments: list[Any] = [list(inputs.states), inputs.x, list(inputs.weights), inputs.cos, inputs.sin]
-    arguments += [case.problem.program.key, nets, "triton", True, budget]
+    tensors = (list(inputs.states), inputs.x, list(inputs.weights), inputs.cos, inputs.sin)
+    arguments = (*tensors, case.problem.program.key, nets, "triton", True, budget)
     torch.library.opcheck(torch.ops.trmfast.recursion.default, arguments, test_utils=["test_faketensor", "test_schema"])
 
 

@@ -139,6 +139,9 @@ void add_integers(Table& t) {
   t["mul.wide.u16"] = {{"r=hh", [](Warp& w, const Op& op, Mask m) {
                           map<u32, u16, u16>(w, op, m, [](u16 a, u16 b) { return u32(a) * b; });
                         }}};
+  t["mul.wide.s16"] = {{"r=hh", [](Warp& w, const Op& op, Mask m) {
+                          map<i32, i16, i16>(w, op, m, [](i16 a, i16 b) { return i32(a) * b; });
+                        }}};
   t["mul.hi.s32"] = {{"r=rr", BINARY(i32, static_cast<i64>(a) * b >> 32)}};
   t["mul.hi.u32"] = {{"r=rr", BINARY(u32, static_cast<u64>(a) * b >> 32)}};
   t["mul.wide.s32"] = {{"d=rr", [](Warp& w, const Op& op, Mask m) {
@@ -190,6 +193,7 @@ void add_integers(Table& t) {
   t["shr.u16"] = t["shr.b16"] = {{"h=hr", SHIFT(u16, shift_right(a, b))}};
   t["shr.u32"] = t["shr.b32"] = {{"r=rr", SHIFT(u32, shift_right(a, b))}};
   t["shr.u64"] = t["shr.b64"] = {{"d=dr", SHIFT(u64, shift_right(a, b))}};
+  t["shr.s16"] = {{"h=hr", SHIFT(i16, shift_right(a, b))}};
   t["shr.s32"] = {{"r=rr", SHIFT(i32, shift_right(a, b))}};
   t["shr.s64"] = {{"d=dr", SHIFT(i64, shift_right(a, b))}};
   t["bfe.s32"] = {{"r=rrr", TERNARY(i32, bit_field(a, static_cast<u32>(b), static_cast<u32>(c)))}};

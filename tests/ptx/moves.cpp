@@ -105,6 +105,7 @@ void add_moves(Table& t) {
 
   t["cvt.u16.u32"] = {{"h=r", CONVERT(uint16_t, uint32_t, a)}};
   t["cvt.u32.u16"] = {{"r=h", CONVERT(uint32_t, uint16_t, a)}};
+  t["cvt.s16.s8"] = {{"h=h", CONVERT(int16_t, uint16_t, static_cast<int8_t>(a & 0xff))}};
   t["cvt.s32.s16"] = {{"r=h", CONVERT(int32_t, int16_t, a)}};
   t["cvt.u32.u64"] = {{"r=d", CONVERT(uint32_t, uint64_t, a)}};
   t["cvt.u64.u32"] = {{"d=r", CONVERT(uint64_t, uint32_t, a)}};
