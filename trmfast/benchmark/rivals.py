@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trmfast.benchmark.eager import EagerRecursion
 from trmfast.benchmark.inference_rivals import MaxAutotune, OnnxRuntime, OpenVino
 from trmfast.benchmark.runner import Runner, Trained, descend, rope_tables
-from trmfast.budget import DEFAULT, Recompute
+from trmfast.budget import DEFAULT, Recompute, recompute_of
 from trmfast.cases import Inputs
 from trmfast.ops import recursion
 from trmfast.program import RecursionProgram
@@ -143,6 +143,9 @@ def in_order(names: Collection[str]) -> list[str]:
 
 def runner_of(name: str, dtype: torch.dtype) -> type[Runner]:
     """The implementation of that name, in a dtype of products."""
+    if name.startswith(_SETTING):
+        setting = recompute_of(name.removeprefix(_SETTING))
+        return type("FusedSetting", (Fused,), {"title": title_of(name), "steps": ("training",), "recompute": setting})
     return FusedInt8 if (name, dtype) == ("trmfast", torch.int8) else RIVALS[name]
 
 

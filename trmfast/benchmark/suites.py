@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trmfast.benchmark import gpu
+from trmfast.benchmark.rivals import implementation_of
 from trmfast.cases import Case, find_case, make_case
 
 __all__ = ["BOTH", "GPU_BATCHES", "SUITES", "Suite", "Work", "title"]
@@ -193,8 +194,11 @@ GPU_BATCHES = {
     "hrm-arc": (1, 8, 96),
     "urm-arc": (1, 8, 96),
 }
+GPU_RIVALS = (*TORCH, implementation_of(False))
 GPU_WORKS = tuple(
-    replace(_work(name, batches[place]), device="cuda") for place in range(3) for name, batches in GPU_BATCHES.items()
+    replace(_work(name, batches[place], rivals=GPU_RIVALS), device="cuda")
+    for place in range(3)
+    for name, batches in GPU_BATCHES.items()
 )
 
 LOOPED_WORKS = (_work("hrm-text-net", 2),)
