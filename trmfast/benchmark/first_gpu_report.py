@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trmfast.benchmark.rivals import TITLES
+from trmfast.benchmark.rivals import TITLES, is_ours
 from trmfast.benchmark.suites import title
 
 __all__ = ["markdown"]
@@ -119,13 +119,16 @@ def _speed(one: Found) -> list[Sequence[str]]:
     groups: dict[str, dict[str, Found]] = {}
     for row in one["rows"]:
         groups.setdefault(row["step"], {})[row["implementation"]] = row
-    for step, rows in groups.items():
-        fused, model = rows["trmfast"], one["modelled"][step]
+    ours = [(step, rows, name) for step, rows in groups.items() for name in rows if is_ours(name)]
+    for step, rows, name in ours:
+        fused, setting = rows[name], "" if name == "trmfast" else f", {name}"
+        model = one["modelled"][step if name == "trmfast" else name]
         times = [f"{rows[name]['seconds'] * 1e3:.3g}" if name in rows else "-" for name in ("eager", "compile")]
         eager = f"{rows['eager']['error']:.1e}" if "eager" in rows else "-"
         lines.append(
             (
-                *(f"{title(fused['case'])}, B={fused['batch']}", step, *times, f"{fused['seconds'] * 1e3:.3g}"),
+                *(f"{title(fused['case'])}, B={fused['batch']}", f"{step}{setting}"),
+                *(*times, f"{fused['seconds'] * 1e3:.3g}"),
                 *(f"{fused['ratio']:.2f}x", f"{fused['share']:.0%}", f"{model['seconds'] * 1e3:.3g}"),
                 *(f"{model['bytes'] / fused['seconds'] / 1e9:.0f}", f"{fused['error']:.1e} ({eager})"),
                 fused["verdict"].split(":")[0],

@@ -25,6 +25,7 @@ from trmfast.backends.graphs import HOST_LAUNCH
 from trmfast.benchmark import gpu, launches
 from trmfast.benchmark.measure import measure_works
 from trmfast.benchmark.recursions import prepare_work
+from trmfast.benchmark.rivals import is_ours
 from trmfast.benchmark.suites import GPU_BATCHES, SUITES, Work
 from trmfast.benchmark.turns import FEWEST_ROUNDS
 from trmfast.build_info import build_info
@@ -249,7 +250,7 @@ def speed(work: Work, options: Options) -> dict[str, Any]:
     prepared = prepare_work(work, _silent)
     seconds = ROUND_SECONDS * len(work.steps)
     rows = measure_works([prepared], seconds, _silent, visit_seconds=ROUND_SECONDS / FEWEST_ROUNDS)
-    failed = [row for row in rows if row.implementation == "trmfast" and row.verdict.startswith("fail")]
+    failed = [row for row in rows if is_ours(row.implementation) and row.verdict.startswith("fail")]
     return {
         "status": "fail" if failed else "pass",
         "rows": [asdict(row) for row in rows],

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from trmfast.backends import BACKENDS, cuda
+from trmfast.backends import BACKENDS, cuda, kept_pairs
 from trmfast.backends.triton import forward_setting
 from trmfast.benchmark.gpu import current, seconds_of
+from trmfast.benchmark.rivals import implementation_of
 from trmfast.benchmark.suites import Work
+from trmfast.budget import DEFAULT, Recompute, budget_of
 from trmfast.kernels.architectures import GPUS, Gpu
 from trmfast.kernels.backward_plan import backward_plan
 from trmfast.kernels.forward_plan import Setting, forward_plan
@@ -48,20 +50,33 @@ def seconds_of_launch(launch: Launch) -> float:
 
 
 def modelled(work: Work) -> dict[str, Any]:
-    """Seconds, launches and counted bytes of a problem's plans, by step."""
-    gpu, plans = _gpu(work), _plans(_setting(work))
-    parts = {"forward": plans[:1], "training": plans}
+    """Seconds, launches and bytes of each step by the model of time; of training with each setting that is measured."""
+    gpu, setting = _gpu(work), _setting(work)
+    found: dict[str, Any] = {"gpu": gpu.name}
+    if "forward" in work.steps:
+        found["forward"] = _amounts(gpu, [forward_plan(setting, save=False)])
+    if "training" in work.steps:
+        found["training"] = _amounts(gpu, _plans(setting, _keep(work, DEFAULT)))
+        everything = implementation_of(False)
+        if everything in work.rivals:
+            found[everything] = _amounts(gpu, _plans(setting, _keep(work, False)))
+    return found
+
+
+def _amounts(gpu: Gpu, parts: Sequence[Plan]) -> dict[str, float]:
     return {
-        "gpu": gpu.name,
-        **{
-            step: {
-                "seconds": sum(plan_time(gpu, plan) for plan in parts[step]),
-                "launches": sum(len(plan) for plan in parts[step]),
-                "bytes": sum(plan.nbytes for plan in parts[step]),
-            }
-            for step in work.steps
-        },
+        "seconds": sum(plan_time(gpu, plan) for plan in parts),
+        "launches": sum(len(plan) for plan in parts),
+        "bytes": sum(plan.nbytes for plan in parts),
     }
+
+
+def _keep(work: Work, recompute: Recompute) -> int:
+    """The updates that training keeps."""
+    case = work.case
+    sizes = (case.problem, work.dtype, case.batch, case.length)
+    pairs, _ = kept_pairs(BACKENDS["triton"], *sizes, budget_of(recompute))
+    return pairs // case.batch
 
 
 def engines(work: Work) -> dict[str, float]:
@@ -188,11 +203,11 @@ def _setting(work: Work) -> Setting:
     return forward_setting(case.problem, current(), work.dtype, case.batch, case.length)
 
 
-def _plans(setting: Setting) -> list[Plan]:
-    """Forward, which saves, and backward to x and the weights."""
+def _plans(setting: Setting, keep: int = 0) -> list[Plan]:
+    """Forward, which saves or keeps, and backward to x and the weights."""
     problem = setting.problem
     needs = [False] * len(problem.program.states), problem.uses_x, [True] * problem.num_weights
-    return [forward_plan(setting, save=True), backward_plan(setting, *needs).plan]
+    return [forward_plan(setting, True, keep), backward_plan(setting, *needs, keep).plan]
 
 
 def _gpu(work: Work) -> Gpu:
