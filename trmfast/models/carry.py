@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,5 +58,8 @@ class Carry:
 
 
 # torch.export needs the containers of inputs and outputs to be registered.
-for _carry in (InnerCarry, SingleZInnerCarry, Hier6InnerCarry, Carry):
-    torch.export.register_dataclass(_carry)
+with warnings.catch_warnings():
+    # PyTorch 2.6 warns of a function of its own that this calls.
+    warnings.filterwarnings("ignore", "`torch.utils._pytree._register_pytree_node` is deprecated", FutureWarning)
+    for _carry in (InnerCarry, SingleZInnerCarry, Hier6InnerCarry, Carry):
+        torch.export.register_dataclass(_carry)
