@@ -329,10 +329,13 @@ def test_functional_call_uses_the_given_weights() -> None:
 
 def test_autocast_keeps_the_dtype_of_the_carry() -> None:
     model, batch = make("trm", scale=0.5), make_batch("trm")
-    with torch.autocast("cpu", torch.bfloat16):
+    # PyTorch 2.6 remembers a cast that it made under no_grad and gives it to operations that want a gradient.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         expected = step(model, batch)
-        trmfast.accelerate(model)
+    trmfast.accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
         got = step(model, batch)
+    assert got.keys() == expected.keys()
     for key, value in got.items():
         assert value.dtype == expected[key].dtype, key
         assert (value - expected[key]).norm() <= 0.1 * expected[key].norm(), key

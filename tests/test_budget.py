@@ -56,6 +56,7 @@ SIZES: list[tuple[Recompute, int]] = [
     ("3KiB", 3072),
     ("0B", 0),
     ("999999999999GB", EVERYTHING),
+    (DEFAULT, budget_of(str(DEFAULT).lower())),
 ]
 
 

@@ -310,12 +310,13 @@ def test_compiles_whole_with_its_loss(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:A model attribute `inner.puzzle_emb.local_weights`")
-def test_exports() -> None:
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_exports(strict: bool) -> None:
     model, _ = make("trm")
     model.eval()
     batch = make_batch(1)
     carry = model.initial_carry(batch)
-    program = torch.export.export(model, (carry, batch))
+    program = torch.export.export(model, (carry, batch), strict=strict)
     calls = [node for node in program.graph.nodes if node.target is torch.ops.trmfast.recursion.default]
     assert len(calls) == 1
     exported_carry, exported = program.module()(carry, batch)

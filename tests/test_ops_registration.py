@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from operator_cases import call, forward_sample, leaves, tiny
 from trmfast.budget import EVERYTHING
-from trmfast.cases import Case, make_case, make_inputs
+from trmfast.cases import Case, Inputs, make_case, make_inputs
+from trmfast.reference import run_program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,6 +66,69 @@ def test_opcheck_forward_that_keeps_activations(case: Case, backend: str) -> Non
     # Without the checks that compare results: what is kept has gaps that nobody writes.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.trmfast.recursion.default, sample, test_utils=checks)
+
+
+# ---------------------------------------------------------------- calls that record nothing
+
+
+@contextmanager
+def frozen(inputs: Inputs) -> Iterator[list[Tensor]]:
+    yield list(inputs.weights)
+
+
+@contextmanager
+def without_grad(inputs: Inputs) -> Iterator[list[Tensor]]:
+    with torch.no_grad():
+        yield leaves(inputs.weights)
+
+
+@contextmanager
+def inference(inputs: Inputs) -> Iterator[list[Tensor]]:
+    with torch.inference_mode():
+        yield leaves(inputs.weights)
+
+
+@pytest.mark.parametrize("mode", [frozen, without_grad, inference])
+def test_a_call_that_records_nothing_passes_no_function_of_autograd(
+    mode: Callable[[Inputs], AbstractContextManager[list[Tensor]]],
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = make_inputs(tiny("trm", "all", hidden_size=32))
+    expected = run_program(inputs.problem, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin)
+    passed: list[Any] = []
+    monkeypatch.setattr("trmfast.autograd.refuse_tangents", passed.append)
+    with mode(inputs) as weights:
+        out = call(inputs, backend, weights=weights)
+        assert not any(state.requires_grad for state in out)
+        torch.testing.assert_close(out, expected)
+    assert not passed
+    call(inputs, backend, weights=leaves(inputs.weights))
+    assert passed
+
+
+@pytest.mark.parametrize("mode", [frozen, without_grad])
+def test_tracers_and_modes_see_a_call_that_records_nothing(
+    mode: Callable[[Inputs], AbstractContextManager[list[Tensor]]], backend: str
+) -> None:
+    inputs = make_inputs(tiny("trm", "all", hidden_size=32))
+    assert inputs.x is not None
+    expected = call(inputs, backend)
+    with mode(inputs) as weights:
+
+        def run(x: Tensor) -> tuple[Tensor, ...]:
+            return call(inputs, backend, x=x, weights=weights)
+
+        for before_autograd in (False, True):
+            graph = make_fx(run, pre_dispatch=before_autograd)(inputs.x)
+            assert [node.target for node in graph.graph.nodes].count(torch.ops.trmfast.recursion.default) == 1
+            torch.testing.assert_close(graph(inputs.x), expected)
+        torch.testing.assert_close(torch.func.functionalize(run)(inputs.x), expected)
+        with FlopCounterMode(display=False) as counter:
+            run(inputs.x)
+        assert counter.get_total_flops() > 0
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert [type(state) for state in run(fake.from_tensor(inputs.x))] == [FakeTensor] * len(expected)
 
 
 # ---------------------------------------------------------------- what is saved

@@ -10,6 +10,8 @@ Recompute: TypeAlias = bool | int | str
 """True: backward computes the gradient window again; False: nothing of it; else a number of bytes, or a size such as
 ``"256MB"``, that forward may keep."""
 
+_DEFAULT_BYTES = 24 * 10**6
+
 DEFAULT: Recompute = "24MB"
 """The reason for this size: docs/cpu.md, "Budget and measurements"."""
 
@@ -35,6 +37,8 @@ def budget_of(recompute: Recompute) -> int:
             return min(recompute, EVERYTHING)
     elif not isinstance(recompute, str):
         raise TypeError(_refusal(recompute))
+    elif recompute == DEFAULT:
+        return _DEFAULT_BYTES  # at once: nearly every call comes here
     else:
         # String methods and no regular expression: torch.compile traces this.
         for unit, size in _UNITS.items():

@@ -14,6 +14,7 @@ from trmfast.autograd import (
     batched_backward_of_autograd,
     recursion_with_autograd,
     refuse_double_backward,
+    run_below_autograd,
 )
 from trmfast.backends import BackwardCall, ForwardCall, kept_pairs, select
 from trmfast.budget import DEFAULT, Recompute, budget_of
@@ -127,10 +128,10 @@ def recursion(
     budget = budget_of(recompute)
     if _is_exporting():
         budget = 0  # the exporter cannot prove bounds of sizes that depend on a budget and a symbolic batch
-    net_keys = [net.key for net in nets]
-    out, _, _ = torch.ops.trmfast.recursion.default(
-        list(states), x, list(weights), cos, sin, program.key, net_keys, backend, save, budget, int8, segments
-    )
+    # Compilers and exporters trace the operator itself.
+    run = torch.ops.trmfast.recursion.default if save or torch.compiler.is_compiling() else run_below_autograd
+    keys = [net.key for net in nets]
+    out, _, _ = run(list(states), x, list(weights), cos, sin, program.key, keys, backend, save, budget, int8, segments)
     return tuple(out)
 
 

@@ -134,7 +134,7 @@ class ACTModel(nn.Module):
             latter, ``target_q_continue`` float32 [B].
         """
         check_carry("carry", carry, Carry, ("inner_carry", "steps", "halted", "current_data"))
-        check_carry("carry.inner_carry", carry.inner_carry, self.family.carry, self.inner.state_names)
+        check_carry("carry.inner_carry", carry.inner_carry, self.inner.family.carry, self.inner.state_names)
         self._check(batch, *carry.current_data)
         for key, old in carry.current_data.items():
             got = list(batch[key].shape)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch.export
 from torch import Tensor
+from torch.fx import _pytree as fx_pytree
 
-__all__ = ["Carry", "Hier6InnerCarry", "InnerCarry", "SingleZInnerCarry"]
+__all__ = ["Carry", "Hier6InnerCarry", "InnerCarry", "SingleZInnerCarry", "register_carry"]
 
 
 @dataclass
@@ -56,6 +58,18 @@ class Carry:
     current_data: dict[str, Tensor]
 
 
-# torch.export needs the containers of inputs and outputs to be registered.
+def register_carry(carry: type) -> None:
+    """Tells torch.export about a dataclass of inputs and outputs."""
+    with warnings.catch_warnings():
+        # PyTorch 2.6 warns of a function of its own that this calls.
+        warnings.filterwarnings("ignore", "`torch.utils._pytree._register_pytree_node` is deprecated", FutureWarning)
+        torch.export.register_dataclass(carry)
+    # PyTorch 2.6 leaves out what the module of an exported program needs to take one.
+    if carry not in fx_pytree.SUPPORTED_NODES:
+        fx_pytree.register_pytree_flatten_spec(
+            carry, lambda value, _: [getattr(value, field.name) for field in fields(value)]
+        )
+
+
 for _carry in (InnerCarry, SingleZInnerCarry, Hier6InnerCarry, Carry):
-    torch.export.register_dataclass(_carry)
+    register_carry(_carry)

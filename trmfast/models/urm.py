@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch.export
+import torch
 from torch import Tensor, nn
 
 from trmfast.architectures import ARCHITECTURES
 from trmfast.config import URMConfig
 from trmfast.layers import ConvSwiGLU
 from trmfast.models.act import ACTModel, check_carry
-from trmfast.models.carry import Carry
+from trmfast.models.carry import Carry, register_carry
 from trmfast.models.inner import Family
 from trmfast.nn import Block
 from trmfast.spec import NetSpec
@@ -37,8 +37,8 @@ class URMCarry:
     current_data: dict[str, Tensor]
 
 
-torch.export.register_dataclass(HiddenCarry)
-torch.export.register_dataclass(URMCarry)
+register_carry(HiddenCarry)
+register_carry(URMCarry)
 
 
 class Blocks(nn.ModuleList):
