@@ -191,7 +191,7 @@ INTERPRETED: dict[str, Tile] = {
     "attention_backward_queries": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_backward_keys_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_backward_queries_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
-    "weight_gradient": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
+    "weight_gradient": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "weight_gradient_t": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "sum_splits": Tile.of(BLOCK_N=1024),
     "conv_swiglu_backward": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
@@ -333,7 +333,11 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "swiglu_backward": {
         "16-bit": (_tile(8, 3, M=128, N=64, K=32), _tile(4, 3, M=64, N=32, K=64)),
-        _BIG: (_tile(8, 3, M=128, N=64, K=64), _tile(4, 3, M=64, N=32, K=64)),
+        "16-bit sm_80": (_tile(8, 3, M=128, N=64, K=64), _tile(4, 3, M=64, N=32, K=64)),
+        _HOPPER: (
+            *(_tile(8, 4, M=128, N=128, K=32), _tile(8, 3, M=128, N=64, K=64)),
+            _tile(4, 3, M=64, N=32, K=64),
+        ),
         "32-bit": (_tile(8, 2, M=64, N=64, K=16), _tile(4, 2, M=64, N=32, K=32)),
         "32-bit gfx942": (_tile(8, 2, M=64, N=64, K=32), _tile(4, 2, M=64, N=32, K=32)),
     },
@@ -345,6 +349,10 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "projection_backward": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
+        _HOPPER: (
+            *(_tile(8, 3, M=128, N=256, K=64), _tile(8, 3, M=128, N=128, K=64)),
+            *(_tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
+        ),
         "16-bit sm_120": (
             _tile(8, 3, M=128, N=128, K=64),
             _tile(4, 3, M=64, N=64, K=64),
@@ -397,10 +405,18 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "weight_gradient": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64)),
+        _HOPPER: (
+            *(_tile(8, 3, M=128, N=256, K=64), _tile(8, 3, M=128, N=128, K=64)),
+            _tile(4, 3, M=64, N=64, K=64),
+        ),
         "32-bit": (_tile(8, 2, M=64, N=64, K=32),),
     },
     "weight_gradient_t": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 2, M=64, N=64, K=32)),
+        _HOPPER: (
+            *(_tile(8, 3, M=128, N=256, K=64), _tile(8, 3, M=128, N=128, K=64)),
+            _tile(4, 2, M=64, N=64, K=32),
+        ),
         "32-bit": (_tile(4, 2, M=64, N=64, K=32),),
     },
     "sum_splits": {"16-bit": (_tile(4, 1, N=1024),), "32-bit": (_tile(4, 1, N=1024),)},
