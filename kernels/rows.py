@@ -128,7 +128,7 @@ def row_factors(
     for i in tl.static_range(len(PLACES)):
         if PLACES[i] >= 0:
             factor = row_factor(squares[PLACES[i]], first_row, rows, PARTS[i], WIDTH, EPS[i])
-            factors = factors + (factor,)  # noqa: RUF005 (Triton has no other way)
+            factors = factors + (factor,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no other way)
     return factors
 
 

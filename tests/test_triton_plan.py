@@ -160,7 +160,7 @@ def test_one_sudoku_is_not_limited_by_one_multiprocessor(name: str, gain: float)
 
 @pytest.mark.parametrize("name, batch, before", [("trm-sudoku-att", 768, 122.16e-3), ("trm-arc-att", 192, 228.19e-3)])
 def test_tiles_of_256_columns_shorten_training(name: str, batch: int, before: float) -> None:
-    """On an H100, with recomputation; before: products in tiles of 128 x 128, norms on whole rows, by the same model."""
+    """On an H100, with recomputation; before: tiles of 128 x 128 and norms on whole rows, by the same model."""
     case = replace(next(case for case in PUBLISHED if case.name == name), batch=batch)
     setting = setting_of(case, Configuration("sm_90"))
     needs = [False] * len(case.problem.program.states), True, [True] * case.problem.num_weights
