@@ -32,9 +32,8 @@ MAX_PRODUCTS = 4
 
 
 @triton.jit
-def _add(total, part, rows, first_column, OUT: tl.constexpr, IN: tl.constexpr):
-    """Adds a tile [rows, columns from ``first_column`` on] to the total [OUT, IN]."""
-    columns = first_column + tl.arange(0, part.shape[1])
+def _add(total, part, rows, columns, OUT: tl.constexpr, IN: tl.constexpr):
+    """Adds a tile [rows, columns] to the total [OUT, IN]."""
     at = total + rows[:, None] * IN + columns[None, :]
     mask = (rows < OUT)[:, None] & (columns < IN)[None, :]
     tl.store(at, tl.load(at, mask, 0.0) + part, mask)
@@ -101,12 +100,12 @@ def _accumulate(
                 x = tl.load(source_at, left, 0.0)
             acc = dot(g, tl.trans(x), acc, PRECISION)
     result = total + split.to(tl.int64) * OUT * IN
-    column = program % TILES % COLUMN_TILES * BLOCK_N
     if BLOCK_N <= 128:
-        _add(result, acc, m, column, OUT, IN)
+        _add(result, acc, m, n, OUT, IN)
     else:  # in halves: the totals of all columns would not fit beside so many accumulators
         HALF: tl.constexpr = BLOCK_N // 2
         low, high = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        column = program % TILES % COLUMN_TILES * BLOCK_N + tl.arange(0, HALF)
         _add(result, low, m, column, OUT, IN)
         _add(result, high, m, column + HALF, OUT, IN)
 
