@@ -153,6 +153,7 @@ def _power(size: int) -> int:
 INTERPRETED: dict[str, Tile] = {
     "qkv": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "qkv_sum": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
+    "qkv_normed": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "qkv_many": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "attention": Tile.of(BLOCK_M=128, BLOCK_N=LENGTH),
     "attention_long": Tile.of(BLOCK_M=128, BLOCK_N=128),
@@ -191,7 +192,7 @@ INTERPRETED: dict[str, Tile] = {
     "attention_backward_queries": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_backward_keys_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_backward_queries_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
-    "weight_gradient": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
+    "weight_gradient": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "weight_gradient_t": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "sum_splits": Tile.of(BLOCK_N=1024),
     "conv_swiglu_backward": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
@@ -210,16 +211,14 @@ def _tile(num_warps: int, num_stages: int, **blocks: int) -> Tile:
 _BIG = "16-bit sm_80 sm_90 sm_100"  # more than 160 KB of shared memory
 _HOPPER = "16-bit sm_90 sm_100"
 _AMD = "16-bit gfx942"
+_WIDE = (_tile(8, 3, M=128, N=256, K=64), _tile(8, 3, M=128, N=128, K=64))
 
 # By kernel, then by size of the compute dtype, alone or with the architectures that differ.  Large tiles first.
 # tests/test_triton_offline.py checks that each compiles without spills and fits.
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "qkv": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
-        _HOPPER: (
-            *(_tile(8, 3, M=128, N=256, K=64), _tile(8, 3, M=128, N=128, K=64)),
-            *(_tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
-        ),
+        _HOPPER: (*_WIDE, _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
         _AMD: (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
         "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
     },
@@ -228,6 +227,15 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "16-bit": (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
         _HOPPER: (
             *(_tile(8, 3, M=128, N=256, K=32), _tile(8, 3, M=128, N=128, K=32)),
+            *(_tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
+        ),
+        "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
+    },
+    # Terms that it norms, whose factors take registers.
+    "qkv_normed": {
+        "16-bit": (_tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
+        _HOPPER: (
+            *(_tile(8, 2, M=128, N=256, K=64), _tile(8, 3, M=128, N=128, K=32)),
             *(_tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
         ),
         "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
@@ -265,10 +273,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     # Its readers apply the norm (rows.py).
     "projection_columns": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=32, K=64)),
-        _HOPPER: (
-            *(_tile(8, 3, M=128, N=256, K=64), _tile(8, 3, M=128, N=128, K=64)),
-            *(_tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=32, K=64)),
-        ),
+        _HOPPER: (*_WIDE, _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=32, K=64)),
         "16-bit sm_120": (
             *(_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=64), _tile(4, 2, M=32, N=32, K=64)),
         ),
@@ -333,7 +338,8 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "swiglu_backward": {
         "16-bit": (_tile(8, 3, M=128, N=64, K=32), _tile(4, 3, M=64, N=32, K=64)),
-        _BIG: (_tile(8, 3, M=128, N=64, K=64), _tile(4, 3, M=64, N=32, K=64)),
+        "16-bit sm_80": (_tile(8, 3, M=128, N=64, K=64), _tile(4, 3, M=64, N=32, K=64)),
+        _HOPPER: (_tile(8, 4, M=128, N=128, K=32), _tile(8, 3, M=128, N=64, K=64), _tile(4, 3, M=64, N=32, K=64)),
         "32-bit": (_tile(8, 2, M=64, N=64, K=16), _tile(4, 2, M=64, N=32, K=32)),
         "32-bit gfx942": (_tile(8, 2, M=64, N=64, K=32), _tile(4, 2, M=64, N=32, K=32)),
     },
@@ -345,6 +351,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "projection_backward": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
+        _HOPPER: (*_WIDE, _tile(4, 3, M=64, N=64, K=64), _tile(4, 3, M=32, N=64, K=64)),
         "16-bit sm_120": (
             _tile(8, 3, M=128, N=128, K=64),
             _tile(4, 3, M=64, N=64, K=64),
@@ -397,10 +404,13 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "weight_gradient": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64)),
+        _HOPPER: (*_WIDE, _tile(4, 3, M=64, N=64, K=64)),
+        "16-bit sm_120": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 2, M=64, N=64, K=64)),
         "32-bit": (_tile(8, 2, M=64, N=64, K=32),),
     },
     "weight_gradient_t": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 2, M=64, N=64, K=32)),
+        _HOPPER: (*_WIDE, _tile(4, 2, M=64, N=64, K=32)),
         "32-bit": (_tile(4, 2, M=64, N=64, K=32),),
     },
     "sum_splits": {"16-bit": (_tile(4, 1, N=1024),), "32-bit": (_tile(4, 1, N=1024),)},

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockValues", "BlockWeights", "add_sum", "forward_block", "is_plain", "norm_names"]
 
+MOST_NORMED = 3
+"""The most terms that a product norms and adds up."""
+
 
 def is_plain(block: BlockSpec) -> bool:
     """Whether both norms lie behind their mixers and have no weight: products and their readers apply them."""
@@ -111,6 +114,25 @@ def add_sum(writer: PlanWriter, terms: Sequence[Buffer | Rows], out: Buffer | No
     found = dict(writer.launches[-1].arguments)["sums"]
     assert found is None or isinstance(found, Buffer)
     return found
+
+
+def _add_first(writer: PlanWriter, make: Callable[..., Launch], terms: Sequence[Rows], total: Buffer | None) -> None:
+    """Adds a mixer's first product to the plan, which ``make`` makes of the terms and the buffer of their sum.
+
+    It norms its terms and adds them up, or follows a launch that does, whichever is faster.
+    """
+    if not _sums_norms(terms, total):
+        writer.launches.append(make(terms, total))
+        return
+    choices = [[writer.make("normed_sum", normed_sum, terms, total), make([Rows(total)], None)]]
+    if len(terms) <= MOST_NORMED:
+        choices.insert(0, [make(terms, total)])
+    writer.launches += writer.setting.configuration.fastest(choices)
+
+
+def _sums_norms(terms: Sequence[Rows], total: Buffer | None) -> bool:
+    """Whether the sum of terms is stored and a norm of one of them is not applied yet."""
+    return total is not None and any(term.squares is not None for term in terms)
 
 
 def _product(
@@ -192,7 +214,7 @@ def forward_block(
     rows = [rows_of(term) for term in terms]
     weighted = any(row.weight is not None for row in rows)
     scaled = any(row.squares is not None for row in rows)
-    if not ahead and (weighted or (scaled and (total is not None or in_tiles or not plain))):
+    if not ahead and (weighted or (scaled and (in_tiles or not plain))):
         total = total or writer.state("total")
         add_sum(writer, terms, total, squares=False)
         rows, total = [Rows(total)], None
@@ -301,10 +323,16 @@ def _attention(
     lse = None
     if keep and not setting.configuration.keeps_sequences_whole(writer.sizes):  # otherwise backward recomputes them
         lse = writer.scratch("lse", (batch, heads, length), torch.float32)
-    kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
     tables = {"cos": writer.cos, "sin": writer.sin}
-    options = {"bias": weights.qk_bias, "total": total, **(tables if block.qk_norm == "none" else {})}
-    writer.add_product(kernel, qkv, block, terms, weights.token[0], qkv_out, **options)
+    options = {"bias": weights.qk_bias, **(tables if block.qk_norm == "none" else {})}
+
+    def first(terms: Sequence[Rows], total: Buffer | None) -> Launch:
+        kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
+        if _sums_norms(terms, total):
+            kernel = "qkv_normed"
+        return writer.make_product(kernel, qkv, block, terms, weights.token[0], qkv_out, total=total, **options)
+
+    _add_first(writer, first, terms, total)
     normed = []
     for keys, number in enumerate((heads, block.num_kv_heads) if block.qk_norm != "none" else ()):
         values = writer.scratch("normed_heads", (batch, length, number * head_dim)) if keep else None
@@ -354,8 +382,12 @@ def _mlp_t(
 ) -> None:
     """Adds the SwiGLU over the sequence, with its norm."""
     add, eps = writer.add_product, block.rms_norm_eps
+
+    def whole(terms: Sequence[Rows], total: Buffer | None) -> Launch:
+        return writer.make_product("mlp_t", mlp_t, terms, *weights.token, out, eps=eps, total=total, rstd=rstd)
+
     if not in_tiles:
-        add("mlp_t", mlp_t, terms, *weights.token, out, eps=eps, total=total, rstd=rstd)
+        _add_first(writer, whole, terms, total)
         return
     batch, _, width = writer.setting.shape
     activation = writer.scratch("activation_t", (batch, block.seq_intermediate_size, width))

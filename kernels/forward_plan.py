@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -253,6 +254,15 @@ def _norm_rows(
         writer.add("normed_rows", normed_rows, sources[some], outs[some], rstds[some])
 
 
+def _injected(problem: Problem) -> list[tuple[object, ...]]:
+    """Of every update what it adds to its first source: sums are equal where this is, bit for bit."""
+    written, found = Counter[int](), []
+    for update in problem.program.updates:
+        found.append((*((s, written[s]) for s in update.sources[1:]), update.inject_x))
+        written[update.dst] += 1
+    return found
+
+
 def forward_plan(setting: Setting, save: bool, keep: int = 0) -> Plan:
     """The launches of a whole recursion.
 
@@ -278,8 +288,16 @@ def forward_plan(setting: Setting, save: bool, keep: int = 0) -> Plan:
     saved = Buffer("saved", (problem.num_grad_updates - keep, *shape), setting.dtype)
     names: dict[str, Buffer] = {}
     slot = 0
-    for update in program.updates:
+    injected, sums = _injected(problem), {}
+    uses = Counter(injected)
+    for update, key in zip(program.updates, injected, strict=True):
         terms = [current[s] for s in update.sources] + [Rows(x)] * update.inject_x
+        first, *others = terms
+        if uses[key] * (len(others) - 1) > len(others) + 1:  # tensors that its readers spare, and that it moves
+            if key not in sums:
+                sums[key] = writer.state("injected")
+                add_sum(writer, others, sums[key], squares=False)
+            terms = [first, Rows(sums[key])]
         total, number = None, -1
         if save and update.grad:
             number = slot - saved.shape[0]

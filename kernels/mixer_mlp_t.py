@@ -26,7 +26,7 @@ from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.input_sum import checked_terms, load_sum
 from trmfast.kernels.pairs import CHAINED, GROUP, pair_of, part_columns, part_rows
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.rows import Rows, row_factor, single_squares
+from trmfast.kernels.rows import Rows, row_factors, sum_arguments
 from trmfast.kernels.swiglu import silu
 
 __all__ = ["LONGEST", "down_t", "gate_up_t", "mlp_t", "padded_length"]
@@ -55,6 +55,7 @@ def mlp_t_kernel(
     D: tl.constexpr,
     INTER: tl.constexpr,
     EPS: tl.constexpr,
+    PLACES: tl.constexpr,  # a tuple like the next two: of each term, see rows.sum_arguments
     PARTS: tl.constexpr,
     TERM_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,10 +73,9 @@ def mlp_t_kernel(
     mask = (rows < LENGTH)[:, None]
     if D % BLOCK_C != 0:
         mask = mask & (channels < D)[None, :]
-    h = load_sum(terms, start, offsets, mask, MASKED=True)
-    if squares is not None:
-        factor = row_factor(squares, sequence * LENGTH, tl.minimum(rows, LENGTH - 1), PARTS, D, TERM_EPS)
-        h = narrow(h.to(tl.float32) * factor[:, None], h.dtype)
+    near_rows = tl.minimum(rows, LENGTH - 1)
+    factors = row_factors(squares, sequence * LENGTH, near_rows, PLACES, PARTS, D, TERM_EPS)
+    h = load_sum(terms, factors, start, offsets, mask, PLACES, MASKED=True)
     if total is not None:
         tl.store(total + start + offsets, h, mask=mask)
     h = tl.trans(h)  # [BLOCK_C, BLOCK_L]
@@ -158,7 +158,7 @@ def gate_up_t_kernel(
         # Rows beyond the sequence repeat its last one, and meet the zeros beyond L in the weight.
         rows = k + depth
         b_offsets = tl.minimum(rows, LENGTH - 1)[:, None] * D + near_channels[None, :]
-        b = load_sum(terms, start, b_offsets, None, MASKED=False)
+        b = load_sum(terms, (), start, b_offsets, None, (), MASKED=False)
         if total is not None:
             mine = (rows < LENGTH)[:, None] & channel_in_range & (k // BLOCK_K % INNER_TILES == pid % INNER_TILES)
             tl.store(total + start + b_offsets, b, mask=mine)
@@ -260,8 +260,7 @@ def mlp_t(
     """The launch of the whole mixer, for sequences of up to 128 tokens.
 
     Args:
-        terms: 1 to 8 of [B, L, D] in the order of the update, x last; the sum is taken from the right; one that
-            is alone may have squares.
+        terms: 1 to 8 of [B, L, D] in the order of the update, x last; the sum is taken from the right.
         gate_up: [2 I, W], the rows of the gate, then those of the up projection; W >= L, zeros from L on; 16-byte loads
             need the W of :func:`padded_length`.
         down: [L, I].
@@ -273,18 +272,17 @@ def mlp_t(
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
     Raises:
-        ValueError: a longer sequence, the number of terms, or squares of more than one.
+        ValueError: a longer sequence, or the number of terms.
     """
-    values, term = single_squares(terms)
-    (batch, length, width), inter = values[0].shape, down.shape[1]
+    summed, constants = sum_arguments(terms)
+    (batch, length, width), inter = summed["terms"][0].shape, down.shape[1]
     if length > LONGEST:
         raise ValueError(f"terms: got length {length}, accepted are lengths up to {LONGEST}")
     return Launch.of(
         "mixer_mlp_t.mlp_t_kernel",
         (batch * triton.cdiv(width, tile["BLOCK_C"]),),
         {
-            "terms": values,
-            "squares": term.squares,
+            **summed,
             "gate_up": gate_up,
             "down": down,
             "total": total,
@@ -300,8 +298,7 @@ def mlp_t(
             "D": width,
             "INTER": inter,
             "EPS": eps,
-            "PARTS": term.parts,
-            "TERM_EPS": term.eps,
+            **constants,
             "PRECISION": precision,
             "BLOCK_L": max(16, triton.next_power_of_2(length)),
         },

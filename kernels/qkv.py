@@ -9,7 +9,8 @@ pays.  With k terms a program reads k BLOCK_M D + BLOCK_N D elements for 2 BLOCK
 column tiles.  Each slice of ``total`` along D is written by one of the column tiles, in turn, so that none of them is
 slower than the others.
 
-The rows of the product are normed here if those of the only term are not (rows.py).
+Terms whose readers norm them (rows.py) are normed at their loads; where there is one and its sum is not stored, the
+rows of the product are.
 
 The rotation pairs column i of a head with i + d / 2, or 2 i with 2 i + 1.  The weight rows are taken so that both end
 up in one thread (pairs.py).  The rows of a gate, Hq d or Hq of them, precede those of the queries; the tiles have them
@@ -29,7 +30,7 @@ from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.input_sum import load_sum
 from trmfast.kernels.pairs import pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.rows import Rows, row_factor, single_squares
+from trmfast.kernels.rows import Rows, row_factors, sum_arguments
 
 from trmfast.spec import BlockSpec
 
@@ -58,8 +59,9 @@ def qkv_kernel(
     HALF: tl.constexpr,  # half of the width of a head
     INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
+    PLACES: tl.constexpr,  # a tuple like the next two: of each term, see rows.sum_arguments
     PARTS: tl.constexpr,
-    EPS: tl.constexpr,
+    TERM_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,6 +72,7 @@ def qkv_kernel(
     STEP: tl.constexpr = 2 if INTERLEAVED else 1  # between the columns of two pairs
     PARTNER: tl.constexpr = 1 if INTERLEAVED else HALF  # between the two of a pair
     MASKED: tl.constexpr = D % BLOCK_K != 0
+    BEHIND: tl.constexpr = len(terms) == 1 and total is None  # a norm applies to the product as well as to the term
     pid = tl.program_id(0)
     first_row = pid // COLUMN_TILES * BLOCK_M
     column_tile = pid % COLUMN_TILES
@@ -92,9 +95,12 @@ def qkv_kernel(
     a_offsets = near_rows[:, None] * D + depth[None, :]
     b_offsets = columns[:, None] * D + depth[None, :]
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    factors = ()
+    if not BEHIND:
+        factors = row_factors(squares, first_row, near_rows, PLACES, PARTS, D, TERM_EPS)
     for k in range(0, end, BLOCK_K):
         inside = (k + depth < D)[None, :]
-        a = load_sum(terms, start + k, a_offsets, inside, MASKED)
+        a = load_sum(terms, factors, start + k, a_offsets, inside, PLACES, MASKED)
         if total is not None:
             mine = row_in_range[:, None] & (k // BLOCK_K % COLUMN_TILES == column_tile)
             if MASKED:
@@ -105,8 +111,8 @@ def qkv_kernel(
         else:
             b = tl.load(weight + k + b_offsets)
         product = dot(a, tl.trans(b), product, PRECISION)
-    if squares is not None:
-        product *= row_factor(squares, first_row, near_rows, PARTS, D, EPS)[:, None]
+    if BEHIND and len(squares) > 0:
+        product *= row_factors(squares, first_row, near_rows, PLACES, PARTS, D, TERM_EPS)[0][:, None]
     if bias is not None:
         biased = (columns >= GATE) & (columns < GATE + BIASED)
         product += tl.load(bias + columns - GATE, mask=biased, other=0.0).to(tl.float32)[None, :]
@@ -170,8 +176,7 @@ def qkv(
 
     Args:
         block: sizes of the block.
-        terms: 1 to 8 of [B, L, D] in the order of the update, x last; the sum is taken from the right; one that
-            is alone may have squares, and then ``total`` is None.
+        terms: 1 to 8 of [B, L, D] in the order of the update, x last; the sum is taken from the right.
         weight: [G + (Hq + 2 Hkv) d, D], with G rows of the gate.
         out: [B, L, G + (Hq + 2 Hkv) d], the gate before its sigmoid, rotated queries, rotated keys, values.
         bias: [(Hq + Hkv) d], added to queries and keys before the rotation, or None.
@@ -181,13 +186,11 @@ def qkv(
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
     Raises:
-        ValueError: the number of terms, squares that cannot be used, or a rotation of an odd head_dim.
+        ValueError: the number of terms, or a rotation of an odd head_dim.
     """
-    values, rows = single_squares(terms)
-    length, width = values[0].shape[-2:]
-    tokens, columns = prod(values[0].shape[:-1]), weight.shape[0]
-    if rows.squares is not None and total is not None:
-        raise ValueError("total: got a buffer with a term that has squares, accepted is None")
+    summed, constants = sum_arguments(terms)
+    *batch, length, width = summed["terms"][0].shape
+    tokens, columns = prod(batch) * length, weight.shape[0]
     gate, half, pad = block.gate_rows, 0, 0
     if cos is not None:
         if block.head_dim % 2:
@@ -198,8 +201,7 @@ def qkv(
         "qkv.qkv_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),),
         {
-            "terms": values,
-            "squares": rows.squares,
+            **summed,
             "weight": weight,
             "bias": bias,
             "cos": cos,
@@ -222,8 +224,7 @@ def qkv(
             "HALF": half,
             "INTERLEAVED": block.rotation == "interleaved",
             "GROUP": pairs.group_of(half) if half else 1,
-            "PARTS": rows.parts,
-            "EPS": rows.eps,
+            **constants,
             "PRECISION": precision,
         },
         tile=tile,

@@ -17,10 +17,10 @@ and a residual is round(s) r in float32: one rounding a norm, as when one progra
 ``normed_sum`` and ``normed_rows`` store round(round(s) r), with the two roundings of eager PyTorch, and a third one
 after the norm's weight, if it has one.
 
-``normed_sum`` adds up tensors of which some are such pairs: the input of an update, and a residual with the norm of its
-branch.  It writes the sum, its squares for the norm ahead of a mixer, or both.  ``normed_rows`` norms up to eight
-tensors: the results of a recursion, and what backward reads.  Both are elementwise: they read each operand once and
-write each result once.
+``normed_sum`` adds up tensors of which some are such pairs: a residual with the norm of its branch, and the input of an
+update where the first product does not add it up at its loads (input_sum.py).  It writes the sum, its squares for the
+norm ahead of a mixer, or both.  ``normed_rows`` norms up to eight tensors: the results of a recursion, and what
+backward reads.  Both are elementwise: they read each operand once and write each result once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -42,10 +43,11 @@ __all__ = [
     "normed_rows",
     "normed_sum",
     "row_factor",
+    "row_factors",
     "rows_of",
-    "single_squares",
     "squares_buffer",
     "store_sum",
+    "sum_arguments",
 ]
 
 MAX_SOURCES = 8
@@ -86,16 +88,25 @@ def squares_buffer(name: str, shape: Sequence[int], tile: Tile) -> Buffer:
     return Buffer(name, (*rows, triton.cdiv(width, tile["BLOCK_N"])), torch.float32)
 
 
-def single_squares(terms: Sequence[Buffer | Rows]) -> tuple[tuple[Buffer, ...], Rows]:
-    """The values of the terms of a kernel that norms no sum, and the first term: the only one, if it has squares.
+def sum_arguments(terms: Sequence[Buffer | Rows]) -> tuple[dict[str, tuple[Buffer, ...]], dict[str, tuple[Any, ...]]]:
+    """The arguments ``terms`` and ``squares`` of a kernel that adds terms up, and its constants of each term: PLACES of
+    its squares among those, -1 without, PARTS and TERM_EPS.
 
     Raises:
-        ValueError: squares with other terms, or the number of terms.
+        ValueError: the number of terms.
     """
     rows = [rows_of(term) for term in terms]
-    if len(rows) > 1 and any(row.squares is not None for row in rows):
-        raise ValueError(f"terms: got squares with {len(rows)} terms, accepted with one")
-    return checked_terms([row.values for row in rows]), rows[0]
+    squares = [row.squares for row in rows]
+    arguments = {
+        "terms": checked_terms([row.values for row in rows]),
+        "squares": tuple(buffer for buffer in squares if buffer is not None),
+    }
+    constants: dict[str, tuple[Any, ...]] = {
+        "PLACES": _places(squares),
+        "PARTS": tuple(row.parts for row in rows),
+        "TERM_EPS": tuple(row.eps for row in rows),
+    }
+    return arguments, constants
 
 
 @triton.jit
@@ -106,6 +117,19 @@ def row_factor(squares, first_row, rows, PARTS: tl.constexpr, WIDTH: tl.constexp
     for part in tl.static_range(1, PARTS):
         total += tl.load(at + part)
     return tl.rsqrt(total / WIDTH + EPS)
+
+
+@triton.jit
+def row_factors(
+    squares, first_row, rows, PLACES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr
+):
+    """:func:`row_factor` of each term that has squares; the constants are those of :func:`sum_arguments`."""
+    factors = ()
+    for i in tl.static_range(len(PLACES)):
+        if PLACES[i] >= 0:
+            factor = row_factor(squares[PLACES[i]], first_row, rows, PARTS[i], WIDTH, EPS[i])
+            factors = factors + (factor,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no other way)
+    return factors
 
 
 @triton.jit
@@ -155,10 +179,10 @@ def normed_sum_kernel(
     sums,
     tokens,
     D: tl.constexpr,
-    PLACES: tl.constexpr,  # a tuple like the next three: of each term, the place of its squares, -1 without
-    WEIGHTED: tl.constexpr,  # the place of its weight, -1 without
+    WEIGHTED: tl.constexpr,  # a tuple like the next three: of each term, the place of its weight, -1 without
+    PLACES: tl.constexpr,
     PARTS: tl.constexpr,
-    EPS: tl.constexpr,
+    TERM_EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -182,7 +206,7 @@ def normed_sum_kernel(
         value = tl.load(terms[LAST - i] + at, mask=mask, other=0.0)
         if PLACES[LAST - i] >= 0:
             factor = row_factor(
-                squares[PLACES[LAST - i]], first_row, near_rows, PARTS[LAST - i], D, EPS[LAST - i]
+                squares[PLACES[LAST - i]], first_row, near_rows, PARTS[LAST - i], D, TERM_EPS[LAST - i]
             )  # fmt: skip
             value = narrow(value.to(tl.float32) * factor[:, None], dtype)
         value = _times_weight(value, weights, WEIGHTED[LAST - i], columns, D, D % BLOCK_N != 0)
@@ -252,19 +276,18 @@ def normed_sum(
     Raises:
         ValueError: the number of terms, or nothing to write.
     """
-    rows = [rows_of(term) for term in terms]
-    values = checked_terms([row.values for row in rows])
+    weights = [rows_of(term).weight for term in terms]
+    summed, constants = sum_arguments(terms)
     if out is None and squares is None:
         raise ValueError("out: got None without squares, accepted with them")
-    like = values[0] if out is None else out
+    like = summed["terms"][0] if out is None else out
     tokens, width = prod(like.shape[:-1]), like.shape[-1]
     return Launch.of(
         "rows.normed_sum_kernel",
         (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),
         {
-            "terms": values,
-            "squares": tuple(row.squares for row in rows if row.squares is not None),
-            "weights": tuple(row.weight for row in rows if row.weight is not None),
+            **summed,
+            "weights": tuple(weight for weight in weights if weight is not None),
             "out": out,
             "sums": squares,
             "tokens": tokens,
@@ -273,10 +296,8 @@ def normed_sum(
         writes=("out", "sums"),
         constants={
             "D": width,
-            "PLACES": _places([row.squares for row in rows]),
-            "WEIGHTED": _places([row.weight for row in rows]),
-            "PARTS": tuple(row.parts for row in rows),
-            "EPS": tuple(row.eps for row in rows),
+            "WEIGHTED": _places(weights),
+            **constants,
         },
         tile=tile,
     )

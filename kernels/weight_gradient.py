@@ -5,15 +5,15 @@
 One program owns a tile [BLOCK_M, BLOCK_N] of one weight's float32 gradient: it walks the tokens in steps of BLOCK_K,
 then loads its tile of ``total``, adds and stores.  So the gradient of a net's weight is accumulated over all its
 applications in one buffer, without atomics, in a fixed order.  The weights of one block together have enough tiles to
-fill a GPU (208 of 128x128 at D = 512), however few tokens there are, and one launch shares the rows that they read
-through L2.
+fill a GPU (208 of 128x128 at D = 512, 104 of 128x256), however few tokens there are, and one launch shares the rows
+that they read through L2.
 
 A weight with few tiles and many rows (the mixer over the sequence sums over B * D rows) gives its ``total`` a leading
 axis of S splits: split s walks the s-th part of the steps and owns total[s].  The parts are kept apart over all
 applications and ``sum_splits`` adds them up once, at the end.
 
 Reads T (out + in) elements a weight and its float32 total, writes that total; 2 T out in FLOP.  At 128x128 a step
-does 64 FLOP for each byte from L2.
+does 64 FLOP for each byte from L2, at 128x256 85.
 
 Transposed, for the mixer over the sequence: gradient is [B, out, D] and source [B, in, D], summed over B and D.
 """
@@ -29,6 +29,14 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 __all__ = ["MAX_PRODUCTS", "sum_splits", "weight_gradient"]
 
 MAX_PRODUCTS = 4
+
+
+@triton.jit
+def _add(total, part, rows, columns, OUT: tl.constexpr, IN: tl.constexpr):
+    """Adds a tile [rows, columns] to the total [OUT, IN]."""
+    at = total + rows[:, None] * IN + columns[None, :]
+    mask = (rows < OUT)[:, None] & (columns < IN)[None, :]
+    tl.store(at, tl.load(at, mask, 0.0) + part, mask)
 
 
 @triton.jit
@@ -91,9 +99,15 @@ def _accumulate(
                 g = tl.load(gradient_at, left, 0.0)
                 x = tl.load(source_at, left, 0.0)
             acc = dot(g, tl.trans(x), acc, PRECISION)
-    result = total + split.to(tl.int64) * OUT * IN + m[:, None] * IN + n[None, :]
-    mask = (m < OUT)[:, None] & (n < IN)[None, :]
-    tl.store(result, tl.load(result, mask, 0.0) + acc, mask)
+    result = total + split.to(tl.int64) * OUT * IN
+    if BLOCK_N <= 128:
+        _add(result, acc, m, n, OUT, IN)
+    else:  # in halves: the totals of all columns would not fit beside so many accumulators
+        HALF: tl.constexpr = BLOCK_N // 2
+        low, high = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        column = program % TILES % COLUMN_TILES * BLOCK_N + tl.arange(0, HALF)
+        _add(result, low, m, column, OUT, IN)
+        _add(result, high, m, column + HALF, OUT, IN)
 
 
 @triton.jit

@@ -268,10 +268,14 @@ def test_attention_needs_row_sums_for_several_tiles() -> None:
 
 
 @pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
+@pytest.mark.parametrize("columns", [32, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weight_gradients(dtype: torch.dtype) -> None:
-    """Four weights in one launch, added to what is there, one of them in splits that are summed afterwards."""
-    rows, sizes = 75, [(80, 48), (16, 16), (48, 80), (33, 50)]
+def test_weight_gradients(columns: int, dtype: torch.dtype) -> None:
+    """Four weights in one launch, added to what is there, one of them in splits that are summed afterwards.
+
+    A tile of more than 128 columns is added in halves.
+    """
+    rows, sizes = 75, [(80, 48), (16, 150), (48, 80), (33, 50)]
 
     def formula(t: Tensors) -> Tensors:
         found = {}
@@ -289,7 +293,7 @@ def test_weight_gradients(dtype: torch.dtype) -> None:
         inputs["total3"] = torch.stack([torch.full(sizes[3], 1.0), torch.full(sizes[3], 2.0)])
         b = buffers(inputs)
         products = [(b[f"g{i}"], b[f"x{i}"], b[f"total{i}"]) for i in range(4)]
-        launch = weight_gradient(products, tile=Tile.of(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16))
+        launch = weight_gradient(products, tile=Tile.of(BLOCK_M=32, BLOCK_N=columns, BLOCK_K=16))
         total = sum_splits(b["total3"], Buffer("sum", sizes[3], torch.float32), tile=Tile.of(BLOCK_N=1024))
         return inputs, [launch, total]
 

@@ -48,10 +48,10 @@ _TYPES = {
     torch.int64: "*i64",
 }
 _INT32 = 2**31
-# The published sizes: both token mixers at both lengths, the convolution, and sums of eight.  Other published sizes
-# differ only in length, which attention kernels take at run time.  Wide heads are not published.
+# The published sizes: both token mixers at both lengths, sums of two, three and eight, and the convolution.  Other
+# published sizes differ only in length, which attention kernels take at run time.  Wide heads are not published.
 PRODUCTION = (
-    *(case for case in PUBLISHED if case.name in ("trm-sudoku-att", "trm-sudoku-mlp", "trm-arc-att", "urm-arc")),
+    *(case for case in PUBLISHED if case.name != "hrm-arc"),
     make_case("trm-arc-mlp", H_cycles=1, L_cycles=2, batch=1, length=916, hidden_size=512, token_mixer="mlp_t"),
     make_case("wide-heads", "urm", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=512, num_heads=4),
     make_case("hier6-sudoku", "hier6", H_cycles=1, L_cycles=6, batch=1, length=97, hidden_size=512, num_heads=8),
