@@ -109,7 +109,7 @@ def test_refusals_on_a_device(cuda: Runtime, monkeypatch: pytest.MonkeyPatch) ->
     assert triton.available() is None
     assert triton.slow_device_types == ()
     assert supports() == ""
-    assert triton.pair_bytes(make_case("case").problem, torch.float16, 5) == 0
+    assert triton.pair_bytes(make_case("case").problem, torch.float16, 5) > 0
     assert supports(torch.float64) == "it computes in float32, bfloat16, float16, not in float64"
     assert supports(device="cpu") == "it runs on cuda, not on cpu"
     assert supports(batch=1 << 17) == "it takes up to 65535 sequences and 2^31 tokens, not 131072 of 5"
