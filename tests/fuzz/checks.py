@@ -5,7 +5,8 @@ outside in the first draw is judged by the mean of five, and by the mean and the
 called a failure: in fifty thousand problems the mean of five is outside by chance too, and where a norm's input comes
 close to zero (narrow widths, small eps) one draw in twenty decides a mean.  Everything else is equality of bits.
 
-A limit of docs/cpu.md is part of the policy: products of bf16 in hardware take denormal numbers for 0.
+Limits of docs/cpu.md are part of the policy: products of bf16 in hardware take denormal numbers for 0, and a gradient
+through norms over one element has their roundings.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ __all__ = ["CHECKS", "Run", "Tally"]
 # Of bf16; what they lose of a denormal number (1.2e-38) reaches a result through sums and norms.
 FLUSHING_TARGETS = ("amx", "avx512_bf16")
 FLUSHED = 1e-34
+# Of the largest element, with the four norms of two layers.
+ONE_ELEMENT = 2**-20
 
 
 @dataclass
@@ -93,7 +96,7 @@ def policy(run: Run) -> list[str]:
         found = judged(name, fused, e, t)
         run.tally.tensors += 1
         run.tally.unjudged += found is None
-        if found is not None and not found.passed and not _flushed(run, found):
+        if found is not None and not found.passed and not _flushed(run, found) and not _of_one_element(run, found, t):
             outside.append(name)
     if outside:
         wrong += _still_outside(run, outside)
@@ -129,6 +132,13 @@ def _still_outside(run: Run, names: list[str]) -> list[str]:
 def _flushed(run: Run, found: Comparison) -> bool:
     """Whether denormal numbers taken for 0 explain an error."""
     return run.trial.dtype == "bfloat16" and run.variant.target in FLUSHING_TARGETS and found.error < FLUSHED
+
+
+def _of_one_element(run: Run, found: Comparison, truth: Tensor) -> bool:
+    """Whether roundings of norms over one element explain an error."""
+    trial = run.trial
+    one = trial.hidden_size == 1 or (trial.token_mixer == "mlp_t" and trial.length == 1)
+    return one and trial.dtype == "float32" and found.error < ONE_ELEMENT * float(truth.abs().max())
 
 
 def _median(draws: list[Comparison]) -> Comparison:
