@@ -79,6 +79,12 @@ def test_what_is_no_size(setting: Any) -> None:
     assert repr(setting) in str(e.value)
 
 
+def test_a_long_one_is_cut() -> None:
+    with pytest.raises(ValueError, match=r"^recompute: got 'xxx+\.\.\.x+', accepted are") as e:
+        budget_of("x" * 5000)
+    assert len(str(e.value)) < 250
+
+
 REFUSALS: list[tuple[Any, type[Exception]]] = [
     ("a lot", ValueError),
     (-1, ValueError),

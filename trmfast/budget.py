@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import TypeAlias
 
 __all__ = ["DEFAULT", "EVERYTHING", "Recompute", "budget_of", "recompute_of"]
@@ -21,6 +22,10 @@ EVERYTHING = 2**63 - 1
 # Longest first: every name ends with B.
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 _MOST_DIGITS = 18
+
+# The setting may come from a file.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def budget_of(recompute: Recompute) -> int:
@@ -62,4 +67,4 @@ def recompute_of(text: str) -> Recompute:
 
 
 def _refusal(got: object) -> str:
-    return f"recompute: got {got!r}, accepted are True, False, a number of bytes or a size such as '256MB'"
+    return f"recompute: got {_SHORT.repr(got)}, accepted are True, False, a number of bytes or a size such as '256MB'"
