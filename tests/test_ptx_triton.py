@@ -202,8 +202,8 @@ BLOCKS = [
     one_block("wide-heads", 97, num_heads=4),
     one_block("attention-916", 916),
     one_block("mlp_t-916", 916, token_mixer="mlp_t"),
-    # Sums of three terms, and a block whose gradient another block takes.
-    make_case("trm-step", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=512, num_heads=8),
+    # Sums of three terms, two of which four updates share, and a block whose gradient another block takes.
+    make_case("trm-cycle", H_cycles=1, L_cycles=4, batch=1, length=97, hidden_size=512, num_heads=8),
 ]
 LARGEST, MIDDLE, SMALLEST = 0, 1, 2
 FUSIONS = ("most", "least")
