@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trmfast.benchmark.rivals import TITLES, is_ours
+from trmfast.benchmark.rivals import TITLES, in_order, is_ours
 from trmfast.benchmark.suites import title
 
 __all__ = ["markdown"]
@@ -119,7 +119,7 @@ def _speed(one: Found) -> list[Sequence[str]]:
     groups: dict[str, dict[str, Found]] = {}
     for row in one["rows"]:
         groups.setdefault(row["step"], {})[row["implementation"]] = row
-    ours = [(step, rows, name) for step, rows in groups.items() for name in rows if is_ours(name)]
+    ours = [(step, rows, name) for step, rows in groups.items() for name in in_order(rows) if is_ours(name)]
     for step, rows, name in ours:
         fused, setting = rows[name], "" if name == "trmfast" else f", {name}"
         model = one["modelled"][step if name == "trmfast" else name]
