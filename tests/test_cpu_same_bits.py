@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ def random_program(random: Random) -> RecursionProgram:
 def random_case(random: Random) -> Case:
     program = random_program(random)
     length, attends = random.choice([1, 2, 7, 16, 33, 97]), random.random() < 0.5
+    choices: dict[str, Any] = {
+        "num_kv_heads": random.choice([0, 1]),
+        "norm_placement": random.choice(["post", "pre", "sandwich", "sandwich_sum"]),
+        "norm_weight": random.random() < 0.5,
+        "qk_norm": random.choice(["none", "plain", "learned"]),
+        "qk_bias": random.random() < 0.3,
+        "gate": random.choice(["none", "channel", "head"]),
+    }
     block = BlockSpec(
         hidden_size=2 * (heads := random.choice([1, 2, 3])) * random.choice([4, 7, 8, 16]),
         intermediate_size=random.choice([5, 16, 40, 96]),
@@ -54,8 +63,10 @@ def random_case(random: Random) -> Case:
         causal=attends and random.random() < 0.3,
         seq_len=0 if attends else length,
         seq_intermediate_size=0 if attends else random.choice([3, 32, 70]),
+        **(choices if attends and random.random() < 0.7 else {}),
     )
-    problem = Problem(program, (NetSpec(block, random.randint(1, 2)),) * len(program.nets))
+    net = NetSpec(block, random.randint(1, 2), final_norm=random.random() < 0.5)
+    problem = Problem(program, (net,) * len(program.nets))
     return Case(program.key, problem, random.choice([1, 2, 5, 7]), length, attends)
 
 
@@ -103,6 +114,7 @@ def test_two_hundred_random_programs(seed: int, monkeypatch: pytest.MonkeyPatch)
         },  # two chunks of a sequence
         {"length": 40, "hidden_size": 48, "num_heads": 3, "token_mixer": "mlp_t"},
         {"length": 37, "hidden_size": 48, "num_heads": 3, "channel_mixer": "conv_swiglu"},
+        {"length": 4, "hidden_size": 64, "num_heads": 2, "qk_norm": "learned", "batch": 40},
     ],
     ids=str,
 )

@@ -10,15 +10,15 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// grad[channel(c)] += sums[slot, c] over the slots, in order; a channel may be -1.  sums: [slots, stride].
+// grad[channel(c)] += sums[row, c] over the rows, in order; a channel may be -1.  sums: [rows, stride].
 template <class Channel>
-void vector_gradient(const Team& team, const float* sums, long stride, int slots, int columns, const Gradient& grad,
+void vector_gradient(const Team& team, const float* sums, long stride, int rows, int columns, const Gradient& grad,
                      Channel channel) {
   const Range range = team.split(columns);
   for (int c = range.begin; c < range.end; ++c) {
     if (channel(c) < 0) continue;
     float total = grad.fresh ? 0.0f : grad.values[channel(c)];
-    for (int slot = 0; slot < slots; ++slot) total += sums[slot * stride + c];
+    for (int row = 0; row < rows; ++row) total += sums[row * stride + c];
     grad.values[channel(c)] = total;
   }
   team.sync();
@@ -56,18 +56,19 @@ void add_vector_gradients(const Team& all, const BlockShape& block, const BlockG
                           float* const* into, bool fresh) {
   const WeightPlaces places(block);
   const HeadLayout heads(block);
-  const auto add = [&](int place, const float* sums, long stride, int columns, bool first, auto channel) {
-    if (place >= 0 && into[place]) vector_gradient(all, sums, stride, used, columns, {into[place], first}, channel);
+  const auto add = [&](int place, const float* sums, long stride, int rows, int columns, auto channel) {
+    if (place >= 0 && into[place]) vector_gradient(all, sums, stride, rows, columns, {into[place], fresh}, channel);
   };
   const auto same = [](int c) { return c; };
+  const auto of_head = [&](int c) { return heads.qk_channel(c); };
   const long width = BlockStrides(block).u;
-  add(places.result_norm[0], grads.result_norm1, width, block.width, fresh, same);
-  add(places.result_norm[1], grads.result_norm2, width, block.width, fresh, same);
-  add(places.qk_bias, grads.qk_bias, heads.value(0), heads.value(0), fresh, [&](int c) { return heads.qk_index(c); });
+  add(places.result_norm[0], grads.result_norm1, width, used, block.width, same);
+  add(places.result_norm[1], grads.result_norm2, width, used, block.width, same);
+  add(places.qk_bias, grads.qk_bias, heads.value(0), used, heads.value(0), [&](int c) { return heads.qk_index(c); });
+  // A slot holds a row for the queries and one for the keys of every head of keys.
   const int qk = heads.qk_width;
-  for (int i = 0; i < 2 * heads.kv_heads && places.q_norm >= 0; ++i)
-    add(i % 2 ? places.k_norm : places.q_norm, grads.qk_norm + i * qk, 2L * heads.kv_heads * qk, qk, fresh && i < 2,
-        [&](int c) { return heads.qk_channel(c); });
+  add(places.q_norm, grads.qk_norm, 2L * qk, used * heads.kv_heads, qk, of_head);
+  add(places.k_norm, grads.qk_norm + qk, 2L * qk, used * heads.kv_heads, qk, of_head);
 }
 
 // Where norms with learned weights stand before products, the gradients of a net that was `summed` are so far those of
