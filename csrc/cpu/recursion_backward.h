@@ -33,7 +33,7 @@ template <class T> struct BackwardThread {
   // rows: of the sequences that are taken together
   BackwardThread(Arena& arena, const BlockShape& block, int length, int rows, long gradient_depth)
       : buffers(arena, block, rows), scratch(arena, block, length, rows), backward_scratch(arena, block, length, rows),
-        gradient_scratch(arena, gradient_depth) {}
+        gradient_scratch(arena, gradient_depth, block.attention ? 0 : larger(block.seq_len, block.seq_inner)) {}
 };
 
 // Pairs whose weight gradients are added up at once: forward kept the activations of all, or none is read where forward

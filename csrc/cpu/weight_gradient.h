@@ -25,6 +25,9 @@ template <class T> int gradient_rows(long depth) {
   return smaller(gradient_rows<T>(), larger(64, fit));
 }
 constexpr int kGradientChunk = 512;
+// Panels of a weight that meets tokens whose tiles are held at once, so that each row of dy comes from L3 once for all
+// of them: 64 x 512 in f32 are 128 KB.
+constexpr int kGradientStrip = 16;
 
 // tiles += sums, n x 32
 TRMFAST_INLINE void add_sums(int n, const float* sums, float* tiles) {
@@ -55,23 +58,25 @@ template <class T> struct TokenChunks {
 };
 
 template <class T> struct WeightGradientScratch {
-  int most;     // outputs of a block
-  T* rows;      // dy^T of a block, [most, stride]
-  float* tiles; // [most, 32]
-  float* sums;  // of one chunk, [kRows, 32]
+  int most, strip; // outputs of a block, panels whose tiles are held at once
+  T* rows;         // dy^T of a block, [most, stride]
+  float* tiles;    // [strip, most, 32]
+  float* sums;     // of one chunk, [kRows, 32]
   long stride;
 
-  // depth: TokenChunks::depth of a full store
-  WeightGradientScratch(Arena& arena, long depth)
-      : most(gradient_rows<T>(depth)), rows(arena.take<T>(most * row_stride(static_cast<int>(depth)))),
-        tiles(arena.take<float>(static_cast<long>(most) * kPanel)), sums(arena.take<float>(Dot<T>::kRows * kPanel)),
-        stride(row_stride(static_cast<int>(depth))) {}
+  // depth: TokenChunks::depth of a full store.  inputs: most of a weight that meets tokens (mlp_t); 0: there is none.
+  WeightGradientScratch(Arena& arena, long depth, int inputs)
+      : most(gradient_rows<T>(depth)), strip(larger(1, smaller(kGradientStrip, ceil_div(inputs, kPanel)))),
+        rows(arena.take<T>(most * row_stride(static_cast<int>(depth)))),
+        tiles(arena.take<float>(static_cast<long>(strip) * most * kPanel)),
+        sums(arena.take<float>(Dot<T>::kRows * kPanel)), stride(row_stride(static_cast<int>(depth))) {}
+  float* tiles_of(int panel) const { return tiles + static_cast<long>(panel) * most * kPanel; }
 };
 
-// Outputs of a block, so that threads have equally many blocks.
-inline int rows_of_block(const Team& team, int outputs, int most) {
-  const int blocks = team.size * ceil_div(outputs, team.size * most);
-  return round_up(ceil_div(outputs, blocks), 64);
+// Outputs of a block, so that threads have equally many blocks and whole tiles where those have a fixed height.
+template <class T> int rows_of_block(const Team& team, int outputs, int most) {
+  const int blocks = team.size * ceil_div(outputs, team.size * most), rows = ceil_div(outputs, blocks);
+  return Dot<T>::kWholeRows > 1 ? round_up(rows, 64) : rows;
 }
 
 // A gradient [outputs, inputs] in f32; `fresh`: nothing has been written yet, so the first sum is stored, not added.
@@ -115,6 +120,14 @@ void load_gradient(const BlockRows<T>& rows, int begin, int end, int c, int colu
   for_gradient(rows, begin, end, c, columns, tiles, grad,
                [](const float* from, float* tile, int lanes) { store(tile, load_lanes(from, lanes)); });
 }
+// Brings into the caches what load_gradient() and store_gradient() will touch.
+template <class T>
+void fetch_gradient(const BlockRows<T>& rows, int begin, int end, int c, int columns, const Gradient& grad) {
+  if (c >= columns) return;
+  for (int r = begin; r < end; ++r)
+    for (int j = 0; j < kPanel; j += 16)
+      if (rows.of[r] >= 0) __builtin_prefetch(grad.values + static_cast<long>(rows.of[r]) * columns + c + j, 1);
+}
 template <class T>
 void store_gradient(const BlockRows<T>& rows, int begin, int end, int c, int columns, float* tiles,
                     const Gradient& grad) {
@@ -122,23 +135,32 @@ void store_gradient(const BlockRows<T>& rows, int begin, int end, int c, int col
                [](float* to, const float* tile, int lanes) { store_lanes(to, load(tile), lanes); });
 }
 
-// tiles[0 .. n) += sum over chunks of left(chunk) [n, depth(chunk)] times the panel right(chunk); `fresh`: the tiles
-// hold nothing yet.  Every chunk is summed separately first: one chain over all tokens would round far more often
-// than autograd's sum over the updates does.
-template <class T, class Left, class Right, class Depth>
-void multiply_chunks(int n, int chunks, bool fresh, long left_stride, const WeightGradientScratch<T>& scratch,
-                     Left left, Right right, Depth depth) {
+// tile <- or += a chunk, a [rows, depth] times a panel.  Every chunk is summed separately first: one chain over all
+// tokens would round far more often than autograd's sum over the updates does.
+TRMFAST_INLINE void add_product(const bf16* a, long lda, const bf16* panel, int depth, int rows, bool fresh, float*,
+                                float* tile, Prefetch next) {
+  Dot<bf16>::run(a, lda, panel, depth, rows, tile, kPanel, !fresh, next);
+}
+TRMFAST_INLINE void add_product(const float* a, long lda, const float* panel, int depth, int rows, bool fresh,
+                                float* sums, float* tile, Prefetch next) {
+  multiply(a, lda, panel, depth, rows, fresh ? tile : sums, kPanel, next);
+  if (!fresh) add_sums(rows, sums, tile);
+}
+
+// A part of memory to fetch, of `count` equal ones.
+template <class T> Prefetch part_of(const T* from, long elements, int part, int count) {
+  const long share = elements / count;
+  return {from + part * share, share * static_cast<long>(sizeof(T))};
+}
+
+// tiles[0 .. n) <- or += a chunk.  next(i, count): what to fetch during the product of tile i of `count`.
+template <class T, class Next>
+void add_chunk(int n, const T* left, long left_stride, const T* panel, int depth, bool fresh, float* sums, float* tiles,
+               Next&& next) {
   const RowTiles<Dot<T>> rows(n);
-  for (int chunk = 0; chunk < chunks; ++chunk)
-    for (int i = 0; i < rows.count; ++i) {
-      float* tile = scratch.tiles + rows.begin(i) * kPanel;
-      const T* panel = right(chunk);
-      const long elements = static_cast<long>(depth(chunk)) * kPanel, share = elements / rows.count;
-      const Prefetch next{panel + elements + i * share, share * static_cast<long>(sizeof(T))};
-      multiply(left(chunk) + rows.begin(i) * left_stride, left_stride, panel, depth(chunk), rows.size(i),
-               fresh && chunk == 0 ? tile : scratch.sums, kPanel, next);
-      if (!fresh || chunk > 0) add_sums(rows.size(i), scratch.sums, tile);
-    }
+  for (int i = 0; i < rows.count; ++i)
+    add_product(left + rows.begin(i) * left_stride, left_stride, panel, depth, rows.size(i), fresh, sums,
+                tiles + rows.begin(i) * kPanel, next(i, rows.count));
 }
 
 // add_chunks() on AMX, which sums 32 depths before it adds them, so that a chain over all tokens has a 32nd of the
@@ -188,7 +210,15 @@ void add_chunks(const BlockRows<T>& rows, int c, int columns, const Gradient& gr
     add_chunks_in_place(rows, c, columns, grad, chunks, left_stride, scratch, left, right, depth);
   } else {
     load_gradient(rows, 0, rows.count, c, columns, scratch.tiles, grad);
-    multiply_chunks(rows.count, chunks, grad.fresh, left_stride, scratch, left, right, depth);
+    const int tiles = RowTiles<Dot<T>>(rows.count).count, each = ceil_div(rows.count, chunks * tiles);
+    for (int chunk = 0; chunk < chunks; ++chunk)
+      add_chunk(rows.count, left(chunk), left_stride, right(chunk), depth(chunk), grad.fresh && chunk == 0,
+                scratch.sums, scratch.tiles, [&](int i, int count) {
+                  const int r = (chunk * tiles + i) * each;
+                  fetch_gradient(rows, r, smaller(rows.count, r + each), c + kPanel, columns, grad);
+                  const long elements = static_cast<long>(depth(chunk)) * kPanel;
+                  return part_of(right(chunk) + elements, elements, i, count);
+                });
     store_gradient(rows, 0, rows.count, c, columns, scratch.tiles, grad);
   }
 }
@@ -208,7 +238,7 @@ void weight_gradient(const Team& team, const T* dy, long dy_stride, int outputs,
                 smaller(kPanel, inputs - p * kPanel),
                 panels + p * elements + static_cast<long>(g) * chunks.padded * kPanel);
   team.sync();
-  const int most = rows_of_block(team, outputs, scratch.most);
+  const int most = rows_of_block<T>(team, outputs, scratch.most);
   const Range blocks = team.split(ceil_div(outputs, most));
   for (int block = blocks.begin; block < blocks.end && !team.stopped(); ++block) {
     const int first = block * most, n = smaller(most, outputs - first);
@@ -241,17 +271,38 @@ void sequence_weight_gradient(const Team& team, const T* dy, int outputs, const 
                     panels + item * elements);
   }
   team.sync();
-  const int most = rows_of_block(team, outputs, scratch.most);
+  const int most = rows_of_block<T>(team, outputs, scratch.most);
   const Range blocks = team.split(ceil_div(outputs, most));
   for (int block = blocks.begin; block < blocks.end && !team.stopped(); ++block) {
     const int first = block * most;
     const BlockRows<T> rows(first, smaller(most, outputs - first), [](int row) { return row; });
-    for (int p = 0; p < num_panels && !team.stopped(); ++p)
-      add_chunks<T>(
-          rows, p * kPanel, inputs, grad, sequences, stride, scratch,
-          [&](int sequence) { return dy + (static_cast<long>(sequence) * outputs + first) * stride; },
-          [&](int sequence) { return panels + (static_cast<long>(sequence) * num_panels + p) * elements; },
-          [&](int) { return padded_depth<T>(width); });
+    const auto left = [&](int sequence) { return dy + (static_cast<long>(sequence) * outputs + first) * stride; };
+    const auto right = [&](int sequence, int p) {
+      return panels + (static_cast<long>(sequence) * num_panels + p) * elements;
+    };
+    const int depth = padded_depth<T>(width);
+    if constexpr (Dot<T>::kWholeRows > 1) {
+      for (int p = 0; p < num_panels && !team.stopped(); ++p)
+        add_chunks_in_place(
+            rows, p * kPanel, inputs, grad, sequences, stride, scratch, left,
+            [&](int sequence) { return right(sequence, p); }, [&](int) { return depth; });
+      continue;
+    }
+    for (int strip = 0; strip < num_panels && !team.stopped(); strip += scratch.strip) {
+      const int end = smaller(num_panels, strip + scratch.strip);
+      for (int p = strip; p < end; ++p)
+        load_gradient(rows, 0, rows.count, p * kPanel, inputs, scratch.tiles_of(p - strip), grad);
+      for (int sequence = 0; sequence < sequences && !team.stopped(); ++sequence)
+        for (int p = strip; p < end; ++p)
+          add_chunk(rows.count, left(sequence), stride, right(sequence, p), depth, grad.fresh && sequence == 0,
+                    scratch.sums, scratch.tiles_of(p - strip), [&](int i, int count) {
+                      if (i % 2 == 0) return part_of(right(sequence, p) + elements, elements, i / 2, (count + 1) / 2);
+                      return part_of(left(sequence + 1), rows.count * stride, (p - strip) * (count / 2) + i / 2,
+                                     (end - strip) * (count / 2));
+                    });
+      for (int p = strip; p < end; ++p)
+        store_gradient(rows, 0, rows.count, p * kPanel, inputs, scratch.tiles_of(p - strip), grad);
+    }
   }
   team.sync();
 }
