@@ -152,22 +152,28 @@ template <class T> struct Place {
   T* output(int layer, int layers) const { return store().output(layer, layers, in_store()); }
 };
 
-// Recomputes an update's activations for consecutive sequences from their saved inputs.
+// Recomputes an update's activations for consecutive sequences from their saved inputs, and from their x where an
+// injection has a weight; null: the update does not inject it.
 template <class T>
 void slot_forward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
-                  const Positions& positions, int sequences, int slot, const BackwardThread<T>& shared,
+                  const T* x, const Positions& positions, int sequences, int slot, const BackwardThread<T>& shared,
                   const BackwardThread<T>& mine) {
   const Job& job = workspace.backward.job;
   const NetShape& net = job.nets[update.net];
   const BlockStrides strides(net.block);
   const int L = job.length, D = job.width;
   const Range rows = team.split(sequences * L);
+  const void* packed = job.packed[update.net].forward;
   T* h = workspace.activations.layer(0, slot).h;
+  T* to = net.injection == Injection::add ? h : workspace.activations.total(slot);
   team.begin("saved input");
   for (int t = rows.begin; t < rows.end; ++t)
-    __builtin_memcpy(h + t * strides.h, saved + static_cast<long>(t) * D, sizeof(T) * static_cast<size_t>(D));
+    __builtin_memcpy(to + t * strides.h, saved + static_cast<long>(t) * D, sizeof(T) * static_cast<size_t>(D));
   team.sync();
-  Arena weights(const_cast<void*>(job.packed[update.net].forward));
+  if (net.injection != Injection::add)
+    inject(team, net, injection_weights<T, ForwardWeights<T>>(net, packed), update.num_sources > 0, to, x,
+           sequences * L, h, mine.scratch.tile);
+  Arena weights(const_cast<void*>(packed));
   for (int layer = 0; layer < net.layers; ++layer)
     block_forward(team, net.block, ForwardWeights<T>(weights, net.block), positions, sequences, L,
                   workspace.activations.layer(layer, slot), shared.buffers.u,
@@ -195,8 +201,8 @@ void final_norm_backward(const Team& team, const BlockShape& block, int sequence
   team.sync();
 }
 
-// An update of consecutive sequences, the first at `place`: h from `saved`, dy from the gradient of dst; dh is added to
-// the sources and to x.
+// An update of consecutive sequences, the first at `place`: h from `saved`, dy from the gradient of dst; the gradients
+// of the sources and of x are added to theirs.
 template <class T>
 void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
                    int sequence, int sequences, const Place<T>& place, const BackwardThread<T>& shared,
@@ -216,9 +222,11 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
     for (int s = 0; s < kept; ++s)
       workspace.activations.copy(team, net.layers, workspace.kept, place.pair + s, place.slot + s);
     if (kept) team.sync();
+    const long at = first + static_cast<long>(kept) * L * D;
+    const T* x = backward.x && update.inject_x ? static_cast<const T*>(backward.x) + at : nullptr;
     if (kept < sequences)
-      slot_forward(workspace, team, update, saved + first + static_cast<long>(kept) * L * D, positions.of(kept, L),
-                   sequences - kept, place.slot + kept, shared, mine);
+      slot_forward(workspace, team, update, saved + at, x, positions.of(kept, L), sequences - kept, place.slot + kept,
+                   shared, mine);
   }
 
   team.begin("gradient of the output");
@@ -249,8 +257,20 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
         store(at, load(at, n) + load(dy + t * strides.u + j), n);
       }
   };
-  for (int s = 0; s < update.num_sources; ++s) add(backward.grad_states[job.program.sources[update.first_source + s]]);
+  const int* sources = job.program.sources + update.first_source;
   if (update.inject_x && backward.grad_x) add(backward.grad_x);
+  if (net.injection == Injection::add)
+    for (int s = 0; s < update.num_sources; ++s) add(backward.grad_states[sources[s]]);
+  else
+    injection_backward(team, net, injection_weights<T, BackwardWeights<T>>(net, packed), update.num_sources > 0,
+                       sequences, L, place.store().total(place.in_store()), dy,
+                       workspace.gradients.injection(place.slot), mine.backward_scratch.tile,
+                       [&](int t, int c, int lanes, vf values) {
+                         for (int s = 0; s < update.num_sources; ++s) {
+                           float* at = backward.grad_states[sources[s]] + first + static_cast<long>(t) * D + c;
+                           store_lanes(at, load_lanes(at, lanes) + values, lanes);
+                         }
+                       });
   team.sync(); // before the buffers are used again
 }
 
@@ -269,15 +289,15 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
   for (int before = 0; before < n; ++before) into += net_weights(job.nets[before]);
   const WeightPlaces places(block);
   const auto same = [](int row) { return row; };
+  const auto by_token = [&](const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs,
+                            float* grad, auto row_of) {
+    if (grad)
+      weight_gradient(all, dy, dy_stride, outputs, x, x_stride, inputs, chunks, {grad, fresh}, workspace.panels,
+                      mine.gradient_scratch, row_of);
+  };
   for (int layer = 0; layer < job.nets[n].layers; ++layer, into += block_weights(block)) {
     const BlockActivations<T> act = first.activations(layer);
     const BlockGradients<T> grads = workspace.gradient_layer(layer, first.slot);
-    const auto by_token = [&](const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs,
-                              float* grad, auto row_of) {
-      if (grad)
-        weight_gradient(all, dy, dy_stride, outputs, x, x_stride, inputs, chunks, {grad, fresh}, workspace.panels,
-                        mine.gradient_scratch, row_of);
-    };
     const auto by_sequence = [&](const T* dy, int outputs, const T* x, int inputs, float* grad) {
       if (grad)
         sequence_weight_gradient(all, dy, outputs, x, inputs, strides.h, D, used, {grad, fresh}, workspace.panels,
@@ -299,8 +319,15 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
     by_token(grads.ds2, strides.h, D, down_input(block, act), strides.activation, block.inner, into[places.down], same);
     add_vector_gradients(all, block, grads, used, into, fresh);
   }
-  if (float* sums = workspace.gradients.final_norm(first.slot); sums && job.nets[n].final_norm && *into)
-    vector_gradient(all, sums, strides.u, used, D, {*into, fresh}, same);
+  const auto by_channel = [&](const float* sums, float* grad) {
+    if (grad) vector_gradient(all, sums, strides.u, used, D, {grad, fresh}, same);
+  };
+  const NetShape& net = job.nets[n];
+  if (net.final_norm && block.norm_weight) by_channel(workspace.gradients.final_norm(first.slot), *into++);
+  const InjectionGradients<T> injection = workspace.gradients.injection(first.slot);
+  if (net.injection == Injection::diagonal) by_channel(injection.sums, *into);
+  if (net.injection == Injection::linear)
+    by_token(injection.dh, strides.h, D, first.store().total(first.in_store()), strides.h, D, *into, same);
 }
 
 template <class T> size_t backward_bytes(const BackwardJob& job) {
@@ -333,6 +360,7 @@ template <class T> void start_backward(const BackwardWorkspace<T>& workspace, co
     clear_padding(grads.ds1, count, block.width, padded, strides.h);
     clear_padding(grads.ds2, count, block.width, padded, strides.h);
   }
+  clear_padding(workspace.gradients.injection(slots.begin).dh, count, block.width, padded, strides.h);
   const int mixed = heads.output_columns();
   clear_padding(mine.buffers.dy, workspace.rows(), block.width, strides.u, strides.u);
   if (block.attention) clear_padding(mine.buffers.grad_mixed, workspace.rows(), mixed, strides.mixed, strides.mixed);
