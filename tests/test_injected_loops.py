@@ -206,7 +206,7 @@ def test_another_depth_and_window_every_step(by: str, monkeypatch: pytest.Monkey
             module.program = program
             (out,) = module([s], x)
         out.square().sum().backward()
-        return [out.detach(), *(p.grad for p in net.parameters())]  # type: ignore[misc]
+        return [out.detach(), *(p.grad for p in net.parameters())]
 
     module_of_engine: Any = packed_weights._cpu
     packed = []
