@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trmfast.program import RecursionProgram
+from trmfast.program import RecursionProgram, Update
 from trmfast.spec import NetSpec
 
 __all__ = ["COMPUTE_DTYPES", "Problem", "check_segments", "unsupported"]
@@ -113,6 +113,10 @@ class Problem:
     def net_weights(self, flat: Sequence[Tensor], net_index: int) -> list[Tensor]:
         """The weights of one network, out of the flat list of all."""
         return list(flat[self.weight_slices[net_index]])
+
+    def weighs(self, update: Update) -> bool:
+        """Whether the sum of an update's sources meets a weight before its network."""
+        return bool(update.sources) and self.nets[update.net].injection != "add"
 
     def live_updates(self, states: Sequence[bool], x: bool, weights: Sequence[bool]) -> tuple[list[bool], list[bool]]:
         """Where gradients can flow.

@@ -52,7 +52,7 @@ class BackwardCall(NamedTuple):
         problem, weights, cos, sin, segments: as in :class:`ForwardCall`.
         grad_states: S gradients [B, L, D] of the final states, contiguous, in the compute dtype.
         saved: [G, B, L, D], the summed inputs of the updates with ``grad`` that are not wholly kept, from forward;
-            where an injection has a weight the sums of the sources, zeros without sources.
+            where an injection has a weight the sums of the sources, and without sources what the backend likes.
         kept: [pairs, bytes], the activations that forward kept.
         needs_states, needs_x, needs_weights: which gradients are wanted.
         x: as in :class:`ForwardCall` where :attr:`Problem.backward_reads_x`, else None.
