@@ -19,6 +19,7 @@ from trmfast.kernels.qkv import qkv
 
 import triton_guard
 from test_cpu_choices import grows
+from test_injection import check_mixed
 from test_triton_backend import guarded, values_of
 from test_triton_plan import check_written_before_read, everything, setting_of
 from triton_bounds import checked_run
@@ -99,6 +100,11 @@ def test_the_list_of_choices(case: Case, dtype: torch.dtype) -> None:
         pytest.skip(f"{case}: states beyond 1, so the policy judges no bfloat16; test_programs has fewer updates")
     seeds = range(5 if dtype == torch.float32 else 2)
     require(check_case(case, dtype, "triton", seeds=seeds, device=DEVICE))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the tensors are those of the CPU")
+def test_networks_with_injections_of_their_own() -> None:
+    check_mixed("triton")
 
 
 # ---------------------------------------------------------------- plans in small tiles

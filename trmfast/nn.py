@@ -311,6 +311,10 @@ class Recursion(nn.Module):
         dtype: ``"int8"`` for inference with int8 operands, as in :func:`trmfast.recursion`; every network is a
             :class:`Net` then.
 
+    Attributes:
+        program: that of the next call; it may be assigned, or given to the call.  Nothing of the networks depends on
+            it, and a program that was seen before is neither checked nor translated again.
+
     Raises:
         TypeError: ``nets`` is not a list, a network is not a module, or the program none.
         ValueError: the networks do not fit the program, or one of them must not be recomputed.

@@ -66,7 +66,8 @@ def recursion(
         nets: one spec for each network of the program.
         states: S tensors [B, L, D] of one compute dtype: float32, bfloat16, float16 or float64.  Under autocast, states
             and x other than float64 are cast to the autocast dtype here.
-        x: [B, L, D] of the same dtype, or None when no update injects x.
+        x: [B, L, D] of the same dtype, or None when no update injects x.  It is kept for backward where an injection
+            has a weight.
         weights: network by network, each in the order of ``NetSpec.weight_shapes``; of any float dtype.  They are cast
             to the compute dtype inside; gradients are summed in float32 over all applications and returned in the
             weight's dtype.
