@@ -7,12 +7,13 @@ The blocks are in backward_block.py; the order of their kernels, and what each r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from trmfast.kernels.backward_block import BlockBackward, Targets, norm_kernel
 from trmfast.kernels.forward_block import is_plain, norm_names
 from trmfast.kernels.forward_plan import NetValues, PlanWriter, Setting, forward_net, normed_values
+from trmfast.kernels.injection import enter, enter_backward, gradient_buffer
 from trmfast.kernels.kept_values import kept_buffers, kept_names, with_names
 from trmfast.kernels.norm_backward import norm_backward
 from trmfast.kernels.norm_weights import column_sums, unfold
@@ -30,7 +31,7 @@ class BackwardPlan:
     """A plan and where its results are; None for a gradient that is zero or not requested.
 
     Attributes:
-        plan: its inputs are ``saved``, ``grad.s`` in float32, weights and tables.
+        plan: its inputs are ``saved``, ``x`` where it reads it, ``grad.s`` in float32, weights and tables.
         grad_states: of the incoming states, [B, L, D] float32.
         grad_x: of x, [B, L, D] float32.
         grad_weights: of every weight, float32.
@@ -59,6 +60,7 @@ def backward_plan(
     saved = Buffer("saved", (problem.num_grad_updates - keep, *shape), setting.dtype)
     kept = _kept_values(setting, keep)
     kept_inputs = tuple(dict.fromkeys(buffer for _, buffers in kept for buffer in buffers))
+    x = Buffer("x", shape, setting.dtype)
     incoming = [Buffer(f"grad.{s}", shape, torch.float32) for s in range(len(problem.program.states))]
     grads: list[Buffer | None] = list(incoming)
     grad_x: Buffer | None = None
@@ -73,6 +75,7 @@ def backward_plan(
         slot -= 1
         if gradient is None or not (flows[position] or any(needs_weights[part[update.net]])):
             continue
+        weighed = problem.weighs(update)
         targets: list[tuple[Buffer, bool]] = []
         if flows[position]:
             for s in update.sources:
@@ -80,20 +83,32 @@ def backward_plan(
                     held = grads[s]
                     targets.append((incoming[s] if held is None else held, held is not None))
                     grads[s] = incoming[s]
-            if update.inject_x and needs_x:
-                targets.append((Buffer("grad_x", shape, torch.float32), grad_x is not None))
-                grad_x = targets[-1][0]
+        sources, entered = (targets, None) if weighed else ([], None)
+        if weighed:
+            targets = []
+            if sources or needs_weights[part[update.net].stop - 1]:
+                entered = gradient_buffer(writer, update.net)
+                targets.append((entered, False))
+        if flows[position] and update.inject_x and needs_x:
+            targets.append((Buffer("grad_x", shape, torch.float32), grad_x is not None))
+            grad_x = targets[-1][0]
         if slot < saved.shape[0]:
-            values = _values(writer, update.net, saved[slot])
+            total = saved[slot]
+            h = enter(writer, update.net, total, x if update.inject_x else None) if weighed else total
+            values = replace(_values(writer, update.net, h), total=total)
         else:
             values, _ = kept[slot - saved.shape[0]]
         _differentiate(writer, totals, update.net, values, gradient, targets)
+        if entered is not None and values.total is not None:
+            enter_backward(writer, totals, update.net, values.total, entered, sources)
     totals.finish()
     grad_states = tuple(g if need else None for g, need in zip(grads, needs_states, strict=True))
     grad_weights = tuple(totals.results.get(i) for i in range(problem.num_weights))
     results = (*grad_states, grad_x, *grad_weights)
     outputs = tuple(buffer for buffer in results if buffer is not None)
-    inputs = (*((saved,) if saved.numel else ()), *kept_inputs, *incoming, *writer.constants)
+    reads_x = any(buffer.name == x.name for launch in writer.launches for buffer in launch.buffers(launch.reads))
+    first = (*((saved,) if saved.numel else ()), *((x,) if reads_x else ()))
+    inputs = (*first, *kept_inputs, *incoming, *writer.constants)
     plan = Plan(tuple(writer.launches), inputs, outputs, totals.zeros, kept_inputs)
     return BackwardPlan(plan, grad_states, grad_x, grad_weights)
 
@@ -106,19 +121,21 @@ def _values(writer: PlanWriter, net: int, saved: Buffer) -> NetValues:
 def _kept_values(setting: Setting, keep: int) -> list[tuple[NetValues, list[Buffer]]]:
     """What the forward plan keeps: the values of its last updates with ``grad``, and their buffers in order."""
     problem = setting.problem
-    nets = [update.net for update in problem.program.updates if update.grad]
-    made = {net: _net_values(setting, net) for net in dict.fromkeys(nets[len(nets) - keep :])}
+    kinds = [(update.net, problem.weighs(update)) for update in problem.program.updates if update.grad]
+    kinds = kinds[len(kinds) - keep :]
+    made = {kind: _net_values(setting, *kind) for kind in dict.fromkeys(kinds)}
     found = []
-    for number, net in enumerate(nets[len(nets) - keep :]):
-        names = kept_names(problem.nets[net], made[net], number)
-        found.append((with_names(made[net], names), list(names.values())))
+    for number, kind in enumerate(kinds):
+        names = kept_names(problem.nets[kind[0]], made[kind], number)
+        found.append((with_names(made[kind], names), list(names.values())))
     return found
 
 
-def _net_values(setting: Setting, net: int) -> NetValues:
+def _net_values(setting: Setting, net: int, weighed: bool) -> NetValues:
     """The values of a network, by a plan that is not used."""
     writer = PlanWriter(setting)
-    return _values(writer, net, writer.state("input"))
+    values = _values(writer, net, writer.state("input"))
+    return replace(values, total=writer.state("total")) if weighed else values
 
 
 def pair_bytes(setting: Setting) -> int:
@@ -129,7 +146,7 @@ def pair_bytes(setting: Setting) -> int:
     """
     most = 0
     for number, net in enumerate(setting.problem.nets):
-        values = _net_values(setting, number)
+        values = _net_values(setting, number, net.injection != "add")
         sizes = [buffer.nbytes for buffer in kept_buffers(net, values)]
         # Whether these exist depends on the GPU.
         sizes += [
@@ -252,7 +269,7 @@ def _differentiate(
     ]
     if spec.final_norm:
         weight = writer.final_weight(net)
-        total = None if weight is None else totals.split(part.stop - 1)
+        total = None if weight is None else totals.split(part.stop - 1 - (spec.injection != "add"))
         if total is not None:
             writer.add("column_sums", column_sums, gradient, values.output.values, total)
         gradient = _through_norm(writer, gradient, values.output, weight)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from trmfast.kernels.configurations import Configuration, Sizes
 from trmfast.kernels.forward_block import BlockValues, BlockWeights, add_sum, forward_block, norm_names
+from trmfast.kernels.injection import enter
 from trmfast.kernels.kept_values import kept_names
 from trmfast.kernels.mixer_mlp_t import padded_length
 from trmfast.kernels.norm_weights import fold
@@ -153,8 +154,12 @@ class PlanWriter:
     def final_weight(self, net: int) -> Buffer | None:
         """The weight of a network's final norm, or None."""
         spec = self.setting.problem.nets[net]
-        part = self.setting.problem.weight_slices[net]
-        return self.weights[part.stop - 1] if spec.final_norm and spec.block.norm_weight else None
+        place = self.setting.problem.weight_slices[net].stop - 1 - (spec.injection != "add")
+        return self.weights[place] if spec.final_norm and spec.block.norm_weight else None
+
+    def injection_weight(self, net: int) -> Buffer:
+        """The weight of a network's injection, which has one: [D] or [D, D]."""
+        return self.weights[self.setting.problem.weight_slices[net].stop - 1]
 
     def _fold(self, weight: Buffer, factor: Buffer) -> Buffer:
         if weight not in self._folded:
@@ -170,10 +175,12 @@ class NetValues:
     Attributes:
         blocks: the values of its blocks.
         output: its result, [B, L, D], for its readers.
+        total: what the weight of its injection met, [B, L, D]; None where there was none.
     """
 
     blocks: tuple[BlockValues, ...]
     output: Rows
+    total: Buffer | None = None
 
 
 def forward_net(
@@ -239,7 +246,7 @@ def normed_values(writer: PlanWriter, values: NetValues) -> NetValues:
         )
         for block in values.blocks
     )
-    found = NetValues(blocks, normed(values.output))
+    found = replace(values, blocks=blocks, output=normed(values.output))
     targets = [made[source.values] for source in sources]
     _norm_rows(writer, sources, [t.values for t in targets], [t.rstd for t in targets if t.rstd is not None])
     return found
@@ -255,10 +262,14 @@ def _norm_rows(
 
 
 def _injected(problem: Problem) -> list[tuple[object, ...]]:
-    """Of every update what it adds to its first source: sums are equal where this is, bit for bit."""
+    """Of every update what it adds to its first source: sums are equal where this is, bit for bit.
+
+    Nothing where the sum of the sources alone meets a weight.
+    """
     written, found = Counter[int](), []
     for update in problem.program.updates:
-        found.append((*((s, written[s]) for s in update.sources[1:]), update.inject_x))
+        weighed = problem.weighs(update)
+        found.append(() if weighed else (*((s, written[s]) for s in update.sources[1:]), update.inject_x))
         written[update.dst] += 1
     return found
 
@@ -289,9 +300,10 @@ def forward_plan(setting: Setting, save: bool, keep: int = 0) -> Plan:
     names: dict[str, Buffer] = {}
     slot = 0
     injected, sums = _injected(problem), {}
-    uses = Counter(injected)
+    uses = Counter(key for key in injected if key)
     for update, key in zip(program.updates, injected, strict=True):
-        terms = [current[s] for s in update.sources] + [Rows(x)] * update.inject_x
+        weighed = problem.weighs(update)
+        terms = [current[s] for s in update.sources] + [Rows(x)] * (update.inject_x and not weighed)
         first, *others = terms
         if uses[key] * (len(others) - 1) > len(others) + 1:  # tensors that its readers spare, and that it moves
             if key not in sums:
@@ -305,8 +317,13 @@ def forward_plan(setting: Setting, save: bool, keep: int = 0) -> Plan:
             slot += 1
         elif len(terms) > 1:
             total = writer.state("total")
+        entered = None
+        if weighed:
+            entered = _sum_of(writer, terms, total)
+            terms, total = [Rows(enter(writer, update.net, entered, x if update.inject_x else None))], None
         if number >= 0:
             values = forward_net(writer, update.net, terms, writer.state("output"), total=total, keep=True)
+            values = replace(values, total=entered)
             names.update(kept_names(problem.nets[update.net], normed_values(writer, values), number))
             current[update.dst] = values.output
         else:
@@ -317,6 +334,16 @@ def forward_plan(setting: Setting, save: bool, keep: int = 0) -> Plan:
     launches = tuple(launch.moved(lambda buffer: names.get(buffer.name, buffer)) for launch in writer.launches)
     outputs = (*out.values(), *((saved,) if save and saved.numel else ()), *kept)
     return Plan(launches, inputs, outputs, kept=kept)
+
+
+def _sum_of(writer: PlanWriter, terms: Sequence[Rows], total: Buffer | None) -> Buffer:
+    """The sum of terms, written to ``total`` if there is one; no launch where it is a tensor that is there."""
+    (first, *others) = terms
+    if total is None and not others and first.squares is None and first.weight is None:
+        return first.values
+    total = total or writer.state("total")
+    add_sum(writer, terms, total, squares=False)
+    return total
 
 
 def _write_results(writer: PlanWriter, results: Mapping[Buffer, Rows]) -> None:

@@ -36,6 +36,7 @@ def kept_buffers(net: NetSpec, values: NetValues) -> list[Buffer]:
             found.append(block.activation)
     if net.final_norm:
         found += [values.output.values, values.output.rstd]
+    found.append(values.total)
     return list(dict.fromkeys(buffer for buffer in found if buffer is not None))
 
 

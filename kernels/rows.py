@@ -268,7 +268,7 @@ def normed_sum(
 
     Args:
         terms: 1 to 8 of [..., D] in the order of the update, x last; the sum is taken from the right.  One term alone
-            may be float32, and is then cast.
+            may be float32, and is then cast; in a float32 sum all are.
         out: [..., D], the buffer of a term or another; or None.
         squares: [..., tiles] float32, receives the sums of squares of the rounded sum; or None.
         tile: BLOCK_M, BLOCK_N.

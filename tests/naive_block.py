@@ -33,6 +33,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"channel_mixer": "conv_swiglu"},
     {"num_kv_heads": 4},
     {"final_norm": True},
+    {"injection": "diagonal"},
+    {"injection": "linear"},
     {"segments": True, "causal": True},
 )
 # Two sequences in a row: two tokens of which the first is a prefix, and three of which the first two are.
@@ -42,8 +44,8 @@ SEGMENTS = torch.tensor([[0, 1], [0, 1], [2, 4], [2, 4], [2, 4]])
 def spec_of(options: dict[str, Any]) -> NetSpec:
     """A block of width 8 with four heads of 2; with a final norm two of them.  Sizes differ, so that axes do."""
     given = {"num_kv_heads": 2, **options}
-    final = given.pop("final_norm", False)
-    return NetSpec(BlockSpec(8, 6, num_heads=4, **given), 1 + final, final)
+    final, injection = given.pop("final_norm", False), given.pop("injection", "add")
+    return NetSpec(BlockSpec(8, 6, num_heads=4, **given), 1 + final, final, injection)
 
 
 def pairs(count: int) -> Iterator[dict[str, Any]]:
@@ -161,9 +163,18 @@ def naive_block(rows: list[Tensor], block: BlockSpec, w: dict[str, Tensor]) -> l
     return rows
 
 
-def naive_net(h: Tensor, spec: NetSpec, weights: list[Tensor]) -> Tensor:
+def naive_net(total: Tensor, x: Tensor, spec: NetSpec, weights: list[Tensor]) -> Tensor:
+    """total: the sum of an update's sources, [L, D]; x: [L, D]."""
     named = dict(zip((name for name, _ in spec.weight_shapes), weights, strict=True))
-    rows = list(h)
+    rows = list(total + x)
+    if spec.injection == "diagonal":
+        weight = named["injection.weight"].tolist()
+        rows = [torch.stack([w * v for w, v in zip(weight, s, strict=True)]) + e for s, e in zip(total, x, strict=True)]
+    elif spec.injection == "linear":
+        rows = [
+            sum((w * v for w, v in zip(named["injection.weight"].T, s, strict=True)), e)
+            for s, e in zip(total, x, strict=True)
+        ]
     for layer in range(spec.num_layers):
         prefix = f"layers.{layer}."
         block = {name.removeprefix(prefix): w for name, w in named.items() if name.startswith(prefix)}

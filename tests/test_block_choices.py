@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from trmfast.cases import CHOICES, Case, make_case, make_inputs, rope_tables
 from trmfast.flops import block_flops
 from trmfast.nn import Net, Recursion, RotaryEmbedding
 from trmfast.problem import unsupported
-from trmfast.reference import run_block, run_net, run_program
+from trmfast.reference import inject, run_block, run_net, run_program
 from trmfast.spec import SIZES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,13 +40,17 @@ def tables(block: BlockSpec) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+def enter(spec: NetSpec, total: Tensor, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return total + x if spec.injection == "add" else inject(spec, total, x, weights[-1])
+
+
 @pytest.mark.parametrize("options", DRAWN, ids=name_of)
 def test_reference(options: dict[str, Any]) -> None:
     spec = spec_of(options)
     weights = weights_of(spec)
-    h = torch.randn(1, LENGTH, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = naive_net(h[0], spec, weights)[None]
-    found = run_net(spec, h, weights, *tables(spec.block), segments=SEGMENTS[None])
+    total, x = torch.randn(2, 1, LENGTH, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = naive_net(total[0], x[0], spec, weights)[None]
+    found = run_net(spec, enter(spec, total, x, weights), weights, *tables(spec.block), segments=SEGMENTS[None])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -53,13 +58,14 @@ def test_reference(options: dict[str, Any]) -> None:
 def test_gradients(options: dict[str, Any]) -> None:
     spec = spec_of(options)
     weights = [w.requires_grad_() for w in weights_of(spec)]
-    h = torch.randn(1, LENGTH, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    drawn = torch.randn(2, 1, LENGTH, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    total, x = (t.requires_grad_() for t in drawn.unbind())
     cos, sin = tables(spec.block)
 
-    def net(h: Tensor, *weights: Tensor) -> Tensor:
-        return run_net(spec, h, weights, cos, sin, segments=SEGMENTS[None])
+    def net(total: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
+        return run_net(spec, enter(spec, total, x, weights), weights, cos, sin, segments=SEGMENTS[None])
 
-    torch.autograd.gradcheck(net, (h, *weights), fast_mode=True)
+    torch.autograd.gradcheck(net, (total, x, *weights), fast_mode=True)
 
 
 @pytest.mark.parametrize("case", CHOICES, ids=str)
@@ -92,6 +98,8 @@ def test_modules(case: Case) -> None:
     """Parameters are those of the spec; a module's forward and the fused recursion are the same function."""
     spec = case.problem.nets[0]
     net = Net(spec)
+    if spec.injection != "add":  # it begins as one and the identity
+        torch.nn.init.normal_(net.injection.weight)
     assert [(name, tuple(p.shape)) for name, p in net.named_parameters()] == sorted(
         spec.weight_shapes, key=lambda item: list(dict(net.named_parameters())).index(item[0])
     )
@@ -103,7 +111,8 @@ def test_modules(case: Case) -> None:
     program = RecursionProgram.looped(1)
     segments = make_inputs(case).segments
     (fused,) = Recursion(program, [net], "reference")([h], cos_sin=cos_sin, segments=segments)
-    torch.testing.assert_close(net(h, cos_sin, segments), fused)
+    entered = h if spec.injection == "add" else net.injection(h, None)
+    torch.testing.assert_close(net(entered, cos_sin, segments), fused)
 
 
 def test_bfloat16_rounds_where_the_models_round() -> None:
@@ -289,7 +298,7 @@ def test_networks_that_share_tables_share_the_rotation() -> None:
 
 def test_every_field_is_a_size_or_an_option() -> None:
     spec = NetSpec(BlockSpec(8, 6, num_heads=2), 1)
-    assert {field.name for field in fields(BlockSpec)} | {"final_norm"} == set(SIZES) | set(spec.options)
+    assert {field.name for field in fields(BlockSpec)} | {"final_norm", "injection"} == set(SIZES) | set(spec.options)
 
 
 @pytest.mark.parametrize("case", CHOICES, ids=str)
@@ -331,7 +340,7 @@ def test_flops_of_options() -> None:
 RICH = make_case(
     "rich", "hrm", H_cycles=1, L_cycles=1, window="all", length=7, hidden_size=16, intermediate_size=24, num_heads=4,
     num_kv_heads=2, num_layers=1, final_norm=True, norm_placement="sandwich", norm_weight=True, qk_norm="learned",
-    qk_bias=True, gate="channel", rotation="interleaved", causal=True, attention_window=3,
+    qk_bias=True, gate="channel", rotation="interleaved", causal=True, attention_window=3, injection="linear",
 )  # fmt: skip
 
 
@@ -351,7 +360,7 @@ def test_compile_and_export() -> None:
         exported.module()(inputs.states, inputs.x, tables), module(inputs.states, inputs.x, tables)
     )
     names = [name for name, _ in nets[0].named_parameters()]
-    assert {"norm.weight", "layers.0.norm4.weight", "layers.0.self_attn.qk_bias"} <= set(names)
+    assert {"injection.weight", "norm.weight", "layers.0.norm4.weight", "layers.0.self_attn.qk_bias"} <= set(names)
 
 
 def test_opcheck() -> None:

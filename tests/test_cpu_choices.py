@@ -109,6 +109,7 @@ def random_case(random: Random) -> Case:
         }
         if options["causal"] and not options["attention_window"]:
             options["segments"] = random.random() < 0.5
+    options["injection"] = random.choice(["add", "diagonal", "linear"])
     name = ",".join(f"{name}={value}" for name, value in options.items())
     model = random.choice(["trm", "hrm"])
     if options.get("norm_placement") in ("pre", "sandwich") and not options["final_norm"]:
@@ -181,9 +182,13 @@ def test_nan_in_a_sequence_stays_there(case: Case) -> None:
             assert torch.equal({**poisoned.outputs, **poisoned.gradients}[name][1:], tensor[1:]), name
 
 
-@pytest.mark.parametrize("gate", ["channel", "head"])
-def test_gates_of_no_sequences(gate: str) -> None:
-    inputs = make_inputs(make_case("none", batch=0, gate=gate, norm_placement="pre", final_norm=True, num_layers=1))
+@pytest.mark.parametrize(
+    "options",
+    [{"gate": "channel"}, {"gate": "head"}, {"injection": "diagonal"}, {"injection": "linear"}],
+    ids=str,
+)
+def test_no_sequences(options: dict[str, Any]) -> None:
+    inputs = make_inputs(make_case("none", batch=0, norm_placement="pre", final_norm=True, num_layers=1, **options))
     for result in (run_eager(inputs), run_fused(inputs, "cpu")):
         assert all(z.shape == (0, 12, 64) for z in result.outputs.values())
         assert not any(gradient.any() for gradient in result.gradients.values())

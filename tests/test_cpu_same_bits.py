@@ -14,7 +14,7 @@ from trmfast.backends import cpu as engine
 from trmfast.cases import Case, make_case, make_inputs
 from trmfast.problem import Problem
 from trmfast.program import RecursionProgram, Update
-from trmfast.spec import BlockSpec, NetSpec
+from trmfast.spec import INJECTIONS, BlockSpec, NetSpec
 from trmfast.testing import check_case, require, run_fused
 
 _reason = BACKENDS["cpu"].available()
@@ -35,8 +35,8 @@ def random_program(random: Random) -> RecursionProgram:
     states, nets = random.randint(1, 3), random.randint(1, 2)
     updates = []
     for _ in range(random.randint(2, 7)):
-        sources = tuple(random.sample(range(states), random.randint(1, states)))
-        inject = random.random() < 0.5
+        sources = tuple(random.sample(range(states), random.choice([0, *range(1, states + 1)])))
+        inject = not sources or random.random() < 0.5
         updates.append(Update(random.randrange(states), sources, inject, random.randrange(nets), random.random() < 0.8))
     return RecursionProgram(
         tuple(f"z{s}" for s in range(states)), tuple(f"f{n}" for n in range(nets)), tuple(updates), len(updates)
@@ -65,8 +65,9 @@ def random_case(random: Random) -> Case:
         seq_intermediate_size=0 if attends else random.choice([3, 32, 70]),
         **(choices if attends and random.random() < 0.7 else {}),
     )
-    net = NetSpec(block, random.randint(1, 2), final_norm=random.random() < 0.5)
-    problem = Problem(program, (net,) * len(program.nets))
+    depth = {"num_layers": random.randint(1, 2), "final_norm": random.random() < 0.5}
+    nets = (NetSpec(block, **depth, injection=random.choice(INJECTIONS)) for _ in program.nets)
+    problem = Problem(program, tuple(nets))
     return Case(program.key, problem, random.choice([1, 2, 5, 7]), length, attends)
 
 
@@ -115,6 +116,8 @@ def test_two_hundred_random_programs(seed: int, monkeypatch: pytest.MonkeyPatch)
         {"length": 40, "hidden_size": 48, "num_heads": 3, "token_mixer": "mlp_t"},
         {"length": 37, "hidden_size": 48, "num_heads": 3, "channel_mixer": "conv_swiglu"},
         {"length": 4, "hidden_size": 64, "num_heads": 2, "qk_norm": "learned", "batch": 40},
+        {"length": 37, "hidden_size": 48, "num_heads": 3, "injection": "linear"},
+        {"length": 40, "hidden_size": 48, "num_heads": 3, "token_mixer": "mlp_t", "injection": "diagonal"},
     ],
     ids=str,
 )

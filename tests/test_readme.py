@@ -75,6 +75,13 @@ def test_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert "z_H <- f(z_H + z_L)" in capsys.readouterr().out
 
 
+def test_random_depth() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
+    found = execute(example)
+    assert found["out"].isfinite().all()
+    assert all(p.grad is not None and p.grad.any() for p in found["core"].parameters())
+
+
 def test_every_example_is_tested() -> None:
     assert len(EXAMPLES) == 4
 

@@ -19,6 +19,7 @@ from trmfast.kernels.qkv import qkv
 
 import triton_guard
 from test_cpu_choices import grows
+from test_injection import check_mixed
 from test_triton_backend import guarded, values_of
 from test_triton_plan import check_written_before_read, everything, setting_of
 from triton_bounds import checked_run
@@ -67,11 +68,17 @@ CASES = (
         head_dim=12, attention_window=4,
     ),
     small("window-causal", "urm", attention_window=3, causal=True, norm_placement="sandwich"),
+    small("linear", "hrm", injection="linear", norm_weight=True, final_norm=True, num_layers=1),
+    small("linear-pre", "trm", injection="linear", norm_placement="pre", num_layers=1),
+    small("diagonal", "trm", injection="diagonal"),
+    small("diagonal-mlp_t", "single_z", injection="diagonal", token_mixer="mlp_t", H_cycles=2, window="all"),
     small("no-rope", "urm", rope=False, qk_norm="learned", qk_bias=True, gate="head", channel_mixer="gelu"),
 )  # fmt: skip
 
+PROGRAMS_HERE = {"hrm_text", "linear", "diagonal"}
 
-@pytest.mark.representative(when=lambda case, dtype: case.name == "hrm_text" and dtype == torch.bfloat16)
+
+@pytest.mark.representative(when=lambda case, dtype: case.name in PROGRAMS_HERE and dtype == torch.bfloat16)
 @pytest.mark.spread("case", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -93,6 +100,11 @@ def test_the_list_of_choices(case: Case, dtype: torch.dtype) -> None:
         pytest.skip(f"{case}: states beyond 1, so the policy judges no bfloat16; test_programs has fewer updates")
     seeds = range(5 if dtype == torch.float32 else 2)
     require(check_case(case, dtype, "triton", seeds=seeds, device=DEVICE))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the tensors are those of the CPU")
+def test_networks_with_injections_of_their_own() -> None:
+    check_mixed("triton")
 
 
 # ---------------------------------------------------------------- plans in small tiles
@@ -119,6 +131,9 @@ TILED = (
           norm_placement="sandwich", norm_weight=True, final_norm=True),
     small("huginn", "urm", norm_placement="sandwich_sum", norm_weight=True, channel_mixer="gelu", length=21,
           hidden_size=72, num_heads=3, num_layers=1),
+    small("linear", "trm", injection="linear", length=21, hidden_size=72, num_heads=3, num_layers=1),
+    small("diagonal", "trm", injection="diagonal", norm_placement="pre", length=21, hidden_size=72, num_heads=3,
+          num_layers=1),
     small("two layers", "urm", segments=True, length=70, hidden_size=96, num_heads=3, norm_weight=True, **HRM_TEXT),
 )  # fmt: skip
 
@@ -130,7 +145,7 @@ def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs its own tiles: test_programs")
-@pytest.mark.representative(when=lambda case: case.name in {"hrm_text", "heads"})
+@pytest.mark.representative(when=lambda case: case.name in {"hrm_text", "heads", "linear", "diagonal"})
 @pytest.mark.parametrize("case", TILED, ids=str)
 @pytest.mark.usefixtures("addresses_are_checked")
 def test_small_tiles_between_guard_zones(case: Case) -> None:

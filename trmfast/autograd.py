@@ -42,7 +42,8 @@ class TrmfastRecursion(torch.autograd.Function):
         states, weights = list(tensors[:num_states]), list(tensors[num_states:])
         out, saved, kept = _below_autograd(keys, states, x, weights, cos, sin, *settings, segments)
         program, nets, backend, save = settings[:4]
-        _, live = Problem.from_keys(program, tuple(nets)).live_updates(
+        problem = Problem.from_keys(program, tuple(nets))
+        _, live = problem.live_updates(
             [s.requires_grad for s in states],
             x is not None and x.requires_grad,
             [w.requires_grad for w in weights],
@@ -51,14 +52,14 @@ class TrmfastRecursion(torch.autograd.Function):
         ctx.mark_non_differentiable(saved, kept, *dead)
         # Undefined gradients stay None: zeros for `saved` alone would cost as much memory as the whole window.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(saved, kept, cos, sin, segments, *weights)
+        ctx.save_for_backward(saved, kept, cos, sin, segments, x if problem.backward_reads_x else None, *weights)
         ctx.call = (program, nets, backend, save, num_states)
         return (*out, saved, kept)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         program, nets, backend, save, count = ctx.call
-        saved, kept, cos, sin, segments, *weights = ctx.saved_tensors
+        saved, kept, cos, sin, segments, x, *weights = ctx.saved_tensors
         if not save and Problem.from_keys(program, tuple(nets)).num_grad_updates:
             raise RuntimeError("trmfast::recursion was called with save=False: it kept nothing to differentiate")
         needs = ctx.needs_input_grad
@@ -66,7 +67,7 @@ class TrmfastRecursion(torch.autograd.Function):
         grads = [saved.new_zeros(saved.shape[1:]) if g is None else g for g in outputs[:count]]
         results = torch.ops.trmfast.recursion_backward.default(
             *(grads, saved, kept, weights, cos, sin, program, nets, backend),
-            *(list(needs_tensors[:count]), needs_x, list(needs_tensors[count:]), segments),
+            *(list(needs_tensors[:count]), needs_x, list(needs_tensors[count:]), segments, x),
         )
         gx = results.pop(count) if needs_x else None
         if not needs_x:

@@ -80,6 +80,7 @@ def make_case(
     causal: bool = False,
     rope: bool = True,
     final_norm: bool = False,
+    injection: str = "add",
     **options: Any,
 ) -> Case:
     """A case from sizes; the inner widths are those of the published models (expansion 4) unless given.
@@ -93,7 +94,7 @@ def make_case(
             :class:`BlockSpec`.
         intermediate_size: inner width of both SwiGLUs.
         rope: whether attention rotates queries and keys.
-        final_norm: as in :class:`NetSpec`.
+        final_norm, injection: as in :class:`NetSpec`.
         options: further fields of :class:`BlockSpec`.
     """
     program = PROGRAMS[model](H_cycles, L_cycles, window)
@@ -111,7 +112,7 @@ def make_case(
         seq_intermediate_size=0 if attends else intermediate_size or swiglu_width(length, 4),
         **options,
     )
-    problem = Problem(program, (NetSpec(block, num_layers, final_norm),) * len(program.nets))
+    problem = Problem(program, (NetSpec(block, num_layers, final_norm, injection),) * len(program.nets))
     return Case(name, problem, batch, length, rope and attends)
 
 
@@ -162,6 +163,9 @@ CHOICES: tuple[Case, ...] = (
     make_case("gelu", channel_mixer="gelu", **_SHORT),
     make_case("gelu-mlp_t", token_mixer="mlp_t", channel_mixer="gelu", **_SHORT),
     make_case("segments", causal=True, segments=True, **_SHORT),
+    make_case("diagonal", injection="diagonal", **_SHORT),
+    make_case("linear", injection="linear", **_SHORT),
+    make_case("linear-mlp_t", "hrm", token_mixer="mlp_t", injection="linear", **_SHORT),
     make_case(
         "hrm_text",
         "hrm_text",
@@ -302,7 +306,7 @@ def make_inputs(
         seed: seed; it draws the same numbers whatever the dtype and device.
         device: where the tensors go.
         weight_scale: factor on the weights, whose std is 1 / sqrt(fan in); below 1 rounding errors grow more slowly.
-            Weights of norms are one plus such numbers.
+            Weights of norms are one plus such numbers, those of a diagonal injection a half.
     """
     problem = case.problem
     generator = torch.Generator().manual_seed(seed)
@@ -315,7 +319,7 @@ def make_inputs(
     x = draw(shape).to(device, dtype) if problem.uses_x else None
     grads = tuple(draw(shape).to(device, dtype) for _ in problem.program.states)
     weights = tuple(
-        (draw(size, weight_scale * size[-1] ** -0.5) + _mean(name)).to(device)
+        (draw(size, weight_scale * size[-1] ** -0.5) + _mean(name, size)).to(device)
         for name, size in zip(problem.weight_names, problem.weight_shapes, strict=True)
     )
     cos, sin = (None, None)
@@ -338,9 +342,12 @@ def _draw_segments(case: Case, generator: torch.Generator) -> Tensor:
     return segments
 
 
-def _mean(name: str) -> float:
-    """The weights of norms lie around one."""
-    return 1.0 if name.rpartition(".")[0].rpartition(".")[2].startswith(("norm", "q_norm", "k_norm")) else 0.0
+def _mean(name: str, size: tuple[int, ...]) -> float:
+    """The weights of norms lie around one, those of a diagonal injection around a half."""
+    owner = name.rpartition(".")[0].rpartition(".")[2]
+    if owner == "injection" and len(size) == 1:
+        return 0.5
+    return 1.0 if owner.startswith(("norm", "q_norm", "k_norm")) else 0.0
 
 
 def rope_tables(length: int, head_dim: int, base: float = 1e4, rotation: str = "half") -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trmfast.problem import Problem
-from trmfast.spec import BlockSpec
+from trmfast.program import Update
+from trmfast.spec import BlockSpec, NetSpec
 
 __all__ = ["backward_flops", "block_flops", "forward_flops", "window_flops"]
 
@@ -40,6 +41,11 @@ def _weight_flops(block: BlockSpec, length: int) -> int:
     return 2 * macs
 
 
+def _injection_flops(net: NetSpec, update: Update, length: int) -> int:
+    """Of the product of a linear injection; a diagonal one counts as little as a norm's weight."""
+    return 2 * length * net.block.hidden_size**2 if net.injection == "linear" and update.sources else 0
+
+
 def forward_flops(problem: Problem, batch: int, length: int) -> int:
     """Of the whole program."""
     return _updates(problem, batch, length, grad_only=False)
@@ -61,8 +67,9 @@ def backward_flops(problem: Problem, batch: int, length: int, needs_weights: Seq
         if update.grad:
             net = problem.nets[update.net]
             trained = any(needs_weights[problem.weight_slices[update.net]])
-            products = _weight_flops(net.block, length) * (2 if trained else 1)
-            total += count * net.num_layers * (products + 2 * _attention_flops(net.block, length))
+            products = net.num_layers * _weight_flops(net.block, length) + _injection_flops(net, update, length)
+            attention = 2 * net.num_layers * _attention_flops(net.block, length)
+            total += count * (products * (2 if trained else 1) + attention)
     return batch * total
 
 
@@ -71,5 +78,5 @@ def _updates(problem: Problem, batch: int, length: int, grad_only: bool) -> int:
     for update, count in problem.program.counts().items():
         if update.grad or not grad_only:
             net = problem.nets[update.net]
-            total += count * net.num_layers * block_flops(net.block, length)
+            total += count * (net.num_layers * block_flops(net.block, length) + _injection_flops(net, update, length))
     return batch * total

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trmfast import reference
-from trmfast.spec import BlockSpec
+from trmfast.spec import BlockSpec, NetSpec
 
 __all__ = [
     "MLP",
@@ -18,6 +18,7 @@ __all__ = [
     "CastedLinear",
     "ConvSwiGLU",
     "CosSin",
+    "Injection",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
@@ -143,6 +144,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return reference.rms_norm(h, self.spec.rms_norm_eps, self.weight)
+
+
+class Injection(nn.Module):
+    """The weight of a network's injection: [D] of ones, or the identity [D, D], so that it begins as ``"add"``."""
+
+    def __init__(self, spec: NetSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width = spec.block.hidden_size
+        self.weight = nn.Parameter(torch.ones(width) if spec.injection == "diagonal" else torch.eye(width))
+
+    def forward(self, total: Tensor | None, x: Tensor | None) -> Tensor:
+        """total: the sum of an update's sources, or None without sources; x: or None; [B, L, D] both."""
+        return reference.inject(self.spec, total, x, self.weight)
 
 
 class Attention(nn.Module):

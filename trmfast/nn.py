@@ -18,6 +18,7 @@ from trmfast.layers import (
     CastedLinear,
     ConvSwiGLU,
     CosSin,
+    Injection,
     RMSNorm,
     RotaryEmbedding,
     SwiGLU,
@@ -37,6 +38,7 @@ __all__ = [
     "CastedEmbedding",
     "CastedLinear",
     "ConvSwiGLU",
+    "Injection",
     "Net",
     "RMSNorm",
     "Recursion",
@@ -101,10 +103,21 @@ def _at(module: Any, path: str) -> Any:
     return module
 
 
+def _last_parts(spec: NetSpec) -> dict[str, type[nn.Module]]:
+    """The modules of a network beside its blocks, in the order of ``spec.weight_shapes``."""
+    parts: dict[str, type[nn.Module]] = {}
+    if spec.final_norm and spec.block.norm_weight:
+        parts["norm"] = RMSNorm
+    if spec.injection != "add":
+        parts["injection"] = Injection
+    return parts
+
+
 class Net(nn.Module):
     """A stack of blocks; ``layers.0.self_attn.qkv_proj.weight`` and so on, as in the published state_dicts.
 
-    ``norm`` is the final norm where it has a weight.  A subclass may have blocks of another :attr:`block_type`.
+    ``norm`` is the final norm where it has a weight, ``injection`` the way in where that has one.  A subclass may have
+    blocks of another :attr:`block_type`.
     """
 
     block_type = Block
@@ -115,14 +128,19 @@ class Net(nn.Module):
         self.layers = nn.ModuleList(self.block_type(spec.block) for _ in range(spec.num_layers))
         if spec.final_norm and spec.block.norm_weight:
             self.norm = RMSNorm(spec.block, spec.block.hidden_size)
+        if spec.injection != "add":
+            self.injection = Injection(spec)
 
     def weights(self) -> tuple[Tensor, ...]:
         """The parameters in the order of ``spec.weight_shapes``."""
         layers = tuple(weight for layer in self.layers for weight in cast(Block, layer).weights())
-        return (*layers, self.norm.weight) if self.spec.final_norm and self.spec.block.norm_weight else layers
+        return (*layers, *(_at(self, f"{name}.weight") for name in _last_parts(self.spec)))
 
     def forward(self, h: Tensor, cos_sin: CosSin | None = None, segments: Tensor | None = None) -> Tensor:
-        """Applies the network once, layer by layer in plain PyTorch; arguments as in :class:`Block`."""
+        """Applies the layers and the final norm once, in plain PyTorch; arguments as in :class:`Block`.
+
+        h is behind the injection: ``self.injection(total, x)`` where that has a weight.
+        """
         for layer in self.layers:
             h = layer(h, cos_sin, segments)
         if not self.spec.final_norm:
@@ -137,7 +155,8 @@ class Net(nn.Module):
 _WHY = "the fused recursion reads its weights and does not call it; torch.nn.utils.parametrize is followed"
 # The functions at import: a class that is patched later differs.
 _FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward for kind in (Block, Attention, SwiGLU, ConvSwiGLU, MLP, RMSNorm, CastedLinear, nn.Conv1d)
+    kind: kind.forward
+    for kind in (Block, Attention, SwiGLU, ConvSwiGLU, MLP, RMSNorm, Injection, CastedLinear, nn.Conv1d)
 }
 
 
@@ -165,7 +184,7 @@ def _child(parent: nn.Module, name: str, kind: type[nn.Module], where: str) -> n
     return plain(child)
 
 
-def _examine_part(where: str, module: nn.Module, kind: type[nn.Module], spec: BlockSpec) -> Facts:
+def _examine_part(where: str, module: nn.Module, kind: type[nn.Module], spec: BlockSpec | NetSpec) -> Facts:
     """Checks one module of a network; returns what must stay."""
     facts: Facts = []
     if "forward" in module.__dict__:
@@ -259,12 +278,13 @@ def watch_nets(owner: nn.Module, names: Sequence[str], prefix: str = "") -> Watc
                 more = _examine_block(f"{blocks}.{i}", cast(nn.Module, block), spec.block)
                 readers += more[0]
                 facts += more[1]
-            if spec.final_norm and spec.block.norm_weight:
-                norm = _child(net, "norm", RMSNorm, f"{path}.norm")
-                facts += _examine_part(f"{path}.norm", norm, RMSNorm, spec.block)
-                if hook_of(norm) is not None:
-                    raise RuntimeError(f"{path}.norm: has {hook_of(norm)}, accepted are none: {_WHY}")
-                readers.append((norm, "weight"))
+            for part, kind in _last_parts(spec).items():
+                where = f"{path}.{part}"
+                module = _child(net, part, kind, where)
+                facts += _examine_part(where, module, kind, spec.block if kind is RMSNorm else spec)
+                if hook_of(module) is not None:
+                    raise RuntimeError(f"{where}: has {hook_of(module)}, accepted are none: {_WHY}")
+                readers.append((module, "weight"))
         return Watch(owner, networks, readers, facts)
 
     return watch_of(owner, examine)
@@ -290,6 +310,10 @@ class Recursion(nn.Module):
             than :class:`Net` compute the whole window again unless it is False.
         dtype: ``"int8"`` for inference with int8 operands, as in :func:`trmfast.recursion`; every network is a
             :class:`Net` then.
+
+    Attributes:
+        program: that of the next call; it may be assigned, or given to the call.  Nothing of the networks depends on
+            it, and a program that was seen before is neither checked nor translated again.
 
     Raises:
         TypeError: ``nets`` is not a list, a network is not a module, or the program none.
@@ -391,7 +415,11 @@ class Recursion(nn.Module):
             net = self.nets[update.net]
             args = (cos_sin,) if isinstance(net, Net) else ()
             with torch.set_grad_enabled(update.grad and torch.is_grad_enabled()):
-                h = reference.summed_input(update, current, x)
+                if isinstance(net, Net) and net.spec.injection != "add":
+                    total = reference.summed_sources(update, current)
+                    h = cast(Tensor, net.injection(total, x if update.inject_x else None))
+                else:
+                    h = reference.summed_input(update, current, x)
                 current[update.dst] = net(h, *args) if self.recompute is False else recomputed(net, net, h, *args)
         return tuple(current)
 

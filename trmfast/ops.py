@@ -37,7 +37,7 @@ _library.define(
 _library.define(
     "recursion_backward(Tensor[] grad_states, Tensor saved, Tensor kept, Tensor[] weights, Tensor? cos, Tensor? sin, "
     "str program, str[] nets, str backend, bool[] needs_states, bool needs_x, bool[] needs_weights, "
-    "Tensor? segments=None) -> Tensor[]",
+    "Tensor? segments=None, Tensor? x=None) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -66,7 +66,8 @@ def recursion(
         nets: one spec for each network of the program.
         states: S tensors [B, L, D] of one compute dtype: float32, bfloat16, float16 or float64.  Under autocast, states
             and x other than float64 are cast to the autocast dtype here.
-        x: [B, L, D] of the same dtype, or None when no update injects x.
+        x: [B, L, D] of the same dtype, or None when no update injects x.  It is kept for backward where an injection
+            has a weight.
         weights: network by network, each in the order of ``NetSpec.weight_shapes``; of any float dtype.  They are cast
             to the compute dtype inside; gradients are summed in float32 over all applications and returned in the
             weight's dtype.
@@ -273,6 +274,7 @@ def _backward(
     needs_x: bool,
     needs_weights: list[bool],
     segments: Tensor | None = None,
+    x: Tensor | None = None,
 ) -> list[Tensor]:
     problem = Problem.from_keys(program, tuple(nets))
     updates = problem.num_grad_updates - kept.shape[0] // max(saved.shape[1], 1)
@@ -280,7 +282,9 @@ def _backward(
         raise ValueError(
             f"saved: got {saved.shape[0]} inputs, accepted are {updates}, one for each grad update that was not kept"
         )
-    problem.validate(grad_states, grad_states[0], weights, cos, sin, segments)
+    if problem.backward_reads_x and x is None:
+        raise ValueError("x: got None, accepted is that of the forward pass, from which backward computes inputs again")
+    problem.validate(grad_states, grad_states[0] if x is None else x, weights, cos, sin, segments)
     dtype = saved.dtype
     _, batch, length, _ = saved.shape
     gs: Sequence[Tensor | None] = [None] * len(grad_states)
@@ -292,7 +296,8 @@ def _backward(
         grads = [g.contiguous() for g in grad_states]
         needs = needs_states, needs_x and problem.uses_x, needs_weights
         segments = None if segments is None else segments.to(torch.int32).contiguous()
-        call = BackwardCall(problem, grads, saved.contiguous(), kept, weights, cos, sin, *needs, segments)
+        injected = x.contiguous() if x is not None and problem.backward_reads_x else None
+        call = BackwardCall(problem, grads, saved.contiguous(), kept, weights, cos, sin, *needs, segments, injected)
         gs, gx, gw = chosen.backward(call)
     shape = grad_states[0].shape
     results = [_result(g, need, saved, shape, dtype) for g, need in zip(gs, needs_states, strict=True)]
@@ -326,6 +331,7 @@ def _backward_fake(
     needs_x: bool,
     needs_weights: list[bool],
     _segments: Tensor | None = None,
+    _x: Tensor | None = None,
 ) -> list[Tensor]:
     shape = grad_states[0].shape
     results = [saved.new_empty(shape if need else 0) for need in (*needs_states, needs_x)]

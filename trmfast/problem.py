@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trmfast.program import RecursionProgram
+from trmfast.program import RecursionProgram, Update
 from trmfast.spec import NetSpec
 
 __all__ = ["COMPUTE_DTYPES", "Problem", "check_segments", "unsupported"]
@@ -42,6 +42,8 @@ class Problem:
     rope_dim: int | None = field(init=False, repr=False, compare=False)
     # Whether a network reads the boundaries of sequences.
     uses_segments: bool = field(init=False, repr=False, compare=False)
+    # Whether backward computes the input of an update from x again: what forward saves is the sum before an injection.
+    backward_reads_x: bool = field(init=False, repr=False, compare=False)
     weight_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
     weight_shapes: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     # weights[weight_slices[n]] belong to network n.
@@ -83,6 +85,10 @@ class Problem:
             ("seq_len", mixers[0].seq_len if mixers else None),
             ("rope_dim", attention[0].head_dim if attention else None),
             ("uses_segments", any(block.segments for block in attention)),
+            (
+                "backward_reads_x",
+                any(u.grad and u.inject_x and nets[u.net].injection != "add" for u in program.counts()),
+            ),
             ("weight_names", tuple(names)),
             ("weight_shapes", tuple(shapes)),
             ("weight_slices", tuple(slices)),
@@ -107,6 +113,10 @@ class Problem:
     def net_weights(self, flat: Sequence[Tensor], net_index: int) -> list[Tensor]:
         """The weights of one network, out of the flat list of all."""
         return list(flat[self.weight_slices[net_index]])
+
+    def weighs(self, update: Update) -> bool:
+        """Whether the sum of an update's sources meets a weight before its network."""
+        return bool(update.sources) and self.nets[update.net].injection != "add"
 
     def live_updates(self, states: Sequence[bool], x: bool, weights: Sequence[bool]) -> tuple[list[bool], list[bool]]:
         """Where gradients can flow.

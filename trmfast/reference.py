@@ -23,7 +23,9 @@ from trmfast.spec import BlockSpec, NetSpec
 __all__ = [
     "attention",
     "conv_swiglu",
+    "enter",
     "gelu",
+    "inject",
     "relu2",
     "residual",
     "rms_norm",
@@ -32,6 +34,7 @@ __all__ = [
     "run_net",
     "run_program",
     "summed_input",
+    "summed_sources",
     "swiglu",
     "wide_dtype",
 ]
@@ -245,8 +248,10 @@ def run_net(
 ) -> Tensor:
     """All blocks of a network, one after the other, and its final norm if it has one.
 
-    h: [B, L, D]; the weights are in the order of ``net.weight_shapes``.
+    h: [B, L, D], behind the injection; the weights are in the order of ``net.weight_shapes``.
     """
+    if net.injection != "add":
+        weights = weights[:-1]
     final = weights[-1] if net.final_norm and net.block.norm_weight else None
     count = (len(weights) - (final is not None)) // net.num_layers
     for layer in range(net.num_layers):
@@ -259,10 +264,55 @@ def summed_input(update: Update, states: Sequence[Tensor], x: Tensor | None) -> 
     terms = [states[s] for s in update.sources]
     if update.inject_x and x is not None:
         terms.append(x)
+    return _summed(terms)
+
+
+def summed_sources(update: Update, states: Sequence[Tensor]) -> Tensor | None:
+    """The sum that an injection weighs, None without sources."""
+    return _summed([states[s] for s in update.sources]) if update.sources else None
+
+
+def _summed(terms: Sequence[Tensor]) -> Tensor:
     h = terms[-1]
     for term in reversed(terms[:-1]):
         h = term + h
     return h
+
+
+def inject(
+    net: NetSpec, total: Tensor | None, x: Tensor | None, weight: Tensor, *, linear: Linear = cast_linear
+) -> Tensor:
+    """The input of a network whose injection has a weight (Huginn arXiv 2502.05171, Parcae arXiv 2604.12946).
+
+    Args:
+        net: the network.
+        total: the sum of an update's sources, [B, L, D], or None without sources.
+        x: [B, L, D], or None for an update that does not inject it.
+        weight: [D] for ``"diagonal"``, [D, D] for ``"linear"``.
+        linear: the product by a weight.
+    """
+    if total is None:
+        assert x is not None
+        return x
+    h = total * weight.to(total.dtype) if net.injection == "diagonal" else linear(total, weight)
+    return h if x is None else h + x
+
+
+def enter(
+    net: NetSpec,
+    update: Update,
+    states: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    int8: bool = False,
+) -> tuple[Tensor | None, Tensor]:
+    """What an update adds up, None for nothing, and the input of its network; ``weights`` are those of the network."""
+    if net.injection == "add":
+        h = summed_input(update, states, x)
+        return h, h
+    total = summed_sources(update, states)
+    linear = int8_linear if int8 else cast_linear
+    return total, inject(net, total, x if update.inject_x else None, weights[-1], linear=linear)
 
 
 def run_program(
@@ -294,9 +344,9 @@ def run_program(
     current = list(states)
     for update in problem.program.updates:
         with torch.set_grad_enabled(update.grad and torch.is_grad_enabled()):
-            h = summed_input(update, current, x)
-            used = problem.net_weights(weights, update.net)
-            z = run_net(problem.nets[update.net], h, used, cos, sin, int8, segments)
+            net, used = problem.nets[update.net], problem.net_weights(weights, update.net)
+            _, h = enter(net, update, current, x, used, int8)
+            z = run_net(net, h, used, cos, sin, int8, segments)
         # torch.no_grad cuts gradients alone; tangents are cut by detach().
         current[update.dst] = z if update.grad else z.detach()
     return tuple(current)

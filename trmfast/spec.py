@@ -18,6 +18,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "qk_norm": ("none", "plain", "learned"),
     "gate": ("none", "channel", "head"),
 }
+# How the sum of an update's sources enters a network, today's way first.
+INJECTIONS = ("add", "diagonal", "linear")
 # Options of attention, and of norms over the width: a SwiGLU over the sequence has neither.
 NOT_FOR_MLP_T = (
     "norm_placement", "norm_weight", "rotation", "qk_norm", "qk_bias", "gate", "attention_window", "segments",
@@ -193,6 +195,9 @@ class NetSpec:
         num_layers: number of blocks.
         final_norm: whether an RMS norm over D follows the last block, with a learned weight if the block's norms have
             one.
+        injection: how the sum s of an update's sources enters, with x if the update injects it: ``"add"``, ``s + x``;
+            ``"diagonal"`` (Parcae), ``w * s + x`` with a learned w [D]; ``"linear"`` (Huginn), ``W s + x`` with a
+            learned W [D, D].  Without sources x enters.
         key: the spec as one line of JSON, the form in which it crosses operator boundaries; fields of the block that
             have their defaults are left out.
     """
@@ -200,6 +205,7 @@ class NetSpec:
     block: BlockSpec
     num_layers: int
     final_norm: bool = False
+    injection: str = "add"
     key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -207,17 +213,22 @@ class NetSpec:
             raise ValueError(f"num_layers: got {self.num_layers!r}, accepted are integers >= 1")
         if not isinstance(self.final_norm, bool):
             raise TypeError(f"final_norm: got {self.final_norm!r}, accepted is bool")
+        if self.injection not in INJECTIONS:
+            raise ValueError(f"injection: got {self.injection!r}, accepted are {' or '.join(INJECTIONS)}")
         chosen = {f.name: getattr(self.block, f.name) for f in fields(self.block)}
         defaults = {f.name: f.default for f in fields(self.block) if f.default is not MISSING}
         shown = {name: value for name, value in chosen.items() if name not in defaults or value != defaults[name]}
-        items = [shown, self.num_layers, *((True,) if self.final_norm else ())]
+        further = [self.final_norm, self.injection]
+        while further and further[-1] in (False, INJECTIONS[0]):
+            further.pop()
+        items = [shown, self.num_layers, *further]
         object.__setattr__(self, "key", json.dumps(items, separators=(",", ":")))
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
         """What makes networks differ in kind: the value and the default of every field but the sizes."""
         found = {f.name: (getattr(self.block, f.name), f.default) for f in fields(self.block) if f.name not in SIZES}
-        return {**found, "final_norm": (self.final_norm, False)}
+        return {**found, "final_norm": (self.final_norm, False), "injection": (self.injection, INJECTIONS[0])}
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -230,12 +241,17 @@ class NetSpec:
     def weight_shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """(name, shape) of every weight, layer by layer: ``layers.0.self_attn.qkv_proj.weight`` first.
 
-        ``norm.weight`` of a final norm with a weight comes last.
+        ``norm.weight`` of a final norm with a weight, and ``injection.weight`` where there is one, come last.
         """
         layers = tuple(
             (f"layers.{i}.{name}", shape)
             for i in range(self.num_layers)
             for name, shape in self.block.weight_shapes.items()
         )
-        weighted = self.final_norm and self.block.norm_weight
-        return (*layers, ("norm.weight", (self.block.hidden_size,))) if weighted else layers
+        width = self.block.hidden_size
+        last: list[tuple[str, tuple[int, ...]]] = []
+        if self.final_norm and self.block.norm_weight:
+            last.append(("norm.weight", (width,)))
+        if self.injection != "add":
+            last.append(("injection.weight", (width,) if self.injection == "diagonal" else (width, width)))
+        return (*layers, *last)

@@ -20,6 +20,9 @@ enum class OutputGate { none, channel, head };
 // Between the two products of the channel mixer.
 enum class Activation { swiglu, relu2, gelu };
 
+// How the sum of an update's sources enters a net: see injection.h.
+enum class Injection { add, diagonal, linear };
+
 // One block (trmfast/spec.py).  Sizes in elements.
 struct BlockShape {
   int width;      // D
@@ -78,11 +81,13 @@ struct NetShape {
   BlockShape block;
   int layers;
   bool final_norm = false; // of the last block's output, with a learned weight if the block's norms have one
+  Injection injection = Injection::add;
 };
 
-// Tensors of a net: those of its blocks, then the weight of its final norm.
+// Tensors of a net: those of its blocks, then the weights of its final norm and of its injection.
 [[gnu::always_inline]] constexpr int net_weights(const NetShape& net) {
-  return net.layers * block_weights(net.block) + (net.final_norm && net.block.norm_weight);
+  return net.layers * block_weights(net.block) + (net.final_norm && net.block.norm_weight) +
+         (net.injection != Injection::add);
 }
 
 struct Update {
@@ -128,8 +133,10 @@ struct ForwardJob {
   const void* const* states_in; // num_states x [B, L, D]
   void* const* states_out;      // the same; written by every update
   const void* x;                // [B, L, D] or null
-  void* saved; // [updates, B, L, D], the summed inputs of the updates with gradient that are not wholly kept; or null
-  void* kept;  // kept_bytes(job, kept_pairs), or null
+  // [updates, B, L, D], the summed inputs of the updates with gradient that are not wholly kept, or null; where an
+  // injection has a weight, the sums of the sources.
+  void* saved;
+  void* kept; // kept_bytes(job, kept_pairs), or null
   int kept_pairs;
 };
 
@@ -146,6 +153,7 @@ struct BackwardJob {
   size_t store_bytes;         // limit on the memory for operands of weight gradients
   // f32, as grad_weights; read where norms with learned weights stand before products, and may be null otherwise.
   const float* const* weights = nullptr;
+  const void* x = nullptr; // as in ForwardJob, where an injection has a weight
 };
 
 // One product as the blocks compute it, for tests: bf16 x times f32 weights [columns, depth], both quantised.  With

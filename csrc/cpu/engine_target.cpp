@@ -33,6 +33,7 @@ size_t packed_bytes(const NetShape& net, bool backward) {
       ForwardWeights<Element>(arena, net.block);
   }
   take_final_norm(arena, net);
+  InjectionWeights<Element>(arena, net);
   return arena.used();
 }
 
@@ -47,6 +48,9 @@ void pack(const NetShape& net, const float* const* weights, bool backward, void*
   }
   float* final_norm = take_final_norm(arena, net);
   if (final_norm && turn.mine()) pack_channels(*weights, net.block.width, final_norm);
+  if (final_norm) ++weights;
+  const InjectionWeights<Element> injection(arena, net);
+  if (net.injection != Injection::add) pack_injection(net, *weights, backward, injection, turn);
 }
 
 } // namespace TRMFAST_NAMESPACE

@@ -10,7 +10,7 @@ namespace TRMFAST_NAMESPACE {
 template <> struct ForwardBuffers<int8_t> : ForwardBuffers<bf16> {
   Int8Operand operand;
 
-  ForwardBuffers(Arena& arena, const BlockShape& block, int rows)
+  ForwardBuffers(Arena& arena, const BlockShape& block, int rows, bool)
       : ForwardBuffers<bf16>(arena, block, rows), operand(arena, block, rows) {}
 };
 

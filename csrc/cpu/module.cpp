@@ -143,11 +143,12 @@ void forward(const OwnedProgram& program, const std::vector<const PackedWeights*
 }
 
 // The size of the activations of one update of one sequence that forward keeps; those of several take at most as many
-// times as much.  layers: those of each net, and whether it has a final norm.
+// times as much.  layers: those of each net, whether it has a final norm, and its injection.
 size_t pair_bytes(const std::string& target, const std::string& element, const BlockShape& block,
-                  const std::vector<std::pair<int, bool>>& layers, int length) {
+                  const std::vector<std::tuple<int, bool, int>>& layers, int length) {
   std::vector<NetShape> nets;
-  for (const auto& [count, final_norm] : layers) nets.push_back({block, count, final_norm});
+  for (const auto& [count, final_norm, injection] : layers)
+    nets.push_back({block, count, final_norm, static_cast<Injection>(injection)});
   Job job = {};
   job.length = length;
   job.nets = nets.data();
@@ -159,16 +160,17 @@ void backward(const OwnedProgram& program, const std::vector<const PackedWeights
               std::tuple<int, int, int> shape, const std::vector<Address>& grad_states_out, Address saved, Address kept,
               int kept_pairs, const std::vector<Address>& grad_states, Address grad_x,
               const std::vector<Address>& grad_weights, Address cos, Address sin, int threads, size_t store_bytes,
-              const std::vector<Address>& weights_f32, const py::object& phases, Address segments) {
+              const std::vector<Address>& weights_f32, const py::object& phases, Address segments, Address x) {
   PythonMonitor python(phases);
   const OwnedJob owned(program, nets, shape, cos, sin, segments, threads, &python.monitor);
   const auto from = pointers<const void>(grad_states_out);
   const auto states = pointers<float>(grad_states);
   const auto weights = pointers<float>(grad_weights);
   const auto read = pointers<const float>(weights_f32);
-  run(nets[0]->engine, BackwardJob{owned.job, from.data(), reinterpret_cast<const void*>(saved),
-                                   reinterpret_cast<const void*>(kept), kept_pairs, states.data(),
-                                   reinterpret_cast<float*>(grad_x), weights.data(), store_bytes, read.data()});
+  run(nets[0]->engine,
+      BackwardJob{owned.job, from.data(), reinterpret_cast<const void*>(saved), reinterpret_cast<const void*>(kept),
+                  kept_pairs, states.data(), reinterpret_cast<float*>(grad_x), weights.data(), store_bytes, read.data(),
+                  reinterpret_cast<const void*>(x)});
   python.rethrow();
 }
 
@@ -233,15 +235,16 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("num_states"), py::arg("updates"));
 
   py::class_<PackedWeights>(m, "PackedWeights")
-      .def(py::init([](const std::string& target, const std::string& element, const BlockShape& block, int layers,
-                       const std::vector<Address>& weights, bool backward, int threads, bool final_norm) {
-             const Engine& engine = find_engine(target, element);
-             const py::gil_scoped_release released; // not Released(): it would cover pybind11's registration too
-             return std::make_unique<PackedWeights>(engine, NetShape{block, layers, final_norm},
-                                                    pointers<const float>(weights), backward, threads);
-           }),
-           py::arg("target"), py::arg("element"), py::arg("block"), py::arg("layers"), py::arg("weights"),
-           py::arg("backward"), py::arg("threads"), py::arg("final_norm") = false)
+      .def(
+          py::init([](const std::string& target, const std::string& element, const BlockShape& block, int layers,
+                      const std::vector<Address>& weights, bool backward, int threads, bool final_norm, int injection) {
+            const Engine& engine = find_engine(target, element);
+            const py::gil_scoped_release released; // not Released(): it would cover pybind11's registration too
+            const NetShape net{block, layers, final_norm, static_cast<Injection>(injection)};
+            return std::make_unique<PackedWeights>(engine, net, pointers<const float>(weights), backward, threads);
+          }),
+          py::arg("target"), py::arg("element"), py::arg("block"), py::arg("layers"), py::arg("weights"),
+          py::arg("backward"), py::arg("threads"), py::arg("final_norm") = false, py::arg("injection") = 0)
       .def_property_readonly("bytes", &PackedWeights::bytes);
 
   // What forward keeps for backward: a byte buffer, so that a tensor made by torch.frombuffer keeps it alive.
@@ -284,7 +287,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("backward", &backward, py::arg("program"), py::arg("nets"), py::arg("shape"), py::arg("grad_states_out"),
         py::arg("saved"), py::arg("kept"), py::arg("kept_pairs"), py::arg("grad_states"), py::arg("grad_x"),
         py::arg("grad_weights"), py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("store_bytes"),
-        py::arg("weights"), py::arg("phases") = py::none(), py::arg("segments") = 0, Released());
+        py::arg("weights"), py::arg("phases") = py::none(), py::arg("segments") = 0, py::arg("x") = 0, Released());
   m.def(
       "fingerprint",
       [](const std::vector<Address>& arrays, const std::vector<int64_t>& sizes, int threads) {

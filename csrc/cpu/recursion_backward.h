@@ -5,169 +5,34 @@
 // once per update.  The timing changes no bit: see weight_gradient.h.
 #pragma once
 
-#include "recursion_forward.h"
+#include "backward_workspace.h"
 #include "small_gradient.h"
 
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-// Memory of one team.
-template <class T> struct BackwardBuffers {
-  float *u, *dy;
-  T* grad_mixed = nullptr;
-
-  BackwardBuffers(Arena& arena, const BlockShape& block, int rows) {
-    const BlockStrides strides(block);
-    u = arena.take<float>(rows * strides.u);
-    dy = arena.take<float>(rows * strides.u);
-    if (block.attention) grad_mixed = arena.take<T>(rows * strides.mixed);
-  }
-};
-
-template <class T> struct BackwardThread {
-  BackwardBuffers<T> buffers;
-  BlockScratch<T> scratch;
-  BlockBackwardScratch<T> backward_scratch;
-  WeightGradientScratch<T> gradient_scratch;
-
-  // rows: of the sequences that are taken together
-  BackwardThread(Arena& arena, const BlockShape& block, int length, int rows, long gradient_depth)
-      : buffers(arena, block, rows), scratch(arena, block, length, rows), backward_scratch(arena, block, length, rows),
-        gradient_scratch(arena, gradient_depth, block.attention ? 0 : larger(block.seq_len, block.seq_inner)) {}
-};
-
-// Pairs whose weight gradients are added up at once: forward kept the activations of all, or none is read where forward
-// left it.  `room` is a whole number of groups, or all pairs that are left.
-struct Batch {
-  bool kept;
-  int first, room;
-};
-
-// The workspace; every thread derives the same layout from its address.
-template <class T> class BackwardWorkspace {
-public:
-  const BackwardJob& backward;
-  const BlockShape& block;
-  const bool recompute; // some pairs
-  int layers;
-  int group; // slots of a group, see weight_gradient.h; `slots` is a multiple of it, or all there are
-  int slots;
-  int together; // sequences of a thread that share one pass over the weights
-  RopeTables tables;
-  ActivationStore<T> kept;        // of forward
-  ActivationStore<T> activations; // as many slots as `gradients`, none without recomputation
-  GradientStore<T> gradients;
-  T* panels; // shared: the packed operand of a weight gradient
-
-  BackwardWorkspace(Arena& arena, const BackwardJob& backward)
-      : backward(backward), block(backward.job.nets[0].block), recompute(backward.kept_pairs < all_pairs(backward.job)),
-        layers(most_layers(backward.job)), group(choose_group(backward)),
-        slots(choose_slots(backward, recompute, group)), together(choose_together(backward.job, slots)),
-        tables(arena, backward.job), kept(of_forward(backward)),
-        activations(arena, backward.job, recompute ? slots : 0), gradients(arena, backward.job, slots, recompute),
-        panels(arena.take<T>(panels_elements())) {
-    Arena one(nullptr);
-    lay_out(one);
-    per_thread_ = one.used();
-    first_ = arena.take<char>(static_cast<long>(per_thread_) * backward.job.threads);
-  }
-
-  BackwardThread<T> thread(int index) const {
-    Arena arena(first_ + per_thread_ * static_cast<size_t>(index));
-    return lay_out(arena);
-  }
-  int rows() const { return together * backward.job.length; }
-  TokenChunks<T> chunks(int used) const {
-    return {smaller(group, slots) * backward.job.length, used * backward.job.length};
-  }
-  // The gradients of a slot; where there is a store of activations, some take the places of those.
-  BlockGradients<T> gradient_layer(int index, int slot) const {
-    return gradients.layer(index, slot, recompute ? activations.layer(index, slot) : BlockActivations<T>{});
-  }
-  // The batch that begins with a pair, the first of a group.
-  Batch batch(int pair) const {
-    const int ahead = backward.kept_pairs - pair;
-    if (!recompute) return {true, pair, slots};
-    return ahead < group ? Batch{false, pair, slots} : Batch{true, pair, smaller(slots, ahead / group * group)};
-  }
-
-private:
-  BackwardThread<T> lay_out(Arena& arena) const {
-    return BackwardThread<T>(arena, block, backward.job.length, rows(), chunks(slots).depth());
-  }
-  static int choose_together(const Job& job, int slots) {
-    return smaller(sequences_together<T>(job.length), larger(1, smaller(job.batch, slots) / job.threads));
-  }
-  static ActivationStore<T> of_forward(const BackwardJob& backward) {
-    Arena arena(const_cast<void*>(backward.kept));
-    return ActivationStore<T>(arena, backward.job, backward.kept_pairs);
-  }
-  static size_t slot_bytes(const Job& job, bool recompute) {
-    Arena arena(nullptr);
-    if (recompute) ActivationStore<T>(arena, job, 1);
-    GradientStore<T>(arena, job, 1, recompute);
-    return arena.used();
-  }
-  // The most slots, a power of two, that make a chunk of a weight gradient and waste at most a quarter of the store.
-  // Depends only on sizes, not on threads or on what forward kept: it determines the order of sums.
-  static int choose_group(const BackwardJob& backward) {
-    const long fit = static_cast<long>(backward.store_bytes / slot_bytes(backward.job, true));
-    int group = 1;
-    for (long slots = 2; slots <= fit && slots * backward.job.length <= kGradientChunk; slots *= 2)
-      if (fit % slots * 4 <= fit) group = static_cast<int>(slots);
-    return group;
-  }
-  // As many (update, sequence) slots as there are, or as memory allows, then whole groups, and if possible as many for
-  // every thread.
-  static int choose_slots(const BackwardJob& backward, bool recompute, int group) {
-    const Job& job = backward.job;
-    const int wanted = all_pairs(job);
-    const long fit = static_cast<long>(backward.store_bytes / slot_bytes(job, recompute));
-    if (fit >= wanted) return larger(1, wanted);
-    int equal = group;
-    while (equal % job.threads) equal += group;
-    return larger(group, static_cast<int>(fit >= equal ? fit / equal * equal : fit / group * group));
-  }
-  long panels_elements() const {
-    const int widest = larger(larger(block.width, block.inner), HeadLayout(block).output_columns());
-    const long by_token = chunks(slots).depth() * round_up(widest, kPanel);
-    const long by_sequence =
-        block.attention ? 0 : slots * packed_elements<T>(block.width, larger(block.seq_len, block.seq_inner));
-    return by_token > by_sequence ? by_token : by_sequence;
-  }
-
-  size_t per_thread_;
-  char* first_;
-};
-
-// Where a pair is: its slot of the workspace, and its activations there or in the kept store.
-template <class T> struct Place {
-  const BackwardWorkspace<T>& workspace;
-  int pair, slot;
-  bool kept;
-
-  const ActivationStore<T>& store() const { return kept ? workspace.kept : workspace.activations; }
-  int in_store() const { return kept ? pair : slot; }
-  BlockActivations<T> activations(int layer) const { return store().layer(layer, in_store()); }
-  T* output(int layer, int layers) const { return store().output(layer, layers, in_store()); }
-};
-
-// Recomputes an update's activations for consecutive sequences from their saved inputs.
+// Recomputes an update's activations for consecutive sequences from their saved inputs, and from their x where an
+// injection has a weight; null: the update does not inject it.
 template <class T>
 void slot_forward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
-                  const Positions& positions, int sequences, int slot, const BackwardThread<T>& shared,
+                  const T* x, const Positions& positions, int sequences, int slot, const BackwardThread<T>& shared,
                   const BackwardThread<T>& mine) {
   const Job& job = workspace.backward.job;
   const NetShape& net = job.nets[update.net];
   const BlockStrides strides(net.block);
   const int L = job.length, D = job.width;
   const Range rows = team.split(sequences * L);
+  const void* packed = job.packed[update.net].forward;
   T* h = workspace.activations.layer(0, slot).h;
+  T* to = net.injection == Injection::add ? h : workspace.activations.total(slot);
   team.begin("saved input");
   for (int t = rows.begin; t < rows.end; ++t)
-    __builtin_memcpy(h + t * strides.h, saved + static_cast<long>(t) * D, sizeof(T) * static_cast<size_t>(D));
+    __builtin_memcpy(to + t * strides.h, saved + static_cast<long>(t) * D, sizeof(T) * static_cast<size_t>(D));
   team.sync();
-  Arena weights(const_cast<void*>(job.packed[update.net].forward));
+  if (net.injection != Injection::add)
+    inject(team, net, injection_weights<T, ForwardWeights<T>>(net, packed), update.num_sources > 0, to, x,
+           sequences * L, h, mine.scratch.tile);
+  Arena weights(const_cast<void*>(packed));
   for (int layer = 0; layer < net.layers; ++layer)
     block_forward(team, net.block, ForwardWeights<T>(weights, net.block), positions, sequences, L,
                   workspace.activations.layer(layer, slot), shared.buffers.u,
@@ -195,8 +60,8 @@ void final_norm_backward(const Team& team, const BlockShape& block, int sequence
   team.sync();
 }
 
-// An update of consecutive sequences, the first at `place`: h from `saved`, dy from the gradient of dst; dh is added to
-// the sources and to x.
+// An update of consecutive sequences, the first at `place`: h from `saved`, dy from the gradient of dst; the gradients
+// of the sources and of x are added to theirs.
 template <class T>
 void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
                    int sequence, int sequences, const Place<T>& place, const BackwardThread<T>& shared,
@@ -216,9 +81,11 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
     for (int s = 0; s < kept; ++s)
       workspace.activations.copy(team, net.layers, workspace.kept, place.pair + s, place.slot + s);
     if (kept) team.sync();
+    const long at = first + static_cast<long>(kept) * L * D;
+    const T* x = backward.x && update.inject_x ? static_cast<const T*>(backward.x) + at : nullptr;
     if (kept < sequences)
-      slot_forward(workspace, team, update, saved + first + static_cast<long>(kept) * L * D, positions.of(kept, L),
-                   sequences - kept, place.slot + kept, shared, mine);
+      slot_forward(workspace, team, update, saved + at, x, positions.of(kept, L), sequences - kept, place.slot + kept,
+                   shared, mine);
   }
 
   team.begin("gradient of the output");
@@ -249,8 +116,20 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
         store(at, load(at, n) + load(dy + t * strides.u + j), n);
       }
   };
-  for (int s = 0; s < update.num_sources; ++s) add(backward.grad_states[job.program.sources[update.first_source + s]]);
+  const int* sources = job.program.sources + update.first_source;
   if (update.inject_x && backward.grad_x) add(backward.grad_x);
+  if (net.injection == Injection::add)
+    for (int s = 0; s < update.num_sources; ++s) add(backward.grad_states[sources[s]]);
+  else
+    injection_backward(team, net, injection_weights<T, BackwardWeights<T>>(net, packed), update.num_sources > 0,
+                       sequences, L, place.store().total(place.in_store()), dy,
+                       workspace.gradients.injection(place.slot), mine.backward_scratch.tile,
+                       [&](int t, int c, int lanes, vf values) {
+                         for (int s = 0; s < update.num_sources; ++s) {
+                           float* at = backward.grad_states[sources[s]] + first + static_cast<long>(t) * D + c;
+                           store_lanes(at, load_lanes(at, lanes) + values, lanes);
+                         }
+                       });
   team.sync(); // before the buffers are used again
 }
 
@@ -269,15 +148,15 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
   for (int before = 0; before < n; ++before) into += net_weights(job.nets[before]);
   const WeightPlaces places(block);
   const auto same = [](int row) { return row; };
+  const auto by_token = [&](const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs,
+                            float* grad, auto row_of) {
+    if (grad)
+      weight_gradient(all, dy, dy_stride, outputs, x, x_stride, inputs, chunks, {grad, fresh}, workspace.panels,
+                      mine.gradient_scratch, row_of);
+  };
   for (int layer = 0; layer < job.nets[n].layers; ++layer, into += block_weights(block)) {
     const BlockActivations<T> act = first.activations(layer);
     const BlockGradients<T> grads = workspace.gradient_layer(layer, first.slot);
-    const auto by_token = [&](const T* dy, long dy_stride, int outputs, const T* x, long x_stride, int inputs,
-                              float* grad, auto row_of) {
-      if (grad)
-        weight_gradient(all, dy, dy_stride, outputs, x, x_stride, inputs, chunks, {grad, fresh}, workspace.panels,
-                        mine.gradient_scratch, row_of);
-    };
     const auto by_sequence = [&](const T* dy, int outputs, const T* x, int inputs, float* grad) {
       if (grad)
         sequence_weight_gradient(all, dy, outputs, x, inputs, strides.h, D, used, {grad, fresh}, workspace.panels,
@@ -299,8 +178,15 @@ void store_weight_gradients(const BackwardWorkspace<T>& workspace, const Team& a
     by_token(grads.ds2, strides.h, D, down_input(block, act), strides.activation, block.inner, into[places.down], same);
     add_vector_gradients(all, block, grads, used, into, fresh);
   }
-  if (float* sums = workspace.gradients.final_norm(first.slot); sums && job.nets[n].final_norm && *into)
-    vector_gradient(all, sums, strides.u, used, D, {*into, fresh}, same);
+  const auto by_channel = [&](const float* sums, float* grad) {
+    if (grad) vector_gradient(all, sums, strides.u, used, D, {grad, fresh}, same);
+  };
+  const NetShape& net = job.nets[n];
+  if (net.final_norm && block.norm_weight) by_channel(workspace.gradients.final_norm(first.slot), *into++);
+  const InjectionGradients<T> injection = workspace.gradients.injection(first.slot);
+  if (net.injection == Injection::diagonal) by_channel(injection.sums, *into);
+  if (net.injection == Injection::linear)
+    by_token(injection.dh, strides.h, D, first.store().total(first.in_store()), strides.h, D, *into, same);
 }
 
 template <class T> size_t backward_bytes(const BackwardJob& job) {
@@ -333,6 +219,7 @@ template <class T> void start_backward(const BackwardWorkspace<T>& workspace, co
     clear_padding(grads.ds1, count, block.width, padded, strides.h);
     clear_padding(grads.ds2, count, block.width, padded, strides.h);
   }
+  clear_padding(workspace.gradients.injection(slots.begin).dh, count, block.width, padded, strides.h);
   const int mixed = heads.output_columns();
   clear_padding(mine.buffers.dy, workspace.rows(), block.width, strides.u, strides.u);
   if (block.attention) clear_padding(mine.buffers.grad_mixed, workspace.rows(), mixed, strides.mixed, strides.mixed);

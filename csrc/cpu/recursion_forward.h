@@ -42,9 +42,10 @@ struct RopeTables {
 // that of mixed.
 template <class T> struct ForwardBuffers {
   BlockActivations<T> act = {};
+  T* total = nullptr; // the sum of the sources, where an injection weighs it; dead before qkv is written
   float* u = nullptr;
 
-  ForwardBuffers(Arena& arena, const BlockShape& block, int rows) {
+  ForwardBuffers(Arena& arena, const BlockShape& block, int rows, bool injects = false) {
     const BlockStrides strides(block);
     const bool reuse = block.attention && !has_padding(block);
     act.h = arena.take<T>(rows * strides.h);
@@ -56,6 +57,7 @@ template <class T> struct ForwardBuffers {
     act.activation = reuse ? act.qkv : arena.take<T>(rows * strides.activation);
     if (block.conv_taps) act.convolved = arena.take<T>(rows * strides.activation);
     if (block.input_norm) act.input_rstd1 = act.input_rstd2 = arena.take<float>(rows);
+    if (injects) total = reuse && strides.qkv >= strides.h ? act.qkv : arena.take<T>(rows * strides.h);
     if (has_result_norm(block)) u = arena.take<float>(rows * strides.u);
   }
 };
@@ -88,7 +90,7 @@ template <class T> struct ForwardWorkspace {
   };
   Thread layout(Arena& arena, const Job& job) const {
     const BlockShape& block = job.nets[0].block;
-    ForwardBuffers<T> buffers(arena, block, together * job.length);
+    ForwardBuffers<T> buffers(arena, block, together * job.length, has_injection_weight(job));
     return {buffers, BlockScratch<T>(arena, block, job.length, together * job.length)};
   }
   Thread thread(const Job& job, int index) const {
@@ -194,15 +196,26 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
     const int kept = update.grad ? smaller(larger(forward.kept_pairs - pair, 0), sequences) : 0;
     const int kept_rows = kept * job.length, rows = (sequences - kept) * job.length;
     const bool save = saved && update.grad && pair - first_sequence + job.batch > forward.kept_pairs;
-    const auto sum = [&](long from, int count, T* h) {
-      sum_sources(team, job, update, states, static_cast<const T*>(forward.x), from, count, h,
+    const bool injects = net.injection != Injection::add;
+    Update sources = update;
+    if (injects) sources.inject_x = false;
+    const auto sum = [&](long from, int count, T* h, T* total) {
+      sum_sources(team, job, sources, states, static_cast<const T*>(forward.x), from, count, injects ? total : h,
                   BlockStrides(net.block).h, save ? saved : nullptr);
     };
     team.begin("sum of the sources");
-    if (kept) sum(first_row, kept_rows, store.layer(0, pair).h);
-    sum(first_row + kept_rows, rows, buffers.act.h);
+    if (kept) sum(first_row, kept_rows, store.layer(0, pair).h, store.total(pair));
+    sum(first_row + kept_rows, rows, buffers.act.h, buffers.total);
     if (save) saved += elements;
     if (!team.sync()) return;
+    if (injects) {
+      const auto weights = injection_weights<T, ForwardWeights<T>>(net, packed);
+      const T* x = update.inject_x ? static_cast<const T*>(forward.x) + first_row * job.width : nullptr;
+      const T* rest = x ? x + static_cast<long>(kept_rows) * job.width : nullptr;
+      const bool some = update.num_sources > 0;
+      if (kept) inject(team, net, weights, some, store.total(pair), x, kept_rows, store.layer(0, pair).h, scratch.tile);
+      if (rows) inject(team, net, weights, some, buffers.total, rest, rows, buffers.act.h, scratch.tile);
+    }
     T* out = static_cast<T*>(forward.states_out[update.dst]) + first_row * job.width;
     if (kept) net_forward_kept(team, net, packed, positions, kept, job.length, store, pair, buffers.u, out, scratch);
     if (rows)
@@ -244,7 +257,10 @@ template <class T> void forward(const ForwardJob& forward, void* memory, int thr
   const typename StateElement<T>::Type* states[kMostStates];
 
   const auto mine = workspace.thread(job, thread);
-  clear_activation_padding(job.nets[0].block, workspace.together * job.length, mine.buffers.act);
+  const BlockShape& block = job.nets[0].block;
+  clear_activation_padding(block, workspace.together * job.length, mine.buffers.act);
+  clear_padding(mine.buffers.total, workspace.together * job.length, block.width, round_up(block.width, kPanel),
+                BlockStrides(block).h);
   for (int done = 0; done < division.each; done += workspace.together)
     program_forward(forward, alone(job, thread), rope, thread * division.each + done,
                     smaller(workspace.together, division.each - done), mine.buffers, mine.scratch, states);

@@ -2,7 +2,7 @@
 // pairs that the budget has room for; the backward workspace has one for those that are recomputed.
 #pragma once
 
-#include "block_backward.h"
+#include "injection.h"
 
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
@@ -84,8 +84,18 @@ inline bool has_final_norm(const Job& job) {
   return false;
 }
 
-// Activations of every layer, the output of the last one and of the final norm.  Slot i of a kept store is that of pair
-// i (ForwardJob).
+// Whether a net of the job has such an injection.
+inline bool has_injection(const Job& job, Injection kind) {
+  for (int n = 0; n < job.num_nets; ++n)
+    if (job.nets[n].injection == kind) return true;
+  return false;
+}
+inline bool has_injection_weight(const Job& job) {
+  return has_injection(job, Injection::diagonal) || has_injection(job, Injection::linear);
+}
+
+// Activations of every layer, the output of the last one and of the final norm, and what an injection weighs.  Slot i
+// of a kept store is that of pair i (ForwardJob).
 template <class T> class ActivationStore {
 public:
   ActivationStore(Arena& arena, const Job& job, int slots)
@@ -95,6 +105,7 @@ public:
     per_layer_ = one.used();
     first_ = arena.take<char>(static_cast<long>(per_layer_) * most_layers(job));
     out_ = arena.take<T>(static_cast<long>(slots) * length_ * BlockStrides(block_).h);
+    if (has_injection_weight(job)) total_ = arena.take<T>(static_cast<long>(slots) * length_ * BlockStrides(block_).h);
     if (!has_final_norm(job)) return;
     normed_ = arena.take<T>(static_cast<long>(slots) * length_ * BlockStrides(block_).h);
     final_rstd_ = arena.take<float>(static_cast<long>(slots) * length_);
@@ -104,6 +115,10 @@ public:
     return take(arena, slot);
   }
   T* out(int slot) const { return out_ + static_cast<long>(slot) * length_ * BlockStrides(block_).h; }
+  // The sum of an update's sources, [L, stride of h]; null if no injection has a weight.
+  T* total(int slot) const {
+    return total_ ? total_ + static_cast<long>(slot) * length_ * BlockStrides(block_).h : nullptr;
+  }
   // The plain output of the final norm, [L, stride of h], and its rstd.
   T* normed(int slot) const { return normed_ + static_cast<long>(slot) * length_ * BlockStrides(block_).h; }
   float* final_rstd(int slot) const { return final_rstd_ + static_cast<long>(slot) * length_; }
@@ -127,6 +142,7 @@ public:
     if (team.rank) return;
     const size_t bytes = sizeof(T) * static_cast<size_t>(length_) * static_cast<size_t>(BlockStrides(block_).h);
     __builtin_memcpy(out(to), store.out(from), bytes);
+    if (total_) __builtin_memcpy(total(to), store.total(from), bytes);
     if (!normed_) return;
     __builtin_memcpy(normed(to), store.normed(from), bytes);
     __builtin_memcpy(final_rstd(to), store.final_rstd(from), sizeof(float) * static_cast<size_t>(length_));
@@ -136,8 +152,12 @@ public:
   void clear_padding(int layers, const Range& slots) const {
     const int rows = (slots.end - slots.begin) * length_;
     for (int i = 0; i < layers; ++i) clear_activation_padding(block_, rows, layer(i, slots.begin));
-    TRMFAST_NAMESPACE::clear_padding(out(slots.begin), rows, block_.width, round_up(block_.width, kPanel),
-                                     BlockStrides(block_).h);
+    const auto clear = [&](T* array) {
+      TRMFAST_NAMESPACE::clear_padding(array, rows, block_.width, round_up(block_.width, kPanel),
+                                       BlockStrides(block_).h);
+    };
+    clear(out(slots.begin));
+    clear(total(slots.begin));
   }
 
 private:
@@ -151,7 +171,7 @@ private:
   int slots_, length_;
   size_t per_layer_;
   char* first_;
-  T *out_, *normed_ = nullptr;
+  T *out_, *total_ = nullptr, *normed_ = nullptr;
   float* final_rstd_ = nullptr;
 };
 
@@ -165,6 +185,10 @@ public:
     first_ = arena.take<char>(static_cast<long>(per_layer_) * most_layers(job));
     if (has_final_norm(job) && block_.norm_weight)
       final_norm_ = arena.take<float>(static_cast<long>(slots) * BlockStrides(block_).u);
+    if (has_injection(job, Injection::linear))
+      injection_.dh = arena.take<T>(static_cast<long>(slots) * length_ * BlockStrides(block_).h);
+    if (has_injection(job, Injection::diagonal))
+      injection_.sums = arena.take<float>(static_cast<long>(slots) * BlockStrides(block_).u);
   }
   // act: the activations of the same slot of the workspace.
   BlockGradients<T> layer(int index, int slot, const BlockActivations<T>& act) const {
@@ -180,6 +204,12 @@ public:
 
   // Sums over the sequence for the weight of the final norm, [stride of u]; null: there is none.
   float* final_norm(int slot) const { return final_norm_ ? final_norm_ + slot * BlockStrides(block_).u : nullptr; }
+  InjectionGradients<T> injection(int slot) const {
+    InjectionGradients<T> grads = injection_;
+    if (grads.dh) grads.dh += static_cast<long>(slot) * length_ * BlockStrides(block_).h;
+    if (grads.sums) grads.sums += slot * BlockStrides(block_).u;
+    return grads;
+  }
 
 private:
   BlockGradients<T> take(Arena& arena, int slot) const {
@@ -194,6 +224,7 @@ private:
   size_t per_layer_;
   char* first_;
   float* final_norm_ = nullptr;
+  InjectionGradients<T> injection_;
 };
 
 } // namespace TRMFAST_NAMESPACE

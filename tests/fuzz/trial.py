@@ -50,7 +50,7 @@ class Trial(_Plain):
         hidden_size, intermediate_size, token_mixer, channel_mixer, num_heads, num_kv_heads, head_dim, causal,
             seq_intermediate_size, conv_kernel, rms_norm_eps, norm_placement, norm_weight, rotation, qk_norm, qk_bias,
             gate, attention_window, segments: as in ``BlockSpec``; of attention or mlp_t, what the token mixer has.
-        num_layers, final_norm: as in ``NetSpec``.
+        num_layers, final_norm, injection: as in ``NetSpec``.
         batch, length, rope: B, L, and whether there are tables.
         dtype, weight_dtype: names of dtypes.
         weight_scale: factor on the weights.
@@ -82,6 +82,7 @@ class Trial(_Plain):
     segments: bool = False
     num_layers: int = 1
     final_norm: bool = False
+    injection: str = "add"
     batch: int = 1
     length: int = 4
     rope: bool = False
@@ -113,7 +114,8 @@ class Trial(_Plain):
             **({name: getattr(self, name) for name in NOT_FOR_MLP_T} if attends else {}),
         )
         program = make_program(self.program)
-        problem = Problem(program, (NetSpec(block, self.num_layers, self.final_norm),) * len(program.nets))
+        net = NetSpec(block, self.num_layers, self.final_norm, self.injection)
+        problem = Problem(program, (net,) * len(program.nets))
         return Case("fuzz", problem, self.batch, self.length, self.rope and attends)
 
     @property
@@ -139,7 +141,8 @@ class Trial(_Plain):
             weights += 2 * self.length * self.num_heads * self.head_dim
         else:  # these weights meet every channel instead of every token
             weights += 3 * self.seq_intermediate_size * self.hidden_size
-        return weights * self.num_layers * self.batch * self.length * len(self.case.problem.program.updates)
+        total = weights * self.num_layers + (self.injection == "linear") * self.hidden_size**2
+        return total * self.batch * self.length * len(self.case.problem.program.updates)
 
 
 def make_program(program: Program) -> RecursionProgram:

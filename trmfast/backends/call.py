@@ -51,9 +51,11 @@ class BackwardCall(NamedTuple):
     Attributes:
         problem, weights, cos, sin, segments: as in :class:`ForwardCall`.
         grad_states: S gradients [B, L, D] of the final states, contiguous, in the compute dtype.
-        saved: [G, B, L, D], the summed inputs of the updates with ``grad`` that are not wholly kept, from forward.
+        saved: [G, B, L, D], the summed inputs of the updates with ``grad`` that are not wholly kept, from forward;
+            where an injection has a weight the sums of the sources, and without sources what the backend likes.
         kept: [pairs, bytes], the activations that forward kept.
         needs_states, needs_x, needs_weights: which gradients are wanted.
+        x: as in :class:`ForwardCall` where :attr:`Problem.backward_reads_x`, else None.
     """
 
     problem: Problem
@@ -67,3 +69,4 @@ class BackwardCall(NamedTuple):
     needs_x: bool
     needs_weights: Sequence[bool]
     segments: Tensor | None = None
+    x: Tensor | None = None

@@ -18,6 +18,7 @@ from trmfast.backends.packed_weights import NetShape, PackedCache, SeenWeights
 from trmfast.build_info import build_info
 from trmfast.engine import address, block_fields, choice_fields, int8_refusal, update_rows
 from trmfast.problem import Problem, unsupported
+from trmfast.spec import INJECTIONS
 from trmfast.targets import extension, force_target, import_error, target_of, targets
 
 __all__ = ["CpuBackend", "force_target", "release_memory", "target_for", "targets", "thread_source"]
@@ -42,6 +43,7 @@ CHOICES: dict[str, Container[object]] = {
     "attention_window": range(1 << 31),
     "segments": (False, True),
     "final_norm": (False, True),
+    "injection": INJECTIONS,
 }
 INT8_CHOICES: dict[str, Container[object]] = {
     "token_mixer": CHOICES["token_mixer"],
@@ -145,7 +147,7 @@ def _engine(problem: Problem) -> _Engine:
     return _Engine(
         _cpu.Program(len(problem.program.states), update_rows(problem.program)),
         tuple(
-            NetShape(net.key, block, net.num_layers, net.final_norm)
+            NetShape(net.key, block, net.num_layers, net.final_norm, INJECTIONS.index(net.injection))
             for net, block in zip(problem.nets, blocks, strict=True)
         ),
         tuple(s in {update.dst for update in problem.program.counts()} for s in range(len(problem.program.states))),
@@ -170,7 +172,7 @@ def _folded(problem: Problem) -> Iterator[tuple[int, int]]:
 def _pair_bytes(problem: Problem, target: str, element: str, length: int) -> int:
     assert _cpu is not None
     nets = _engine(problem).nets
-    layers = [(net.num_layers, net.final_norm) for net in nets]
+    layers = [(net.num_layers, net.final_norm, net.injection) for net in nets]
     size: int = _cpu.pair_bytes(target, element, nets[0].block, layers, length)
     return size
 
@@ -354,6 +356,7 @@ class CpuBackend:
             [weight.data_ptr() for weight in read],
             _Ranges() if PROFILE else None,
             address(call.segments),
+            address(call.x),
         )
         return (
             [grad if asked else None for grad, asked in zip(grads, call.needs_states, strict=True)],

@@ -29,6 +29,7 @@ class NetShape:
     block: object  # _cpu.BlockShape
     num_layers: int
     final_norm: bool
+    injection: int
 
 
 @dataclass
@@ -81,7 +82,7 @@ class PackedCache:
         floats = [weight if weight.dtype == torch.float32 else weight.to(torch.float32) for weight in weights]
         packed = _cpu.PackedWeights(
             *(target, element, net.block, net.num_layers, [w.data_ptr() for w in floats]),
-            *(backward, threads, net.final_norm),
+            *(backward, threads, net.final_norm, net.injection),
         )
         if _cpu.fingerprint(addresses, sizes, threads) != fingerprint:
             return fingerprint, packed  # another thread wrote meanwhile: don't cache them under this fingerprint

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trmfast.backends.call import BackwardCall, ForwardCall
-from trmfast.reference import run_net, summed_input, wide_dtype
+from trmfast.program import Update
+from trmfast.reference import enter, inject, run_net, wide_dtype
 from trmfast.spec import NetSpec
 
 __all__ = ["ReferenceBackend"]
@@ -43,12 +44,12 @@ class ReferenceBackend:
         slot = 0
         with _plain(first):
             for update in problem.program.updates:
-                h = summed_input(update, current, call.x)
-                if call.save and update.grad:
-                    saved[slot] = h
-                    slot += 1
                 net = problem.nets[update.net]
                 weights = problem.net_weights(cast, update.net)
+                total, h = enter(net, update, current, call.x, weights, call.int8)
+                if call.save and update.grad:
+                    saved[slot] = 0 if total is None else total
+                    slot += 1
                 current[update.dst] = run_net(net, h, weights, call.cos, call.sin, call.int8, call.segments)
         # A state that no update writes is still the caller's tensor.
         out = [z.clone() if z is state else z for z, state in zip(current, call.states, strict=True)]
@@ -73,14 +74,21 @@ class ReferenceBackend:
                 part = problem.weight_slices[update.net]
                 if g is None:
                     continue
-                dh, dw = _vjp(
-                    problem.nets[update.net],
+                net = problem.nets[update.net]
+                if net.injection == "add":
+                    needs = needs_input[position], False
+                else:
+                    needs = bool(update.sources), call.needs_x and update.inject_x
+                dh, dx, dw = _vjp(
+                    net,
+                    update,
                     saved[slot],
+                    call.x,
                     cast[part],
                     call.cos,
                     call.sin,
                     g.to(dtype),
-                    needs_input[position],
+                    *needs,
                     call.needs_weights[part],
                     call.segments,
                 )
@@ -89,32 +97,42 @@ class ReferenceBackend:
                 for s in update.sources:
                     gs[s] = _add(gs[s], dh, wide)
                 if update.inject_x:
-                    gx = _add(gx, dh, wide)
+                    gx = _add(gx, dh if net.injection == "add" else dx, wide)
         return gs, gx, gw
 
 
 def _vjp(
     net: NetSpec,
-    h: Tensor,
+    update: Update,
+    total: Tensor,
+    x: Tensor | None,
     weights: Sequence[Tensor],
     cos: Tensor | None,
     sin: Tensor | None,
     g: Tensor,
-    needs_h: bool,
+    needs_total: bool,
+    needs_x: bool,
     needs_weights: Sequence[bool],
     segments: Tensor | None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of <net(h), g> for what is needed, by autograd over a recomputed application."""
-    h = h.detach().requires_grad_(needs_h)
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients of <net(h), g> by the saved sum, x and weights as needed, by autograd over a recomputed application."""
+    total = total.detach().requires_grad_(needs_total)
+    x = None if x is None else x.detach().requires_grad_(needs_x)
     used = [w.detach().requires_grad_(need) for w, need in zip(weights, needs_weights, strict=True)]
-    leaves = [leaf for leaf in (h, *used) if leaf.requires_grad]
+    leaves = [leaf for leaf in (total, x, *used) if leaf is not None and leaf.requires_grad]
     if not leaves:
-        return None, [None] * len(used)
+        return None, None, [None] * len(used)
     # The dispatcher skips autograd inside an operator; this re-enables it, for these tensors only.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
-        found = iter(torch.autograd.grad(run_net(net, h, used, cos, sin, segments=segments), leaves, g))
-    dh = next(found) if needs_h else None
-    return dh, [next(found) if need else None for need in needs_weights]
+        h = total
+        if net.injection != "add":
+            h = inject(net, total if update.sources else None, x if update.inject_x else None, used[-1])
+        out = run_net(net, h, used, cos, sin, segments=segments)
+        # An update without sources uses no weight of an injection.
+        grads = torch.autograd.grad(out, leaves, g, allow_unused=True) if out.requires_grad else [None] * len(leaves)
+        found = iter(grads)
+    dtotal, dx = next(found) if needs_total else None, next(found) if needs_x else None
+    return dtotal, dx, [next(found) if need else None for need in needs_weights]
 
 
 def _add(total: Tensor | None, term: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from trmfast.backends.call import BackwardCall, ForwardCall
 from trmfast.backends.graphs import Graphs, allocate, fill, new_input
 from trmfast.problem import Problem, unsupported
+from trmfast.spec import INJECTIONS
 
 if TYPE_CHECKING:
     from trmfast.kernels.backward_plan import BackwardPlan
@@ -42,6 +43,7 @@ CHOICES: dict[str, Container[object]] = {
     "gate": ("none", "channel", "head"),
     "attention_window": range(2**31),
     "segments": (False, True),
+    "injection": INJECTIONS,
 }
 WIDEST, WIDEST_HEAD = 4096, 128
 MOST_SEQUENCES = 65535  # CUDA's limit for the second and third axis of a grid
@@ -175,6 +177,8 @@ class TritonBackend:
         inputs.update(_kept(backward.plan.inputs, call.kept))
         if call.saved.numel():
             inputs["saved"] = call.saved
+        if call.x is not None and any(buffer.name == "x" for buffer in backward.plan.inputs):
+            inputs["x"] = call.x
         results = _run(key, backward.plan, {**inputs, **_constants(call)})
 
         def of(buffer: Buffer | None) -> Tensor | None:
