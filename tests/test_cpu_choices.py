@@ -80,7 +80,8 @@ def test_every_target(case: Case, dtype: torch.dtype, target: str) -> None:
 def random_case(random: Random) -> Case:
     """Choices drawn independently, at sizes around those of vectors and panels."""
     kv_heads, group = random.choice([1, 2]), random.choice([1, 2])
-    attends = random.random() < 0.9
+    mixer = random.choices(["attention", "simple_gla", "mlp_t"], [6, 3, 1])[0]
+    attends, linear = mixer != "mlp_t", mixer == "simple_gla"
     options: dict[str, Any] = {
         "channel_mixer": random.choice(["swiglu", "swiglu", "conv_swiglu", "relu2", "gelu"]),
         "final_norm": random.random() < 0.5,
@@ -90,7 +91,7 @@ def random_case(random: Random) -> Case:
         "length": max(random.choice([2, 5, 13, 33, 49]), 2 if attends else 5),
         "num_layers": random.choice([1, 2]),
         "batch": random.choice([1, 2, 3]),
-        "token_mixer": "attention" if attends else "mlp_t",
+        "token_mixer": mixer,
     }
     if attends:
         options |= {
@@ -103,8 +104,8 @@ def random_case(random: Random) -> Case:
             "qk_norm": random.choice(["none", "none", "plain", "learned"]),
             "qk_bias": random.random() < 0.3,
             "gate": random.choice(["none", "channel", "head"]),
-            "attention_window": random.choice([0, 0, 2, 7, 40]),
-            "causal": random.random() < 0.5,
+            "attention_window": random.choice([0] if linear else [0, 0, 2, 7, 40]),
+            "causal": linear or random.random() < 0.5,
             "rope": random.random() < 0.8,
         }
         if options["causal"] and not options["attention_window"]:

@@ -63,6 +63,7 @@ void add_vector_gradients(const Team& all, const BlockShape& block, const BlockG
   const long width = BlockStrides(block).u;
   add(places.result_norm[0], grads.result_norm1, width, block.width, fresh, same);
   add(places.result_norm[1], grads.result_norm2, width, block.width, fresh, same);
+  add(places.decay_bias, grads.decay_bias, heads.decays, heads.decays, fresh, same);
   add(places.qk_bias, grads.qk_bias, heads.value(0), heads.value(0), fresh, [&](int c) { return heads.qk_index(c); });
   const int qk = heads.qk_width;
   for (int i = 0; i < 2 * heads.kv_heads && places.q_norm >= 0; ++i)
