@@ -179,7 +179,7 @@ class Attention(nn.Module):
 
 
 class SimpleGLA(Attention):
-    """The parameters of simple gated linear attention: ``in_proj``, ``o_proj`` and ``decay_bias``, zeros.
+    """The parameters of simple GLA: ``in_proj``, ``o_proj`` and ``decay_bias``, zeros.
 
     With the spec's options also those of :class:`Attention`.
     """

@@ -4,8 +4,8 @@ Every other backend is compared with this file.  It rounds where the published m
 matrix products and sums in the compute dtype; norms, rotation and softmax in float32 (or the compute dtype if wider).
 With ``int8`` the products by weights are those of trmfast/int8.py, and everything else stays.
 Sources: TRM arXiv 2510.04871, HRM arXiv 2506.21734, RoPE arXiv 2104.09864, SwiGLU arXiv 2002.05202, ReLU^2
-arXiv 2109.08668; the sandwiches are those of Ouro arXiv 2510.25741 and of Huginn arXiv 2502.05171; gated linear
-attention arXiv 2312.06635, with decays as in the simple GLA of flash-linear-attention.
+arXiv 2109.08668; the sandwiches are those of Ouro arXiv 2510.25741 and of Huginn arXiv 2502.05171; GLA arXiv
+2312.06635, with one decay a head as in the simple GLA of flash-linear-attention.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def attention(
     segments: Tensor | None = None,
     linear: Linear = cast_linear,
 ) -> Tensor:
-    """Self-attention of h [B, L, D], or simple gated linear attention, which differs in :func:`simple_gla` alone.
+    """Self-attention of h [B, L, D], or simple GLA, which differs in :func:`simple_gla` alone.
 
     Args:
         block: its sizes and options.
@@ -141,7 +141,7 @@ def attention(
 
 
 def simple_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Simple gated linear attention in its parallel form: causal attention with a decay in place of the softmax.
+    """Simple GLA in its parallel form: causal attention with a decay in place of the softmax.
 
     The recurrence of a head is ``S_t = a_t S_(t-1) + k_t^T v_t``, ``o_t = q_t S_t / sqrt(head_dim)``, with one decay
     ``a_t = exp(log_decay_t)``.  Written out, value j reaches output i with the factor

@@ -45,8 +45,8 @@ class BlockSpec:
         hidden_size: width D of the states.
         intermediate_size: inner width of the channel mixer.
         token_mixer: ``"attention"``; ``"mlp_t"``, a SwiGLU over the sequence axis whose norm is over that axis too; or
-            ``"simple_gla"``, gated linear attention with one decay for each head and token (arXiv 2312.06635, decays
-            as in the simple GLA of flash-linear-attention, the core of Mamba-2, arXiv 2405.21060).  It is causal,
+            ``"simple_gla"``, linear attention with one decay for each head and token: the simple GLA of
+            flash-linear-attention (GLA is arXiv 2312.06635), the core of Mamba-2 (arXiv 2405.21060).  It is causal,
             and takes the options of attention but for the window.
         channel_mixer: ``"swiglu"``; ``"conv_swiglu"`` (URM), with a depthwise convolution over the sequence after the
             gate; ``"relu2"``, the square of a ReLU, or ``"gelu"``, the exact one, both without a gate.

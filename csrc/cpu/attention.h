@@ -119,7 +119,7 @@ KeyRange attention_exponentials(const BlockShape& block, const Mask& mask, const
   return tile;
 }
 
-// The same for the decays of simple gated linear attention, whose sums are those that the scratch holds: scores times
+// The same for the decays of simple GLA, whose sums are those that the scratch holds: scores times
 // decays, zero for keys that a row does not see.
 template <class T, class To>
 KeyRange decayed_scores(const BlockShape& block, const Mask& mask, const T* query, long stride, int row, int n,
@@ -129,7 +129,7 @@ KeyRange decayed_scores(const BlockShape& block, const Mask& mask, const T* quer
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
   const float* scores = scratch.scores + static_cast<long>(lead) * scratch.score_stride;
   const KeyRange keys = mask.tile(row, n);
-  const DecayTile decays(scratch.decay, scale, keys.begin, row, n);
+  const DecayTile decays(scratch.decay, scale, keys, row, n);
   for (int k = keys.begin; k < keys.end; k += kPanel) {
     multiply(query + (row - lead) * stride, stride, scratch.keys + k / kPanel * panel_elements<T>(heads.qk_width),
              depth, lead + n, scratch.scores + k, scratch.score_stride);

@@ -111,7 +111,7 @@ KeyRange attention_grad_scores(const BlockShape& block, const Mask& mask, int le
   return keys;
 }
 
-// The same for the decays of simple gated linear attention.  What changes c_i or c_j by one changes P_ij by itself, up
+// The same for the decays of simple GLA.  What changes c_i or c_j by one changes P_ij by itself, up
 // or down: dP P is added to the gradient of c_i and taken from that of c_j, and where i is j it would cancel.
 template <class T>
 KeyRange decayed_grad_scores(const BlockShape& block, const Mask& mask, int length, const T* query, long stride,
@@ -121,7 +121,7 @@ KeyRange decayed_grad_scores(const BlockShape& block, const Mask& mask, int leng
   const AttentionScratch<T>& forward = scratch.forward;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
   const KeyRange keys = mask.tile(row, n);
-  const DecayTile decays(forward.decay, scale, keys.begin, row, n);
+  const DecayTile decays(forward.decay, scale, keys, row, n);
   vf by_query[Dot<T>::kRows] = {};
   for (int k = keys.begin; k < keys.end; k += kPanel) {
     const long first = k / kPanel;

@@ -24,7 +24,7 @@ enum class Activation { swiglu, relu2, gelu };
 struct BlockShape {
   int width;      // D
   int inner;      // inner width of the channel mixer
-  bool attention; // or simple gated linear attention; else mlp_t: a SwiGLU over the sequence axis
+  bool attention; // or simple GLA; else mlp_t: a SwiGLU over the sequence axis
   int heads, kv_heads, head_dim;
   bool causal;
   int seq_len, seq_inner; // mlp_t
@@ -38,7 +38,7 @@ struct BlockShape {
   bool qk_norm = false, qk_norm_weight = false, qk_bias = false;
   OutputGate gate = OutputGate::none;
   int window = 0;     // a query sees keys less than this far away; 0: all
-  bool decay = false; // simple gated linear attention: a decay of keys with distance in place of the softmax; causal
+  bool decay = false; // simple GLA: a decay of keys with distance in place of the softmax; causal
   Activation activation = Activation::swiglu;
 };
 

@@ -1,10 +1,11 @@
-// What simple gated linear attention has where attention has a softmax (trmfast/reference.py): key j counts for query i
-// with q_i . k_j / sqrt(d) times exp(c_i - c_j), c the sums of the logarithms of the decays.  Tiles, panels and
-// products are attention's.
+// What simple GLA has where attention has a softmax (trmfast/reference.py): key j counts for query i with
+// q_i . k_j / sqrt(d) times exp(c_i - c_j), c the sums of the logarithms of the decays.  Tiles, panels and products are
+// attention's.
 //
 // The sums are doubles, so that a difference of two large ones is exact enough.  A tile of query rows takes one
-// exponential for each key up to its first row, exp(c_row - c_j), and one for each row, exp(c_i - c_row): neither is
-// above 1, and their product replaces an exponential for every pair.  Pairs within the tile take their own.
+// exponential for each key, exp(c_row - c_j) of its first row, and one for each row, exp(c_i - c_row); their product
+// replaces an exponential for every pair.  Up to the first row neither is above 1.  Where the decays of a tile are so
+// strong that keys behind it could grow large, pairs within the tile take exponentials of their own.
 #pragma once
 
 #include "arena.h"
@@ -74,13 +75,14 @@ TRMFAST_INLINE vf differences(double a, const double* b) {
   return load(values);
 }
 
-// The decays between query rows row.. (n rows) and all keys from `begin` on, a multiple of kLanes.
+// The decays between query rows row.. (n rows) and `keys`, whole panels.
 class DecayTile {
 public:
-  DecayTile(const DecayScratch& scratch, float scale, int begin, int row, int n)
+  DecayTile(const DecayScratch& scratch, float scale, const KeyRange& keys, int row, int n)
       : scratch_(scratch), scale_(scale), row_(row) {
     const double* total = scratch.total;
-    for (int j = begin; before(j); j += kLanes) store(scratch.keys + j, exp(differences(total[row], total + j)));
+    end_ = total[row] - total[row + n - 1] < 4 ? keys.end : row + 1;
+    for (int j = keys.begin; factored(j); j += kLanes) store(scratch.keys + j, exp(differences(total[row], total + j)));
     for (int r = 0; r < n; r += kLanes) {
       float values[kLanes];
       for (int i = 0; i < kLanes; ++i)
@@ -92,17 +94,17 @@ public:
 
   // scale exp(c_i - c_j) of query i = row + r and kLanes keys from j on; of keys behind i, any value.
   TRMFAST_MEMBER vf at(int r, int j) const {
-    if (before(j)) return load(scratch_.keys + j) * broadcast(scratch_.rows[r]);
+    if (factored(j)) return load(scratch_.keys + j) * broadcast(scratch_.rows[r]);
     return exp(differences(scratch_.total[row_ + r], scratch_.total + j)) * scale_;
   }
 
 private:
-  // Whether kLanes keys from j on are no later than the first row.
-  TRMFAST_MEMBER bool before(int j) const { return j + kLanes <= row_ + 1; }
+  // Whether the scratch has the exponentials of kLanes keys from j on.
+  TRMFAST_MEMBER bool factored(int j) const { return j + kLanes <= end_; }
 
   const DecayScratch& scratch_;
   float scale_;
-  int row_;
+  int row_, end_; // keys before the end have exponentials in the scratch
 };
 
 // value in the lanes of keys, from key j on, that are in `keys`, else 0: what a product with an unseen key gives may
