@@ -28,6 +28,7 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection import projection
 from trmfast.kernels.qkv import qkv
 from trmfast.kernels.rows import Rows, normed_sum, rows_of, squares_buffer
+from trmfast.kernels.simple_gla import simple_gla, sum_decays
 from trmfast.kernels.swiglu import gate_up, is_gated, swiglu
 
 from trmfast.spec import BlockSpec
@@ -64,6 +65,7 @@ class BlockWeights:
         token: the two products of the token mixer; the first one times the weight of the norm ahead of it.
         channel: of the channel mixer, in the order of ``BlockSpec.weight_shapes``; the first one likewise.
         qk_bias: [(Hq + Hkv) d], or None.
+        decay_bias: [Hq], of simple_gla, or None.
         qk_norm: [d], of the norms of queries and keys, or None.
         behind: [D], of the norms behind the mixers, or None.
     """
@@ -71,6 +73,7 @@ class BlockWeights:
     token: tuple[Buffer, Buffer]
     channel: tuple[Buffer, ...]
     qk_bias: Buffer | None
+    decay_bias: Buffer | None
     qk_norm: tuple[Buffer | None, Buffer | None]
     behind: tuple[Buffer | None, Buffer | None]
 
@@ -86,6 +89,7 @@ class BlockValues:
             squares, if it feeds one.
         behind1, behind2: what the norms behind the mixers make, without their weights; None where there are none.
         qkv, mixed, lse: of attention: [B, L, G + (Hq + 2 Hkv) d], [B, L, Hq d] times the gate, [B, Hq, L].
+        totals: of simple_gla, the sums of the logarithms of decays, [B, Hq, L] float64.
         activation: [B, L, I], where it went through memory.
         heads: what the norms of queries and keys make, without their weights, [B, L, H d], and factors [B, L, H].
     """
@@ -98,6 +102,7 @@ class BlockValues:
     qkv: Buffer | None = None
     mixed: Buffer | None = None
     lse: Buffer | None = None
+    totals: Buffer | None = None
     activation: Buffer | None = None
     heads: tuple[Rows, ...] = ()
 
@@ -209,7 +214,7 @@ def forward_block(
     if total is None and len(terms) > 1:
         raise ValueError(f"total: got None with {len(terms)} terms, accepted with one")
     ahead, plain = block.norm_placement != "post", is_plain(block)
-    attends = block.token_mixer == "attention"
+    attends = block.attends
     in_tiles = not attends and length > LONGEST
     rows = [rows_of(term) for term in terms]
     weighted = any(row.weight is not None for row in rows)
@@ -225,9 +230,9 @@ def forward_block(
         rstd2 = writer.scratch("rstd2", (batch, length), torch.float32)
     residual = Rows(h.values) if ahead else h
 
-    middle, qkv_out, mixed, lse, heads, behind1 = writer.state("h1"), None, None, None, (), None
+    middle, qkv_out, mixed, lse, totals, heads, behind1 = writer.state("h1"), None, None, None, None, (), None
     if attends:
-        qkv_out, mixed, lse, heads, attend = _attention(writer, block, weights, rows, total, keep)
+        qkv_out, mixed, lse, totals, heads, attend = _attention(writer, block, weights, rows, total, keep)
         product = ("projection", projection, mixed, weights.token[1])
         if plain:
             last, h1 = _product_and_norm(writer, *product, residual, middle, eps=block.rms_norm_eps, rstd=rstd1)
@@ -269,7 +274,7 @@ def forward_block(
         writer.launches.append(up)
         feeds = ahead and feeds_norm
         output, behind2 = _placed(writer, block, *product, residual.values, out, weights.behind[1], feeds)
-    return BlockValues(h, h1, output, behind1, behind2, qkv_out, mixed, lse, activation, heads)
+    return BlockValues(h, h1, output, behind1, behind2, qkv_out, mixed, lse, totals, activation, heads)
 
 
 def _placed(
@@ -309,11 +314,12 @@ def _attention(
     terms: Sequence[Rows],
     total: Buffer | None,
     keep: bool,
-) -> tuple[Buffer, Buffer, Buffer | None, tuple[Rows, ...], Launch]:
+) -> tuple[Buffer, Buffer, Buffer | None, Buffer | None, tuple[Rows, ...], Launch]:
     """Adds the QKV product and what follows it ahead of attention.
 
     Returns:
-        Its result, the buffers of what attention makes, what the norms of heads made, and the launch of attention.
+        Its result, the buffers of what attention makes, the sums of decays, what the norms of heads made, and the
+        launch of attention.
     """
     setting = writer.setting
     batch, length, _ = setting.shape
@@ -321,7 +327,8 @@ def _attention(
     qkv_out = writer.scratch("qkv", (batch, length, weights.token[0].shape[0]))
     mixed = writer.scratch("mixed", (batch, length, heads * head_dim))
     lse = None
-    if keep and not setting.configuration.keeps_sequences_whole(writer.sizes):  # otherwise backward recomputes them
+    whole = setting.configuration.keeps_sequences_whole(writer.sizes)
+    if keep and not whole and not block.decay_rows:  # otherwise backward recomputes them
         lse = writer.scratch("lse", (batch, heads, length), torch.float32)
     tables = {"cos": writer.cos, "sin": writer.sin}
     options = {"bias": weights.qk_bias, **(tables if block.qk_norm == "none" else {})}
@@ -340,11 +347,16 @@ def _attention(
         options = {"weight": weights.qk_norm[keys], **tables, "normed": values, "rstd": rstd}
         writer.add("head_norm", head_norm, block, qkv_out, keys=bool(keys), **options)
         normed += [] if values is None else [Rows(values, rstd=rstd)]
+    segments = writer.segments if block.segments else None
+    if block.decay_rows:
+        totals = writer.scratch("totals", (batch, heads, length), torch.float64)
+        writer.add("sum_decays", sum_decays, block, qkv_out, weights.decay_bias, totals)
+        kernel = "simple_gla_wide" if head_dim > 64 else "simple_gla"
+        launch = writer.make_product(kernel, simple_gla, block, qkv_out, totals, mixed, segments=segments)
+        return qkv_out, mixed, None, totals, tuple(normed), launch
     attend = "attention_wide" if head_dim > 64 else "attention" if length <= LONGEST else "attention_long"
-    launch = writer.make_product(
-        attend, attention, block, qkv_out, mixed, segments=writer.segments if block.segments else None, lse=lse
-    )
-    return qkv_out, mixed, lse, tuple(normed), launch
+    launch = writer.make_product(attend, attention, block, qkv_out, mixed, segments=segments, lse=lse)
+    return qkv_out, mixed, lse, None, tuple(normed), launch
 
 
 def _whole_attention(
@@ -359,7 +371,7 @@ def _whole_attention(
     rstd: Buffer | None,
 ) -> Launch | None:
     """Attention with its projection and its norm in one launch, or None where there is none."""
-    masked = block.segments or block.attention_window or block.gate != "none"
+    masked = block.segments or block.attention_window or block.rows_ahead
     # Its share of the weight, D rows of a head's width, must fit the shared memory.
     if masked or block.head_dim > 64 or not writer.setting.configuration.offers("attention_projection", writer.sizes):
         return None

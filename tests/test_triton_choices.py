@@ -67,6 +67,11 @@ CASES = (
         head_dim=12, attention_window=4,
     ),
     small("window-causal", "urm", attention_window=3, causal=True, norm_placement="sandwich"),
+    small("simple_gla", "urm", token_mixer="simple_gla", causal=True, num_heads=4, num_kv_heads=2),
+    small(
+        "simple_gla-segments", "urm", token_mixer="simple_gla", causal=True, segments=True, norm_placement="pre",
+        norm_weight=True, final_norm=True, gate="channel", qk_norm="learned", qk_bias=True, num_layers=1,
+    ),
     small("no-rope", "urm", rope=False, qk_norm="learned", qk_bias=True, gate="head", channel_mixer="gelu"),
 )  # fmt: skip
 

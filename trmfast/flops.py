@@ -30,7 +30,7 @@ def _weight_flops(block: BlockSpec, length: int) -> int:
     macs = 0
     if block.attends:
         query, kv = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
-        macs += length * block.hidden_size * (block.gate_rows + block.decay_rows + 2 * query + 2 * kv)
+        macs += length * block.hidden_size * (block.rows_ahead + 2 * query + 2 * kv)
     else:
         macs += 3 * block.hidden_size * block.seq_len * block.seq_intermediate_size
     products = 2 if block.channel_mixer in ("relu2", "gelu") else 3

@@ -156,8 +156,7 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        rows = spec.gate_rows + spec.decay_rows + query + 2 * kv
-        self.add_module(spec.packed_name, CastedLinear(spec.hidden_size, rows))
+        self.add_module(spec.packed_name, CastedLinear(spec.hidden_size, spec.rows_ahead + query + 2 * kv))
         self.o_proj = CastedLinear(query, spec.hidden_size)
         if spec.decay_rows:
             self.decay_bias = nn.Parameter(torch.zeros(spec.decay_rows))

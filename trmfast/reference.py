@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from trmfast.int8 import int8_linear
 from trmfast.problem import Problem
 from trmfast.program import Update
-from trmfast.spec import BlockSpec, NetSpec
+from trmfast.spec import DECAY_NORMALIZER, BlockSpec, NetSpec
 
 __all__ = [
     "attention",
@@ -37,9 +37,6 @@ __all__ = [
     "swiglu",
     "wide_dtype",
 ]
-
-# What the logarithm of a decay is divided by, as in flash-linear-attention: a logit of 0 halves a key in 16 tokens.
-DECAY_NORMALIZER = 16
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 

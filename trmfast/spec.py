@@ -27,6 +27,8 @@ SIZES = (
     "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "seq_len", "seq_intermediate_size",
     "conv_kernel", "rms_norm_eps",
 )  # fmt: skip
+# What the logarithm of a decay is divided by, as in flash-linear-attention: a logit of 0 halves a key in 16 tokens.
+DECAY_NORMALIZER = 16
 KINDS = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
@@ -168,11 +170,21 @@ class BlockSpec:
         """Rows of the decays' projection."""
         return self.num_heads if self.token_mixer == "simple_gla" else 0
 
+    @property
+    def rows_ahead(self) -> int:
+        """Rows of the first product of attention that come before those of queries."""
+        return self.gate_rows + self.decay_rows
+
     def attention_pairs(self, length: int) -> int:
         """Pairs of a query and a key that it sees in ``length`` tokens; segments count as one causal sequence."""
         reach = min(self.attention_window or length, length)
         before = reach * length - reach * (reach - 1) // 2  # keys up to the query itself
         return before if self.causal else 2 * before - length
+
+    @property
+    def mixer_name(self) -> str:
+        """What the token mixer is called in a state_dict."""
+        return "self_attn" if self.token_mixer == "attention" else self.token_mixer
 
     @property
     def packed_name(self) -> str:
@@ -187,10 +199,9 @@ class BlockSpec:
         D, inter = self.hidden_size, self.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {}
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        mixer = "simple_gla" if self.token_mixer == "simple_gla" else "self_attn"
+        mixer = self.mixer_name
         if self.attends:
-            rows = self.gate_rows + self.decay_rows + query + 2 * kv
-            shapes[f"{mixer}.{self.packed_name}.weight"] = (rows, D)
+            shapes[f"{mixer}.{self.packed_name}.weight"] = (self.rows_ahead + query + 2 * kv, D)
             shapes[f"{mixer}.o_proj.weight"] = (D, query)
         else:
             shapes["mlp_t.gate_up_proj.weight"] = (2 * self.seq_intermediate_size, self.seq_len)

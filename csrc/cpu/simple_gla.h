@@ -15,7 +15,7 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
-constexpr float kDecayUnit = 1.0f / 16; // 1 / DECAY_NORMALIZER of trmfast/reference.py
+constexpr float kDecayUnit = 1.0f / 16; // 1 / DECAY_NORMALIZER of trmfast/spec.py
 
 struct DecayScratch {
   double* total = nullptr; // c of one head, [L, to whole panels]
