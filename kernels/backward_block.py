@@ -18,7 +18,7 @@ from trmfast.kernels.conv_swiglu_backward import (
     conv_swiglu_backward,
     gate_up_backward,
 )
-from trmfast.kernels.forward_block import BlockValues, is_plain, norm_names
+from trmfast.kernels.forward_block import BlockValues, add_totals, is_plain, norm_names
 from trmfast.kernels.forward_plan import PlanWriter
 from trmfast.kernels.gate_backward import gate_backward
 from trmfast.kernels.head_norm import head_norm_backward
@@ -292,9 +292,10 @@ class BlockBackward:
     def _simple_gla(self, grad_mixed: Buffer, grad_qkv: Buffer, wide: str, options: dict[str, Buffer | None]) -> None:
         """Gradients of the queries, keys and values of simple_gla, of the logits of its decays and of their bias."""
         writer, values, block, bias = self.writer, self.values, self.block, self.weights.decay_bias
-        assert values.totals is not None
-        grad_totals = writer.scratch("grad_totals", values.totals.shape, torch.float32)
-        inputs = (block, values.qkv, values.totals, grad_mixed, grad_totals, grad_qkv)
+        assert values.qkv is not None
+        totals = add_totals(writer, block, self.weights, values.qkv)
+        grad_totals = writer.scratch("grad_totals", totals.shape, torch.float32)
+        inputs = (block, values.qkv, totals, grad_mixed, grad_totals, grad_qkv)
         writer.add_product(f"simple_gla_backward_queries{wide}", simple_gla_backward_queries, *inputs, **options)
         writer.add_product(f"simple_gla_backward_keys{wide}", simple_gla_backward_keys, *inputs, **options)
         writer.add("decays_backward", decays_backward, block, values.qkv, bias, grad_totals, grad_qkv)

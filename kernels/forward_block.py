@@ -36,7 +36,7 @@ from trmfast.spec import BlockSpec
 if TYPE_CHECKING:
     from trmfast.kernels.forward_plan import PlanWriter
 
-__all__ = ["BlockValues", "BlockWeights", "add_sum", "forward_block", "is_plain", "norm_names"]
+__all__ = ["BlockValues", "BlockWeights", "add_sum", "add_totals", "forward_block", "is_plain", "norm_names"]
 
 MOST_NORMED = 3
 """The most terms that a product norms and adds up."""
@@ -89,7 +89,6 @@ class BlockValues:
             squares, if it feeds one.
         behind1, behind2: what the norms behind the mixers make, without their weights; None where there are none.
         qkv, mixed, lse: of attention: [B, L, G + (Hq + 2 Hkv) d], [B, L, Hq d] times the gate, [B, Hq, L].
-        totals: of simple_gla, the sums of the logarithms of decays, [B, Hq, L] float64.
         activation: [B, L, I], where it went through memory.
         heads: what the norms of queries and keys make, without their weights, [B, L, H d], and factors [B, L, H].
     """
@@ -102,7 +101,6 @@ class BlockValues:
     qkv: Buffer | None = None
     mixed: Buffer | None = None
     lse: Buffer | None = None
-    totals: Buffer | None = None
     activation: Buffer | None = None
     heads: tuple[Rows, ...] = ()
 
@@ -230,9 +228,9 @@ def forward_block(
         rstd2 = writer.scratch("rstd2", (batch, length), torch.float32)
     residual = Rows(h.values) if ahead else h
 
-    middle, qkv_out, mixed, lse, totals, heads, behind1 = writer.state("h1"), None, None, None, None, (), None
+    middle, qkv_out, mixed, lse, heads, behind1 = writer.state("h1"), None, None, None, (), None
     if attends:
-        qkv_out, mixed, lse, totals, heads, attend = _attention(writer, block, weights, rows, total, keep)
+        qkv_out, mixed, lse, heads, attend = _attention(writer, block, weights, rows, total, keep)
         product = ("projection", projection, mixed, weights.token[1])
         if plain:
             last, h1 = _product_and_norm(writer, *product, residual, middle, eps=block.rms_norm_eps, rstd=rstd1)
@@ -274,7 +272,7 @@ def forward_block(
         writer.launches.append(up)
         feeds = ahead and feeds_norm
         output, behind2 = _placed(writer, block, *product, residual.values, out, weights.behind[1], feeds)
-    return BlockValues(h, h1, output, behind1, behind2, qkv_out, mixed, lse, totals, activation, heads)
+    return BlockValues(h, h1, output, behind1, behind2, qkv_out, mixed, lse, activation, heads)
 
 
 def _placed(
@@ -314,12 +312,11 @@ def _attention(
     terms: Sequence[Rows],
     total: Buffer | None,
     keep: bool,
-) -> tuple[Buffer, Buffer, Buffer | None, Buffer | None, tuple[Rows, ...], Launch]:
+) -> tuple[Buffer, Buffer, Buffer | None, tuple[Rows, ...], Launch]:
     """Adds the QKV product and what follows it ahead of attention.
 
     Returns:
-        Its result, the buffers of what attention makes, the sums of decays, what the norms of heads made, and the
-        launch of attention.
+        Its result, the buffers of what attention makes, what the norms of heads made, and the launch of attention.
     """
     setting = writer.setting
     batch, length, _ = setting.shape
@@ -349,14 +346,21 @@ def _attention(
         normed += [] if values is None else [Rows(values, rstd=rstd)]
     segments = writer.segments if block.segments else None
     if block.decay_rows:
-        totals = writer.scratch("totals", (batch, heads, length), torch.float64)
-        writer.add("sum_decays", sum_decays, block, qkv_out, weights.decay_bias, totals)
+        totals = add_totals(writer, block, weights, qkv_out)
         kernel = "simple_gla_wide" if head_dim > 64 else "simple_gla"
         launch = writer.make_product(kernel, simple_gla, block, qkv_out, totals, mixed, segments=segments)
-        return qkv_out, mixed, None, totals, tuple(normed), launch
+        return qkv_out, mixed, None, tuple(normed), launch
     attend = "attention_wide" if head_dim > 64 else "attention" if length <= LONGEST else "attention_long"
     launch = writer.make_product(attend, attention, block, qkv_out, mixed, segments=segments, lse=lse)
-    return qkv_out, mixed, lse, None, tuple(normed), launch
+    return qkv_out, mixed, lse, tuple(normed), launch
+
+
+def add_totals(writer: PlanWriter, block: BlockSpec, weights: BlockWeights, qkv_out: Buffer) -> Buffer:
+    """Adds the launch of the sums of decays to the plan; their buffer, which backward does not keep but makes again."""
+    batch, length, _ = writer.setting.shape
+    totals = writer.scratch("totals", (batch, block.num_heads, length), torch.float64)
+    writer.add("sum_decays", sum_decays, block, qkv_out, weights.decay_bias, totals)
+    return totals
 
 
 def _whole_attention(

@@ -31,7 +31,7 @@ def kept_buffers(net: NetSpec, values: NetValues) -> list[Buffer]:
     for block in values.blocks:
         for rows in (block.h, block.h1, block.behind1, block.behind2, *block.heads):
             found += [] if rows is None else [rows.values, rows.rstd]
-        found += [block.qkv, block.mixed, block.lse, block.totals]
+        found += [block.qkv, block.mixed, block.lse]
         if net.block.channel_mixer == "conv_swiglu":
             found.append(block.activation)
     if net.final_norm:

@@ -124,6 +124,8 @@ TILED = (
           norm_placement="sandwich", norm_weight=True, final_norm=True),
     small("huginn", "urm", norm_placement="sandwich_sum", norm_weight=True, channel_mixer="gelu", length=21,
           hidden_size=72, num_heads=3, num_layers=1),
+    small("simple_gla", "urm", token_mixer="simple_gla", causal=True, segments=True, gate="head", num_heads=4,
+          num_kv_heads=2, length=75, hidden_size=40, head_dim=10, num_layers=1),
     small("two layers", "urm", segments=True, length=70, hidden_size=96, num_heads=3, norm_weight=True, **HRM_TEXT),
 )  # fmt: skip
 
@@ -135,7 +137,7 @@ def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs its own tiles: test_programs")
-@pytest.mark.representative(when=lambda case: case.name in {"hrm_text", "heads"})
+@pytest.mark.representative(when=lambda case: case.name in {"hrm_text", "heads", "simple_gla"})
 @pytest.mark.parametrize("case", TILED, ids=str)
 @pytest.mark.usefixtures("addresses_are_checked")
 def test_small_tiles_between_guard_zones(case: Case) -> None:
