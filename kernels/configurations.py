@@ -275,11 +275,13 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sum_decays": {"16-bit": (_tile(4, 1, L=128),), "32-bit": (_tile(4, 1, L=128),)},
     "simple_gla": {
         "16-bit": (_tile(8, 3, M=128, N=64), _tile(4, 3, M=64, N=64)),
+        _AMD: (_tile(4, 3, M=64, N=64),),
         "32-bit": (_tile(4, 2, M=32, N=16),),
     },
     # Heads of 65 to 128.
     "simple_gla_wide": {
         "16-bit": (_tile(8, 2, M=128, N=64), _tile(4, 2, M=64, N=32)),
+        _AMD: (_tile(4, 2, M=64, N=32),),
         "32-bit": (_tile(4, 2, M=16, N=16),),
     },
     "projection": {
@@ -422,15 +424,18 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "simple_gla_backward_keys": {
         "16-bit": (_tile(8, 2, M=32, N=128), _tile(4, 1, M=32, N=64)),
-        "32-bit": (_tile(4, 1, M=16, N=64),),
+        _AMD: (_tile(4, 1, M=32, N=32),),
+        "32-bit": (_tile(4, 1, M=16, N=32),),
     },
     "simple_gla_backward_queries": {
         "16-bit": (_tile(8, 2, M=128, N=64), _tile(4, 2, M=64, N=64)),
+        _AMD: (_tile(4, 1, M=64, N=32),),
         "32-bit": (_tile(4, 1, M=32, N=16),),
     },
     # Heads of 65 to 128.
     "simple_gla_backward_keys_wide": {
         "16-bit": (_tile(8, 1, M=32, N=64),),
+        "16-bit sm_100 gfx942": (_tile(4, 1, M=32, N=32),),
         "32-bit": (_tile(4, 1, M=16, N=16),),
     },
     "simple_gla_backward_queries_wide": {

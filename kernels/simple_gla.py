@@ -72,11 +72,9 @@ def first_keys(segments, first_token, query, length):
 
 
 @triton.jit
-def pair_decays(row, column, ROW_AXIS: tl.constexpr):
-    """exp of the sums of two float32 differences, one along each axis of a tile."""
-    if ROW_AXIS == 0:
-        return tl.exp2((row[:, None] + column[None, :]) * LOG2E)
-    return tl.exp2((row[None, :] + column[:, None]) * LOG2E)
+def pair_decays(of_query, of_key):
+    """exp of the sums of two float32 differences, [queries, 1] and [1, keys] or the other way round."""
+    return tl.exp2((of_query + of_key) * LOG2E)
 
 
 @triton.jit
@@ -124,7 +122,7 @@ def simple_gla_kernel(
         of_key = (base - tl.load(sums + tl.minimum(key, length - 1))).to(tl.float32)
         scores = dot(q, tl.trans(k), zero, PRECISION)
         seen = (key[None, :] >= begin[:, None]) & (key[None, :] <= query[:, None])
-        weights = tl.where(seen, scores * (pair_decays(of_query, of_key, 0) * SCALE), 0.0)
+        weights = tl.where(seen, scores * (pair_decays(of_query[:, None], of_key[None, :]) * SCALE), 0.0)
         mixed = dot(narrow(weights, v.dtype), v, mixed, PRECISION)
     store_mixed(out, mixed, gates, first_token, first_query, head, length, HEADS, HEAD_DIM, GATE, ROW, BLOCK_M, BLOCK_D)
 

@@ -17,6 +17,8 @@ result has one owner.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from trmfast.kernels.attention_backward import (
@@ -90,7 +92,7 @@ def simple_gla_backward_queries_kernel(
         k = load_columns(qkv + key_at, key, column, length, STRIDE, HEAD_DIM, BLOCK_D)
         v = load_columns(qkv + value_at, key, plain, length, STRIDE, HEAD_DIM, BLOCK_D)
         of_key = (base - tl.load(totals + of_head + tl.minimum(key, length - 1))).to(tl.float32)
-        decay = pair_decays(of_query, of_key, 0) * SCALE
+        decay = pair_decays(of_query[:, None], of_key[None, :]) * SCALE
         seen = (key[None, :] >= begin[:, None]) & (key[None, :] <= query[:, None])
         grad_s = tl.where(seen, dot(grad, tl.trans(v), zero, PRECISION) * decay, 0.0)
         scores = dot(q, tl.trans(k), zero, PRECISION)
@@ -164,7 +166,7 @@ def simple_gla_backward_keys_kernel(
             of_query = (tl.load(totals + of_head + tl.minimum(query, length - 1)) - base).to(tl.float32)
             begin = first_keys(segments, batch * length, query, length)
             # [keys, queries], so that p and grad_s are left operands of the next products as they lie in registers.
-            decay = pair_decays(of_query, of_key, 1) * SCALE
+            decay = pair_decays(of_query[None, :], of_key[:, None]) * SCALE
             seen = (key[:, None] >= begin[None, :]) & (key[:, None] <= query[None, :]) & (query < length)[None, :]
             scores = dot(k, tl.trans(q), zero, PRECISION)
             grad_s = tl.where(seen, dot(v, tl.trans(grad), zero, PRECISION) * decay, 0.0)
@@ -218,7 +220,7 @@ def _launch(
     arguments: dict[str, Buffer | None],
     tile: Tile,
     precision: str,
-    **options: object,
+    **options: Any,
 ) -> Launch:
     qkv = arguments["qkv"]
     assert qkv is not None
@@ -231,7 +233,7 @@ def _launch(
         constants=constants,
         tile=tile,
         special=product_flops(block, qkv, 1) // (2 * block.head_dim),
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 

@@ -17,7 +17,7 @@ from trmfast import recursion
 from trmfast.backends import BACKENDS
 from trmfast.backends import cpu as engine
 from trmfast.cases import Case, Inputs, make_case, make_inputs
-from trmfast.nn import Net, Recursion
+from trmfast.nn import Block, Net, Recursion
 from trmfast.program import RecursionProgram
 from trmfast.reference import simple_gla
 from trmfast.testing import Draw, check_draws, draw_case, require, run_eager, run_fused, run_truth
@@ -95,13 +95,14 @@ def test_parameters() -> None:
         "simple_gla.k_norm.weight": (8,),
     }
     net, twin = Net(spec), Net(spec)
-    assert not net.layers[0].simple_gla.decay_bias.any()  # type: ignore[union-attr]
+    block = net.layers[0]
+    assert isinstance(block, Block)
+    assert not block.simple_gla.decay_bias.any()
     twin.load_state_dict(net.state_dict())
     h = torch.randn(2, 5, 32)
     assert torch.equal(net(h), twin(h))
-    attention, block = net.layers[0].simple_gla, net.layers[0]
-    torch.testing.assert_close(block(h), Recursion(RecursionProgram.looped(1), [net], "reference")([h])[0])
-    assert attention(h).shape == h.shape
+    torch.testing.assert_close(net(h), Recursion(RecursionProgram.looped(1), [net], "reference")([h])[0])
+    assert block.simple_gla(h).shape == h.shape
 
 
 def test_packed_sequences_are_sequences() -> None:
