@@ -23,7 +23,7 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 
 from trmfast.spec import BlockSpec
 
-__all__ = ["LN2", "attend", "attention", "load_rows", "seen_keys", "sigmoid"]
+__all__ = ["LN2", "attend", "attention", "load_rows", "seen_keys", "sigmoid", "store_mixed"]
 
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -126,6 +126,40 @@ def attend(
 
 
 @triton.jit
+def store_mixed(
+    out,
+    mixed,
+    gates,
+    first_token,
+    first_query,
+    head,
+    length,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GATE: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Stores what the queries of a tile mixed, times their gate if there is one; returns their positions."""
+    rows = first_query + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < length)[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    target = out + first_token * (HEADS * HEAD_DIM) + head * HEAD_DIM + rows[:, None] * (HEADS * HEAD_DIM)
+    result = narrow(mixed, out.dtype.element_ty)
+    if GATE > 0:
+        if GATE == HEADS:
+            gate = tl.load(gates + rows * ROW + head, mask=rows < length, other=0.0)[:, None]
+        else:
+            gate = tl.load(gates + head * HEAD_DIM + rows[:, None] * ROW + columns[None, :], mask=mask, other=0.0)
+        result = narrow(result.to(tl.float32) * sigmoid(gate).to(tl.float32), result.dtype)
+    tl.store(target + columns[None, :], result, mask=mask)
+    return rows
+
+
+@triton.jit
 def attention_kernel(
     qkv,
     segments,
@@ -193,20 +227,10 @@ def attention_kernel(
                 ROW, HEAD_DIM, SCALE, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=True, FIRST=False,
             )  # fmt: skip
 
-    rows = first_query + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    mask = (rows < length)[:, None]
-    if HEAD_DIM != BLOCK_D:
-        mask = mask & (columns < HEAD_DIM)[None, :]
-    target = out + first_token * (HEADS * HEAD_DIM) + head * HEAD_DIM + rows[:, None] * (HEADS * HEAD_DIM)
-    result = narrow(mixed / row_sum[:, None], out.dtype.element_ty)
-    if GATE > 0:
-        if GATE == HEADS:
-            gate = tl.load(gates + rows * ROW + head, mask=rows < length, other=0.0)[:, None]
-        else:
-            gate = tl.load(gates + head * HEAD_DIM + rows[:, None] * ROW + columns[None, :], mask=mask, other=0.0)
-        result = narrow(result.to(tl.float32) * sigmoid(gate).to(tl.float32), result.dtype)
-    tl.store(target + columns[None, :], result, mask=mask)
+    mixed = mixed / row_sum[:, None]
+    rows = store_mixed(
+        out, mixed, gates, first_token, first_query, head, length, HEADS, HEAD_DIM, GATE, ROW, BLOCK_M, BLOCK_D
+    )  # fmt: skip
     if lse is not None:
         of_rows = lse + (first_token * HEADS + head * length) + rows
         tl.store(of_rows, (row_max + tl.log2(row_sum)) * LN2, mask=rows < length)

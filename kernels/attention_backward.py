@@ -29,13 +29,22 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 
 from trmfast.spec import BlockSpec
 
-__all__ = ["attention_backward_keys", "attention_backward_queries"]
+__all__ = [
+    "attention_backward_keys",
+    "attention_backward_queries",
+    "head_columns",
+    "load_columns",
+    "product_flops",
+    "rotation_constants",
+    "seeing_queries",
+    "store_unrotated",
+]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _head_columns(HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+def head_columns(HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
     """Which column of a head each column of its tile holds."""
     column = tl.arange(0, BLOCK_D)
     if HALF > 0:
@@ -48,7 +57,7 @@ def _head_columns(HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.const
 
 
 @triton.jit
-def _load_rows(pointer, row, column, length, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_columns(pointer, row, column, length, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of one head [rows, BLOCK_D]: beyond the sequence its last row, beyond the head zero."""
     at = pointer + tl.minimum(row, length - 1)[:, None] * STRIDE + column[None, :]
     if HEAD_DIM == BLOCK_D:
@@ -57,7 +66,7 @@ def _load_rows(pointer, row, column, length, STRIDE: tl.constexpr, HEAD_DIM: tl.
 
 
 @triton.jit
-def _store_unrotated(
+def store_unrotated(
     pointer,
     gradient,
     cos,
@@ -97,7 +106,7 @@ def _store_unrotated(
 
 
 @triton.jit
-def _seeing_queries(
+def seeing_queries(
     segments, first_token, first_key, length, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """The first query that may see one of a tile of keys, and the one behind the last."""
@@ -160,17 +169,17 @@ def attention_backward_keys_kernel(
     dtype: tl.constexpr = qkv.dtype.element_ty
 
     plain = tl.arange(0, BLOCK_D)
-    column = _head_columns(HALF, INTERLEAVED, GROUP, BLOCK_D)
+    column = head_columns(HALF, INTERLEAVED, GROUP, BLOCK_D)
     key_at = start + (HEADS + kv_head) * HEAD_DIM
     value_at = start + (HEADS + KV_HEADS + kv_head) * HEAD_DIM
-    k = _load_rows(qkv + key_at, key, column, length, STRIDE, HEAD_DIM, BLOCK_D)
-    v = _load_rows(qkv + value_at, key, plain, length, STRIDE, HEAD_DIM, BLOCK_D)
+    k = load_columns(qkv + key_at, key, column, length, STRIDE, HEAD_DIM, BLOCK_D)
+    v = load_columns(qkv + value_at, key, plain, length, STRIDE, HEAD_DIM, BLOCK_D)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
     if RANGED:
-        first_tile, last_query = _seeing_queries(segments, batch * length, first_key, length, CAUSAL, WINDOW, BLOCK_N)
+        first_tile, last_query = seeing_queries(segments, batch * length, first_key, length, CAUSAL, WINDOW, BLOCK_N)
         first_tile = first_tile // BLOCK_M
         tiles = tl.cdiv(last_query, BLOCK_M) - first_tile
     else:
@@ -181,8 +190,8 @@ def attention_backward_keys_kernel(
         query = (first_tile + i % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
         query_at = start + head * HEAD_DIM
         mixed_at = mixed_start + head * HEAD_DIM
-        q = _load_rows(qkv + query_at, query, column, length, STRIDE, HEAD_DIM, BLOCK_D)
-        grad = _load_rows(grad_mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
+        q = load_columns(qkv + query_at, query, column, length, STRIDE, HEAD_DIM, BLOCK_D)
+        grad = load_columns(grad_mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
         # [keys, queries], so that p and grad_s are left operands of the next products as they lie in registers.
         scores = dot(k, tl.trans(q), zero, PRECISION)
         grad_p = dot(v, tl.trans(grad), zero, PRECISION)
@@ -208,15 +217,15 @@ def attention_backward_keys_kernel(
         grad_k = dot(grad_s, q, grad_k, PRECISION)
         if WHOLE:
             grad_q = dot(tl.trans(grad_s), k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
-            _store_unrotated(
+            store_unrotated(
                 grad_qkv + query_at, grad_q, cos, sin, query, length,
                 STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D,
             )  # fmt: skip
 
-    _store_unrotated(
+    store_unrotated(
         grad_qkv + key_at, grad_k, cos, sin, key, length, STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D
     )  # fmt: skip
-    _store_unrotated(
+    store_unrotated(
         grad_qkv + value_at, grad_v, cos, sin, key, length, STRIDE, HEAD_DIM, 0, INTERLEAVED, GROUP, BLOCK_D
     )  # fmt: skip
 
@@ -265,11 +274,11 @@ def attention_backward_queries_kernel(
     dtype: tl.constexpr = qkv.dtype.element_ty
 
     plain = tl.arange(0, BLOCK_D)
-    column = _head_columns(HALF, INTERLEAVED, GROUP, BLOCK_D)
-    q = _load_rows(qkv + query_at, query, column, length, STRIDE, HEAD_DIM, BLOCK_D)
-    grad = _load_rows(grad_mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
+    column = head_columns(HALF, INTERLEAVED, GROUP, BLOCK_D)
+    q = load_columns(qkv + query_at, query, column, length, STRIDE, HEAD_DIM, BLOCK_D)
+    grad = load_columns(grad_mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
     if mixed is not None:
-        o = _load_rows(mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
+        o = load_columns(mixed + mixed_at, query, plain, length, MIXED_STRIDE, HEAD_DIM, BLOCK_D)
         dots = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
         tl.store(delta + of_rows, dots, query < length)
     else:
@@ -285,8 +294,8 @@ def attention_backward_queries_kernel(
         keys = tl.max(end, 0)
     for first_key in range(first, keys, BLOCK_N):
         key = first_key + tl.arange(0, BLOCK_N)
-        k = _load_rows(qkv + key_at, key, column, length, STRIDE, HEAD_DIM, BLOCK_D)
-        v = _load_rows(qkv + value_at, key, plain, length, STRIDE, HEAD_DIM, BLOCK_D)
+        k = load_columns(qkv + key_at, key, column, length, STRIDE, HEAD_DIM, BLOCK_D)
+        v = load_columns(qkv + value_at, key, plain, length, STRIDE, HEAD_DIM, BLOCK_D)
         scores = dot(q, tl.trans(k), zero, PRECISION)
         grad_p = dot(grad, tl.trans(v), zero, PRECISION)
         if RANGED:
@@ -298,12 +307,13 @@ def attention_backward_queries_kernel(
                 scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
         p = tl.exp2(scores * (SCALE * LOG2E) - (row_lse * LOG2E)[:, None])
         grad_q = dot(narrow(p * (grad_p - dots[:, None]) * SCALE, dtype), k, grad_q, PRECISION)
-    _store_unrotated(
+    store_unrotated(
         grad_qkv + query_at, grad_q, cos, sin, query, length, STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D
     )  # fmt: skip
 
 
-def _constants(block: BlockSpec, length: int, rotated: bool, precision: str) -> dict[str, int | float | str]:
+def rotation_constants(block: BlockSpec, rotated: bool) -> dict[str, int | float | str]:
+    """The sizes of heads, and how they were rotated."""
     if rotated and block.head_dim % 2:
         raise ValueError(f"head_dim: got {block.head_dim} with cos and sin, accepted are even numbers")
     half = block.head_dim // 2 if rotated else 0
@@ -315,15 +325,22 @@ def _constants(block: BlockSpec, length: int, rotated: bool, precision: str) -> 
         "HALF": half,
         "INTERLEAVED": block.rotation == "interleaved",
         "GROUP": group_of(half) if half else 1,
-        "GATE": block.gate_rows,
-        "CAUSAL": block.causal,
-        "WINDOW": min(block.attention_window, length),
-        "PRECISION": precision,
         "BLOCK_D": max(16, triton.next_power_of_2(block.head_dim)),
     }
 
 
-def _flops(block: BlockSpec, qkv: Buffer, products: int) -> int:
+def _constants(block: BlockSpec, length: int, rotated: bool, precision: str) -> dict[str, int | float | str]:
+    return {
+        **rotation_constants(block, rotated),
+        "GATE": block.gate_rows,
+        "CAUSAL": block.causal,
+        "WINDOW": min(block.attention_window, length),
+        "PRECISION": precision,
+    }
+
+
+def product_flops(block: BlockSpec, qkv: Buffer, products: int) -> int:
+    """Of so many products between the queries and the keys that they see."""
     batch, length, _ = qkv.shape
     return 2 * products * batch * block.num_heads * block.attention_pairs(length) * block.head_dim
 
@@ -382,8 +399,8 @@ def attention_backward_keys(
         writes=("grad_qkv",),
         constants={**_constants(block, length, cos is not None, precision), "WHOLE": whole},
         tile=tile,
-        flops=_flops(block, qkv, 5 if whole else 4),
-        special=_flops(block, qkv, 1) // (2 * block.head_dim),
+        flops=product_flops(block, qkv, 5 if whole else 4),
+        special=product_flops(block, qkv, 1) // (2 * block.head_dim),
         loads=(4 * tile["BLOCK_N"] + 2 * length * block.num_heads // block.num_kv_heads) * block.head_dim,
     )
 
@@ -428,7 +445,7 @@ def attention_backward_queries(
         writes=("grad_qkv",) if mixed is None else ("delta", "grad_qkv"),
         constants=_constants(block, length, cos is not None, precision),
         tile=tile,
-        flops=_flops(block, qkv, 3),
-        special=_flops(block, qkv, 1) // (2 * block.head_dim),
+        flops=product_flops(block, qkv, 3),
+        special=product_flops(block, qkv, 1) // (2 * block.head_dim),
         loads=(4 * tile["BLOCK_M"] + 2 * length) * block.head_dim,
     )

@@ -18,7 +18,7 @@ from trmfast.kernels.conv_swiglu_backward import (
     conv_swiglu_backward,
     gate_up_backward,
 )
-from trmfast.kernels.forward_block import BlockValues, is_plain, norm_names
+from trmfast.kernels.forward_block import BlockValues, add_totals, is_plain, norm_names
 from trmfast.kernels.forward_plan import PlanWriter
 from trmfast.kernels.gate_backward import gate_backward
 from trmfast.kernels.head_norm import head_norm_backward
@@ -28,6 +28,11 @@ from trmfast.kernels.norm_weights import column_sums
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection_backward import projection_backward
 from trmfast.kernels.rows import Rows
+from trmfast.kernels.simple_gla_backward import (
+    decays_backward,
+    simple_gla_backward_keys,
+    simple_gla_backward_queries,
+)
 from trmfast.kernels.swiglu_backward import swiglu_backward
 from trmfast.kernels.weight_gradient import weight_gradient
 
@@ -102,7 +107,9 @@ class BlockBackward:
     @property
     def _token_names(self) -> list[str]:
         """The weights of the token mixer, and of the norm ahead of it."""
-        return [name for name in self.names if name.startswith(("self_attn", "mlp_t"))] + list(self.norms_ahead[:1])
+        return [name for name in self.names if name.startswith(f"{self.block.mixer_name}.")] + list(
+            self.norms_ahead[:1]
+        )
 
     # ------------------------------------------------------------ norms
 
@@ -250,19 +257,25 @@ class BlockBackward:
         add("projection_backward", projection_backward, gradient, self.weights.token[1], grad_mixed)
         grad_qkv = writer.scratch("grad_qkv", values.qkv.shape)
         whole = writer.setting.configuration.keeps_sequences_whole(writer.sizes)
-        delta = None if whole else writer.scratch("delta", (batch, block.num_heads, length), torch.float32)
+        delta = (
+            None
+            if whole or block.decay_rows
+            else writer.scratch("delta", (batch, block.num_heads, length), torch.float32)
+        )
         has_gate = block.gate != "none"
         if has_gate:
             inputs = (block, values.qkv, values.mixed, grad_mixed, grad_qkv)
             writer.add("gate_backward", gate_backward, *inputs, delta=delta)
         options = {"segments": writer.segments if block.segments else None, "cos": writer.cos, "sin": writer.sin}
+        wide = "_wide" if block.head_dim > 64 else ""
         keys = (attention_backward_keys, block, values.qkv, grad_mixed, grad_qkv)
-        if whole:
+        if block.decay_rows:
+            self._simple_gla(grad_mixed, grad_qkv, wide, options)
+        elif whole:
             add("attention_backward", *keys, **options)
         else:
             options.update(lse=values.lse, delta=delta)
             mixed = None if has_gate else values.mixed
-            wide = "_wide" if block.head_dim > 64 else ""
             ranged = "_ranged" if not wide and (block.segments or block.attention_window) else wide
             queries = (attention_backward_queries, block, values.qkv, mixed, grad_mixed, grad_qkv)
             add(f"attention_backward_queries{wide}", *queries, **options)
@@ -270,22 +283,36 @@ class BlockBackward:
         for number, normed in enumerate(values.heads):
             self._head_norm(grad_qkv, normed, keys=bool(number))
         if block.qk_bias:
-            total = self.totals.split(self._place("self_attn.qk_bias"))
+            total = self.totals.split(self._place(f"{block.mixer_name}.qk_bias"))
             if total is not None:
-                writer.add("column_sums", column_sums, grad_qkv, None, total, first=block.gate_rows)
+                writer.add("column_sums", column_sums, grad_qkv, None, total, first=block.rows_ahead)
         self._product(packed, grad_qkv, values.h.values)
         return grad_qkv
+
+    def _simple_gla(self, grad_mixed: Buffer, grad_qkv: Buffer, wide: str, options: dict[str, Buffer | None]) -> None:
+        """Gradients of the queries, keys and values of simple_gla, of the logits of its decays and of their bias."""
+        writer, values, block, bias = self.writer, self.values, self.block, self.weights.decay_bias
+        assert values.qkv is not None
+        totals = add_totals(writer, block, self.weights, values.qkv)
+        grad_totals = writer.scratch("grad_totals", totals.shape, torch.float32)
+        inputs = (block, values.qkv, totals, grad_mixed, grad_totals, grad_qkv)
+        writer.add_product(f"simple_gla_backward_queries{wide}", simple_gla_backward_queries, *inputs, **options)
+        writer.add_product(f"simple_gla_backward_keys{wide}", simple_gla_backward_keys, *inputs, **options)
+        writer.add("decays_backward", decays_backward, block, values.qkv, bias, grad_totals, grad_qkv)
+        total = self.totals.split(self._place(f"{block.mixer_name}.decay_bias"))
+        if total is not None:
+            writer.add("column_sums", column_sums, grad_qkv, None, total, first=block.gate_rows)
 
     def _head_norm(self, grad_qkv: Buffer, normed: Rows, *, keys: bool) -> None:
         """Through the norm of all query heads, or of all key heads, in place."""
         writer, block, weight = self.writer, self.block, self.weights.qk_norm[keys]
         if weight is not None:
             heads = block.num_kv_heads if keys else block.num_heads
-            place = self._place("self_attn.k_norm.weight" if keys else "self_attn.q_norm.weight")
+            place = self._place(f"{block.mixer_name}.{'k' if keys else 'q'}_norm.weight")
             total = self.totals.split(place, heads)
             if total is not None:
                 rows = total.view(total.shape[0] // heads, heads * block.head_dim)
-                first = block.gate_rows + (block.num_heads * block.head_dim if keys else 0)
+                first = block.rows_ahead + (block.num_heads * block.head_dim if keys else 0)
                 writer.add("column_sums", column_sums, grad_qkv, normed.values, rows, first=first)
         arguments = (block, grad_qkv, normed.values, normed.rstd)
         writer.add("head_norm_backward", head_norm_backward, *arguments, keys=keys, weight=weight)

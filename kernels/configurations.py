@@ -159,6 +159,9 @@ INTERPRETED: dict[str, Tile] = {
     "attention_long": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_projection": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "sum_decays": Tile.of(BLOCK_L=128),
+    "simple_gla": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "simple_gla_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "projection": Tile.of(BLOCK_M=128, BLOCK_N=ROW, BLOCK_K=128),
     "projection_columns": Tile.of(BLOCK_M=128, BLOCK_N=HALF_ROW, BLOCK_K=128),
     "swiglu": Tile.of(BLOCK_M=128, BLOCK_I=128, BLOCK_K=128),
@@ -192,6 +195,11 @@ INTERPRETED: dict[str, Tile] = {
     "attention_backward_queries": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_backward_keys_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
     "attention_backward_queries_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "simple_gla_backward_keys": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "simple_gla_backward_queries": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "simple_gla_backward_keys_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "simple_gla_backward_queries_wide": Tile.of(BLOCK_M=128, BLOCK_N=128),
+    "decays_backward": Tile.of(BLOCK_L=128),
     "weight_gradient": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "weight_gradient_t": Tile.of(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
     "sum_splits": Tile.of(BLOCK_N=1024),
@@ -263,6 +271,18 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "16-bit": (_tile(8, 2, M=32, N=64),),
         _HOPPER: (_tile(8, 2, M=64, N=64),),
         _AMD: (_tile(8, 1, M=64, N=32),),
+    },
+    "sum_decays": {"16-bit": (_tile(4, 1, L=128),), "32-bit": (_tile(4, 1, L=128),)},
+    "simple_gla": {
+        "16-bit": (_tile(8, 3, M=128, N=64), _tile(4, 3, M=64, N=64)),
+        _AMD: (_tile(4, 3, M=64, N=64),),
+        "32-bit": (_tile(4, 2, M=32, N=16),),
+    },
+    # Heads of 65 to 128.
+    "simple_gla_wide": {
+        "16-bit": (_tile(8, 2, M=128, N=64), _tile(4, 2, M=64, N=32)),
+        _AMD: (_tile(4, 2, M=64, N=32),),
+        "32-bit": (_tile(4, 2, M=16, N=16),),
     },
     "projection": {
         "16-bit": (_tile(8, 3, M=64, N=ROW, K=32), _tile(4, 2, M=16, N=ROW, K=64)),
@@ -402,6 +422,27 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "16-bit": (_tile(8, 1, M=64, N=32),),
         "32-bit": (_tile(4, 2, M=16, N=16),),
     },
+    "simple_gla_backward_keys": {
+        "16-bit": (_tile(8, 2, M=32, N=128), _tile(4, 1, M=32, N=64)),
+        _AMD: (_tile(4, 1, M=32, N=32),),
+        "32-bit": (_tile(4, 1, M=16, N=32),),
+    },
+    "simple_gla_backward_queries": {
+        "16-bit": (_tile(8, 2, M=128, N=64), _tile(4, 2, M=64, N=64)),
+        _AMD: (_tile(4, 1, M=64, N=32),),
+        "32-bit": (_tile(4, 1, M=32, N=16),),
+    },
+    # Heads of 65 to 128.
+    "simple_gla_backward_keys_wide": {
+        "16-bit": (_tile(8, 1, M=32, N=64),),
+        "16-bit sm_100 gfx942": (_tile(4, 1, M=32, N=32),),
+        "32-bit": (_tile(4, 1, M=16, N=16),),
+    },
+    "simple_gla_backward_queries_wide": {
+        "16-bit": (_tile(8, 1, M=64, N=32),),
+        "32-bit": (_tile(4, 2, M=16, N=16),),
+    },
+    "decays_backward": {"16-bit": (_tile(4, 1, L=128),), "32-bit": (_tile(4, 1, L=128),)},
     "weight_gradient": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64)),
         _HOPPER: (*_WIDE, _tile(4, 3, M=64, N=64, K=64)),

@@ -28,6 +28,7 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection import projection
 from trmfast.kernels.qkv import qkv
 from trmfast.kernels.rows import Rows, normed_sum, rows_of, squares_buffer
+from trmfast.kernels.simple_gla import simple_gla, sum_decays
 from trmfast.kernels.swiglu import gate_up, is_gated, swiglu
 
 from trmfast.spec import BlockSpec
@@ -35,7 +36,7 @@ from trmfast.spec import BlockSpec
 if TYPE_CHECKING:
     from trmfast.kernels.forward_plan import PlanWriter
 
-__all__ = ["BlockValues", "BlockWeights", "add_sum", "forward_block", "is_plain", "norm_names"]
+__all__ = ["BlockValues", "BlockWeights", "add_sum", "add_totals", "forward_block", "is_plain", "norm_names"]
 
 MOST_NORMED = 3
 """The most terms that a product norms and adds up."""
@@ -64,6 +65,7 @@ class BlockWeights:
         token: the two products of the token mixer; the first one times the weight of the norm ahead of it.
         channel: of the channel mixer, in the order of ``BlockSpec.weight_shapes``; the first one likewise.
         qk_bias: [(Hq + Hkv) d], or None.
+        decay_bias: [Hq], of simple_gla, or None.
         qk_norm: [d], of the norms of queries and keys, or None.
         behind: [D], of the norms behind the mixers, or None.
     """
@@ -71,6 +73,7 @@ class BlockWeights:
     token: tuple[Buffer, Buffer]
     channel: tuple[Buffer, ...]
     qk_bias: Buffer | None
+    decay_bias: Buffer | None
     qk_norm: tuple[Buffer | None, Buffer | None]
     behind: tuple[Buffer | None, Buffer | None]
 
@@ -209,7 +212,7 @@ def forward_block(
     if total is None and len(terms) > 1:
         raise ValueError(f"total: got None with {len(terms)} terms, accepted with one")
     ahead, plain = block.norm_placement != "post", is_plain(block)
-    attends = block.token_mixer == "attention"
+    attends = block.attends
     in_tiles = not attends and length > LONGEST
     rows = [rows_of(term) for term in terms]
     weighted = any(row.weight is not None for row in rows)
@@ -321,7 +324,8 @@ def _attention(
     qkv_out = writer.scratch("qkv", (batch, length, weights.token[0].shape[0]))
     mixed = writer.scratch("mixed", (batch, length, heads * head_dim))
     lse = None
-    if keep and not setting.configuration.keeps_sequences_whole(writer.sizes):  # otherwise backward recomputes them
+    whole = setting.configuration.keeps_sequences_whole(writer.sizes)
+    if keep and not whole and not block.decay_rows:  # otherwise backward recomputes them
         lse = writer.scratch("lse", (batch, heads, length), torch.float32)
     tables = {"cos": writer.cos, "sin": writer.sin}
     options = {"bias": weights.qk_bias, **(tables if block.qk_norm == "none" else {})}
@@ -340,11 +344,23 @@ def _attention(
         options = {"weight": weights.qk_norm[keys], **tables, "normed": values, "rstd": rstd}
         writer.add("head_norm", head_norm, block, qkv_out, keys=bool(keys), **options)
         normed += [] if values is None else [Rows(values, rstd=rstd)]
+    segments = writer.segments if block.segments else None
+    if block.decay_rows:
+        totals = add_totals(writer, block, weights, qkv_out)
+        kernel = "simple_gla_wide" if head_dim > 64 else "simple_gla"
+        launch = writer.make_product(kernel, simple_gla, block, qkv_out, totals, mixed, segments=segments)
+        return qkv_out, mixed, None, tuple(normed), launch
     attend = "attention_wide" if head_dim > 64 else "attention" if length <= LONGEST else "attention_long"
-    launch = writer.make_product(
-        attend, attention, block, qkv_out, mixed, segments=writer.segments if block.segments else None, lse=lse
-    )
+    launch = writer.make_product(attend, attention, block, qkv_out, mixed, segments=segments, lse=lse)
     return qkv_out, mixed, lse, tuple(normed), launch
+
+
+def add_totals(writer: PlanWriter, block: BlockSpec, weights: BlockWeights, qkv_out: Buffer) -> Buffer:
+    """Adds the launch of the sums of decays to the plan; their buffer, which backward does not keep but makes again."""
+    batch, length, _ = writer.setting.shape
+    totals = writer.scratch("totals", (batch, block.num_heads, length), torch.float64)
+    writer.add("sum_decays", sum_decays, block, qkv_out, weights.decay_bias, totals)
+    return totals
 
 
 def _whole_attention(
@@ -359,7 +375,7 @@ def _whole_attention(
     rstd: Buffer | None,
 ) -> Launch | None:
     """Attention with its projection and its norm in one launch, or None where there is none."""
-    masked = block.segments or block.attention_window or block.gate != "none"
+    masked = block.segments or block.attention_window or block.rows_ahead
     # Its share of the weight, D rows of a head's width, must fit the shared memory.
     if masked or block.head_dim > 64 or not writer.setting.configuration.offers("attention_projection", writer.sizes):
         return None

@@ -139,7 +139,7 @@ class PlanWriter:
         count = len(block.weight_shapes)
         start = self.setting.problem.weight_slices[net].start + layer * count
         named = dict(zip(block.weight_shapes, self.weights[start : start + count], strict=True))
-        token = [weight for name, weight in named.items() if name.startswith(("self_attn", "mlp_t"))][:2]
+        token = [weight for name, weight in named.items() if name.startswith(f"{block.mixer_name}.")][:2]
         channel = [weight for name, weight in named.items() if name.startswith("mlp.")]
         ahead, behind = norm_names(block)
         if block.norm_weight and ahead:
@@ -147,9 +147,10 @@ class PlanWriter:
                 self._fold(weight, named[name]) for weight, name in zip((token[0], channel[0]), ahead, strict=True)
             )
         first, second = (named.get(name) for name in (behind or ("", "")))
-        heads = (named.get("self_attn.q_norm.weight"), named.get("self_attn.k_norm.weight"))
-        bias = named.get("self_attn.qk_bias")
-        return BlockWeights((token[0], token[1]), tuple(channel), bias, heads, (first, second))
+        mixer = block.mixer_name
+        heads = (named.get(f"{mixer}.q_norm.weight"), named.get(f"{mixer}.k_norm.weight"))
+        biases = named.get(f"{mixer}.qk_bias"), named.get(f"{mixer}.decay_bias")
+        return BlockWeights((token[0], token[1]), tuple(channel), *biases, heads, (first, second))
 
     def final_weight(self, net: int) -> Buffer | None:
         """The weight of a network's final norm, or None."""

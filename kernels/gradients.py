@@ -57,6 +57,11 @@ then as with SwiGLU, except that weight_gradient takes (ds2, z) for the down pro
     norm_backward         the norm ahead; + dy or dm     dx, x, rstd, dy or dm          ds                4
     gate_backward         after o_proj                   grad a, a, gate                grad o, grad gate 5 A/D
     head_norm_backward    queries, then keys             grad q, normed q               grad q            3 A/D
+
+    simple_gla instead of attention, behind grad mixed; its sums of decays are made again
+    sum_decays            from the logits                logits                         c (f64)           small
+    simple_gla_backward_* queries, then keys             qkv, c, grad mixed             grad qkv, grad c  (3 Q + 2 A)/D
+    decays_backward       from grad c                    logits, grad c                 grad logits       small
 """
 
 import triton

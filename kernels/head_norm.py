@@ -128,7 +128,7 @@ def head_norm_backward_kernel(
 def _constants(block: BlockSpec, qkv: Buffer, keys: bool) -> dict[str, int]:
     queries = block.num_heads * block.head_dim
     return {
-        "FIRST": block.gate_rows + (queries if keys else 0),
+        "FIRST": block.rows_ahead + (queries if keys else 0),
         "HEADS": block.num_kv_heads if keys else block.num_heads,
         "HEAD_DIM": block.head_dim,
         "STRIDE": qkv.shape[-1],

@@ -13,9 +13,9 @@ Terms whose readers norm them (rows.py) are normed at their loads; where there i
 rows of the product are.
 
 The rotation pairs column i of a head with i + d / 2, or 2 i with 2 i + 1.  The weight rows are taken so that both end
-up in one thread (pairs.py).  The rows of a gate, Hq d or Hq of them, precede those of the queries; the tiles have them
-padded to whole heads, so that pairs stay where they are.  Rows beyond T repeat the last one: the inner loop has no
-masks unless BLOCK_K does not divide D.
+up in one thread (pairs.py).  The rows of a gate, Hq d or Hq of them, and those of decays, Hq, precede those of the
+queries; the tiles have them padded to whole heads, so that pairs stay where they are.  Rows beyond T repeat the last
+one: the inner loop has no masks unless BLOCK_K does not divide D.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def qkv_kernel(
     end,  # D, at run time: a constant trip count would be unrolled and use more registers
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
-    GATE: tl.constexpr,  # columns of the gate
+    GATE: tl.constexpr,  # columns of the gate and the decays
     PAD: tl.constexpr,  # what the tiles have behind it to fill a head
     BIASED: tl.constexpr,  # columns of queries and keys
     ROTATED: tl.constexpr,  # columns up to the end of the keys, in the tiles; 0: no rotation
@@ -177,8 +177,9 @@ def qkv(
     Args:
         block: sizes of the block.
         terms: 1 to 8 of [B, L, D] in the order of the update, x last; the sum is taken from the right.
-        weight: [G + (Hq + 2 Hkv) d, D], with G rows of the gate.
-        out: [B, L, G + (Hq + 2 Hkv) d], the gate before its sigmoid, rotated queries, rotated keys, values.
+        weight: [G + (Hq + 2 Hkv) d, D], with G rows of the gate and the decays.
+        out: [B, L, G + (Hq + 2 Hkv) d], the gate before its sigmoid, logits of decays, rotated queries, rotated keys,
+            values.
         bias: [(Hq + Hkv) d], added to queries and keys before the rotation, or None.
         cos, sin: [>= L, d] float32, or None for no rotation.
         total: [B, L, D], receives the sum; None if not needed.
@@ -191,7 +192,7 @@ def qkv(
     summed, constants = sum_arguments(terms)
     *batch, length, width = summed["terms"][0].shape
     tokens, columns = prod(batch) * length, weight.shape[0]
-    gate, half, pad = block.gate_rows, 0, 0
+    gate, half, pad = block.rows_ahead, 0, 0
     if cos is not None:
         if block.head_dim % 2:
             raise ValueError(f"head_dim: got {block.head_dim} with cos and sin, accepted are even numbers")

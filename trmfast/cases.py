@@ -98,7 +98,7 @@ def make_case(
         options: further fields of :class:`BlockSpec`.
     """
     program = PROGRAMS[model](H_cycles, L_cycles, window)
-    attends = token_mixer == "attention"
+    attends = token_mixer != "mlp_t"
     block = BlockSpec(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size or swiglu_width(hidden_size, 4),
@@ -166,6 +166,21 @@ CHOICES: tuple[Case, ...] = (
     make_case("diagonal", injection="diagonal", **_SHORT),
     make_case("linear", injection="linear", **_SHORT),
     make_case("linear-mlp_t", "hrm", token_mixer="mlp_t", injection="linear", **_SHORT),
+    make_case("simple_gla", token_mixer="simple_gla", causal=True, **_SHORT),
+    make_case(
+        "simple_gla-segments",
+        token_mixer="simple_gla",
+        causal=True,
+        segments=True,
+        norm_placement="pre",
+        norm_weight=True,
+        final_norm=True,
+        gate="channel",
+        qk_norm="learned",
+        num_heads=4,
+        num_kv_heads=2,
+        **_SHORT,
+    ),
     make_case(
         "hrm_text",
         "hrm_text",
@@ -324,21 +339,25 @@ def make_inputs(
     )
     cos, sin = (None, None)
     if case.rope and problem.rope_dim is not None:
-        rotation = next(n.block.rotation for n in problem.nets if n.block.token_mixer == "attention")
+        rotation = next(n.block.rotation for n in problem.nets if n.block.attends)
         cos, sin = (table.to(device) for table in rope_tables(case.length, problem.rope_dim, rotation=rotation))
     segments = _draw_segments(case, generator).to(device) if problem.uses_segments else None
     return Inputs(problem, states, x, weights, cos, sin, grads, segments)
 
 
 def _draw_segments(case: Case, generator: torch.Generator) -> Tensor:
-    """Rows of up to three sequences, each with a prefix, which may be empty or all of it: int32 [B, L, 2]."""
+    """Rows of up to three sequences, each with a prefix, which may be empty or all of it: int32 [B, L, 2].
+
+    Where networks have no prefixes, it is empty or one token.
+    """
     segments = torch.empty(case.batch, case.length, 2, dtype=torch.int32)
     for row in segments:
         cuts = torch.randint(max(case.length, 1), (2,), generator=generator).tolist()
         bounds = sorted({0, *cuts, case.length})
         for start, end in pairwise(bounds):
             row[start:end, 0] = start
-            row[start:end, 1] = start + int(torch.randint(end - start + 1, (), generator=generator))
+            most = end - start if case.problem.uses_prefixes else min(end - start, 1)
+            row[start:end, 1] = start + int(torch.randint(most + 1, (), generator=generator))
     return segments
 
 

@@ -20,7 +20,7 @@ def block_fields(block: BlockSpec) -> dict[str, Any]:
     return {
         "width": block.hidden_size,
         "inner": block.intermediate_size,
-        "attention": block.token_mixer == "attention",
+        "attention": block.attends,
         "heads": block.num_heads,
         "kv_heads": block.num_kv_heads,
         "head_dim": block.head_dim,
@@ -45,6 +45,7 @@ def choice_fields(block: BlockSpec) -> dict[str, Any]:
         "qk_norm_weight": block.qk_norm == "learned",
         "qk_bias": block.qk_bias,
         "gate": ("none", "channel", "head").index(block.gate),
+        "decay": block.token_mixer == "simple_gla",
         "window": block.attention_window,
         "activation": {"relu2": 1, "gelu": 2}.get(block.channel_mixer, 0),
     }

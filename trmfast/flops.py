@@ -21,17 +21,17 @@ def block_flops(block: BlockSpec, length: int) -> int:
 
 
 def _attention_flops(block: BlockSpec, length: int) -> int:
-    """FLOPs of the products without a weight: queries with keys, and their softmax with values."""
-    if block.token_mixer != "attention":
+    """FLOPs of the products without a weight: queries with keys, and what becomes of that with values."""
+    if not block.attends:
         return 0
     return 4 * block.attention_pairs(length) * block.num_heads * block.head_dim
 
 
 def _weight_flops(block: BlockSpec, length: int) -> int:
     macs = 0
-    if block.token_mixer == "attention":
+    if block.attends:
         query, kv = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
-        macs += length * block.hidden_size * (block.gate_rows + 2 * query + 2 * kv)
+        macs += length * block.hidden_size * (block.rows_ahead + 2 * query + 2 * kv)
     else:
         macs += 3 * block.hidden_size * block.seq_len * block.seq_intermediate_size
     products = 2 if block.channel_mixer in ("relu2", "gelu") else 3

@@ -21,6 +21,7 @@ __all__ = [
     "Injection",
     "RMSNorm",
     "RotaryEmbedding",
+    "SimpleGLA",
     "SwiGLU",
     "trunc_normal_init_",
 ]
@@ -170,12 +171,10 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        packed = CastedLinear(spec.hidden_size, spec.gate_rows + query + 2 * kv)
-        if spec.gate == "none":
-            self.qkv_proj = packed
-        else:
-            self.gqkv_proj = packed
+        self.add_module(spec.packed_name, CastedLinear(spec.hidden_size, spec.rows_ahead + query + 2 * kv))
         self.o_proj = CastedLinear(query, spec.hidden_size)
+        if spec.decay_rows:
+            self.decay_bias = nn.Parameter(torch.zeros(spec.decay_rows))
         if spec.qk_bias:
             self.qk_bias = nn.Parameter(torch.zeros(query + kv))
         if spec.qk_norm == "learned":
@@ -184,11 +183,20 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, cos_sin: CosSin | None = None) -> Tensor:
         """h: [B, L, D]; cos_sin: RoPE tables [>= L, head_dim]."""
         cos, sin = cos_sin if cos_sin is not None else (None, None)
-        packed = self.qkv_proj if self.spec.gate == "none" else self.gqkv_proj
-        extras = [self.qk_bias] if self.spec.qk_bias else []
+        packed = getattr(self, self.spec.packed_name)
+        extras = [self.decay_bias] if self.spec.decay_rows else []
+        if self.spec.qk_bias:
+            extras.append(self.qk_bias)
         if self.spec.qk_norm == "learned":
             extras += [self.q_norm.weight, self.k_norm.weight]
         return reference.attention(self.spec, h, packed.weight, self.o_proj.weight, cos, sin, *extras)
+
+
+class SimpleGLA(Attention):
+    """The parameters of simple GLA: ``in_proj``, ``o_proj`` and ``decay_bias``, zeros.
+
+    With the spec's options also those of :class:`Attention`.
+    """
 
 
 class SwiGLU(nn.Module):

@@ -21,6 +21,7 @@ from trmfast.layers import (
     Injection,
     RMSNorm,
     RotaryEmbedding,
+    SimpleGLA,
     SwiGLU,
     trunc_normal_init_,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "RMSNorm",
     "Recursion",
     "RotaryEmbedding",
+    "SimpleGLA",
     "SwiGLU",
     "block_weights",
     "trunc_normal_init_",
@@ -50,8 +52,9 @@ __all__ = [
 
 
 class Block(nn.Module):
-    """One block: ``self_attn`` or ``mlp_t``, ``mlp``, and ``norm1`` to ``norm4`` where norms have weights.
+    """One block: ``self_attn``, ``mlp_t`` or ``simple_gla``, then ``mlp``.
 
+    Where norms have weights, also ``norm1`` to ``norm2`` or ``norm4``.
     A subclass may call its attention by another name.
     """
 
@@ -62,6 +65,8 @@ class Block(nn.Module):
         self.spec = spec
         if spec.token_mixer == "attention":
             self.add_module(self.attention_name, Attention(spec))
+        elif spec.token_mixer == "simple_gla":
+            self.simple_gla = SimpleGLA(spec)
         else:
             self.mlp_t = SwiGLU(spec.seq_len, spec.seq_intermediate_size)
         self.mlp: SwiGLU | ConvSwiGLU | MLP
@@ -156,14 +161,25 @@ _WHY = "the fused recursion reads its weights and does not call it; torch.nn.uti
 # The functions at import: a class that is patched later differs.
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward
-    for kind in (Block, Attention, SwiGLU, ConvSwiGLU, MLP, RMSNorm, Injection, CastedLinear, nn.Conv1d)
+    for kind in (
+        Block,
+        Attention,
+        SimpleGLA,
+        SwiGLU,
+        ConvSwiGLU,
+        MLP,
+        RMSNorm,
+        Injection,
+        CastedLinear,
+        nn.Conv1d,
+    )
 }
 
 
 def _parts(spec: BlockSpec, paths: Sequence[str]) -> dict[str, type[nn.Module]]:
     """The modules of a block by path; paths: those of its weights, of which the first is in the token mixer."""
-    attends = spec.token_mixer == "attention"
-    parts: dict[str, type[nn.Module]] = {paths[0].partition(".")[0]: Attention if attends else SwiGLU}
+    mixers: dict[str, type[nn.Module]] = {"attention": Attention, "mlp_t": SwiGLU, "simple_gla": SimpleGLA}
+    parts = {paths[0].partition(".")[0]: mixers[spec.token_mixer]}
     mlps: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "conv_swiglu": ConvSwiGLU}
     parts["mlp"] = mlps.get(spec.channel_mixer, MLP)
     for path in paths:

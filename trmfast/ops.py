@@ -82,7 +82,8 @@ def recursion(
             bfloat16 here, and gradients are refused.
         segments: for networks with ``BlockSpec.segments``: integers [B, L, 2], for each token the first position of its
             sequence and the end of its prefix, both positions in the row.  Token i sees ``start <= j < max(end, i +
-            1)``; an end equal to the start is plain causal attention.  Values are checked on CPUs only.
+            1)``; an end equal to the start is plain causal attention, and what ``"simple_gla"`` takes.  Values are
+            checked on CPUs only.
 
     Returns:
         The final value of every state, [B, L, D] in the compute dtype; never a view of an input.
@@ -184,7 +185,7 @@ def _forward(
     chosen = select(backend, problem, first.device, torch.int8 if int8 else first.dtype, batch, length)
     if first.numel() == 0:
         return _forward_fake(states, x, weights, cos, sin, program, nets, backend, save, budget, int8, segments)
-    segments = _boundaries(segments)
+    segments = _boundaries(problem, segments)
     cos, sin = _tables(problem, cos, sin, length, first.dtype)
     states = [state.contiguous() for state in states]
     x = x.contiguous() if x is not None and problem.uses_x else None
@@ -243,12 +244,12 @@ def _tables(
     return _table(cos, length, wide), _table(sin, length, wide)
 
 
-def _boundaries(segments: Tensor | None) -> Tensor | None:
+def _boundaries(problem: Problem, segments: Tensor | None) -> Tensor | None:
     """Boundaries as backends take them: int32, contiguous."""
     if segments is None:
         return None
     if segments.device.type == "cpu":
-        check_segments(segments)
+        check_segments(segments, problem.uses_prefixes)
     return segments.to(torch.int32).contiguous()
 
 

@@ -44,6 +44,8 @@ class Problem:
     uses_segments: bool = field(init=False, repr=False, compare=False)
     # Whether backward computes the input of an update from x again: what forward saves is the sum before an injection.
     backward_reads_x: bool = field(init=False, repr=False, compare=False)
+    # Whether a sequence may have a prefix that sees itself in both directions.
+    uses_prefixes: bool = field(init=False, repr=False, compare=False)
     weight_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
     weight_shapes: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     # weights[weight_slices[n]] belong to network n.
@@ -56,8 +58,8 @@ class Problem:
             accepted = f"{len(program.nets)} ({', '.join(program.nets)})"
             raise ValueError(f"nets: got {len(nets)}, accepted are {accepted}")
         blocks = [net.block for net in nets]
-        attention = [block for block in blocks if block.token_mixer == "attention"]
-        mixers = [block for block in blocks if block.token_mixer == "mlp_t"]
+        attention = [block for block in blocks if block.attends]
+        mixers = [block for block in blocks if not block.attends]
         shared: dict[str, set[Any]] = {
             "hidden_size": {block.hidden_size for block in blocks},
             "seq_len": {block.seq_len for block in mixers},
@@ -89,6 +91,7 @@ class Problem:
                 "backward_reads_x",
                 any(u.grad and u.inject_x and nets[u.net].injection != "add" for u in program.counts()),
             ),
+            ("uses_prefixes", all(block.token_mixer != "simple_gla" for block in attention if block.segments)),
             ("weight_names", tuple(names)),
             ("weight_shapes", tuple(shapes)),
             ("weight_slices", tuple(slices)),
@@ -208,14 +211,15 @@ class Problem:
                 raise ValueError(f"segments.device: got {segments.device}, accepted is {device}, that of states[0]")
 
 
-def check_segments(segments: Tensor) -> None:
+def check_segments(segments: Tensor, prefixes: bool = True) -> None:
     """Checks the boundaries of sequences; on a GPU this waits for the device.
 
     Args:
         segments: [B, L, 2], for each token the first position of its sequence and the end of its prefix.
+        prefixes: whether a prefix may be longer than one token.
 
     Raises:
-        ValueError: sequences that do not follow each other, or a prefix that is not part of its sequence.
+        ValueError: sequences that do not follow each other, or a prefix that is not part of its sequence or too long.
     """
     starts, ends = segments.long().unbind(-1)
     position = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
@@ -233,6 +237,12 @@ def check_segments(segments: Tensor) -> None:
             f"segments[{row}, {token}]: got {got}, accepted are the start of the token's sequence, {token} or that of "
             "the token before, and the end of a prefix inside that sequence, the same for all of its tokens"
         )
+    long = ends > starts + 1
+    if not prefixes and bool(long.any()):
+        row, token = long.nonzero()[0].tolist()
+        start, end = segments[row, token].tolist()
+        accepted = f"[{start}, {start}] and [{start}, {start + 1}], simple_gla has no prefixes"
+        raise ValueError(f"segments[{row}, {token}]: got [{start}, {end}], accepted are {accepted}")
 
 
 def unsupported(problem: Problem, choices: Mapping[str, Container[Any]]) -> str | None:

@@ -4,7 +4,8 @@ Every other backend is compared with this file.  It rounds where the published m
 matrix products and sums in the compute dtype; norms, rotation and softmax in float32 (or the compute dtype if wider).
 With ``int8`` the products by weights are those of trmfast/int8.py, and everything else stays.
 Sources: TRM arXiv 2510.04871, HRM arXiv 2506.21734, RoPE arXiv 2104.09864, SwiGLU arXiv 2002.05202, ReLU^2
-arXiv 2109.08668; the sandwiches are those of Ouro arXiv 2510.25741 and of Huginn arXiv 2502.05171.
+arXiv 2109.08668; the sandwiches are those of Ouro arXiv 2510.25741 and of Huginn arXiv 2502.05171; GLA arXiv
+2312.06635, with one decay a head as in the simple GLA of flash-linear-attention.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from trmfast.int8 import int8_linear
 from trmfast.problem import Problem
 from trmfast.program import Update
-from trmfast.spec import BlockSpec, NetSpec
+from trmfast.spec import DECAY_NORMALIZER, BlockSpec, NetSpec
 
 __all__ = [
     "attention",
@@ -33,12 +34,12 @@ __all__ = [
     "run_block",
     "run_net",
     "run_program",
+    "simple_gla",
     "summed_input",
     "summed_sources",
     "swiglu",
     "wide_dtype",
 ]
-
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 
@@ -90,23 +91,27 @@ def attention(
     segments: Tensor | None = None,
     linear: Linear = cast_linear,
 ) -> Tensor:
-    """Self-attention of h [B, L, D].
+    """Self-attention of h [B, L, D], or simple GLA, which differs in :func:`simple_gla` alone.
 
     Args:
         block: its sizes and options.
         h: [B, L, D].
-        qkv_proj: rows of the gate, if there is one, then of query heads, key heads and value heads.
+        qkv_proj: rows of the gate, if there is one, of the decays, if there are any, then of query heads, key heads and
+            value heads.
         o_proj: [D, heads * head_dim].
         cos, sin: RoPE tables [>= L, head_dim], or None for no rotation.
-        extras: ``qk_bias``, ``q_norm.weight`` and ``k_norm.weight``, those that the block has.
+        extras: ``decay_bias``, ``qk_bias``, ``q_norm.weight`` and ``k_norm.weight``, those that the block has.
         segments: integers [B, L, 2], as in :func:`trmfast.recursion`; None where the block does not read them.
         linear: the product by a weight.
     """
     batch, length, _ = h.shape
     heads, kv_heads, width = block.num_heads, block.num_kv_heads, block.head_dim
-    gate, qkv = linear(h, qkv_proj).split((block.gate_rows, (heads + 2 * kv_heads) * width), dim=-1)
+    rows = (block.gate_rows, block.decay_rows, (heads + 2 * kv_heads) * width)
+    gate, decay, qkv = linear(h, qkv_proj).split(rows, dim=-1)
     q, k, v = qkv.view(batch, length, heads + 2 * kv_heads, width).split((heads, kv_heads, kv_heads), dim=2)
     rest = list(extras)
+    if block.decay_rows:
+        decay = decay + rest.pop(0).to(h.dtype)
     if block.qk_bias:
         q_bias, k_bias = rest.pop(0).to(h.dtype).view(heads + kv_heads, width).split((heads, kv_heads))
         q, k = q + q_bias, k + k_bias
@@ -118,7 +123,11 @@ def attention(
     if kv_heads != heads:
         k, v = (t.repeat_interleave(heads // kv_heads, dim=2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if block.segments and segments is not None:
+    if block.decay_rows:
+        log_decay = F.logsigmoid(decay.to(wide_dtype(h.dtype))) / DECAY_NORMALIZER
+        starts = segments[..., 0] if block.segments and segments is not None else None
+        mixed = simple_gla(q, k, v, log_decay.transpose(1, 2), starts)
+    elif block.segments and segments is not None:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen_in_segments(segments)[:, None])
     elif block.attention_window:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(block, length, h.device))
@@ -129,6 +138,31 @@ def attention(
         gates = heads if block.gate == "head" else heads * width
         mixed = mixed * torch.sigmoid(gate).view(batch, length, heads, gates // heads)
     return linear(mixed.flatten(2), o_proj)
+
+
+def simple_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Simple GLA in its parallel form: causal attention with a decay in place of the softmax.
+
+    The recurrence of a head is ``S_t = a_t S_(t-1) + k_t^T v_t``, ``o_t = q_t S_t / sqrt(head_dim)``, with one decay
+    ``a_t = exp(log_decay_t)``.  Written out, value j reaches output i with the factor
+    ``q_i . k_j / sqrt(head_dim) * a_(j+1) ... a_i``, an exponential of a difference of sums that is at most 1.
+
+    Args:
+        q, k, v: [B, heads, L, head_dim].
+        log_decay: [B, heads, L] in the wide dtype, at most 0.
+        starts: [B, L], for each token the position where its sequence and the state begin; None: 0.
+
+    Returns:
+        [B, heads, L, head_dim].
+    """
+    position = torch.arange(q.shape[2], device=q.device)
+    seen = position[:, None] >= position
+    if starts is not None:
+        seen = seen & (position >= starts[:, None, :, None])
+    total = log_decay.cumsum(-1)
+    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~seen, -torch.inf).exp()
+    weights = (q @ k.transpose(-1, -2)).to(decay.dtype) * (q.shape[-1] ** -0.5 * decay)
+    return weights.to(q.dtype) @ v
 
 
 def _seen(block: BlockSpec, length: int, device: torch.device) -> Tensor:
@@ -201,7 +235,7 @@ def run_block(
     """One block of h [B, L, D]; the weights are those of ``block.weight_shapes``, in its order."""
     linear = int8_linear if int8 else cast_linear
     mix, count = CHANNEL_MIXERS[block.channel_mixer]
-    extra_count = block.qk_bias + 2 * (block.qk_norm == "learned")
+    extra_count = bool(block.decay_rows) + block.qk_bias + 2 * (block.qk_norm == "learned")
     in_proj, out_proj, *rest = weights
     mlp, extras, weighted = rest[:count], rest[count : count + extra_count], rest[count + extra_count :]
     norms = weighted if block.norm_weight else [None] * block.num_norms

@@ -11,7 +11,7 @@ __all__ = ["BlockSpec", "NetSpec", "swiglu_width"]
 
 # The values of each choice, today's block first.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "token_mixer": ("attention", "mlp_t"),
+    "token_mixer": ("attention", "mlp_t", "simple_gla"),
     "channel_mixer": ("swiglu", "conv_swiglu", "relu2", "gelu"),
     "norm_placement": ("post", "pre", "sandwich", "sandwich_sum"),
     "rotation": ("half", "interleaved"),
@@ -29,6 +29,8 @@ SIZES = (
     "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "seq_len", "seq_intermediate_size",
     "conv_kernel", "rms_norm_eps",
 )  # fmt: skip
+# What the logarithm of a decay is divided by, as in flash-linear-attention: a logit of 0 halves a key in 16 tokens.
+DECAY_NORMALIZER = 16
 KINDS = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
@@ -46,13 +48,16 @@ class BlockSpec:
     Attributes:
         hidden_size: width D of the states.
         intermediate_size: inner width of the channel mixer.
-        token_mixer: ``"attention"``, or ``"mlp_t"``, a SwiGLU over the sequence axis whose norm is over that axis too.
+        token_mixer: ``"attention"``; ``"mlp_t"``, a SwiGLU over the sequence axis whose norm is over that axis too; or
+            ``"simple_gla"``, linear attention with one decay for each head and token: the simple GLA of
+            flash-linear-attention (GLA is arXiv 2312.06635), the core of Mamba-2 (arXiv 2405.21060).  It is causal,
+            and takes the options of attention but for the window.
         channel_mixer: ``"swiglu"``; ``"conv_swiglu"`` (URM), with a depthwise convolution over the sequence after the
             gate; ``"relu2"``, the square of a ReLU, or ``"gelu"``, the exact one, both without a gate.
-        num_heads: query heads (attention).
+        num_heads: query heads (attention, here and below simple_gla too unless it says otherwise).
         num_kv_heads: key and value heads, a divisor of ``num_heads`` (attention); by default ``num_heads``.
         head_dim: width of one head (attention); by default ``hidden_size // num_heads``.
-        causal: whether position i sees only positions up to i (attention).
+        causal: whether position i sees only positions up to i (attention; True with simple_gla).
         seq_len: sequence length L, fixed by the weights (mlp_t).
         seq_intermediate_size: inner width of the SwiGLU over the sequence (mlp_t).
         conv_kernel: taps of the depthwise convolution (conv_swiglu).
@@ -67,9 +72,10 @@ class BlockSpec:
         qk_bias: whether queries and keys have a bias, added first of all (attention).
         gate: sigmoid of a further projection of the input that multiplies attention before the output projection:
             ``"none"``, ``"channel"`` for one value a channel, ``"head"`` for one a head (attention).
-        attention_window: attention sees positions at a distance below it; 0 for no limit (attention).
+        attention_window: attention sees positions at a distance below it; 0 for no limit (attention, not simple_gla).
         segments: whether every call says which tokens belong together, so that a row may hold several sequences, each
-            with a prefix that sees itself in both directions (attention; causal, without a window).
+            with a prefix that sees itself in both directions (attention; causal, without a window; simple_gla has no
+            prefixes).
 
     Raises:
         TypeError: a width, count or length that is not an int, an epsilon that is not a number, or a flag that is not a
@@ -113,7 +119,7 @@ class BlockSpec:
         self._accept("rms_norm_eps", self.rms_norm_eps > 0, "positive numbers")
         self._accept("conv_kernel", self.conv_kernel >= 1, "integers >= 1")
         self._accept("attention_window", self.attention_window >= 0, "integers >= 0")
-        if self.token_mixer == "attention":
+        if self.attends:
             self._accept("num_heads", self.num_heads >= 1, "integers >= 1")
             if not self.head_dim:
                 divides = self.hidden_size % self.num_heads == 0
@@ -132,6 +138,12 @@ class BlockSpec:
                     raise ValueError(
                         f"{name}: got {getattr(self, name)!r} with token_mixer 'mlp_t', accepted is {default!r}"
                     )
+        if self.token_mixer == "simple_gla":
+            for name, only in (("causal", True), ("attention_window", 0)):
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"{name}: got {getattr(self, name)!r} with token_mixer 'simple_gla', accepted is {only!r}"
+                    )
         free = self.causal and not self.attention_window
         if self.segments and not free:
             raise ValueError("segments: got True, accepted is False unless causal and without attention_window")
@@ -146,9 +158,24 @@ class BlockSpec:
         return 4 if self.norm_placement.startswith("sandwich") else 2
 
     @property
+    def attends(self) -> bool:
+        """Whether queries, keys and values mix the tokens: attention or simple_gla."""
+        return self.token_mixer != "mlp_t"
+
+    @property
     def gate_rows(self) -> int:
         """Rows of the gate's projection."""
         return {"none": 0, "channel": self.num_heads * self.head_dim, "head": self.num_heads}[self.gate]
+
+    @property
+    def decay_rows(self) -> int:
+        """Rows of the decays' projection."""
+        return self.num_heads if self.token_mixer == "simple_gla" else 0
+
+    @property
+    def rows_ahead(self) -> int:
+        """Rows of the first product of attention that come before those of queries."""
+        return self.gate_rows + self.decay_rows
 
     def attention_pairs(self, length: int) -> int:
         """Pairs of a query and a key that it sees in ``length`` tokens; segments count as one causal sequence."""
@@ -157,15 +184,27 @@ class BlockSpec:
         return before if self.causal else 2 * before - length
 
     @property
+    def mixer_name(self) -> str:
+        """What the token mixer is called in a state_dict."""
+        return "self_attn" if self.token_mixer == "attention" else self.token_mixer
+
+    @property
+    def packed_name(self) -> str:
+        """What the first product of attention is called, by what it gives: gates, decays, queries, keys, values."""
+        if self.token_mixer == "simple_gla":
+            return "in_proj"
+        return "qkv_proj" if self.gate == "none" else "gqkv_proj"
+
+    @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names (those of the published state_dicts) and shapes of a block's weights, in the order all code uses."""
         D, inter = self.hidden_size, self.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {}
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        if self.token_mixer == "attention":
-            packed = "qkv_proj" if self.gate == "none" else "gqkv_proj"
-            shapes[f"self_attn.{packed}.weight"] = (self.gate_rows + query + 2 * kv, D)
-            shapes["self_attn.o_proj.weight"] = (D, query)
+        mixer = self.mixer_name
+        if self.attends:
+            shapes[f"{mixer}.{self.packed_name}.weight"] = (self.rows_ahead + query + 2 * kv, D)
+            shapes[f"{mixer}.o_proj.weight"] = (D, query)
         else:
             shapes["mlp_t.gate_up_proj.weight"] = (2 * self.seq_intermediate_size, self.seq_len)
             shapes["mlp_t.down_proj.weight"] = (self.seq_len, self.seq_intermediate_size)
@@ -177,10 +216,12 @@ class BlockSpec:
             shapes["mlp.dwconv.weight"] = (inter, 1, self.conv_kernel)
             shapes["mlp.dwconv.bias"] = (inter,)
         shapes["mlp.down_proj.weight"] = (D, inter)
+        if self.decay_rows:
+            shapes[f"{mixer}.decay_bias"] = (self.decay_rows,)
         if self.qk_bias:
-            shapes["self_attn.qk_bias"] = (query + kv,)
+            shapes[f"{mixer}.qk_bias"] = (query + kv,)
         if self.qk_norm == "learned":
-            shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+            shapes[f"{mixer}.q_norm.weight"] = shapes[f"{mixer}.k_norm.weight"] = (self.head_dim,)
         if self.norm_weight:
             shapes.update({f"norm{i}.weight": (D,) for i in range(1, self.num_norms + 1)})
         return shapes

@@ -44,6 +44,7 @@ _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -70,7 +71,12 @@ OPTIONS = (
               norm_weight=True, qk_bias=True, rotation="interleaved", channel_mixer="gelu", **_ONE),
     make_case("heads", "urm", hidden_size=512, num_heads=8, norm_placement="pre", norm_weight=True, qk_norm="learned",
               attention_window=64, channel_mixer="relu2", **_ONE),
+    make_case("simple_gla", "urm", hidden_size=512, num_heads=8, token_mixer="simple_gla", causal=True, **_ONE),
+    make_case("simple_gla-wide", "urm", hidden_size=1024, num_heads=8, num_kv_heads=4, token_mixer="simple_gla",
+              causal=True, segments=True, gate="channel", qk_norm="learned", norm_placement="pre", **_ONE),
 )  # fmt: skip
+# They read one column of a row of many.
+_COLUMNS = ("simple_gla.sum_decays_kernel", "simple_gla_backward.decays_backward_kernel")
 # Tile sizes that are rows of the left operand of a product.
 _ROWS = ("BLOCK_M", "BLOCK_C")
 
@@ -201,7 +207,7 @@ class KernelCode:
         # Four warps multiply 64 rows at a time there, smaller tiles are left to mma.
         if self.products and self.architecture == "sm_90" and self.rows >= 64 and self.instructions != "wgmma":
             found.append(f"{self.instructions} instead of wgmma")
-        if not self.wide_loads:
+        if not self.wide_loads and self.kernel not in _COLUMNS:
             found.append("no 16-byte loads")
         return found
 

@@ -1,12 +1,13 @@
 // Attention of one (sequence, key/value head) at a time.  Keys and values are packed once; each tile of query
 // rows then computes its scores against the keys it sees (f32 [rows, L], in L1 or L2: never L x L), the softmax with
-// the row maximum subtracted, and the product with the values.
+// the row maximum subtracted or their decays (simple_gla.h), and the product with the values.
 #pragma once
 
 #include "arena.h"
 #include "gemm.h"
 #include "head_norm.h"
 #include "mask.h"
+#include "simple_gla.h"
 #include "swiglu.h"
 #include "weights.h"
 
@@ -20,6 +21,7 @@ template <class T> struct AttentionScratch {
   T* weights;    // [kRows, weight_stride]
   float* tile;   // [kRows, 32]
   HeadNormScratch<T> normed;
+  DecayScratch decay;
   int score_stride, weight_stride;
 
   AttentionScratch(Arena& arena, const BlockShape& block, int length)
@@ -31,8 +33,8 @@ private:
         values(arena.take<T>(packed_elements<T>(length, heads.v_width))),
         scores(arena.take<float>(static_cast<long>(Dot<T>::kRows) * row_stride(length))),
         weights(arena.take<T>(Dot<T>::kRows * row_stride(length))), tile(arena.take<float>(Dot<T>::kRows * kPanel)),
-        normed(arena, block, length), score_stride(static_cast<int>(row_stride(length))),
-        weight_stride(static_cast<int>(row_stride(length))) {}
+        normed(arena, block, length), decay(arena, block, length, Dot<T>::kRows),
+        score_stride(static_cast<int>(row_stride(length))), weight_stride(static_cast<int>(row_stride(length))) {}
 };
 
 // The larger of `most` and those of 32 scores that are seen, lane by lane; the first score is that of key `first`.
@@ -117,6 +119,32 @@ KeyRange attention_exponentials(const BlockShape& block, const Mask& mask, const
   return tile;
 }
 
+// The same for the decays of simple GLA, whose sums are those that the scratch holds: scores times
+// decays, zero for keys that a row does not see.
+template <class T, class To>
+KeyRange decayed_scores(const BlockShape& block, const Mask& mask, const T* query, long stride, int row, int n,
+                        int lead, To* to, long to_stride, float* sums, const AttentionScratch<T>& scratch) {
+  const HeadLayout heads(block);
+  const int depth = padded_depth<T>(heads.qk_width);
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
+  const float* scores = scratch.scores + static_cast<long>(lead) * scratch.score_stride;
+  const KeyRange keys = mask.tile(row, n);
+  const DecayTile decays(scratch.decay, scale, keys, row, n);
+  for (int k = keys.begin; k < keys.end; k += kPanel) {
+    multiply(query + (row - lead) * stride, stride, scratch.keys + k / kPanel * panel_elements<T>(heads.qk_width),
+             depth, lead + n, scratch.scores + k, scratch.score_stride);
+    for (int r = 0; r < n; ++r) {
+      const KeyRange seen = mask.seen(row + r);
+      for (int j = k; j < k + kPanel; j += kLanes) {
+        const vf score = load(scores + static_cast<long>(r) * scratch.score_stride + j);
+        store(to + r * to_stride + j, of_keys(score * decays.at(r, j), seen, j));
+      }
+    }
+  }
+  for (int r = 0; r < n; ++r) sums[r] = 1;
+  return keys;
+}
+
 // Channels of a head's gate, from the gate columns of a token.
 template <class T>
 TRMFAST_INLINE vf gate_of(const BlockShape& block, const T* gates, int head, int channel, int lanes) {
@@ -124,7 +152,8 @@ TRMFAST_INLINE vf gate_of(const BlockShape& block, const T* gates, int head, int
   return sigmoid<T>(broadcast(to_float(gates[head])));
 }
 
-// mixed[row, head] <- softmax(q k^T / sqrt(d)) v, times its gate, for `sequences` sequences of `length` rows.
+// mixed[row, head] <- softmax(q k^T / sqrt(d)) v, or with decays in place of the softmax, times its gate, for
+// `sequences` sequences of `length` rows.
 template <class T>
 void attention_forward(const Team& team, const BlockShape& block, const BlockVectors& vectors,
                        const Positions& positions, int sequences, int length, const T* qkv, long stride, T* mixed,
@@ -147,12 +176,16 @@ void attention_forward(const Team& team, const BlockShape& block, const BlockVec
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       const HeadRows<T> query =
           norm_head({rows + heads.query(head), stride}, block, vectors.q_norm, rope, length, scratch.normed.query);
+      if (block.decay)
+        sum_decays(DecayLogits<T>{rows + heads.decay(head), stride, vectors.decay_bias[head], length}, scratch.decay);
       for (int i = 0; i < tiles.count; ++i) {
         if (team.stopped()) return;
         const int row = tiles.begin(i), n = tiles.size(i), lead = tiles.lead(i);
-        const KeyRange keys = attention_exponentials(block, mask, query.rows, query.stride, row, n, lead,
-                                                     scratch.weights + lead * scratch.weight_stride,
-                                                     scratch.weight_stride, sums, scratch);
+        T* to = scratch.weights + lead * scratch.weight_stride;
+        const KeyRange keys = block.decay ? decayed_scores(block, mask, query.rows, query.stride, row, n, lead, to,
+                                                           scratch.weight_stride, sums, scratch)
+                                          : attention_exponentials(block, mask, query.rows, query.stride, row, n, lead,
+                                                                   to, scratch.weight_stride, sums, scratch);
         for (int c = 0; c < heads.v_width; c += kPanel) {
           multiply(scratch.weights + keys.begin, scratch.weight_stride,
                    scratch.values + c / kPanel * panel_elements<T>(length) + static_cast<long>(keys.begin) * kPanel,

@@ -25,6 +25,7 @@ template <class T> struct AttentionBackwardScratch {
   float* grad_key;             // [L + padding, qk_width]
   float* grad_value;           // [L + padding, v_width]
   float* sums;                 // of 32 rows, for the gradients of bias and norm, [2, qk_width]
+  double* grad_total;          // of the sums of a head's decays, [L, to whole panels]
   long block_stride;
 
   AttentionBackwardScratch(Arena& arena, const BlockShape& block, int length)
@@ -46,7 +47,9 @@ private:
         grad_query(arena.take<float>(static_cast<long>(Dot<T>::kRows) * heads.qk_width)),
         grad_key(arena.take<float>(padded_rows(length) * heads.qk_width)),
         grad_value(arena.take<float>(padded_rows(length) * heads.v_width)),
-        sums(arena.take<float>(2L * heads.qk_width)), block_stride(row_stride(attention_block_rows<T>())) {}
+        sums(arena.take<float>(2L * heads.qk_width)),
+        grad_total(arena.take<double>(block.decay ? round_up(length, kPanel) : 0)),
+        block_stride(row_stride(attention_block_rows<T>())) {}
 };
 
 // What attention writes beside the gradient of its output's gate.
@@ -55,7 +58,23 @@ template <class T> struct AttentionGradients {
   const float* scale; // [L], of the rows of all of qkv, where a norm stands before the product; or null
   float* qk_bias;     // [(heads + kv_heads) qk_width], sums over the sequence; null where the block has none
   float* qk_norm;     // [kv_heads, 2, qk_width], the same for queries and for keys
+  float* decay_bias;  // [heads], the same
 };
+
+// Zeroes a row of P and dS outside of `keys`.
+template <class T>
+TRMFAST_INLINE void clear_unseen(const KeyRange& keys, int length, long row,
+                                 const AttentionBackwardScratch<T>& scratch) {
+  const long at = row * scratch.forward.weight_stride;
+  const auto clear = [&](int from, int to) {
+    for (int j = from; j < to; j += kLanes) {
+      store(scratch.weights + at + j, vf{});
+      store(scratch.grad_scores + at + j, vf{});
+    }
+  };
+  clear(0, keys.begin);
+  clear(keys.end, round_up(length, kPanel));
+}
 
 // P and dS of query rows row.. (n rows, multiplied together with `lead` rows before) into row `at` of the block's
 // buffers, zero outside of what is seen.
@@ -83,18 +102,54 @@ KeyRange attention_grad_scores(const BlockShape& block, const Mask& mask, int le
     vf dots = {};
     for (int j = keys.begin; j < keys.end; j += kLanes) dots = fma(load(e + j), load(grad + j), dots);
     const vf mean = broadcast(sum(dots)) * inverse, factor = inverse * scale;
-    const auto clear = [&](int from, int to) {
-      for (int j = from; j < to; j += kLanes) {
-        store(p_out + j, vf{});
-        store(ds_out + j, vf{});
-      }
-    };
-    clear(0, keys.begin);
     for (int j = keys.begin; j < keys.end; j += kLanes) {
       store(p_out + j, load(e + j) * inverse);
       store(ds_out + j, load(e + j) * factor * (load(grad + j) - mean));
     }
-    clear(keys.end, round_up(length, kPanel));
+    clear_unseen(keys, length, at + r, scratch);
+  }
+  return keys;
+}
+
+// The same for the decays of simple GLA.  What changes c_i or c_j by one changes P_ij by itself, up
+// or down: dP P is added to the gradient of c_i and taken from that of c_j, and where i is j it would cancel.
+template <class T>
+KeyRange decayed_grad_scores(const BlockShape& block, const Mask& mask, int length, const T* query, long stride,
+                             const T* grad_out, long grad_stride, int row, int n, int lead, int at,
+                             const AttentionBackwardScratch<T>& scratch) {
+  const HeadLayout heads(block);
+  const AttentionScratch<T>& forward = scratch.forward;
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(block.head_dim));
+  const KeyRange keys = mask.tile(row, n);
+  const DecayTile decays(forward.decay, scale, keys, row, n);
+  vf by_query[Dot<T>::kRows] = {};
+  for (int k = keys.begin; k < keys.end; k += kPanel) {
+    const long first = k / kPanel;
+    multiply(query + (row - lead) * stride, stride, forward.keys + first * panel_elements<T>(heads.qk_width),
+             padded_depth<T>(heads.qk_width), lead + n, forward.scores + k, forward.score_stride);
+    multiply(grad_out + (row - lead) * grad_stride, grad_stride,
+             scratch.values_transposed + first * panel_elements<T>(heads.v_width), padded_depth<T>(heads.v_width),
+             lead + n, scratch.grad_weights + k, forward.score_stride);
+    for (int j = k; j < k + kPanel; j += kLanes) {
+      vf by_key = {};
+      for (int r = 0; r < n; ++r) {
+        const KeyRange seen = mask.seen(row + r);
+        const long from = static_cast<long>(lead + r) * forward.score_stride + j;
+        const long to = static_cast<long>(at + r) * forward.weight_stride + j;
+        const vf decay = decays.at(r, j), grad = load(scratch.grad_weights + from);
+        const vf p = load(forward.scores + from) * decay;
+        store(scratch.weights + to, of_keys(p, seen, j));
+        store(scratch.grad_scores + to, of_keys(grad * decay, seen, j));
+        const vf through = of_keys(grad * p, {seen.begin, row + r}, j);
+        by_query[r] += through;
+        by_key += through;
+      }
+      for (int i = 0; i < kLanes; ++i) scratch.grad_total[j + i] -= static_cast<double>(by_key[i]);
+    }
+  }
+  for (int r = 0; r < n; ++r) {
+    scratch.grad_total[row + r] += static_cast<double>(sum(by_query[r]));
+    clear_unseen(keys, length, at + r, scratch);
   }
   return keys;
 }
@@ -179,7 +234,7 @@ void attention_backward(const Team& team, const BlockShape& block, const BlockVe
     const HeadGradient<T> to_key = gradient_of(kv_head, true, heads.heads + kv_head);
     if (to_key.norm.total) gradient_of(kv_head, false, 0).norm.clear();
     if (kv_head == 0) // products read these columns against zero weights
-      clear_padding(grads.qkv, length, heads.gate() + heads.gates, heads.columns(), stride);
+      clear_padding(grads.qkv, length, heads.gate() + heads.rows_ahead(), heads.columns(), stride);
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       const T* product = qkv + heads.query(head);
       const HeadRows<T> query = norm_head({product, stride}, block, vectors.q_norm, rope, length, forward.normed.query);
@@ -189,6 +244,12 @@ void attention_backward(const Team& team, const BlockShape& block, const BlockVe
       if (block.gate != OutputGate::none)
         gate_backward(block, head, length, qkv + heads.gate(), grads.qkv + heads.gate(), stride, grads.scale, mixed,
                       grad_out, mixed_stride);
+      const DecayLogits<T> logits = {qkv + heads.decay(head), stride, block.decay ? vectors.decay_bias[head] : 0.0f,
+                                     length};
+      if (block.decay) {
+        sum_decays(logits, forward.decay);
+        __builtin_memset(scratch.grad_total, 0, sizeof(double) * static_cast<size_t>(round_up(length, kPanel)));
+      }
       for (int from = 0; from < tiles.count; from += attention_block_tiles<T>()) {
         const int to = smaller(tiles.count, from + attention_block_tiles<T>());
         const int row0 = tiles.begin(from), block_rows = tiles.begin(to) - row0;
@@ -200,8 +261,10 @@ void attention_backward(const Team& team, const BlockShape& block, const BlockVe
           const int row = tiles.begin(i), n = tiles.size(i);
           // Within the block.  The queries of these rows may hold their gradients already: nobody reads their scores.
           const int lead = smaller(tiles.lead(i), row - row0);
-          const KeyRange keys = attention_grad_scores(block, mask, length, query.rows, query.stride, grad, mixed_stride,
-                                                      row, n, lead, row - row0, scratch);
+          const KeyRange keys = block.decay ? decayed_grad_scores(block, mask, length, query.rows, query.stride, grad,
+                                                                  mixed_stride, row, n, lead, row - row0, scratch)
+                                            : attention_grad_scores(block, mask, length, query.rows, query.stride, grad,
+                                                                    mixed_stride, row, n, lead, row - row0, scratch);
           seen = {smaller(seen.begin, keys.begin), larger(seen.end, keys.end)};
           const T* grad_scores = scratch.grad_scores + static_cast<long>(row - row0 - lead) * forward.weight_stride;
           // To the end where rows see all or the past: the depth decides how an f32 product is summed.
@@ -219,6 +282,8 @@ void attention_backward(const Team& team, const BlockShape& block, const BlockVe
         attention_accumulate(scratch.grad_scores, block_rows, length, seen, scratch.query_rows, qk, scratch.grad_key,
                              scratch);
       }
+      if (block.decay)
+        grads.decay_bias[head] = decay_backward(logits, scratch.grad_total, grads.scale, grads.qkv + heads.decay(head));
     }
     if (to_key.bias.total) to_key.bias.clear();
     if (to_key.norm.total) to_key.norm.clear();

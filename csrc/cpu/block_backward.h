@@ -25,7 +25,7 @@ template <class T> struct BlockGradients {
   T *qkv, *gate_up, *sequence_gate_up;
   // Sums over the sequence, f32, null where the block lacks the weight: of the halves' result norms [stride of u], and
   // as in AttentionGradients.
-  float *result_norm1, *result_norm2, *qk_bias, *qk_norm;
+  float *result_norm1, *result_norm2, *qk_bias, *qk_norm, *decay_bias;
 };
 
 template <class T> struct BlockBackwardScratch {
@@ -205,7 +205,8 @@ void block_backward(const Team& team, const BlockShape& block, const BackwardWei
     const AttentionGradients<T> into = {
         grads.qkv + first * strides.qkv, act.input_rstd1 ? act.input_rstd1 + first : nullptr,
         grads.qk_bias ? grads.qk_bias + static_cast<long>(s) * heads.value(0) : nullptr,
-        grads.qk_norm ? grads.qk_norm + s * 2L * heads.kv_heads * heads.qk_width : nullptr};
+        grads.qk_norm ? grads.qk_norm + s * 2L * heads.kv_heads * heads.qk_width : nullptr,
+        grads.decay_bias ? grads.decay_bias + static_cast<long>(s) * heads.decays : nullptr};
     attention_backward(team, block, vectors, positions.of(s, length), length, act.qkv + first * strides.qkv, into,
                        strides.qkv, act.mixed + first * strides.mixed, grad_mixed + first * strides.mixed,
                        strides.mixed, scratch.attention);

@@ -27,7 +27,7 @@ enum class Injection { add, diagonal, linear };
 struct BlockShape {
   int width;      // D
   int inner;      // inner width of the channel mixer
-  bool attention; // else mlp_t: a SwiGLU over the sequence axis
+  bool attention; // or simple GLA; else mlp_t: a SwiGLU over the sequence axis
   int heads, kv_heads, head_dim;
   bool causal;
   int seq_len, seq_inner; // mlp_t
@@ -40,7 +40,8 @@ struct BlockShape {
   bool interleaved = false; // rotation of channels 2i and 2i + 1, not of i and i + head_dim / 2
   bool qk_norm = false, qk_norm_weight = false, qk_bias = false;
   OutputGate gate = OutputGate::none;
-  int window = 0; // a query sees keys less than this far away; 0: all
+  int window = 0;     // a query sees keys less than this far away; 0: all
+  bool decay = false; // simple GLA: a decay of keys with distance in place of the softmax; causal
   Activation activation = Activation::swiglu;
 };
 
@@ -48,7 +49,7 @@ struct BlockShape {
 struct WeightPlaces {
   int mixer_in = 0, mixer_out = 1; // of the token mixer
   int up = 2, conv = -1, down = 3; // of the channel mixer; conv: the kernel, then its bias
-  int qk_bias = -1, q_norm = -1, k_norm = -1;
+  int decay_bias = -1, qk_bias = -1, q_norm = -1, k_norm = -1;
   int input_norm[2] = {-1, -1}, result_norm[2] = {-1, -1}; // of the two halves; result: of the branch or the sum
   int count = 4;                                           // of all
 
@@ -59,6 +60,7 @@ struct WeightPlaces {
       down = 5;
       count = 6;
     }
+    if (block.decay) decay_bias = count++;
     if (block.qk_bias) qk_bias = count++;
     if (block.qk_norm_weight) {
       q_norm = count++;

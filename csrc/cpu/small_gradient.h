@@ -64,6 +64,7 @@ void add_vector_gradients(const Team& all, const BlockShape& block, const BlockG
   const long width = BlockStrides(block).u;
   add(places.result_norm[0], grads.result_norm1, width, used, block.width, same);
   add(places.result_norm[1], grads.result_norm2, width, used, block.width, same);
+  add(places.decay_bias, grads.decay_bias, heads.decays, used, heads.decays, same);
   add(places.qk_bias, grads.qk_bias, heads.value(0), used, heads.value(0), [&](int c) { return heads.qk_index(c); });
   // A slot holds a row for the queries and one for the keys of every head of keys.
   const int qk = heads.qk_width;

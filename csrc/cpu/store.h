@@ -45,6 +45,7 @@ void visit_arrays(BlockGradients<T>& grads, const BlockShape& block, int length,
   if (places.result_norm[0] >= 0) visit(grads.result_norm1, strides.u);
   if (places.result_norm[1] >= 0) visit(grads.result_norm2, strides.u);
   if (places.qk_bias >= 0) visit(grads.qk_bias, heads.value(0));
+  if (places.decay_bias >= 0) visit(grads.decay_bias, heads.decays);
   if (places.q_norm >= 0) visit(grads.qk_norm, 2 * heads.kv_heads * heads.qk_width);
   if (in_place) return;
   visit(grads.gate_up, length * strides.gate_up);

@@ -16,6 +16,7 @@ struct BlockVectors {
   float* result_norm[2] = {};                 // [width], of the two halves
   float *q_norm = nullptr, *k_norm = nullptr; // [qk_width], packed columns
   float* qk_bias = nullptr;                   // [(heads + kv_heads) qk_width], packed columns
+  float* decay_bias = nullptr;                // [heads]
 
   BlockVectors(Arena& arena, const BlockShape& block) {
     const WeightPlaces places(block);
@@ -27,6 +28,7 @@ struct BlockVectors {
       k_norm = arena.take<float>(heads.qk_width);
     }
     if (places.qk_bias >= 0) qk_bias = arena.take<float>(heads.value(0));
+    if (places.decay_bias >= 0) decay_bias = arena.take<float>(heads.decays);
   }
 };
 
@@ -202,6 +204,7 @@ inline void pack_vectors(const BlockShape& block, const float* const* weights, c
   }
   if (to.qk_bias)
     pack_vector(weights[places.qk_bias], heads.value(0), to.qk_bias, [&](int c) { return heads.qk_index(c); });
+  if (to.decay_bias) pack_vector(weights[places.decay_bias], heads.decays, to.decay_bias, [](int c) { return c; });
 }
 
 // What a norm before the first product of a half multiplies its weight by, or null.

@@ -45,19 +45,20 @@ def draw_trial(rng: random.Random) -> Trial:
 
 
 def _draw(rng: random.Random) -> Trial:
-    attends = rng.random() < 0.6
+    mixer = rng.choices(("attention", "mlp_t", "simple_gla"), (4, 3, 2))[0]
+    attends = mixer != "mlp_t"
     heads = rng.choice(HEADS)
     rope = attends and rng.random() < 0.7
     trial = Trial(
         program=_program(rng),
         hidden_size=rng.choice(WIDTHS),
         intermediate_size=rng.choice(INNER),
-        token_mixer="attention" if attends else "mlp_t",
+        token_mixer=mixer,
         channel_mixer="conv_swiglu" if rng.random() < 0.3 else "swiglu",
         num_heads=heads,
         num_kv_heads=rng.choice([n for n in range(1, heads + 1) if heads % n == 0]),
         head_dim=rng.choice([n for n in HEAD_DIMS if not rope or n % 2 == 0]),
-        causal=attends and rng.random() < 0.35,
+        causal=mixer == "attention" and rng.random() < 0.35,
         seq_intermediate_size=rng.choice(INNER),
         conv_kernel=rng.randint(1, 8),
         rms_norm_eps=rng.choice((1e-5, 1e-5, 1e-5, 1e-6, 1e-8, 1e-3, 0.5)),
@@ -77,7 +78,7 @@ def _draw(rng: random.Random) -> Trial:
         trial = replace(trial, num_heads=1, num_kv_heads=1, head_dim=16)
     else:
         trial = replace(trial, seq_intermediate_size=16)
-    trial = replace(trial, **_options(rng, attends))
+    trial = replace(trial, **_options(rng, mixer))
     if trial.channel_mixer != "conv_swiglu":
         trial = replace(trial, conv_kernel=2)
     if trial.weight_dtype == "float16" and trial.scales == (("grads", HUGE["grads"]),):
@@ -92,18 +93,20 @@ def _draw(rng: random.Random) -> Trial:
     return trial
 
 
-def _options(rng: random.Random, attends: bool) -> dict[str, Any]:
+def _options(rng: random.Random, mixer: str) -> dict[str, Any]:
     """What the engine runs besides the block of the puzzle models: nothing in half of the trials, else up to three."""
     values: dict[str, Any] = {name: accepted for name, accepted in CHOICES.items() if name not in DRAWN_ABOVE}
     if "attention_window" in CHOICES:
         values["attention_window"] = WINDOWS
-    if not attends:
+    if mixer == "simple_gla":
+        del values["attention_window"]
+    if mixer == "mlp_t":
         values = {name: accepted for name, accepted in values.items() if name not in NOT_FOR_MLP_T}
     if not values or rng.random() < 0.5:
         return {}
     names = rng.sample(sorted(values), min(len(values), rng.choice((1, 1, 2, 3))))
     found = {name: rng.choice(values[name]) for name in names}
-    return {**found, "causal": True, "attention_window": 0} if found.get("segments") else found
+    return {**found, "causal": mixer == "attention", "attention_window": 0} if found.get("segments") else found
 
 
 def _program(rng: random.Random) -> Program:

@@ -49,7 +49,8 @@ class Trial(_Plain):
         program: a constructor and its arguments, or updates ``(dst, sources, inject_x, net, grad)``.
         hidden_size, intermediate_size, token_mixer, channel_mixer, num_heads, num_kv_heads, head_dim, causal,
             seq_intermediate_size, conv_kernel, rms_norm_eps, norm_placement, norm_weight, rotation, qk_norm, qk_bias,
-            gate, attention_window, segments: as in ``BlockSpec``; of attention or mlp_t, what the token mixer has.
+            gate, attention_window, segments: as in ``BlockSpec``; what the token mixer has.  simple_gla is causal and
+            without a window whatever these say.
         num_layers, final_norm, injection: as in ``NetSpec``.
         batch, length, rope: B, L, and whether there are tables.
         dtype, weight_dtype: names of dtypes.
@@ -97,7 +98,10 @@ class Trial(_Plain):
     @cached_property
     def case(self) -> Case:
         """The recursion; raises ValueError where the fields contradict each other."""
-        attends = self.token_mixer == "attention"
+        attends, linear = self.token_mixer != "mlp_t", self.token_mixer == "simple_gla"
+        options = {name: getattr(self, name) for name in NOT_FOR_MLP_T} if attends else {}
+        if linear:
+            options["attention_window"] = 0
         block = BlockSpec(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -106,12 +110,12 @@ class Trial(_Plain):
             num_heads=self.num_heads if attends else 0,
             num_kv_heads=self.num_kv_heads if attends else 0,
             head_dim=self.head_dim if attends else 0,
-            causal=self.causal and attends,
+            causal=linear or (self.causal and attends),
             seq_len=0 if attends else self.length,
             seq_intermediate_size=0 if attends else self.seq_intermediate_size,
             conv_kernel=self.conv_kernel,
             rms_norm_eps=self.rms_norm_eps,
-            **({name: getattr(self, name) for name in NOT_FOR_MLP_T} if attends else {}),
+            **options,
         )
         program = make_program(self.program)
         net = NetSpec(block, self.num_layers, self.final_norm, self.injection)
@@ -137,7 +141,7 @@ class Trial(_Plain):
         """Multiply-adds of a forward pass, roughly."""
         block = self.case.problem.nets[0].block
         weights = sum(_product(shape) for shape in block.weight_shapes.values())
-        if self.token_mixer == "attention":
+        if self.token_mixer != "mlp_t":
             weights += 2 * self.length * self.num_heads * self.head_dim
         else:  # these weights meet every channel instead of every token
             weights += 3 * self.seq_intermediate_size * self.hidden_size

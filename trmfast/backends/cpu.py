@@ -31,7 +31,7 @@ STORE_BYTES = 36 << 20
 MOST_STATES, MOST_NETS, MOST_TAPS = 64, 16, 8
 # The options of a network that the engine runs, see :func:`trmfast.problem.unsupported`.
 CHOICES: dict[str, Container[object]] = {
-    "token_mixer": ("attention", "mlp_t"),
+    "token_mixer": ("attention", "mlp_t", "simple_gla"),
     "channel_mixer": ("swiglu", "conv_swiglu", "relu2", "gelu"),
     "causal": (False, True),
     "norm_placement": ("post", "pre", "sandwich", "sandwich_sum"),
@@ -46,7 +46,7 @@ CHOICES: dict[str, Container[object]] = {
     "injection": INJECTIONS,
 }
 INT8_CHOICES: dict[str, Container[object]] = {
-    "token_mixer": CHOICES["token_mixer"],
+    "token_mixer": ("attention", "mlp_t"),
     "channel_mixer": ("swiglu", "conv_swiglu"),
     "causal": CHOICES["causal"],
 }

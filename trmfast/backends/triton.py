@@ -31,7 +31,7 @@ OLDEST_TRITON = (3, 4)
 MOST_TERMS = 8
 # The options of a network that the kernels run, see :func:`trmfast.problem.unsupported`.
 CHOICES: dict[str, Container[object]] = {
-    "token_mixer": ("attention", "mlp_t"),
+    "token_mixer": ("attention", "mlp_t", "simple_gla"),
     "channel_mixer": ("swiglu", "conv_swiglu", "relu2", "gelu"),
     "causal": (False, True),
     "norm_placement": ("post", "pre", "sandwich", "sandwich_sum"),
