@@ -109,9 +109,9 @@ def random_case(random: Random) -> Case:
         }
         if options["causal"] and not options["attention_window"]:
             options["segments"] = random.random() < 0.5
+    model = random.choice(["trm", "hrm"])
     options["injection"] = random.choice(["add", "diagonal", "linear"])
     name = ",".join(f"{name}={value}" for name, value in options.items())
-    model = random.choice(["trm", "hrm"])
     if options.get("norm_placement") in ("pre", "sandwich") and not options["final_norm"]:
         model, options["num_layers"] = "urm", 1  # one update
     return make_case(name, model, H_cycles=1, L_cycles=1, window="all", **options)
