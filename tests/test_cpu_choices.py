@@ -112,9 +112,9 @@ def random_case(random: Random) -> Case:
         }
         if options["causal"] and not options["attention_window"]:
             options["segments"] = random.random() < 0.5
+    model = random.choice(["trm", "hrm"])
     options["injection"] = random.choice(["add", "diagonal", "linear"])
     name = ",".join(f"{name}={value}" for name, value in options.items())
-    model = random.choice(["trm", "hrm"])
     if options.get("norm_placement") in ("pre", "sandwich") and not options["final_norm"]:
         model, options["num_layers"] = "urm", 1  # one update
     return make_case(name, model, H_cycles=1, L_cycles=1, window="all", **options)
@@ -189,9 +189,17 @@ def test_three_hundred_random_combinations(seed: int) -> None:
     check_random(seed)
 
 
-@pytest.mark.parametrize("case", CHOICES, ids=str)
+# Widths whose rows are padded, so that products read beyond the last channel.
+PADDED = tuple(
+    make_case(f"{injection}-{width}", hidden_size=width, injection=injection, H_cycles=1, num_layers=1, length=9)
+    for injection in ("diagonal", "linear")
+    for width in (24, 44)
+)
+
+
+@pytest.mark.parametrize("case", [*CHOICES, *PADDED], ids=str)
 def test_nan_in_a_sequence_stays_there(case: Case) -> None:
-    """Also in the memory that the next call uses, where a norm, a gate or a mask leaves gaps."""
+    """Also in the memory that the next call uses, where a norm, a gate, a mask or an injection leaves gaps."""
     inputs = make_inputs(case, torch.bfloat16, weight_scale=0.5)
     clean = run_fused(inputs, "cpu")
     sick = make_inputs(case, torch.bfloat16, weight_scale=0.5)
