@@ -143,7 +143,7 @@ from trmfast.testing import run_fused
 
 assert build_info().sanitize == sys.argv[1], build_info()
 # Every way through norms, gates and masks, several in a case.
-choices = ("hrm_text", "ouro", "huginn", "parcae", "gate-head", "qk_norm-weights", "window-causal", "gelu")
+choices = ("hrm_text", "ouro", "huginn", "parcae", "gate-head", "qk_norm-weights", "window-causal", "gelu", "simple_gla-segments")
 cases = (*SMALL, *map(find_case, choices))
 emulated = [case for case in (*SMALL, *cases[-2:]) if not sys.argv[2:] or case.name in sys.argv[2:]]
 published = make_case("published", H_cycles=1, L_cycles=1, length=97, num_layers=1, hidden_size=512, num_heads=8)
@@ -207,7 +207,7 @@ def test_a_race_in_a_library_is_reported(thread: Build, tmp_path: Path) -> None:
 
 
 # What emulated tiles do differently; the other cases are of programs and windows, and take five minutes.
-EMULATED = ("trm", "trm-mlp_t", "urm", "odd-sizes", "causal", "grouped-heads", "window-causal", "gelu")
+EMULATED = ("trm", "trm-mlp_t", "urm", "odd-sizes", "causal", "grouped-heads", "window-causal", "gelu", "simple_gla")
 
 
 @pytest.mark.xdist_group("address")
