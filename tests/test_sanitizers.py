@@ -208,7 +208,10 @@ def test_a_race_in_a_library_is_reported(thread: Build, tmp_path: Path) -> None:
 
 
 # What emulated tiles do differently; the other cases are of programs and windows, and take five minutes.
-EMULATED = ("trm", "trm-mlp_t", "urm", "odd-sizes", "causal", "grouped-heads", "window-causal", "gelu", "simple_gla-segments")
+EMULATED = (
+    *("trm", "trm-mlp_t", "urm", "odd-sizes", "causal", "grouped-heads", "window-causal", "gelu"),
+    "simple_gla-segments",
+)
 
 
 @pytest.mark.xdist_group("address")
