@@ -143,10 +143,10 @@ from trmfast.testing import run_fused
 
 assert build_info().sanitize == sys.argv[1], build_info()
 # Every way through norms, gates and masks, several in a case.
-choices = ("hrm_text", "ouro", "huginn", "parcae", "gate-head", "qk_norm-weights", "window-causal", "gelu",
-    "diagonal", "linear-mlp_t", "linear")
-cases = (*SMALL, *map(find_case, choices))
-emulated = [case for case in (*SMALL, *cases[-5:]) if not sys.argv[2:] or case.name in sys.argv[2:]]
+choices = ("hrm_text", "ouro", "huginn", "parcae", "gate-head", "qk_norm-weights")
+emulated_too = ("window-causal", "gelu", "diagonal", "linear-mlp_t", "linear", "simple_gla-segments")
+cases = (*SMALL, *map(find_case, (*choices, *emulated_too)))
+emulated = [c for c in (*SMALL, *map(find_case, emulated_too)) if not sys.argv[2:] or c.name in sys.argv[2:]]
 published = make_case("published", H_cycles=1, L_cycles=1, length=97, num_layers=1, hidden_size=512, num_heads=8)
 # Sequences together, tiles of 32 rows and a rest, and a depth in parts.
 deep = make_case("deep", H_cycles=1, L_cycles=1, batch=2, length=37, num_layers=1, intermediate_size=544)
@@ -208,7 +208,10 @@ def test_a_race_in_a_library_is_reported(thread: Build, tmp_path: Path) -> None:
 
 
 # What emulated tiles do differently; the other cases are of programs and windows, and take five minutes.
-EMULATED = ("trm", "trm-mlp_t", "urm", "odd-sizes", "causal", "grouped-heads", "window-causal", "gelu", "linear")
+EMULATED = (
+    *("trm", "trm-mlp_t", "urm", "odd-sizes", "causal", "grouped-heads", "window-causal", "gelu"),
+    *("linear", "simple_gla-segments"),
+)
 
 
 @pytest.mark.xdist_group("address")

@@ -73,7 +73,7 @@ class ACTLossHead(nn.Module):
     def __init__(self, model: nn.Module, loss_type: str) -> None:
         super().__init__()
         if loss_type not in LOSSES:
-            raise ValueError(f"loss_type: got {loss_type!r}, accepted are {', '.join(LOSSES)}")
+            raise ValueError(f"loss_type: got {reprlib.repr(loss_type)}, accepted are {', '.join(LOSSES)}")
         self.model = model
         self.loss_fn = LOSSES[loss_type]
 
