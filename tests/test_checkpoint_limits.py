@@ -77,6 +77,13 @@ def test_metadata_of_another_kind(
         assert expected in message
 
 
+def test_a_long_name_of_a_loss(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", described() | {"loss": "x" * 5000})
+    with pytest.raises(ValueError, match=r"loss_type: got 'xxx.*accepted are stablemax") as error:
+        trmfast.load(path)
+    assert len(str(error.value)) < 600
+
+
 NUMBERS = [
     ("seq_len", 200_000_000, f"integers up to {MOST['seq_len']}"),
     ("seq_len", 1e30, f"integers up to {MOST['seq_len']}"),

@@ -19,7 +19,7 @@ LAYERS = (
     ("int8", "reference", "recompute", "flops", "watch"),
     ("backends",),
     ("ops", "autograd", "transforms"),
-    ("layers", "nn", "foreign"),
+    ("layers", "networks", "nn", "foreign"),
     ("cases", "testing", "models", "layouts", "checkpoint", "checkpoint_files", "puzzles"),
     ("dropin",),
     ("solving",),

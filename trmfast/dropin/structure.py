@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from trmfast.dropin.families import FAMILIES, Family
-from trmfast.nn import Block
+from trmfast.networks import Block
 from trmfast.problem import COMPUTE_DTYPES, Problem
 from trmfast.spec import BlockSpec, NetSpec
 from trmfast.watch import hook_of, is_sharded, plain

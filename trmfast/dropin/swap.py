@@ -22,7 +22,7 @@ from trmfast import ops
 from trmfast.budget import DEFAULT, Recompute
 from trmfast.dropin.families import FAMILIES, Family, program_of
 from trmfast.dropin.structure import blocks_of, get, read_net, settings_of
-from trmfast.nn import block_weights
+from trmfast.networks import block_weights
 from trmfast.spec import NetSpec
 from trmfast.watch import KEPT, Watch, inside, watch_of, watched_modules
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
@@ -15,7 +16,7 @@ from trmfast import ops
 from trmfast.budget import DEFAULT, Recompute, budget_of
 from trmfast.config import convert
 from trmfast.layers import RotaryEmbedding
-from trmfast.nn import Block, Net, watch_nets
+from trmfast.networks import Block, Net, watch_nets
 from trmfast.program import RecursionProgram
 from trmfast.spec import BlockSpec, NetSpec, swiglu_width
 from trmfast.watch import inside
@@ -77,7 +78,9 @@ class HRMTextConfig:
         if missing:
             raise ValueError(f"config_dict: got no {', '.join(missing)}, required by HRMText")
         if config.get("H_override"):
-            raise ValueError(f"H_override: got {config['H_override']!r}, accepted is {{}}, both networks are alike")
+            raise ValueError(
+                f"H_override: got {reprlib.repr(config['H_override'])}, accepted is {{}}, both networks are alike"
+            )
         # None is upstream's default of rope_theta and init_std.
         given = {name: config[name] for name in known if config.get(name) is not None}
         return cls(**{name: convert(name, str(known[name].type), value) for name, value in given.items()})
@@ -100,7 +103,7 @@ class HRMTextConfig:
 
     def _accept(self, name: str, good: bool, accepted: str) -> None:
         if not good:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}, accepted are {accepted}")
+            raise ValueError(f"{name}: got {reprlib.repr(getattr(self, name))}, accepted are {accepted}")
 
     @property
     def depth(self) -> int:

@@ -18,7 +18,7 @@ from trmfast.backends import BACKENDS
 from trmfast.config import ModelConfig
 from trmfast.layers import CastedEmbedding, CastedLinear, RotaryEmbedding, trunc_normal_init_
 from trmfast.models.sparse_embedding import CastedSparseEmbedding
-from trmfast.nn import Net, watch_nets
+from trmfast.networks import Net, watch_nets
 from trmfast.program import GradientWindow, RecursionProgram
 from trmfast.spec import NetSpec
 from trmfast.watch import inside

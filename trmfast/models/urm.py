@@ -14,7 +14,7 @@ from trmfast.layers import ConvSwiGLU
 from trmfast.models.act import ACTModel, check_carry
 from trmfast.models.carry import Carry, register_carry
 from trmfast.models.inner import Family
-from trmfast.nn import Block
+from trmfast.networks import Block
 from trmfast.spec import NetSpec
 
 __all__ = ["URM", "URMCarry"]
