@@ -196,5 +196,6 @@ def test_no_code_is_shared_between_instruction_sets() -> None:
         namespace = file.stem.removeprefix("engine_")
         symbols = subprocess.check_output(["nm", "--demangle", str(file)], text=True).splitlines()
         weak = [symbol for symbol in symbols if re.match(r"^[0-9a-f ]{16} [WVu] ", symbol)]
-        own = (f"trmfast::{namespace}::", "trmfast::amx_emulated::")  # the latter is in one object only
+        # Emulated tiles are in one object only.  Names of templates over lambdas may be more than nm can demangle.
+        own = (f"trmfast::{namespace}::", "trmfast::amx_emulated::", f" _ZN7trmfast{len(namespace)}{namespace}")
         assert [symbol for symbol in weak if not any(name in symbol for name in own)] == [], file.name
