@@ -66,8 +66,8 @@ def random_case(random: Random) -> Case:
         seq_intermediate_size=0 if attends else random.choice([3, 32, 70]),
         **(choices if attends and random.random() < 0.7 else {}),
     )
-    depth = {"num_layers": random.randint(1, 2), "final_norm": random.random() < 0.5}
-    nets = (NetSpec(block, **depth, injection=random.choice(INJECTIONS)) for _ in program.nets)
+    layers, final = random.randint(1, 2), random.random() < 0.5
+    nets = (NetSpec(block, layers, final, random.choice(INJECTIONS)) for _ in program.nets)
     problem = Problem(program, tuple(nets))
     return Case(program.key, problem, random.choice([1, 2, 5, 7]), length, attends)
 
