@@ -153,6 +153,7 @@ def _power(size: int) -> int:
 INTERPRETED: dict[str, Tile] = {
     "qkv": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "qkv_sum": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
+    "qkv_padded": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "qkv_normed": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "qkv_many": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "attention": Tile.of(BLOCK_M=128, BLOCK_N=LENGTH),
@@ -237,6 +238,11 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
             *(_tile(8, 3, M=128, N=256, K=32), _tile(8, 3, M=128, N=128, K=32)),
             *(_tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
         ),
+        "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
+    },
+    # The same where a gate of one value a head, or decays, are padded to whole heads, which takes registers.
+    "qkv_padded": {
+        "16-bit": (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
         "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
     },
     # Terms that it norms, whose factors take registers.

@@ -332,6 +332,8 @@ def _attention(
 
     def first(terms: Sequence[Rows], total: Buffer | None) -> Launch:
         kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
+        if kernel == "qkv_sum" and block.rows_ahead % block.head_dim:
+            kernel = "qkv_padded"
         if _sums_norms(terms, total):
             kernel = "qkv_normed"
         return writer.make_product(kernel, qkv, block, terms, weights.token[0], qkv_out, total=total, **options)
