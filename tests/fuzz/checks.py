@@ -12,6 +12,7 @@ through norms over one element has their roundings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +35,8 @@ FLUSHING_TARGETS = ("amx", "avx512_bf16")
 FLUSHED = 1e-30
 # In sums of denormal numbers, before any norm.
 DENORMAL = 1e-36
+# Logarithm of what norms may make of them: up to 1e-6, so that a wrong result of ordinary size is still found.
+MOST_GROWN = 69.0
 # In bf16 smaller numbers have few bits (they are 9e-41 apart), on every target.
 SMALLEST_NORMAL = 1.2e-38
 # Of the largest element, with the four norms of two layers.
@@ -148,7 +151,8 @@ def _flushed(run: Run, found: Comparison) -> bool:
     if any(0 < factor < 1e-20 for _, factor in trial.scales):
         problem = trial.case.problem
         norms = problem.nets[0].block.num_norms * trial.num_layers + trial.final_norm
-        lost = DENORMAL * trial.rms_norm_eps ** (-0.5 * norms * len(problem.program.updates))
+        grown = -0.5 * math.log(trial.rms_norm_eps) * norms * len(problem.program.updates)
+        lost = DENORMAL * math.exp(min(grown, MOST_GROWN))
     return found.error < lost
 
 
