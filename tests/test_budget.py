@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from budgets import budget_with_outputs, budget_with_pairs
 from trmfast import recursion
-from trmfast.backends import BACKENDS
+from trmfast.backends import BACKENDS, what_fits
 from trmfast.backends import cpu as engine
 from trmfast.benchmark.memory import saved_bytes
 from trmfast.budget import DEFAULT, EVERYTHING, Recompute, budget_of, recompute_of
@@ -29,6 +31,10 @@ CASES = [
     make_case("hier6", "hier6", H_cycles=1, L_cycles=6, batch=2, window="all", num_layers=1),
     make_case("urm-2-cycles", "urm", H_cycles=3, L_cycles=2, window=2, batch=3, length=7, channel_mixer="conv_swiglu"),
     make_case("mlp_t", batch=3, length=11, hidden_size=48, intermediate_size=24, token_mixer="mlp_t"),
+    # The outputs of the last layer are needed for the final norm, not needed at all, and have weights of their norms.
+    make_case("pre-final", batch=3, length=6, norm_placement="pre", norm_weight=True, final_norm=True),
+    make_case("pre", batch=2, length=9, norm_placement="pre", hidden_size=40, num_heads=5),
+    make_case("sandwich", "hrm", batch=3, length=5, norm_placement="sandwich", norm_weight=True, window="all"),
 ]
 
 
@@ -132,31 +138,30 @@ def run(inputs: Inputs, budget: int) -> tuple[list[Tensor], Tensor, Tensor]:
     )
 
 
-def pair_of(case: Case, dtype: torch.dtype) -> int:
-    return BACKENDS["cpu"].pair_bytes(case.problem, dtype, case.length)
+def size_of(case: Case, pairs: int, outputs: int) -> int:
+    if pairs:
+        return budget_with_pairs(case, torch.bfloat16, pairs)
+    return budget_with_outputs(case, torch.bfloat16, outputs)
 
 
 @needs_engine
 def test_what_fits_is_kept() -> None:
     """The bytes stay within the budget, and what is kept is not saved too."""
     case = make_case("trm", batch=3, length=13)
-    inputs, size, updates = make_inputs(case, torch.bfloat16), pair_of(case, torch.bfloat16), 3
+    inputs, updates = make_inputs(case, torch.bfloat16), 3
     assert case.problem.num_grad_updates == updates
-    for budget, pairs in {
-        0: 0,
-        size - 1: 0,
-        size: 1,
-        2 * size - 1: 1,
-        3 * size - 1: 2,
-        3 * size: 3,
-        4 * size: 4,
-        9 * size - 1: 8,
-        9 * size: 9,
-        EVERYTHING: 9,
-    }.items():
+    steps = [(0, n) for n in range(10)] + [(n, 9 - n) for n in range(1, 10)]
+    sizes = {step: size_of(case, *step) for step in steps}
+    assert list(sizes.values()) == sorted(set(sizes.values()))
+    budgets = [(size, step) for step, size in sizes.items()]
+    budgets += [(sizes[after] - 1, step) for step, after in pairwise(steps)]
+    for budget, (pairs, outputs) in [*budgets, (EVERYTHING, (9, 0))]:
+        found = what_fits(BACKENDS["cpu"], case.problem, torch.bfloat16, case.batch, case.length, budget)
+        assert found == (pairs, outputs, sizes[pairs, outputs])
+        assert what_fits(BACKENDS["cpu"], case.problem, torch.bfloat16, 3, case.length, found.nbytes) == found
         _, saved, kept = run(inputs, budget)
-        assert kept.shape == ((pairs, size) if pairs else (0, 0))
-        assert kept.untyped_storage().nbytes() == pairs * size <= budget
+        assert kept.shape == (found.nbytes,)
+        assert kept.untyped_storage().nbytes() == found.nbytes <= budget
         assert saved.shape == (updates - pairs // 3, 3, 13, 64)
         weights = [weight.clone().requires_grad_() for weight in inputs.weights]
 
@@ -173,18 +178,20 @@ def test_what_fits_is_kept() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_bit_depends_on_the_budget(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.float32 if case.length % 2 else torch.bfloat16
-    inputs, size = make_inputs(case, dtype, weight_scale=0.5), pair_of(case, dtype)
+    inputs = make_inputs(case, dtype, weight_scale=0.5)
     pairs = case.problem.num_grad_updates * case.batch
+    budgets = [0, *(budget_with_outputs(case, dtype, n) for n in (1, pairs // 2 + 1))]
+    budgets += [budget_with_pairs(case, dtype, n) for n in (0, 1, pairs // 2 + 1, pairs - 1, pairs)]
     expected: dict[int, dict[str, Tensor]] = {}
     for store in (1 << 18, 36 << 20):  # filled many times, and once; sums may differ between the two
         monkeypatch.setattr(engine, "STORE_BYTES", store)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for budget in (0, size, (pairs // 2 + 1) * size - 1, (pairs - 1) * size, pairs * size):
+            for budget in budgets:
                 got = run_fused(inputs, "cpu", recompute=budget)
                 results = {**got.outputs, **got.gradients}
                 for name, tensor in expected.setdefault(store, results).items():
-                    assert torch.equal(tensor, results[name]), (store, threads, budget // size, pairs, name)
+                    assert torch.equal(tensor, results[name]), (store, threads, budgets.index(budget), name)
 
 
 @needs_engine
@@ -196,23 +203,25 @@ def test_kept_of_another_layout_is_refused() -> None:
     rest = (problem.program.key, [net.key for net in problem.nets], "cpu", [True] * 2, True, [True] * len(weights))
     backward = torch.ops.trmfast.recursion_backward.default
     grads, tables = list(inputs.grad_states), (inputs.cos, inputs.sin)
-    with pytest.raises(
-        ValueError, match=rf"^kept: got {kept.shape[1] - 64} bytes a pair, accepted are {kept.shape[1]}$"
-    ):
-        backward(grads, saved, kept[:, 64:].contiguous(), weights, *tables, *rest)
+    with pytest.raises(ValueError, match=rf"^kept: got {len(kept) - 64} bytes, accepted is what forward kept, such as"):
+        backward(grads, saved, kept[64:].contiguous(), weights, *tables, *rest)
+    part = budget_with_pairs(case, torch.float32, 4)
     with pytest.raises(
         ValueError, match=r"^saved: got 0 inputs, accepted are 1, one for each grad update that was not"
     ):
-        backward(grads, saved, kept[:4].contiguous(), weights, *tables, *rest)
+        backward(grads, saved, kept[:part].contiguous(), weights, *tables, *rest)
 
 
 @needs_engine
-def test_compiled_once_for_all_batch_sizes() -> None:
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs and outputs", "outputs"])
+def test_compiled_once_for_all_batch_sizes(pairs: bool) -> None:
     """How many updates are kept depends on the batch, which stays symbolic; none or one saved would be a new graph."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     case = make_case("trm", batch=5, length=5, num_layers=1, L_cycles=4)
-    inputs, budget = make_inputs(case), f"{7 * pair_of(case, torch.float32) + 1}B"
+    inputs = make_inputs(case)
+    small = make_case("trm", batch=2, length=5, num_layers=1, L_cycles=4)
+    budget = budget_with_pairs(small, torch.float32, 7) if pairs else budget_with_outputs(small, torch.float32, 12)
     weights = [weight.requires_grad_() for weight in inputs.weights]
 
     def loss(z_H: Tensor, z_L: Tensor, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import trmfast
+from budgets import budget_with_outputs, budget_with_pairs
 from trmfast.backends import BACKENDS, packed_weights
 from trmfast.backends import cpu as engine
 from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
@@ -134,7 +135,8 @@ def test_kept_activations_give_the_bits_of_recomputed_ones(
                 continue
             inputs = make_inputs(case, dtype, weight_scale=0.5)
             recomputed = run_fused(inputs, "cpu", recompute=True)
-            for recompute in (False, BACKENDS["cpu"].pair_bytes(case.problem, dtype, case.length) * 5 // 2):
+            pairs, outputs = budget_with_pairs(case, dtype, 2), budget_with_outputs(case, dtype, 2)
+            for recompute in (False, pairs, outputs):
                 kept = run_fused(inputs, "cpu", recompute=recompute)
                 for name, tensor in recomputed.outputs.items():
                     assert torch.equal(kept.outputs[name], tensor), (case, recompute, name)
@@ -165,6 +167,8 @@ def test_bytes_that_are_kept() -> None:
     size = BACKENDS["cpu"].pair_bytes(case.problem, torch.bfloat16, 97)
     # h, h1, qkv, mixed, gate and up, activation of two layers, and the output: 2 x 7,680 + 512 channels of two bytes.
     assert 1.0 <= size / (97 * 2 * (2 * 7680 + 512)) < 1.1
+    # The outputs of two layers.
+    assert 1.0 <= BACKENDS["cpu"].output_bytes(case.problem, torch.bfloat16, 97) / (97 * 2 * 2 * 512) < 1.1
 
 
 # ---------------------------------------------------------------- weights that change

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from budgets import budget_with_outputs, budget_with_pairs
 from trmfast.backends import BACKENDS
 from trmfast.backends import cpu as engine
 from trmfast.cases import Case, make_case, make_inputs
@@ -77,13 +78,14 @@ def check_same_bits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(case := random_case(random), random.choice([torch.float32, torch.bfloat16]), seed)
     monkeypatch.setattr(engine, "STORE_BYTES", random.choice([1, 1 << 18, 1 << 20, 36 << 20]))
     with engine.force_target(random.choice(TARGETS)):
-        pairs = case.problem.num_grad_updates * case.batch
-        size = BACKENDS["cpu"].pair_bytes(case.problem, inputs.states[0].dtype, case.length)
-        budget = random.randint(1, max(1, pairs)) * size - random.choice([0, 1])
+        sizes = case, inputs.states[0].dtype
+        pairs, less = random.randint(0, case.problem.num_grad_updates * case.batch), random.choice([0, 1])
+        outputs = max(0, budget_with_outputs(*sizes, pairs) - less)
+        budget = budget_with_pairs(*sizes, pairs) - less if pairs else 0
         expected = None
         for threads in THREADS:
             torch.set_num_threads(threads)
-            for recompute in (True, budget, False):
+            for recompute in (True, outputs, budget, False):
                 got = run_fused(inputs, "cpu", recompute=recompute)
                 results = {**got.outputs, **got.gradients}
                 expected = expected or results

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from simt_recursion import ATTENTION, FEW, MIXER, build, run_emulated
-from trmfast.backends import BackwardCall, cuda
+from trmfast.backends import BackwardCall, Kept, cuda
 from trmfast.backends.triton import interprets
 from trmfast.cases import Inputs, make_case, make_inputs
 from trmfast.testing import Result, compare_results, require, run_eager, run_truth
@@ -46,7 +46,8 @@ def _hand_over(inputs: Inputs, states: Any, saved: torch.Tensor) -> Result:
         problem,
         grad_states=[g.contiguous() for g in inputs.grad_states],
         saved=saved,
-        kept=saved.new_empty((0, 0), dtype=torch.uint8),
+        kept=saved.new_empty(0, dtype=torch.uint8),
+        keep=Kept(),
         weights=inputs.weights,
         cos=tables[0],
         sin=tables[1],

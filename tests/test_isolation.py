@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from budgets import budget_with_outputs, budget_with_pairs
 from trmfast.backends import BACKENDS
 from trmfast.budget import Recompute
 from trmfast.cases import Case, Inputs, make_case, make_inputs
@@ -80,8 +81,8 @@ def check(
 @pytest.mark.usefixtures("one_thread", "target")
 def test_cpu_engine(case: Case, dtype: torch.dtype, value: float) -> None:
     inputs = make_inputs(case, dtype, weight_scale=0.5)
-    part = BACKENDS["cpu"].pair_bytes(case.problem, dtype, case.length) * 5 // 2  # two sequences of the last update
-    for recompute in (part, False):
+    # Two sequences of the last update; outputs alone of a part of the window.
+    for recompute in (budget_with_pairs(case, dtype, 2), budget_with_outputs(case, dtype, case.batch + 1), False):
         check(inputs, "cpu", value, recompute=recompute)
 
 

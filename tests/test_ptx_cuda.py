@@ -23,7 +23,7 @@ from standin import standin
 from standin.driver import Driver, build
 from trmfast import backends
 from trmfast.backends import BACKENDS, cuda
-from trmfast.backends.call import ForwardCall
+from trmfast.backends.call import ForwardCall, Kept
 from trmfast.cases import Case, Inputs, make_case, make_inputs
 from trmfast.engine import block_fields
 from trmfast.testing import Comparison, Result, compare_results, pool, require, run_eager, run_truth
@@ -76,7 +76,7 @@ def forward(driver: Driver, inputs: Inputs) -> tuple[list[torch.Tensor], torch.T
     """Final states and saved sums; an error of a kernel is raised as it was found."""
     given = [tensor.clone() for tensor in (*inputs.states, *inputs.weights)]
     call = ForwardCall(
-        inputs.problem, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin, save=True, keep=0
+        inputs.problem, inputs.states, inputs.x, inputs.weights, inputs.cos, inputs.sin, save=True, keep=Kept()
     )
     driver.error = None
     try:

@@ -25,7 +25,7 @@ from test_triton_choices import values
 from test_triton_plan import check_written_before_read, setting_of
 from triton_guard import DEVICE, INTERPRETED
 from triton_races import check_plan
-from trmfast.backends import BACKENDS, kept_pairs
+from trmfast.backends import BACKENDS, Kept, what_fits
 from trmfast.backends import triton as backend
 from trmfast.budget import EVERYTHING
 from trmfast.cases import LOOPED, PUBLISHED, Case, make_inputs
@@ -151,8 +151,8 @@ def test_the_budget_keeps_whole_updates() -> None:
     problem, dtype = MANY.problem, torch.bfloat16
     one, triton, updates = pair_bytes(MANY, dtype), BACKENDS["triton"], problem.num_grad_updates
     for budget, pairs in {one: 0, 3 * one - 1: 0, 3 * one: 3, 8 * one: 6, EVERYTHING: 3 * updates}.items():
-        assert kept_pairs(triton, problem, dtype, 3, MANY.length, budget) == (pairs, one)
-    assert kept_pairs(triton, problem, dtype, 3, MANY.length, one - 1) == (0, 0)
+        assert what_fits(triton, problem, dtype, 3, MANY.length, budget) == Kept(pairs, 0, pairs * one)
+    assert what_fits(triton, problem, dtype, 3, MANY.length, one - 1) == Kept()
 
 
 @pytest.mark.parametrize("budget", [0, 5 * 10**3, EVERYTHING])
@@ -167,13 +167,13 @@ def test_the_operator_and_its_fake_agree(budget: int) -> None:
 
 def test_kept_of_another_layout_is_refused() -> None:
     case = small("refused", num_layers=1)
-    inputs, size, nets = make_inputs(case, device=DEVICE), pair_bytes(case, torch.float32), case.problem.nets
+    inputs, nets = make_inputs(case, device=DEVICE), case.problem.nets
     keys = case.problem.program.key, [net.key for net in nets], "triton"
     tensors: list[Any] = [list(inputs.states), inputs.x, list(inputs.weights), inputs.cos, inputs.sin]
     _, saved, kept = torch.ops.trmfast.recursion.default(*tensors, *keys, True, EVERYTHING)
     rest = (*tensors[2:], *keys, [True] * 2, True, [True] * len(inputs.weights))
-    with pytest.raises(ValueError, match=rf"^kept: got {kept.shape[0]} pairs of {size - 64} bytes, accepted are"):
-        torch.ops.trmfast.recursion_backward.default(list(inputs.grad_states), saved, kept[:, 64:].clone(), *rest)
+    with pytest.raises(ValueError, match=rf"^kept: got {len(kept) - 64} bytes, accepted is what forward kept, such as"):
+        torch.ops.trmfast.recursion_backward.default(list(inputs.grad_states), saved, kept[64:].clone(), *rest)
 
 
 @pytest.mark.representative(when=lambda name, gpu: name == "trm-sudoku-mlp" and gpu == "H100")

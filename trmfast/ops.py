@@ -16,7 +16,7 @@ from trmfast.autograd import (
     refuse_double_backward,
     run_below_autograd,
 )
-from trmfast.backends import BackwardCall, ForwardCall, kept_pairs, select
+from trmfast.backends import BackwardCall, ForwardCall, Kept, select, what_fits
 from trmfast.budget import DEFAULT, Recompute, budget_of
 from trmfast.flops import backward_flops, forward_flops
 from trmfast.problem import Problem, check_segments
@@ -76,8 +76,10 @@ def recursion(
         backend: the name of a backend, or ``"auto"``.
         recompute: True: backward computes the whole gradient window again; False: forward keeps all its activations,
             which is faster and takes about thirty times the memory of the summed inputs; or the bytes of activations
-            that this call may keep, a number or a size such as ``"256MB"``.  Memory and time change in proportion; no
-            bit of a result does.  GPU backends, the reference and exported programs recompute everything.
+            that this call may keep, a number or a size such as ``"256MB"``.  On the CPU engine they buy the outputs of
+            blocks first, which spare the most time a byte, then all activations of the last updates; Triton keeps whole
+            updates; the CUDA engine, the reference and exported programs keep nothing.  No bit of a result depends on
+            it.
         dtype: ``"int8"`` for int8 operands in the products by weights (trmfast/int8.py); states and x are cast to
             bfloat16 here, and gradients are refused.
         segments: for networks with ``BlockSpec.segments``: integers [B, L, 2], for each token the first position of its
@@ -189,10 +191,10 @@ def _forward(
     cos, sin = _tables(problem, cos, sin, length, first.dtype)
     states = [state.contiguous() for state in states]
     x = x.contiguous() if x is not None and problem.uses_x else None
-    pairs, size = kept_pairs(chosen, problem, first.dtype, batch, length, budget if save else 0)
-    call = ForwardCall(problem, states, x, weights, cos, sin, save, pairs, int8, segments)
+    keep = what_fits(chosen, problem, first.dtype, batch, length, budget if save else 0)
+    call = ForwardCall(problem, states, x, weights, cos, sin, save, keep, int8, segments)
     out, saved, kept = chosen.forward(call)
-    return [t.contiguous() for t in out], saved, kept if pairs else kept.new_empty((0, size))
+    return [t.contiguous() for t in out], saved, kept
 
 
 def _forward_fake(
@@ -215,15 +217,15 @@ def _forward_fake(
     first = states[0]
     if int8:
         _check_int8(first.dtype, save)
-    pairs, size, updates = 0, 0, problem.num_grad_updates if save else 0
+    keep, updates = Kept(), problem.num_grad_updates if save else 0
     if updates and budget and first.numel():
         # The batch may stay symbolic, as the backend does not depend on it here; the length becomes a constant.
         batch, length = first.shape[0], int(first.shape[1])
         chosen = select(backend, problem, first.device, first.dtype, 1, length)
-        pairs, size = kept_pairs(chosen, problem, first.dtype, batch, length, budget)
-        updates -= pairs // batch
+        keep = what_fits(chosen, problem, first.dtype, batch, length, budget)
+        updates -= keep.pairs // batch
     saved = first.new_empty((updates, *first.shape))
-    return [first.new_empty(first.shape) for _ in states], saved, first.new_empty((pairs, size), dtype=torch.uint8)
+    return [first.new_empty(first.shape) for _ in states], saved, first.new_empty(keep.nbytes, dtype=torch.uint8)
 
 
 def _check_int8(dtype: torch.dtype, save: bool) -> None:
@@ -278,11 +280,6 @@ def _backward(
     x: Tensor | None = None,
 ) -> list[Tensor]:
     problem = Problem.from_keys(program, tuple(nets))
-    updates = problem.num_grad_updates - kept.shape[0] // max(saved.shape[1], 1)
-    if saved.shape[0] != updates:
-        raise ValueError(
-            f"saved: got {saved.shape[0]} inputs, accepted are {updates}, one for each grad update that was not kept"
-        )
     if problem.backward_reads_x and x is None:
         raise ValueError("x: got None, accepted is that of the forward pass, from which backward computes inputs again")
     problem.validate(grad_states, grad_states[0] if x is None else x, weights, cos, sin, segments)
@@ -293,12 +290,16 @@ def _backward(
     gw: Sequence[Tensor | None] = [None] * len(weights)
     if grad_states[0].numel():
         chosen = select(backend, problem, saved.device, dtype, batch, length)
+        keep = what_fits(chosen, problem, dtype, batch, length, kept.numel())
+        _check_kept(problem, saved, kept, keep)
         cos, sin = _tables(problem, cos, sin, length, dtype)
         grads = [g.contiguous() for g in grad_states]
         needs = needs_states, needs_x and problem.uses_x, needs_weights
         segments = None if segments is None else segments.to(torch.int32).contiguous()
         injected = x.contiguous() if x is not None and problem.backward_reads_x else None
-        call = BackwardCall(problem, grads, saved.contiguous(), kept, weights, cos, sin, *needs, segments, injected)
+        call = BackwardCall(
+            problem, grads, saved.contiguous(), kept, keep, weights, cos, sin, *needs, segments, injected
+        )
         gs, gx, gw = chosen.backward(call)
     shape = grad_states[0].shape
     results = [_result(g, need, saved, shape, dtype) for g, need in zip(gs, needs_states, strict=True)]
@@ -307,6 +308,17 @@ def _backward(
         _result(g, need, saved, w.shape, w.dtype) for g, need, w in zip(gw, needs_weights, weights, strict=True)
     ]
     return results
+
+
+def _check_kept(problem: Problem, saved: Tensor, kept: Tensor, keep: Kept) -> None:
+    """Raises ValueError unless the sizes are those of what a forward pass returns."""
+    if kept.numel() != keep.nbytes:
+        raise ValueError(f"kept: got {kept.numel()} bytes, accepted is what forward kept, such as {keep.nbytes} bytes")
+    updates = problem.num_grad_updates - keep.pairs // saved.shape[1]
+    if saved.shape[0] != updates:
+        raise ValueError(
+            f"saved: got {saved.shape[0]} inputs, accepted are {updates}, one for each grad update that was not kept"
+        )
 
 
 def _result(grad: Tensor | None, need: bool, like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -52,15 +52,18 @@ public:
   int together; // sequences of a thread that share one pass over the weights
   RopeTables tables;
   ActivationStore<T> kept;        // of forward
+  OutputStore<T> outputs;         // of forward too
   ActivationStore<T> activations; // as many slots as `gradients`, none without recomputation
   GradientStore<T> gradients;
   T* panels; // shared: the packed operand of a weight gradient
 
   BackwardWorkspace(Arena& arena, const BackwardJob& backward)
-      : backward(backward), block(backward.job.nets[0].block), recompute(backward.kept_pairs < all_pairs(backward.job)),
+      : backward(backward), block(backward.job.nets[0].block), recompute(backward.kept.pairs < all_pairs(backward.job)),
         layers(most_layers(backward.job)), group(choose_group(backward)),
         slots(choose_slots(backward, recompute, group)), together(choose_together(backward.job, slots)),
-        tables(arena, backward.job), kept(of_forward(backward)),
+        tables(arena, backward.job),
+        kept(of_forward<ActivationStore<T>>(backward.job, backward.kept.activations, backward.kept.pairs)),
+        outputs(of_forward<OutputStore<T>>(backward.job, backward.kept.outputs, backward.kept.output_pairs)),
         activations(arena, backward.job, recompute ? slots : 0), gradients(arena, backward.job, slots, recompute),
         panels(arena.take<T>(panels_elements())) {
     Arena one(nullptr);
@@ -83,7 +86,7 @@ public:
   }
   // The batch that begins with a pair, the first of a group.
   Batch batch(int pair) const {
-    const int ahead = backward.kept_pairs - pair;
+    const int ahead = backward.kept.pairs - pair;
     if (!recompute) return {true, pair, slots};
     return ahead < group ? Batch{false, pair, slots} : Batch{true, pair, smaller(slots, ahead / group * group)};
   }
@@ -95,9 +98,9 @@ private:
   static int choose_together(const Job& job, int slots) {
     return smaller(sequences_together<T>(job.length), larger(1, smaller(job.batch, slots) / job.threads));
   }
-  static ActivationStore<T> of_forward(const BackwardJob& backward) {
-    Arena arena(const_cast<void*>(backward.kept));
-    return ActivationStore<T>(arena, backward.job, backward.kept_pairs);
+  template <class Store> static Store of_forward(const Job& job, void* memory, int pairs) {
+    Arena arena(memory);
+    return Store(arena, job, pairs);
   }
   static size_t slot_bytes(const Job& job, bool recompute) {
     Arena arena(nullptr);

@@ -187,8 +187,8 @@ template <class T> auto gate_up_epilogue(const BlockShape& block, const BlockAct
   };
 }
 
-// out: [rows, out_stride]; it may be act.h, and where no sum is normed act.h1 may be act.h too.  u: f32 [rows,
-// strides.u], scratch of the team.
+// out: [rows, out_stride]; it may be act.h, and where no sum is normed act.h1 may be act.h too.  Null: the last product
+// and the norm of its result are left out.  u: f32 [rows, strides.u], scratch of the team.
 template <class T>
 void block_forward(const Team& team, const BlockShape& block, const ForwardWeights<T>& weights,
                    const Positions& positions, int sequences, int length, const BlockActivations<T>& act, float* u,
@@ -229,6 +229,7 @@ void block_forward(const Team& team, const BlockShape& block, const ForwardWeigh
     convolve_rows(team, block, weights.conv, rows, length, act.activation, act.convolved, strides.activation);
     team.sync();
   }
+  if (!out) return;
   team.begin("down");
   const HalfResult<T> half = {act.h1, u, vectors.result_norm[1], act.normed2, act.rstd2, out, out_stride};
   gemm(team, down_input(block, act), strides.activation, rows, weights.down, block.inner, D, scratch.tile,

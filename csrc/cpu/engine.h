@@ -128,8 +128,16 @@ struct Job {
   const int32_t* segments = nullptr; // [B, L, 2] or null, see Mask
 };
 
-// Backward takes the (update, sequence) pairs of the window from its end: the last update first, and the sequences of
-// an update in their order.  Forward keeps the activations of the first `kept_pairs` in that order.
+// What forward keeps for backward, which takes the (update, sequence) pairs of the window from its end: the last update
+// first, and the sequences of an update in their order.  Of the first pairs in that order the activations are kept, of
+// the next ones the outputs of the blocks, which spares the last product of each when the rest is computed again.
+struct Kept {
+  void* activations = nullptr; // kept_bytes(job, pairs)
+  int pairs = 0;
+  void* outputs = nullptr; // output_bytes(job, output_pairs)
+  int output_pairs = 0;
+};
+
 struct ForwardJob {
   Job job;
   const void* const* states_in; // num_states x [B, L, D]
@@ -138,16 +146,14 @@ struct ForwardJob {
   // [updates, B, L, D], the summed inputs of the updates with gradient that are not wholly kept, or null; where an
   // injection has a weight, the sums of the sources.
   void* saved;
-  void* kept; // kept_bytes(job, kept_pairs), or null
-  int kept_pairs;
+  Kept kept;
 };
 
 struct BackwardJob {
   Job job;
   const void* const* grad_states_out; // num_states x [B, L, D] in the compute dtype; null: zero
   const void* saved;                  // as in ForwardJob: what was not kept is recomputed from it
-  const void* kept;
-  int kept_pairs;
+  Kept kept;
   float* const* grad_states;  // num_states x [B, L, D]: running gradients, finally those of the incoming states
   float* grad_x;              // [B, L, D] or null
   float* const* grad_weights; // net by net, layer by layer; null if not requested.  Nothing is
@@ -181,9 +187,10 @@ struct Engine {
   size_t (*packed_bytes)(const NetShape& net, bool backward);
   void (*pack)(const NetShape& net, const float* const* weights, bool backward, void* packed, int thread, int threads);
   size_t (*kept_bytes)(const Job& job, int pairs);
+  size_t (*output_bytes)(const Job& job, int pairs);
   size_t (*forward_bytes)(const ForwardJob& job);
   void (*forward)(const ForwardJob& job, void* workspace, int thread);
-  // Null for i8, which is for inference, as is kept_bytes.
+  // Null for i8, which is for inference, as are the two above.
   size_t (*backward_bytes)(const BackwardJob& job);
   void (*backward)(const BackwardJob& job, void* workspace, int thread);
   double (*peak_gflops)(double seconds);

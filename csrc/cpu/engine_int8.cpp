@@ -106,6 +106,7 @@ const Engine TRMFAST_JOIN(engine, TRMFAST_NAMESPACE) = {
     TRMFAST_NAMESPACE::packed_bytes,
     TRMFAST_NAMESPACE::pack,
     nullptr,
+    nullptr,
     TRMFAST_NAMESPACE::forward_bytes<int8_t>,
     TRMFAST_NAMESPACE::forward<int8_t>,
     nullptr,

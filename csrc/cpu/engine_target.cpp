@@ -62,6 +62,7 @@ const Engine TRMFAST_JOIN(engine, TRMFAST_NAMESPACE) = {
     TRMFAST_NAMESPACE::packed_bytes,
     TRMFAST_NAMESPACE::pack,
     TRMFAST_NAMESPACE::kept_bytes<TRMFAST_NAMESPACE::Element>,
+    TRMFAST_NAMESPACE::output_bytes<TRMFAST_NAMESPACE::Element>,
     TRMFAST_NAMESPACE::forward_bytes<TRMFAST_NAMESPACE::Element>,
     TRMFAST_NAMESPACE::forward<TRMFAST_NAMESPACE::Element>,
     TRMFAST_NAMESPACE::backward_bytes<TRMFAST_NAMESPACE::Element>,

@@ -129,23 +129,32 @@ public:
   Monitor monitor;
 };
 
+// Address and pairs of the kept activations, and of the kept outputs.
+using KeptArguments = std::tuple<Address, int, Address, int>;
+
+Kept kept_of(const KeptArguments& kept) {
+  const auto& [activations, pairs, outputs, output_pairs] = kept;
+  return {reinterpret_cast<void*>(activations), pairs, reinterpret_cast<void*>(outputs), output_pairs};
+}
+
 void forward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
              std::tuple<int, int, int> shape, const std::vector<Address>& states_in,
-             const std::vector<Address>& states_out, Address x, Address saved, Address kept, int kept_pairs,
-             Address cos, Address sin, int threads, const py::object& phases, Address segments) {
+             const std::vector<Address>& states_out, Address x, Address saved, const KeptArguments& kept, Address cos,
+             Address sin, int threads, const py::object& phases, Address segments) {
   PythonMonitor python(phases);
   const OwnedJob owned(program, nets, shape, cos, sin, segments, threads, &python.monitor);
   const auto in = pointers<const void>(states_in);
   const auto out = pointers<void>(states_out);
   run(nets[0]->engine, ForwardJob{owned.job, in.data(), out.data(), reinterpret_cast<const void*>(x),
-                                  reinterpret_cast<void*>(saved), reinterpret_cast<void*>(kept), kept_pairs});
+                                  reinterpret_cast<void*>(saved), kept_of(kept)});
   python.rethrow();
 }
 
-// The size of the activations of one update of one sequence that forward keeps; those of several take at most as many
-// times as much.  layers: those of each net, whether it has a final norm, and its injection.
-size_t pair_bytes(const std::string& target, const std::string& element, const BlockShape& block,
-                  const std::vector<std::tuple<int, bool, int>>& layers, int length) {
+// The size of the activations of one update of one sequence that forward keeps, and of the outputs of its blocks alone;
+// those of several take at most as many times as much.  layers: those of each net, whether it has a final norm, and its
+// injection.
+std::pair<size_t, size_t> pair_bytes(const std::string& target, const std::string& element, const BlockShape& block,
+                                     const std::vector<std::tuple<int, bool, int>>& layers, int length) {
   std::vector<NetShape> nets;
   for (const auto& [count, final_norm, injection] : layers)
     nets.push_back({block, count, final_norm, static_cast<Injection>(injection)});
@@ -153,12 +162,13 @@ size_t pair_bytes(const std::string& target, const std::string& element, const B
   job.length = length;
   job.nets = nets.data();
   job.num_nets = static_cast<int>(nets.size());
-  return find_engine(target, element).kept_bytes(job, 1);
+  const Engine& engine = find_engine(target, element);
+  return {engine.kept_bytes(job, 1), engine.output_bytes(job, 1)};
 }
 
 void backward(const OwnedProgram& program, const std::vector<const PackedWeights*>& nets,
-              std::tuple<int, int, int> shape, const std::vector<Address>& grad_states_out, Address saved, Address kept,
-              int kept_pairs, const std::vector<Address>& grad_states, Address grad_x,
+              std::tuple<int, int, int> shape, const std::vector<Address>& grad_states_out, Address saved,
+              const KeptArguments& kept, const std::vector<Address>& grad_states, Address grad_x,
               const std::vector<Address>& grad_weights, Address cos, Address sin, int threads, size_t store_bytes,
               const std::vector<Address>& weights_f32, const py::object& phases, Address segments, Address x) {
   PythonMonitor python(phases);
@@ -167,10 +177,9 @@ void backward(const OwnedProgram& program, const std::vector<const PackedWeights
   const auto states = pointers<float>(grad_states);
   const auto weights = pointers<float>(grad_weights);
   const auto read = pointers<const float>(weights_f32);
-  run(nets[0]->engine,
-      BackwardJob{owned.job, from.data(), reinterpret_cast<const void*>(saved), reinterpret_cast<const void*>(kept),
-                  kept_pairs, states.data(), reinterpret_cast<float*>(grad_x), weights.data(), store_bytes, read.data(),
-                  reinterpret_cast<const void*>(x)});
+  run(nets[0]->engine, BackwardJob{owned.job, from.data(), reinterpret_cast<const void*>(saved), kept_of(kept),
+                                   states.data(), reinterpret_cast<float*>(grad_x), weights.data(), store_bytes,
+                                   read.data(), reinterpret_cast<const void*>(x)});
   python.rethrow();
 }
 
@@ -294,12 +303,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("pair_bytes", &pair_bytes, py::arg("target"), py::arg("element"), py::arg("block"), py::arg("layers"),
         py::arg("length"), Released());
   m.def("forward", &forward, py::arg("program"), py::arg("nets"), py::arg("shape"), py::arg("states_in"),
-        py::arg("states_out"), py::arg("x"), py::arg("saved"), py::arg("kept"), py::arg("kept_pairs"), py::arg("cos"),
-        py::arg("sin"), py::arg("threads"), py::arg("phases") = py::none(), py::arg("segments") = 0, Released());
+        py::arg("states_out"), py::arg("x"), py::arg("saved"), py::arg("kept"), py::arg("cos"), py::arg("sin"),
+        py::arg("threads"), py::arg("phases") = py::none(), py::arg("segments") = 0, Released());
   m.def("backward", &backward, py::arg("program"), py::arg("nets"), py::arg("shape"), py::arg("grad_states_out"),
-        py::arg("saved"), py::arg("kept"), py::arg("kept_pairs"), py::arg("grad_states"), py::arg("grad_x"),
-        py::arg("grad_weights"), py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("store_bytes"),
-        py::arg("weights"), py::arg("phases") = py::none(), py::arg("segments") = 0, py::arg("x") = 0, Released());
+        py::arg("saved"), py::arg("kept"), py::arg("grad_states"), py::arg("grad_x"), py::arg("grad_weights"),
+        py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("store_bytes"), py::arg("weights"),
+        py::arg("phases") = py::none(), py::arg("segments") = 0, py::arg("x") = 0, Released());
   m.def(
       "fingerprint",
       [](const std::vector<Address>& arrays, const std::vector<int64_t>& sizes, int threads) {

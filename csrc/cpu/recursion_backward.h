@@ -11,34 +11,55 @@
 namespace trmfast {
 namespace TRMFAST_NAMESPACE {
 
+// The output of a block and what the norm of its result gave <- those that forward kept, from slot `from` on.
+template <class T>
+void copy_output(const BackwardWorkspace<T>& workspace, const Team& team, int layer, int layers, int rows, int from,
+                 int slot) {
+  const BlockShape& block = workspace.block;
+  const long stride = BlockStrides(block).h;
+  const BlockOutput<T> output = workspace.outputs.layer(layer, from);
+  const BlockActivations<T> act = workspace.activations.layer(layer, slot);
+  team.begin("copy of the output");
+  copy_rows(team, rows, block.width, output.out, stride, workspace.activations.output(layer, layers, slot), stride);
+  if (output.normed2) copy_rows(team, rows, block.width, output.normed2, stride, act.normed2, stride);
+  if (output.rstd2 && team.rank == 0)
+    __builtin_memcpy(act.rstd2, output.rstd2, sizeof(float) * static_cast<size_t>(rows));
+  team.sync();
+}
+
 // Recomputes an update's activations for consecutive sequences from their saved inputs, and from their x where an
-// injection has a weight; null: the update does not inject it.
+// injection has a weight; null: the update does not inject it.  outputs: where forward kept the outputs of the blocks,
+// the slot; -1: it did not.
 template <class T>
 void slot_forward(const BackwardWorkspace<T>& workspace, const Team& team, const Update& update, const T* saved,
-                  const T* x, const Positions& positions, int sequences, int slot, const BackwardThread<T>& shared,
-                  const BackwardThread<T>& mine) {
+                  const T* x, const Positions& positions, int sequences, int slot, int outputs,
+                  const BackwardThread<T>& shared, const BackwardThread<T>& mine) {
   const Job& job = workspace.backward.job;
   const NetShape& net = job.nets[update.net];
   const BlockStrides strides(net.block);
   const int L = job.length, D = job.width;
-  const Range rows = team.split(sequences * L);
+  const int rows = sequences * L;
   const void* packed = job.packed[update.net].forward;
   T* h = workspace.activations.layer(0, slot).h;
   T* to = net.injection == Injection::add ? h : workspace.activations.total(slot);
   team.begin("saved input");
-  for (int t = rows.begin; t < rows.end; ++t)
-    __builtin_memcpy(to + t * strides.h, saved + static_cast<long>(t) * D, sizeof(T) * static_cast<size_t>(D));
+  copy_rows(team, rows, D, saved, D, to, strides.h);
   team.sync();
   if (net.injection != Injection::add)
-    inject(team, net, injection_weights<T, ForwardWeights<T>>(net, packed), update.num_sources > 0, to, x,
-           sequences * L, h, mine.scratch.tile);
+    inject(team, net, injection_weights<T, ForwardWeights<T>>(net, packed), update.num_sources > 0, to, x, rows, h,
+           mine.scratch.tile);
   Arena weights(const_cast<void*>(packed));
-  for (int layer = 0; layer < net.layers; ++layer)
+  for (int layer = 0; layer < net.layers; ++layer) {
+    // Nobody reads the last output where no norm follows the last product.
+    const bool read = layer + 1 < net.layers || has_result_norm(net.block) || net.final_norm;
+    if (read && outputs >= 0) copy_output(workspace, team, layer, net.layers, rows, outputs, slot);
     block_forward(team, net.block, ForwardWeights<T>(weights, net.block), positions, sequences, L,
                   workspace.activations.layer(layer, slot), shared.buffers.u,
-                  workspace.activations.output(layer, net.layers, slot), strides.h, mine.scratch);
+                  read && outputs < 0 ? workspace.activations.output(layer, net.layers, slot) : nullptr, strides.h,
+                  mine.scratch);
+  }
   if (net.final_norm)
-    norm_net<T>(team, net.block, sequences * L, workspace.activations.out(slot), nullptr, nullptr,
+    norm_net<T>(team, net.block, rows, workspace.activations.out(slot), nullptr, nullptr,
                 workspace.activations.final_rstd(slot), workspace.activations.normed(slot), strides.h);
 }
 
@@ -76,16 +97,22 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   const Range rows = team.split(sequences * L);
   const Positions positions = Positions{workspace.tables.rope(job), job.segments}.of(sequence, L);
   if (!place.kept) {
-    const int kept = smaller(sequences, larger(0, backward.kept_pairs - place.pair));
+    const int before = place.pair - backward.kept.pairs; // pairs before the first of these that are not kept
+    const int kept = smaller(larger(-before, 0), sequences);
+    const int with_outputs = smaller(larger(backward.kept.output_pairs - before - kept, 0), sequences - kept);
     if (kept) team.begin("copy of kept activations");
     for (int s = 0; s < kept; ++s)
       workspace.activations.copy(team, net.layers, workspace.kept, place.pair + s, place.slot + s);
     if (kept) team.sync();
-    const long at = first + static_cast<long>(kept) * L * D;
-    const T* x = backward.x && update.inject_x ? static_cast<const T*>(backward.x) + at : nullptr;
-    if (kept < sequences)
-      slot_forward(workspace, team, update, saved + at, x, positions.of(kept, L), sequences - kept, place.slot + kept,
+    const auto recompute = [&](int from, int count, int outputs) {
+      if (!count) return;
+      const long at = first + static_cast<long>(from) * L * D;
+      const T* x = backward.x && update.inject_x ? static_cast<const T*>(backward.x) + at : nullptr;
+      slot_forward(workspace, team, update, saved + at, x, positions.of(from, L), count, place.slot + from, outputs,
                    shared, mine);
+    };
+    recompute(kept, with_outputs, before + kept);
+    recompute(kept + with_outputs, sequences - kept - with_outputs, -1);
   }
 
   team.begin("gradient of the output");
@@ -239,7 +266,7 @@ template <class T> void program_backward(const BackwardJob& backward, void* memo
   const long elements = static_cast<long>(job.batch) * job.length * job.width;
   // Behind the updates that are not wholly kept.
   const T* saved = static_cast<const T*>(backward.saved) +
-                   (all_pairs(job) - backward.kept_pairs + job.batch - 1) / job.batch * elements;
+                   (all_pairs(job) - backward.kept.pairs + job.batch - 1) / job.batch * elements;
   bool zero[kMostStates] = {}, summed[kMostNets] = {};
   int next = 0, used = 0, net = 0; // the next pair; slots in use, of one net
   Batch batch = {};
@@ -261,7 +288,7 @@ template <class T> void program_backward(const BackwardJob& backward, void* memo
       zero[update.dst] = true;
       continue;
     }
-    if (next + job.batch > backward.kept_pairs) saved -= elements;
+    if (next + job.batch > backward.kept.pairs) saved -= elements;
     for (int s = 0; s < update.num_sources; ++s) zero[job.program.sources[update.first_source + s]] = false;
     for (int sequence = 0; sequence < job.batch;) {
       if (used > 0 && (used == batch.room || net != update.net)) add_up();

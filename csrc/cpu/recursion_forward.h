@@ -118,6 +118,14 @@ void sum_sources(const Team& team, const Job& job, const Update& update, const T
   }
 }
 
+// Copies the D channels of each row.
+template <class T>
+void copy_rows(const Team& team, int rows, int D, const T* from, long from_stride, T* to, long to_stride) {
+  const Range range = team.split(rows);
+  for (int t = range.begin; t < range.end; ++t)
+    __builtin_memcpy(to + t * to_stride, from + t * from_stride, sizeof(T) * static_cast<size_t>(D));
+}
+
 // out <- the final norm of a net of `rows` tokens from h, the output of its last block.  weight, normed (without it)
 // and rstd may be null.
 template <class T>
@@ -134,18 +142,29 @@ void norm_net(const Team& team, const BlockShape& block, int rows, const T* h, c
   team.sync();
 }
 
-// The layers of a net for one update; h is act.h, the result goes to out.
+// The layers of a net for one update; h is act.h, the result goes to out, and the output of each block to a slot of
+// `kept` too, unless that is null.
 template <class T>
 void net_forward(const Team& team, const NetShape& net, const void* packed, const Positions& positions, int sequences,
-                 int length, const BlockActivations<T>& act, float* u, T* out, long out_stride,
-                 const BlockScratch<T>& scratch) {
+                 int length, BlockActivations<T> act, float* u, T* out, long out_stride, const OutputStore<T>* kept,
+                 int slot, const BlockScratch<T>& scratch) {
   Arena weights(const_cast<void*>(packed));
   const long stride = BlockStrides(net.block).h;
   for (int layer = 0; layer < net.layers; ++layer) {
     const bool last = layer + 1 == net.layers && !net.final_norm;
+    const bool keep = kept && layer < kept->layers();
+    const BlockOutput<T> output = keep ? kept->layer(layer, slot) : BlockOutput<T>{};
+    act.rstd2 = output.rstd2;
+    act.normed2 = output.normed2;
     // h is dead once h1 is computed, so a block may overwrite its input.
-    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), positions, sequences, length, act, u,
-                  last ? out : act.h, last ? out_stride : stride, scratch);
+    T* to = last ? out : act.h;
+    const long to_stride = last ? out_stride : stride;
+    block_forward(team, net.block, ForwardWeights<T>(weights, net.block), positions, sequences, length, act, u, to,
+                  to_stride, scratch);
+    if (!keep) continue;
+    team.begin("copy of the output");
+    copy_rows(team, sequences * length, net.block.width, to, to_stride, output.out, stride);
+    team.sync();
   }
   if (net.final_norm)
     norm_net<T>(team, net.block, sequences * length, act.h, take_final_norm(weights, net), nullptr, nullptr, out,
@@ -169,9 +188,7 @@ void net_forward_kept(const Team& team, const NetShape& net, const void* packed,
     return;
   }
   team.begin("copy of the output");
-  const Range rows = team.split(sequences * length);
-  for (int t = rows.begin; t < rows.end; ++t)
-    __builtin_memcpy(out + static_cast<long>(t) * D, store.out(slot) + t * stride, sizeof(T) * static_cast<size_t>(D));
+  copy_rows(team, sequences * length, D, store.out(slot), stride, out, D);
   team.sync();
 }
 
@@ -182,8 +199,9 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
   const long first_row = static_cast<long>(first_sequence) * job.length,
              elements = static_cast<long>(job.batch) * job.length * job.width;
   const Positions positions = Positions{rope, job.segments}.of(first_sequence, job.length);
-  Arena arena(forward.kept);
-  const ActivationStore<T> store(arena, job, forward.kept_pairs);
+  Arena activations(forward.kept.activations), outputs(forward.kept.outputs);
+  const ActivationStore<T> store(activations, job, forward.kept.pairs);
+  const OutputStore<T> output_store(outputs, job, forward.kept.output_pairs);
   int pair = all_pairs(job) + first_sequence;
   for (int s = 0; s < job.program.num_states; ++s) states[s] = static_cast<const T*>(forward.states_in[s]);
   T* saved = static_cast<T*>(forward.saved);
@@ -192,35 +210,44 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
     const NetShape& net = job.nets[update.net];
     const void* packed = job.packed[update.net].forward;
     if (update.grad) pair -= job.batch;
-    // Of these sequences, the first ones are kept.
-    const int kept = update.grad ? smaller(larger(forward.kept_pairs - pair, 0), sequences) : 0;
-    const int kept_rows = kept * job.length, rows = (sequences - kept) * job.length;
-    const bool save = saved && update.grad && pair - first_sequence + job.batch > forward.kept_pairs;
+    const int before = pair - forward.kept.pairs; // pairs before the first of these whose activations are not kept
+    const bool save = saved && update.grad && before - first_sequence + job.batch > 0;
     const bool injects = net.injection != Injection::add;
     Update sources = update;
     if (injects) sources.inject_x = false;
-    const auto sum = [&](long from, int count, T* h, T* total) {
-      sum_sources(team, job, sources, states, static_cast<const T*>(forward.x), from, count, injects ? total : h,
-                  BlockStrides(net.block).h, save ? saved : nullptr);
+    const T* x = update.inject_x ? static_cast<const T*>(forward.x) : nullptr;
+    T* out = static_cast<T*>(forward.states_out[update.dst]);
+    // Some of the sequences: h <- the input of the net, `total` first where an injection weighs it.  False: stop.
+    const auto enter = [&](long row, int rows, T* h, T* total) {
+      team.begin("sum of the sources");
+      sum_sources(team, job, sources, states, x, row, rows, injects ? total : h, BlockStrides(net.block).h,
+                  save ? saved : nullptr);
+      if (!team.sync()) return false;
+      if (injects)
+        inject(team, net, injection_weights<T, ForwardWeights<T>>(net, packed), update.num_sources > 0, total,
+               x ? x + row * job.width : nullptr, rows, h, scratch.tile);
+      return true;
     };
-    team.begin("sum of the sources");
-    if (kept) sum(first_row, kept_rows, store.layer(0, pair).h, store.total(pair));
-    sum(first_row + kept_rows, rows, buffers.act.h, buffers.total);
-    if (save) saved += elements;
-    if (!team.sync()) return;
-    if (injects) {
-      const auto weights = injection_weights<T, ForwardWeights<T>>(net, packed);
-      const T* x = update.inject_x ? static_cast<const T*>(forward.x) + first_row * job.width : nullptr;
-      const T* rest = x ? x + static_cast<long>(kept_rows) * job.width : nullptr;
-      const bool some = update.num_sources > 0;
-      if (kept) inject(team, net, weights, some, store.total(pair), x, kept_rows, store.layer(0, pair).h, scratch.tile);
-      if (rows) inject(team, net, weights, some, buffers.total, rest, rows, buffers.act.h, scratch.tile);
+    const auto in_buffers = [&](int first, int count, const OutputStore<T>* outputs) {
+      const long row = first_row + static_cast<long>(first) * job.length;
+      if (!enter(row, count * job.length, buffers.act.h, buffers.total)) return false;
+      net_forward(team, net, packed, positions.of(first, job.length), count, job.length, buffers.act, buffers.u,
+                  out + row * job.width, job.width, outputs, before + first, scratch);
+      return true;
+    };
+    // The first sequences are kept, the next ones with the outputs of their blocks, the others not at all.
+    const int window = update.grad ? sequences : 0;
+    const int kept = smaller(larger(-before, 0), window);
+    const int with_outputs = smaller(larger(forward.kept.output_pairs - before - kept, 0), window - kept);
+    if (kept) {
+      if (!enter(first_row, kept * job.length, store.layer(0, pair).h, store.total(pair))) return;
+      net_forward_kept(team, net, packed, positions, kept, job.length, store, pair, buffers.u,
+                       out + first_row * job.width, scratch);
     }
-    T* out = static_cast<T*>(forward.states_out[update.dst]) + first_row * job.width;
-    if (kept) net_forward_kept(team, net, packed, positions, kept, job.length, store, pair, buffers.u, out, scratch);
-    if (rows)
-      net_forward(team, net, packed, positions.of(kept, job.length), sequences - kept, job.length, buffers.act,
-                  buffers.u, out + static_cast<long>(kept_rows) * job.width, job.width, scratch);
+    if (with_outputs && !in_buffers(kept, with_outputs, &output_store)) return;
+    const int others = sequences - kept - with_outputs;
+    if (others && !in_buffers(kept + with_outputs, others, nullptr)) return;
+    if (save) saved += elements;
     states[update.dst] = static_cast<const T*>(forward.states_out[update.dst]);
   }
 }
@@ -228,6 +255,12 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
 template <class T> size_t kept_bytes(const Job& job, int pairs) {
   Arena arena(nullptr);
   ActivationStore<T>(arena, job, pairs);
+  return arena.used();
+}
+
+template <class T> size_t output_bytes(const Job& job, int pairs) {
+  Arena arena(nullptr);
+  OutputStore<T>(arena, job, pairs);
   return arena.used();
 }
 
@@ -246,12 +279,12 @@ template <class T> void forward(const ForwardJob& forward, void* memory, int thr
   all.begin("start");
   workspace.tables.pack(job, all);
   if constexpr (keeps) {
-    if (forward.kept) {
-      Arena kept(forward.kept);
-      ActivationStore<T>(kept, job, forward.kept_pairs).clear_padding(most_layers(job), all.split(forward.kept_pairs));
+    if (const int pairs = forward.kept.pairs) {
+      Arena kept(forward.kept.activations);
+      ActivationStore<T>(kept, job, pairs).clear_padding(most_layers(job), all.split(pairs));
     }
   }
-  if (workspace.tables.cos || forward.kept) all.sync();
+  if (workspace.tables.cos || forward.kept.pairs) all.sync();
   const Rope rope = workspace.tables.rope(job);
   const Division division(job.batch, job.threads);
   const typename StateElement<T>::Type* states[kMostStates];

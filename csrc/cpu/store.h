@@ -96,7 +96,7 @@ inline bool has_injection_weight(const Job& job) {
 }
 
 // Activations of every layer, the output of the last one and of the final norm, and what an injection weighs.  Slot i
-// of a kept store is that of pair i (ForwardJob).
+// of a kept store is that of pair i (Kept).
 template <class T> class ActivationStore {
 public:
   ActivationStore(Arena& arena, const Job& job, int slots)
@@ -174,6 +174,52 @@ private:
   char* first_;
   T *out_, *total_ = nullptr, *normed_ = nullptr;
   float* final_rstd_ = nullptr;
+};
+
+// What the last product of a block and the norm of its result give.
+template <class T> struct BlockOutput {
+  T* out; // [rows, stride of h]
+  float* rstd2;
+  T* normed2;
+};
+
+template <class T, class Visit>
+void visit_arrays(BlockOutput<T>& output, const BlockShape& block, int length, const Visit& visit) {
+  const long h = BlockStrides(block).h;
+  visit(output.out, length * h);
+  if (has_result_norm(block)) visit(output.rstd2, length);
+  if (keeps_normed(block)) visit(output.normed2, length * h);
+}
+
+// The outputs of every layer of pairs whose other activations are recomputed, but for the last where nobody reads it.
+// Slot i is that of the i-th such pair.
+template <class T> class OutputStore {
+public:
+  OutputStore(Arena& arena, const Job& job, int slots)
+      : block_(job.nets[0].block), slots_(slots), length_(job.length),
+        layers_(most_layers(job) - !(has_result_norm(block_) || has_final_norm(job))) {
+    Arena one(nullptr);
+    take(one, 0);
+    per_layer_ = one.used();
+    first_ = arena.take<char>(static_cast<long>(per_layer_) * layers_);
+  }
+  int layers() const { return layers_; }
+  BlockOutput<T> layer(int index, int slot) const {
+    Arena arena(first_ + per_layer_ * static_cast<size_t>(index));
+    return take(arena, slot);
+  }
+
+private:
+  BlockOutput<T> take(Arena& arena, int slot) const {
+    BlockOutput<T> output = {};
+    visit_arrays(output, block_, length_, TakeSlots{arena, slots_, slot});
+    return output;
+  }
+
+  const BlockShape& block_;
+  int slots_, length_, layers_;
+  size_t per_layer_;
+  char* first_;
 };
 
 template <class T> class GradientStore {

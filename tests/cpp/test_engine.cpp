@@ -116,10 +116,15 @@ int main(int argc, char** argv) {
                    nullptr};
   const auto from = pointers<const void>(states), grads = pointers<const void>(grad_states_out);
   const auto to = pointers<void>(states_out);
-  run(engine, ForwardJob{job, from.data(), to.data(), sizes[15] ? x.data() : nullptr, saved.data(), nullptr, 0});
-  run(engine, BackwardJob{job, grads.data(), saved.data(), nullptr, 0, pointers<float>(grad_states).data(),
+  run(engine, ForwardJob{job, from.data(), to.data(), sizes[15] ? x.data() : nullptr, saved.data(), {}});
+  run(engine, BackwardJob{job,
+                          grads.data(),
+                          saved.data(),
+                          {},
+                          pointers<float>(grad_states).data(),
                           sizes[15] ? reinterpret_cast<float*>(grad_x.data()) : nullptr,
-                          pointers<float>(grad_weights).data(), 36u << 20});
+                          pointers<float>(grad_weights).data(),
+                          36u << 20});
 
   std::FILE* out = std::fopen(argv[5], "wb");
   CHECK(out);

@@ -17,7 +17,7 @@ from torch import Tensor
 from standin.memory import Block, HazardError
 from standin.runtime import Runtime
 from standin.streams import Stream
-from trmfast.backends.call import ForwardCall
+from trmfast.backends.call import ForwardCall, Kept
 from trmfast.backends.reference import ReferenceBackend
 from trmfast.engine import block_fields, update_rows
 from trmfast.problem import Problem
@@ -199,7 +199,7 @@ class Engine:
                 rope[0][1] if rope else None,
                 rope[1][1] if rope else None,
                 bool(window),
-                0,
+                Kept(),
             )
             results, kept, _ = ReferenceBackend().forward(call)
             for (_, target), result in zip(out, results, strict=True):

@@ -9,14 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trmfast.backends.call import BackwardCall, ForwardCall
+from trmfast.backends.call import BackwardCall, ForwardCall, Kept
 from trmfast.backends.cpu import CpuBackend
 from trmfast.backends.cuda import CudaBackend
 from trmfast.backends.reference import ReferenceBackend
 from trmfast.backends.triton import TritonBackend
 from trmfast.problem import Problem
 
-__all__ = ["BACKENDS", "Backend", "BackwardCall", "ForwardCall", "kept_pairs", "select"]
+__all__ = ["BACKENDS", "Backend", "BackwardCall", "ForwardCall", "Kept", "select", "what_fits"]
 
 
 class Backend(Protocol):
@@ -51,6 +51,9 @@ class Backend(Protocol):
     def pair_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
         """Bytes that activations of one update of one sequence take if forward keeps them; 0 if it never does."""
 
+    def output_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
+        """Bytes that the outputs of the blocks of such a pair take; 0 if forward never keeps them alone."""
+
     @property
     def keeps_updates_whole(self) -> bool:
         """Whether forward keeps an update of all sequences or of none."""
@@ -61,11 +64,11 @@ class Backend(Protocol):
         Returns:
             The final states, newly allocated and contiguous, in the compute dtype; the summed inputs of the updates
             with ``grad`` that are not wholly kept, [G, B, L, D] in the compute dtype, with G = 0 if not ``save``; and
-            the activations of the first ``keep`` pairs, [keep, pair_bytes] bytes in a form of the backend's own.
+            what it kept, [keep.nbytes] bytes in a form of the backend's own.
         """
 
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
-        """Differentiates the grad updates in reverse; recomputes each from its saved input, unless ``kept`` has it.
+        """Differentiates the grad updates in reverse; recomputes of each what ``kept`` lacks from its saved input.
 
         It changes neither ``saved`` nor ``kept``: backward may run again.
 
@@ -120,26 +123,26 @@ def select(name: str, problem: Problem, device: torch.device, dtype: torch.dtype
     raise AssertionError("the reference backend takes every problem")
 
 
-def kept_pairs(
-    backend: Backend, problem: Problem, dtype: torch.dtype, batch: int, length: int, budget: int
-) -> tuple[int, int]:
-    """Of how many (update, sequence) pairs a backend keeps activations, from the end of the window on.
+def what_fits(backend: Backend, problem: Problem, dtype: torch.dtype, batch: int, length: int, budget: int) -> Kept:
+    """What a backend keeps for backward.
+
+    The outputs of blocks come first: each of their bytes spares several times the work that one of whole pairs does.
+    For a budget that is the size of what is kept, the result is that again.
 
     Args:
         backend, problem, dtype, length: what runs it, and what it runs.
         batch: sequences; may be symbolic.
         budget: bytes that it may keep.
-
-    Returns:
-        The pairs, and the bytes of one; 0 and 0 if not one fits.
     """
     size = backend.pair_bytes(problem, dtype, length) if budget and problem.num_grad_updates else 0
-    if not 0 < size <= budget:
-        return 0, 0
-    pairs: int = torch.sym_min(problem.num_grad_updates * batch, budget // size)
+    if not size:
+        return Kept()
+    window, output = problem.num_grad_updates * batch, backend.output_bytes(problem, dtype, length)
+    pairs: int = torch.sym_max(0, torch.sym_min(window, (budget - window * output) // (size - output)))
     if backend.keeps_updates_whole:
         pairs = pairs // batch * batch
-    return pairs, size
+    outputs: int = torch.sym_min(window - pairs, (budget - pairs * size) // output) if output else 0
+    return Kept(pairs, outputs, pairs * size + outputs * output)
 
 
 def _refusal(

@@ -12,7 +12,24 @@ from torch import Tensor
 
 from trmfast.problem import Problem
 
-__all__ = ["BackwardCall", "ForwardCall"]
+__all__ = ["BackwardCall", "ForwardCall", "Kept"]
+
+
+class Kept(NamedTuple):
+    """What forward keeps of the (update, sequence) pairs of the gradient window.
+
+    Backward takes the last update first, and the sequences of an update in their order; pairs are counted in that
+    order.  Numbers may be symbolic.
+
+    Attributes:
+        pairs: of so many, the first ones, the activations are kept.
+        outputs: of so many behind them, the outputs of the blocks.
+        nbytes: what that takes.
+    """
+
+    pairs: int = 0
+    outputs: int = 0
+    nbytes: int = 0
 
 
 class ForwardCall(NamedTuple):
@@ -26,8 +43,7 @@ class ForwardCall(NamedTuple):
         cos, sin: contiguous RoPE tables [L, head_dim], float32 (float64 if the compute dtype is); None if no net
             attends, or for no rotation.
         save: whether a backward pass will follow.
-        keep: of how many (update, sequence) pairs to keep activations: the last update of the gradient window first,
-            and the sequences of an update in their order.  0 if ``pair_bytes`` of the backend is.
+        keep: what to keep for backward.
         segments: int32 [B, L, 2], contiguous, where a network reads them, else None, see :func:`trmfast.recursion`.
         int8: whether the operands of products by weights are int8; the compute dtype is bfloat16 then, and ``save``
             False.
@@ -40,7 +56,7 @@ class ForwardCall(NamedTuple):
     cos: Tensor | None
     sin: Tensor | None
     save: bool
-    keep: int
+    keep: Kept
     int8: bool = False
     segments: Tensor | None = None
 
@@ -53,7 +69,7 @@ class BackwardCall(NamedTuple):
         grad_states: S gradients [B, L, D] of the final states, contiguous, in the compute dtype.
         saved: [G, B, L, D], the summed inputs of the updates with ``grad`` that are not wholly kept, from forward;
             where an injection has a weight the sums of the sources, and without sources what the backend likes.
-        kept: [pairs, bytes], the activations that forward kept.
+        kept: uint8 [keep.nbytes], what forward kept, and ``keep``: what that is.
         needs_states, needs_x, needs_weights: which gradients are wanted.
         x: as in :class:`ForwardCall` where :attr:`Problem.backward_reads_x`, else None.
     """
@@ -62,6 +78,7 @@ class BackwardCall(NamedTuple):
     grad_states: Sequence[Tensor]
     saved: Tensor
     kept: Tensor
+    keep: Kept
     weights: Sequence[Tensor]
     cos: Tensor | None
     sin: Tensor | None

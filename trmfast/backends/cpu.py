@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from trmfast.backends.call import BackwardCall, ForwardCall
+from trmfast.backends.call import BackwardCall, ForwardCall, Kept
 from trmfast.backends.packed_weights import NetShape, PackedCache, SeenWeights
 from trmfast.build_info import build_info
 from trmfast.engine import address, block_fields, choice_fields, int8_refusal, update_rows
@@ -169,21 +169,27 @@ def _folded(problem: Problem) -> Iterator[tuple[int, int]]:
 
 
 @lru_cache(maxsize=256)
-def _pair_bytes(problem: Problem, target: str, element: str, length: int) -> int:
+def _pair_bytes(problem: Problem, target: str, element: str, length: int) -> tuple[int, int]:
+    """Bytes of all activations of a pair, and of the outputs of its blocks."""
     assert _cpu is not None
     nets = _engine(problem).nets
     layers = [(net.num_layers, net.final_norm, net.injection) for net in nets]
-    size: int = _cpu.pair_bytes(target, element, nets[0].block, layers, length)
-    return size
+    activations, outputs = _cpu.pair_bytes(target, element, nets[0].block, layers, length)
+    return activations, outputs
 
 
-def _keep(pairs: int, size: int) -> Tensor:
-    """[pairs, size] bytes in memory that the engine takes back when the tensor dies."""
+def _keep(nbytes: int) -> Tensor:
+    """[nbytes] bytes in memory that the engine takes back when the tensor dies."""
     assert _cpu is not None
-    if not pairs:
-        return torch.empty((0, size), dtype=torch.uint8)
-    # resize_ and not view: the operator returns tensors of its own.
-    return torch.frombuffer(_cpu.KeptActivations(pairs * size), dtype=torch.uint8).resize_(pairs, size)
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(_cpu.KeptActivations(nbytes), dtype=torch.uint8)
+
+
+def _places(kept: Tensor, keep: Kept, size: int) -> tuple[int, int, int, int]:
+    """The address of the activations, their pairs, and the same of the outputs, which lie behind."""
+    first = kept.data_ptr() if keep.nbytes else 0
+    return first, keep.pairs, first + keep.pairs * size, keep.outputs
 
 
 def _explained(error: Exception, problem: Problem, state: Tensor) -> Exception:
@@ -245,7 +251,11 @@ class CpuBackend:
 
     def pair_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
         """Bytes of the activations of one update of one sequence."""
-        return _pair_bytes(problem, target_for(dtype), ELEMENTS[dtype], length)
+        return _pair_bytes(problem, target_for(dtype), ELEMENTS[dtype], length)[0]
+
+    def output_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
+        """Bytes of the outputs of its blocks."""
+        return _pair_bytes(problem, target_for(dtype), ELEMENTS[dtype], length)[1]
 
     def _packed(
         self,
@@ -282,8 +292,9 @@ class CpuBackend:
             torch.empty_like(state) if written else state.clone()
             for state, written in zip(call.states, engine.written, strict=True)
         ]
-        saved = first.new_empty((problem.num_grad_updates - call.keep // shape[0] if call.save else 0, *shape))
-        kept = _keep(call.keep, self.pair_bytes(problem, first.dtype, shape[1]) if call.keep else 0)
+        saved = first.new_empty((problem.num_grad_updates - call.keep.pairs // shape[0] if call.save else 0, *shape))
+        kept = _keep(call.keep.nbytes)
+        size = self.pair_bytes(problem, first.dtype, shape[1]) if call.keep.pairs else 0
         holder = saved if saved.numel() else kept
         if CHECK_WEIGHTS and holder.numel():
             _seen.note(holder, fingerprints)
@@ -295,8 +306,7 @@ class CpuBackend:
             [state.data_ptr() for state in out],
             address(call.x),
             saved.data_ptr() if saved.numel() else 0,
-            kept.data_ptr() if call.keep else 0,
-            call.keep,
+            _places(kept, call.keep, size),
             address(call.cos),
             address(call.sin),
             threads,
@@ -314,12 +324,10 @@ class CpuBackend:
 
     def _backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         assert _cpu is not None
-        problem, threads, pairs = call.problem, torch.get_num_threads(), call.kept.shape[0]
+        problem, threads = call.problem, torch.get_num_threads()
         engine = _engine(problem)
         shape = tuple(call.saved.shape[1:])
-        size = self.pair_bytes(problem, call.saved.dtype, shape[1]) if pairs else 0
-        if pairs and call.kept.shape[1] != size:
-            raise ValueError(f"kept: got {call.kept.shape[1]} bytes a pair, accepted are {size}")
+        size = self.pair_bytes(problem, call.saved.dtype, shape[1]) if call.keep.pairs else 0
         fingerprints, packed = self._packed(
             problem, engine, call.saved.dtype, call.weights, backward=True, threads=threads
         )
@@ -344,8 +352,7 @@ class CpuBackend:
             shape,
             [grad.data_ptr() for grad in call.grad_states],
             call.saved.data_ptr() if call.saved.numel() else 0,
-            call.kept.data_ptr() if pairs else 0,
-            pairs,
+            _places(call.kept, call.keep, size),
             [grad.data_ptr() for grad in grads],
             address(grad_x),
             [address(grad) for grad in grad_weights],

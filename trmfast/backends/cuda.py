@@ -114,6 +114,10 @@ class CudaBackend:
         """0: it always recomputes."""
         return 0
 
+    def output_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
+        """0."""
+        return 0
+
     def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """See :class:`trmfast.backends.Backend`."""
         assert _cuda is not None
@@ -149,7 +153,7 @@ class CudaBackend:
                 timeout_ns=TIMEOUT_NS,
                 stream=stream,
             )
-        return out, saved, first.new_empty((0, 0), dtype=torch.uint8)
+        return out, saved, first.new_empty(0, dtype=torch.uint8)
 
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """See :class:`trmfast.backends.Backend`."""

@@ -36,6 +36,9 @@ class ReferenceBackend:
     def pair_bytes(self, *_: Any) -> int:
         return 0
 
+    def output_bytes(self, *_: Any) -> int:
+        return 0
+
     def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         problem, first = call.problem, call.states[0]
         saved = first.new_empty((problem.num_grad_updates if call.save else 0, *first.shape))
@@ -53,7 +56,7 @@ class ReferenceBackend:
                 current[update.dst] = run_net(net, h, weights, call.cos, call.sin, call.int8, call.segments)
         # A state that no update writes is still the caller's tensor.
         out = [z.clone() if z is state else z for z, state in zip(current, call.states, strict=True)]
-        return out, saved, saved.new_empty((0, 0), dtype=torch.uint8)
+        return out, saved, saved.new_empty(0, dtype=torch.uint8)
 
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         problem, saved = call.problem, call.saved

@@ -150,17 +150,20 @@ class TritonBackend:
         """Bytes of the activations of one update of one sequence, at most."""
         return _pair_bytes(problem, dtype, length)
 
+    def output_bytes(self, problem: Problem, dtype: torch.dtype, length: int) -> int:
+        """0: it keeps whole updates only."""
+        return 0
+
     def forward(self, call: ForwardCall) -> tuple[list[Tensor], Tensor, Tensor]:
         """See :class:`trmfast.backends.Backend`."""
         first = call.states[0]
         setting = _setting(call.problem, first, call.cos is not None)
-        keep = call.keep // setting.batch
+        keep = call.keep.pairs // setting.batch
         plan = _forward_plan(setting, call.save, keep)
         inputs: dict[str, Tensor] = {f"states.{s}": state for s, state in enumerate(call.states)}
         if call.x is not None:
             inputs["x"] = call.x
-        size = self.pair_bytes(call.problem, first.dtype, setting.length) if call.keep else 0
-        kept = torch.empty((call.keep, size), dtype=torch.uint8, device=first.device)
+        kept = torch.empty(call.keep.nbytes, dtype=torch.uint8, device=first.device)
         results = _run((setting, call.save, keep), plan, {**inputs, **_constants(call)}, _kept(plan.outputs, kept))
         # A state that no update writes is still the caller's tensor.
         out = [results[f"out.{s}"] if f"out.{s}" in results else state.clone() for s, state in enumerate(call.states)]
@@ -170,7 +173,7 @@ class TritonBackend:
     def backward(self, call: BackwardCall) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None]]:
         """See :class:`trmfast.backends.Backend`."""
         setting = _setting(call.problem, call.grad_states[0], call.cos is not None, call.saved.dtype)
-        keep = _whole_updates(call, self.pair_bytes(call.problem, setting.dtype, setting.length), setting.batch)
+        keep = call.keep.pairs // setting.batch
         key = (setting, tuple(call.needs_states), call.needs_x, tuple(call.needs_weights), keep)
         backward = _backward_plan(*key)
         inputs = {f"grad.{s}": gradient for s, gradient in enumerate(call.grad_states)}
@@ -187,26 +190,14 @@ class TritonBackend:
         return [of(g) for g in backward.grad_states], of(backward.grad_x), [of(g) for g in backward.grad_weights]
 
 
-def _whole_updates(call: BackwardCall, size: int, batch: int) -> int:
-    """The number of kept updates.
-
-    Raises:
-        ValueError: what is kept is not of this backend.
-    """
-    pairs, found = call.kept.shape
-    if pairs % batch or (pairs and found != size):
-        raise ValueError(f"kept: got {pairs} pairs of {found} bytes, accepted are multiples of {batch} pairs of {size}")
-    return pairs // batch
-
-
 def _kept(buffers: Sequence[Buffer], kept: Tensor) -> dict[str, Tensor]:
     """The parts of the kept bytes that a plan has as buffers."""
     from trmfast.kernels.plan import KEPT
 
-    flat, found, at = kept.view(-1), {}, 0
+    found, at = {}, 0
     for buffer in buffers:
         if buffer.name.startswith(KEPT):
-            found[buffer.name] = flat[at : at + buffer.nbytes].view(buffer.dtype)
+            found[buffer.name] = kept[at : at + buffer.nbytes].view(buffer.dtype)
             at += buffer.nbytes
     return found
 

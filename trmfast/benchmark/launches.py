@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trmfast.backends import BACKENDS, cuda, kept_pairs
+from trmfast.backends import BACKENDS, cuda, what_fits
 from trmfast.backends.triton import forward_setting
 from trmfast.benchmark.gpu import current, seconds_of
 from trmfast.benchmark.rivals import implementation_of
@@ -75,8 +75,7 @@ def _keep(work: Work, recompute: Recompute) -> int:
     """The updates that training keeps."""
     case = work.case
     sizes = (case.problem, work.dtype, case.batch, case.length)
-    pairs, _ = kept_pairs(BACKENDS["triton"], *sizes, budget_of(recompute))
-    return pairs // case.batch
+    return what_fits(BACKENDS["triton"], *sizes, budget_of(recompute)).pairs // case.batch
 
 
 def engines(work: Work) -> dict[str, float]:

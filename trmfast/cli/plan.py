@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trmfast.backends import BACKENDS, Backend, kept_pairs
+from trmfast.backends import BACKENDS, Backend, what_fits
 from trmfast.budget import Recompute, budget_of
 from trmfast.cases import PUBLISHED, SMALL, Case
 from trmfast.cli.console import UsageError, print_table
@@ -78,17 +78,18 @@ def _window(
     """What a backend keeps of the gradient window for backward; ``reason``: why nothing."""
     problem = case.problem
     size = 0 if reason else backend.pair_bytes(problem, dtype, case.length)
-    pairs, _ = kept_pairs(backend, problem, dtype, case.batch, case.length, 0 if reason else budget_of(recompute))
+    keep = what_fits(backend, problem, dtype, case.batch, case.length, 0 if reason else budget_of(recompute))
     updates, tokens = problem.num_grad_updates, case.batch * case.length
     return {
         "recompute": recompute,
         "reason": reason,
         "updates": updates,
         "pairs": updates * case.batch,
-        "kept_pairs": pairs,
-        "kept_bytes": pairs * size,
+        "kept_pairs": keep.pairs,
+        "kept_outputs": keep.outputs,
+        "kept_bytes": keep.nbytes,
         "all_bytes": updates * case.batch * size,
-        "saved_bytes": (updates - pairs // case.batch) * tokens * problem.hidden_size * dtype.itemsize,
+        "saved_bytes": (updates - keep.pairs // case.batch) * tokens * problem.hidden_size * dtype.itemsize,
     }
 
 
@@ -143,8 +144,9 @@ def _kept(record: dict[str, Any]) -> str:
         if window["reason"]:
             lines.append(f"  {name}: does not run this: {window['reason']}")
             continue
+        outputs = f"outputs of blocks of {window['kept_outputs']} more, " if window["kept_outputs"] else ""
         lines.append(
-            f"  {name}: activations of {window['kept_pairs']} of {window['pairs']} (update, sequence) pairs, "
+            f"  {name}: activations of {window['kept_pairs']} of {window['pairs']} (update, sequence) pairs, {outputs}"
             f"{window['kept_bytes'] / 1e6:.1f} of {window['all_bytes'] / 1e6:.1f} MB "
             f"({window['kept_bytes'] / tokens:,.0f} of {window['all_bytes'] / tokens:,.0f} bytes a token), "
             f"and {window['saved_bytes'] / 1e6:.1f} MB of summed inputs"
