@@ -62,6 +62,13 @@ def test_norm_of_one_element(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("one_thread", "target")
+def test_norms_of_one_small_element() -> None:
+    """Its gradient is that of a multiplication by 1 / sqrt(eps), where PyTorch is exact but for one rounding a norm."""
+    case = small("one-small-element", length=1, batch=3, hidden_size=1, token_mixer="mlp_t", rms_norm_eps=1e-6)
+    require_no_worse(case, torch.float32, 1e-12)
+
+
+@pytest.mark.usefixtures("one_thread", "target")
 def test_saturated_softmax() -> None:
     require_no_worse(small("saturated", length=4, batch=1, hidden_size=32), torch.bfloat16, 1e4)
 

@@ -128,7 +128,7 @@ private:
     if (norm.total) norm.end_row(t, length);
     const bool one = block.head_dim == 1;
     const vf mean = broadcast(one ? 0.0f : sum(dots) / static_cast<float>(block.head_dim));
-    const vf r = broadcast(one ? one_element_norm_gradient(rstd, block.eps) : rstd);
+    const vf r = broadcast(one ? rstd * one_element_slope(rstd, rstd * to_float(*x), block.eps) : rstd);
     for (int c = 0; c < width; c += kLanes) store(d + c, r * (load(d + c) - load(x + c) * broadcast(rstd) * mean));
   }
 };

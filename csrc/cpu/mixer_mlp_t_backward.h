@@ -45,9 +45,8 @@ void mlp_t_backward(const Team& team, const BlockShape& block, const T* gate_up,
           sum_over_positions(L, [&](int t) { return load(grad + t * dy_stride + j) * load(y + t * stride + j); });
       const vf mean = dots / static_cast<float>(L);
       for (int t = 0; t < L; ++t) {
-        const vf dy_t = load(grad + t * dy_stride + j);
-        const vf value =
-            L == 1 ? dy_t * one_element_norm_gradient(r, block.eps) : r * (dy_t - load(y + t * stride + j) * mean);
+        const vf dy_t = load(grad + t * dy_stride + j), y_t = load(y + t * stride + j);
+        const vf value = L == 1 ? dy_t * (r * one_element_slope(r, y_t, block.eps)) : r * (dy_t - y_t * mean);
         store_lanes(grad + t * dy_stride + j, value, n);
         store_lanes(sum_grad + t * stride + j, value, n);
       }

@@ -46,15 +46,19 @@ TRMFAST_INLINE float rms_norm(const S* u, int width, float eps, const float* wei
   return scale;
 }
 
-// d norm(u) / du for one element: r (1 - y^2), nearly 0, computed without y, which rounds to nearly 1.
-template <class V> TRMFAST_INLINE V one_element_norm_gradient(V r, float eps) { return r * r * eps * r; }
+// 1 - y^2 for a norm of one element, whose gradient is r times that.  Where y is nearly 1, which it rounds to, it is
+// computed as r^2 eps instead, in which the error of r counts twice.
+template <class V> TRMFAST_INLINE V one_element_slope(V r, V y, float eps) {
+  const V square = y * y;
+  return square < 1.0f / 16 ? 1.0f - square : r * r * eps;
+}
 
 // du <- r (dy - y mean(dy y)), in place over dy and rounded into du_rounded unless that is null.  Nothing beyond
 // `width` is written: 0 x NaN in the padding would outlive the sequence.
 template <class T>
 TRMFAST_INLINE void rms_norm_backward(float* dy, const T* y, float r, int width, float eps, T* du_rounded) {
   if (width == 1) {
-    const vf du = load(dy, 1) * broadcast(one_element_norm_gradient(r, eps));
+    const vf du = load(dy, 1) * broadcast(r * one_element_slope(r, to_float(*y), eps));
     store(dy, du, 1);
     if (du_rounded) store(du_rounded, du, 1);
     return;
@@ -81,9 +85,9 @@ TRMFAST_INLINE void input_norm_backward(const float* g, const T* h, float r, int
     const int n = smaller(kLanes, width - j);
     dots = fma(load_lanes(g + j, n), load_lanes(h + j, n), dots);
   }
-  // Of one element, the difference of two nearly equal terms is g r^2 eps.
+  // Of one element, the difference may be that of two nearly equal terms.
   const vf mean = broadcast(width == 1 ? 0.0f : r * r * sum(dots) / static_cast<float>(width));
-  const vf kept = broadcast(width == 1 ? r * r * eps : 1.0f);
+  const vf kept = broadcast(width == 1 ? one_element_slope(r, r * to_float(*h), eps) : 1.0f);
   for (int j = 0; j < width; j += kLanes) {
     const int n = smaller(kLanes, width - j);
     const vf d = load_lanes(g + j, n) * kept - load_lanes(h + j, n) * mean;

@@ -39,8 +39,8 @@ DENORMAL = 1e-36
 MOST_GROWN = 69.0
 # In bf16 smaller numbers have few bits (they are 9e-41 apart), on every target.
 SMALLEST_NORMAL = 1.2e-38
-# Of the largest element, with the four norms of two layers.
-ONE_ELEMENT = 2**-20
+# Of the largest element, for each norm of a network.
+ONE_ELEMENT = 2**-22
 
 
 @dataclass
@@ -160,7 +160,8 @@ def _of_one_element(run: Run, found: Comparison, truth: Tensor) -> bool:
     """Whether roundings of norms over one element explain an error."""
     trial = run.trial
     one = trial.hidden_size == 1 or (trial.token_mixer == "mlp_t" and trial.length == 1)
-    return one and trial.dtype == "float32" and found.error < ONE_ELEMENT * float(truth.abs().max())
+    norms = trial.case.problem.nets[0].block.num_norms * trial.num_layers + trial.final_norm
+    return one and trial.dtype == "float32" and found.error < norms * ONE_ELEMENT * float(truth.abs().max())
 
 
 def _median(draws: list[Comparison]) -> Comparison:
