@@ -184,7 +184,7 @@ def test_no_bit_depends_on_the_budget(case: Case, monkeypatch: pytest.MonkeyPatc
     budgets += [budget_with_pairs(case, dtype, n) for n in (0, 1, pairs // 2 + 1, pairs - 1, pairs)]
     expected: dict[int, dict[str, Tensor]] = {}
     for store in (1 << 18, 36 << 20):  # filled many times, and once; sums may differ between the two
-        monkeypatch.setattr(engine, "STORE_BYTES", store)
+        monkeypatch.setattr(engine, "store_bytes", lambda _, store=store: store)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for budget in budgets:

@@ -127,7 +127,7 @@ def test_kept_activations_give_the_bits_of_recomputed_ones(
     if reason is not None:
         pytest.skip(reason)
     if store is not None:
-        monkeypatch.setattr(engine, "STORE_BYTES", store)
+        monkeypatch.setattr(engine, "store_bytes", lambda _: store)
     with engine.force_target(target):
         dtype = torch.bfloat16 if target in ("amx", "amx_emulated", "avx512_bf16") else torch.float32
         for case in (*SMALL, *BATCHES):

@@ -76,7 +76,8 @@ def random_case(random: Random) -> Case:
 def check_same_bits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     random = Random(seed)
     inputs = make_inputs(case := random_case(random), random.choice([torch.float32, torch.bfloat16]), seed)
-    monkeypatch.setattr(engine, "STORE_BYTES", random.choice([1, 1 << 18, 1 << 20, 36 << 20]))
+    store = random.choice([1, 1 << 18, 1 << 20, 36 << 20])
+    monkeypatch.setattr(engine, "store_bytes", lambda _: store)
     with engine.force_target(random.choice(TARGETS)):
         sizes = case, inputs.states[0].dtype
         pairs, less = random.randint(0, case.problem.num_grad_updates * case.batch), random.choice([0, 1])
@@ -130,7 +131,7 @@ def test_stores_that_fill(options: dict[str, object], dtype: torch.dtype, monkey
     """The number of rounds changes with threads and recomputation; the sums do not."""
     case = make_case("fills", **{"H_cycles": 2, "window": "all", "batch": 5, "num_layers": 1, **options})  # type: ignore[arg-type]
     inputs = make_inputs(case, dtype, weight_scale=0.5)
-    monkeypatch.setattr(engine, "STORE_BYTES", 1 << 19)
+    monkeypatch.setattr(engine, "store_bytes", lambda _: 1 << 19)
     expected = None
     for threads in THREADS:
         torch.set_num_threads(threads)

@@ -69,7 +69,7 @@ def test_any_number_of_threads_gives_the_same_bits(
 def test_a_small_store_only_changes_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in (ATTENTION, MLP_T):
         for store in (1, 400_000, 1_500_000):
-            monkeypatch.setattr(engine, "STORE_BYTES", store)
+            monkeypatch.setattr(engine, "store_bytes", lambda _, store=store: store)
             require(check_case(case, torch.float32, "cpu"))
 
 
@@ -133,7 +133,7 @@ def test_children_of_a_busy_process_find_no_lock_taken() -> None:
 
     def keep_the_pools_busy() -> None:
         while not stop.is_set():
-            engine._keep(1, 1 << 16)
+            engine._keep(1 << 16)
             engine.release_memory()
 
     worker = threading.Thread(target=keep_the_pools_busy)
@@ -143,7 +143,7 @@ def test_children_of_a_busy_process_find_no_lock_taken() -> None:
             child = os.fork()
             if child == 0:
                 signal.alarm(60)  # rather than wait for ever
-                engine._keep(1, 1 << 16)
+                engine._keep(1 << 16)
                 os._exit(0 if torch.equal(states(inputs)[0], expected) else 1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -50,15 +51,16 @@ def targets_for(dtype: torch.dtype) -> list[str]:
 
 @contextmanager
 def applied(variant: Variant) -> Iterator[None]:
-    threads, store = torch.get_num_threads(), cpu.STORE_BYTES
+    threads, own = torch.get_num_threads(), cpu.store_bytes
     torch.set_num_threads(variant.threads)
-    cpu.STORE_BYTES = variant.store or store
     try:
-        with cpu.force_target(variant.target):
+        with (
+            cpu.force_target(variant.target),
+            patch.object(cpu, "store_bytes", lambda problem: variant.store or own(problem)),
+        ):
             yield
     finally:
         torch.set_num_threads(threads)
-        cpu.STORE_BYTES = store
 
 
 def run_engine(

@@ -8,6 +8,7 @@ import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,8 +27,7 @@ __all__ = ["CpuBackend", "force_target", "release_memory", "target_for", "target
 ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Those of inference too: int8 operands with bfloat16 states.
 FORWARD_ELEMENTS = {**ELEMENTS, torch.int8: "i8"}
-# Memory for the operands of weight gradients, over all sequences of a backward pass.
-STORE_BYTES = 36 << 20
+LEAST_STORE_BYTES = 36 << 20
 MOST_STATES, MOST_NETS, MOST_TAPS = 64, 16, 8
 # The options of a network that the engine runs, see :func:`trmfast.problem.unsupported`.
 CHOICES: dict[str, Container[object]] = {
@@ -176,6 +176,16 @@ def _pair_bytes(problem: Problem, target: str, element: str, length: int) -> tup
     layers = [(net.num_layers, net.final_norm, net.injection) for net in nets]
     activations, outputs = _cpu.pair_bytes(target, element, nets[0].block, layers, length)
     return activations, outputs
+
+
+@lru_cache(maxsize=256)
+def store_bytes(problem: Problem) -> int:
+    """Memory for the operands of weight gradients, over all sequences of a backward pass.
+
+    A network's gradients are read and written once for each store that is full: it has a third of their size, or more.
+    """
+    elements = (sum(map(prod, problem.weight_shapes[part])) for part in problem.weight_slices)
+    return max(LEAST_STORE_BYTES, 4 * max(elements) // 3)
 
 
 def _keep(nbytes: int) -> Tensor:
@@ -359,7 +369,7 @@ class CpuBackend:
             address(call.cos),
             address(call.sin),
             threads,
-            STORE_BYTES,
+            store_bytes(problem),
             [weight.data_ptr() for weight in read],
             _Ranges() if PROFILE else None,
             address(call.segments),
