@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,9 @@ import trmfast
 from budgets import budget_with_outputs, budget_with_pairs
 from trmfast.backends import BACKENDS, packed_weights
 from trmfast.backends import cpu as engine
-from trmfast.cases import SMALL, Case, Inputs, make_case, make_inputs
+from trmfast.cases import LOOPED, PUBLISHED, SMALL, Case, Inputs, make_case, make_inputs
+from trmfast.problem import Problem
+from trmfast.program import RecursionProgram
 from trmfast.targets import TARGETS
 from trmfast.testing import Draw, check_draws, draw_case, require, run_fused, run_truth
 
@@ -169,6 +172,15 @@ def test_bytes_that_are_kept() -> None:
     assert 1.0 <= size / (97 * 2 * (2 * 7680 + 512)) < 1.1
     # The outputs of two layers.
     assert 1.0 <= BACKENDS["cpu"].output_bytes(case.problem, torch.bfloat16, 97) / (97 * 2 * 2 * 512) < 1.1
+
+
+def test_bytes_of_the_store() -> None:
+    (text,) = LOOPED
+    elements = sum(prod(shape) for shape in text.problem.weight_shapes)
+    assert engine.store_bytes(text.problem) == 4 * elements // 3 > 100 << 20
+    two = Problem(RecursionProgram.hrm(2, 2), text.problem.nets * 2)  # a store is of one network at a time
+    assert engine.store_bytes(two) == engine.store_bytes(text.problem)
+    assert all(engine.store_bytes(case.problem) == 36 << 20 for case in PUBLISHED)
 
 
 # ---------------------------------------------------------------- weights that change
