@@ -182,10 +182,10 @@ def _pair_bytes(problem: Problem, target: str, element: str, length: int) -> tup
 def store_bytes(problem: Problem) -> int:
     """Memory for the operands of weight gradients, over all sequences of a backward pass.
 
-    A network's gradients are read and written once for each store that is full: it has a third of their size, or more.
+    A network's gradients are read and written once for each store that is full: it has two fifths of their size, or more.
     """
     elements = (sum(map(prod, problem.weight_shapes[part])) for part in problem.weight_slices)
-    return max(LEAST_STORE_BYTES, 4 * max(elements) // 3)
+    return max(LEAST_STORE_BYTES, 8 * max(elements) // 5)
 
 
 def _keep(nbytes: int) -> Tensor:
