@@ -200,7 +200,7 @@ def qkv(
     biased = (block.num_heads + block.num_kv_heads) * block.head_dim
     return Launch.of(
         "qkv.qkv_kernel",
-        (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),),
+        (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(columns + pad, tile["BLOCK_N"]),),
         {
             **summed,
             "weight": weight,

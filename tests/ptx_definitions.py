@@ -19,6 +19,11 @@ EDGES = {
     "u32": [0, 1, 2, 31, 32, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF],
     "u64": [0, 1, 2, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1],
 }
+# Ties between two float32, what rounds to the smallest, the largest and to infinity, and what is too small.
+DOUBLES = [
+    *(1 + 2.0**-24, 1 + 3 * 2.0**-24, 2.0**-150, 3 * 2.0**-150, -(2.0**-149), 1e-300, 5e-324, 1e300, -1e300),
+    *(float(np.finfo(np.float32).max), float(np.finfo(np.float32).max) * (1 + 2.0**-25), 2.0**128 - 2.0**103),
+]
 FLOATS = [0.0, -0.0, 1.0, -1.0, 1.5, float("inf"), float("-inf"), float("nan"), 1e-40, 3e38, 1e-20, -1e-20]
 
 
@@ -29,6 +34,11 @@ def draw(kind: str) -> np.ndarray:
     if kind == "f32":
         values = (RANDOM.standard_normal(LANES) * 4.0 ** RANDOM.integers(-8, 8, LANES)).astype(np.float32)
         values[: len(FLOATS)] = FLOATS
+        return RANDOM.permutation(values)
+    if kind == "f64":
+        values = RANDOM.standard_normal(LANES) * 4.0 ** RANDOM.integers(-8, 8, LANES)
+        edges = np.array([*FLOATS, *DOUBLES])
+        values[: LANES // 2] = RANDOM.choice(edges, LANES // 2, replace=False)
         return RANDOM.permutation(values)
     if kind in ("bf16", "f16"):
         numbers = RANDOM.standard_normal(LANES).astype(np.float32)
@@ -96,9 +106,8 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray, *, bits: int) -> np.ndarr
     )
 
 
-def fused_bf16(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    parts = zip(halves(a), halves(b), halves(c), strict=True)
-    return pair(*(to_bf16(fused(*(from_bf16(x) for x in part), bits=8)) for part in parts))
+def fused_bf16(*operands: np.ndarray) -> np.ndarray:
+    return to_bf16(fused(*map(from_bf16, operands), bits=8))
 
 
 def sum_f16(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -136,6 +145,21 @@ def permute(a: int, b: int, selector: int) -> int:
 
 def quotient(a: int, b: int) -> int:
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+def exactly(function: Callable[..., Any], bits: int, least: int) -> Callable[..., np.ndarray]:
+    """A definition over fractions, rounded once to a binary format; what is zero or not finite by float64."""
+
+    def over(*operands: np.ndarray) -> np.ndarray:
+        limit = (2 - Fraction(1, 2 ** (bits - 1))) * Fraction(2) ** (1 - least)
+        found = np.asarray(function(*(x.astype(np.float64) for x in operands)))
+        for lane, plain in enumerate(found):
+            if isfinite(plain) and plain != 0:
+                exact = nearest(function(*(Fraction(float(x[lane])) for x in operands)), bits, least)
+                found[lane] = np.copysign(float(exact) if abs(exact) <= limit else np.inf, plain)
+        return found.astype(np.float32) if bits == 24 else found
+
+    return over
 
 
 def flush(x: np.ndarray) -> np.ndarray:
@@ -179,13 +203,17 @@ def arithmetic() -> list[Case]:
         Case("add.s16", "h=hh", "s16 s16", each(lambda a, b: a + b, 16)),
         Case("sub.s16", "h=hh", "s16 s16", each(lambda a, b: a - b, 16)),
         Case("mul.lo.s16", "h=hh", "s16 s16", each(lambda a, b: a * b, 16)),
+        Case("mad.lo.s16", "h=hhh", "s16 s16 s16", each(lambda a, b, c: a * b + c, 16)),
+        Case("mad.wide.u16", "r=hhr", "u16 u16 u32", each(lambda a, b, c: a * b + c)),
         Case("mul.hi.u16", "h=hh", "u16 u16", each(lambda a, b: a * b >> 16, 16)),
         Case("mul.wide.u16", "r=hh", "u16 u16", each(lambda a, b: a * b)),
         Case("mul.wide.s16", "r=hh", "s16 s16", each(lambda a, b: a * b)),
+        Case("div.s64", "d=dd", "s64 s64", each(lambda a, b: quotient(a, b or 7), 64)),
         Case("neg.s32", "r=r", "s32", each(lambda a: -a)),
         Case("neg.s64", "d=d", "s64", each(lambda a: -a, 64)),
         Case("abs.s32", "r=r", "s32", each(abs)),
         Case("not.b32", "r=r", "u32", each(lambda a: ~a)),
+        Case("popc.b32", "r=r", "u32", each(lambda a: f"{a:b}".count("1"))),
         Case("not.b64", "d=d", "u64", each(lambda a: ~a, 64)),
         Case("bfe.u32", "r=rrr", "u32 shift shift", each(lambda a, p, n: bit_field(a, p, n, False))),
         Case("bfe.s32", "r=rrr", "s32 shift shift", each(lambda a, p, n: bit_field(a, p, n, True))),
@@ -224,7 +252,8 @@ def predicates() -> list[Case]:
         drawn = kind.replace("b", "u")
         names = ("eq", "ne") if kind[0] == "b" else COMPARE
         found += [Case(f"setp.{n}.{kind}", f"p={2 * letter}", f"{drawn} {drawn}", COMPARE[n]) for n in names]
-    names = {**{n: COMPARE[n] for n in ("eq", "lt", "le", "gt", "ge")}, "neu": np.not_equal}
+    unordered = {"neu": np.not_equal, "ltu": lambda a, b: (a < b) | np.isnan(a) | np.isnan(b)}
+    names = {**{n: COMPARE[n] for n in ("eq", "lt", "le", "gt", "ge")}, **unordered}
     found += [Case(f"setp.{n}.f32", "p=rr", "f32 f32", compare) for n, compare in names.items()]
     logic = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
     found += [Case(f"{n}.pred", "p=pp", "p p", function) for n, function in logic.items()]
@@ -251,12 +280,14 @@ def floats() -> list[Case]:
         *found,
         Case("fma.rn.f32", "r=rrr", "f32 f32 f32", lambda a, b, c: fused(a, b, c, bits=24)),
         Case("fma.rn.ftz.f32", "r=rrr", "f32 f32 f32", lambda a, b, c: flush(fused(*map(flush, (a, b, c)), bits=24))),
-        Case("fma.rn.bf16x2", "r=rrr", "pair pair pair", fused_bf16),
+        Case("fma.rn.bf16", "h=hhh", "bf16 bf16 bf16", fused_bf16),
+        Case("fma.rn.bf16x2", "r=rrr", "pair pair pair", lambda *p: pair(*map(fused_bf16, *map(halves, p)))),
         Case("add.f16x2", "r=rr", "pair16 pair16", sum_f16),
         Case("div.full.f32", "r=rr", "f32 f32", np.divide),
         Case("div.rn.f32", "r=rr", "f32 f32", np.divide),
         Case("neg.f32", "r=r", "f32", np.negative),
         Case("abs.f32", "r=r", "f32", np.abs),
+        Case("abs.ftz.f32", "r=r", "f32", lambda a: np.abs(flush(a))),
         Case("min.f32", "r=rr", "f32 f32", np.fmin),
         Case("max.f32", "r=rr", "f32 f32", np.fmax),
         Case("ex2.approx.f32", "r=r", "f32", lambda a: np.exp2(f64(a)), 2**-23),
@@ -265,6 +296,11 @@ def floats() -> list[Case]:
         Case("rsqrt.approx.f32", "r=r", "f32", lambda a: 1 / np.sqrt(f64(a)), 2**-23),
         Case("rsqrt.approx.ftz.f32", "r=r", "f32", lambda a: 1 / np.sqrt(f64(flush(a))), 2**-23),
         Case("tanh.approx.f32", "r=r", "f32", lambda a: np.tanh(f64(a)), 2**-23),
+        Case("selp.f64", "d=ddp", "u64 u64 p", lambda a, b, p: np.where(p, a, b)),
+        Case("add.f64", "d=dd", "f64 f64", exactly(lambda a, b: a + b, 53, -1022)),
+        Case("sub.f64", "d=dd", "f64 f64", exactly(lambda a, b: a - b, 53, -1022)),
+        Case("cvt.f64.f32", "d=r", "f32", lambda a: a.astype(np.float64)),
+        Case("cvt.rn.f32.f64", "r=d", "f64", exactly(lambda a: a, 24, -126)),
         Case("cvt.f32.bf16", "r=h", "bf16", from_bf16),
         Case("cvt.f32.f16", "r=h", "f16", from_f16),
         Case("cvt.rn.bf16.f32", "h=r", "f32", to_bf16),
@@ -276,6 +312,8 @@ def floats() -> list[Case]:
         Case("cvt.u16.u32", "h=r", "u32", each(lambda a: a, 16)),
         Case("cvt.u32.u16", "r=h", "u16", each(lambda a: a)),
         Case("cvt.s16.s8", "h=h", "u16", each(lambda a: ((int(a) & 0xFF) ^ 0x80) - 0x80, 16)),
+        Case("cvt.s32.s8", "r=r", "u32", each(lambda a: ((a & 0xFF) ^ 0x80) - 0x80)),
+        Case("cvt.u64.u16", "d=h", "u16", each(lambda a: a, 64)),
         Case("cvt.s32.s16", "r=h", "s16", each(lambda a: a)),
         Case("cvt.u32.u64", "r=d", "u64", each(lambda a: a)),
         Case("cvt.u64.u32", "d=r", "u32", each(lambda a: a, 64)),

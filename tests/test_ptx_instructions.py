@@ -15,7 +15,7 @@ pytestmark = pytest.mark.breadth  # half a minute of compilation
 def check(found: np.ndarray, expected: np.ndarray, error: float) -> None:
     """Equal bits; floats within a relative error, and NaN wherever NaN is due."""
     if expected.dtype.kind == "f":
-        got, wanted = found.view(np.float32).astype(np.float64), expected.astype(np.float64)
+        got, wanted = found.view(expected.dtype).astype(np.float64), expected.astype(np.float64)
         assert np.array_equal(np.isnan(got), np.isnan(wanted))
         with np.errstate(invalid="ignore"):
             close = (got == wanted) | (np.abs(got - wanted) <= error * np.abs(wanted)) | np.isnan(wanted)
@@ -39,7 +39,8 @@ def test_instruction(case: Case) -> None:
             operands[0][operands[0] == 0] = 2  # numpy does not say which of 0 and -0 is larger
         with np.errstate(all="ignore"):
             expected = np.asarray(case.define(*operands))
-            expected = expected.astype(np.float32) if expected.dtype.kind == "f" else expected
+            if expected.dtype.kind == "f" and case.form[0] == "r":
+                expected = expected.astype(np.float32)
         check(evaluate(case.opcode, case.form, operands)[0], expected, case.error)
 
 
@@ -61,7 +62,8 @@ def test_pairs() -> None:
     assert [a.tolist() for a in evaluate("mov.b64", "rr=d", [wide], (2, 1))] == [low32.tolist(), high32.tolist()]
 
 
-@pytest.mark.parametrize("opcode", ["div.s32", "div.u32", "rem.s32", "rem.u32"])
+@pytest.mark.parametrize("opcode", ["div.s32", "div.u32", "div.s64", "rem.s32", "rem.u32"])
 def test_division_by_zero(opcode: str) -> None:
+    values = draw("u" + opcode[-2:])
     with pytest.raises(PtxError, match=f"{opcode}.*lane 0 divides by zero"):
-        evaluate(opcode, "r=rr", [draw("u32"), np.zeros(LANES, np.uint32)])
+        evaluate(opcode, "d=dd" if opcode.endswith("64") else "r=rr", [values, np.zeros_like(values)])

@@ -166,6 +166,27 @@ def test_lanes_part_and_meet(schedule: Schedule) -> None:
     assert run_64(body, schedule) == [t ^ 1 for t in range(64)]
 
 
+BY_INDEX = """and.b32 %r1, %t, 3; setp.lt.u32 %p1, %t, 60;
+LIST: .branchtargets ZERO, ONE, ZERO, THREE;
+    @%p1 brx.idx %r1, LIST;
+    mov.b32 %r3, 9; bra DONE;
+THREE: mov.b32 %r3, 3; bra DONE;
+ONE: mov.b32 %r3, 1; bra DONE;
+ZERO: mov.b32 %r3, 0;
+DONE:"""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_lanes_branch_by_a_number(schedule: Schedule) -> None:
+    """And meet again; those that the guard leaves out go on behind the branch."""
+    expected = [9 if t >= 60 else (0, 1, 0, 3)[t & 3] for t in range(64)]
+    assert run_64(f"{BY_INDEX} {STORE}", schedule) == expected
+    meeting = f"{BY_INDEX} shfl.sync.bfly.b32 %r3, %r3, 1, 31, -1; {STORE}"
+    assert run_64(meeting, schedule) == [expected[t ^ 1] for t in range(64)]
+    with pytest.raises(PtxError, match=r"brx\.idx .*lane \d+ takes label \d+ of 2"):
+        run_64("LIST: .branchtargets DONE, DONE; brx.idx %t, LIST; DONE:", schedule)
+
+
 @pytest.mark.parametrize(
     "body, message",
     [
@@ -284,6 +305,8 @@ def test_a_release_and_an_acquire_order_blocks(old: str, new: str, schedule: Sch
         ("add.f32 %r1, %r2;", "operands are not of r=rr"),
         ("ld.shared.b32 %r1, [nothing];", "no variable nothing"),
         ("bra NOWHERE;", "no label NOWHERE"),
+        ("brx.idx %r1, NOWHERE;", "no list of labels NOWHERE"),
+        ("L: .branchtargets NOWHERE; brx.idx %r1, L;", "no label NOWHERE"),
         (".local .b8 depot[16];", "`.local .b8 depot"),
         ("mov.u32 %r1, %clock;", "operands are not of r=r"),
         ("ld.param.u32 %r1, [first+16];", "parameters: 4 bytes at 16 of 16"),

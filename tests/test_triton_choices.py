@@ -192,23 +192,28 @@ def test_programs_do_not_meet(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", ["channel", "head"])
 @pytest.mark.parametrize("rotation", ["half", "interleaved"])
-def test_gates_beside_rotated_heads(layout: str, rotation: str) -> None:
-    """Column tiles that hold the end of the gate and the first pairs of a head."""
-    block = BlockSpec(24, 8, num_heads=5, num_kv_heads=1, head_dim=12, gate=layout, rotation=rotation)
-    gate, heads = block.gate_rows, 7
-    shape = {"h": (2, 9, 24), "weight": (gate + heads * 12, 24), "bias": (6 * 12,)}
-    cos, sin = rope_tables(9, 12, rotation=rotation)
+@pytest.mark.parametrize("heads, head_dim", [(5, 12), (4, 20)])
+def test_gates_beside_rotated_heads(layout: str, rotation: str, heads: int, head_dim: int) -> None:
+    """Column tiles that hold the end of the gate and the first pairs of a head.
+
+    With heads of 20, what fills the gate up to a whole head needs a column tile more than the product has.
+    """
+    block = BlockSpec(24, 8, num_heads=heads, num_kv_heads=1, head_dim=head_dim, gate=layout, rotation=rotation)
+    gate, biased = block.gate_rows, (heads + 1) * head_dim
+    rows = gate + biased + head_dim
+    shape = {"h": (2, 9, 24), "weight": (rows, 24), "bias": (biased,)}
+    cos, sin = rope_tables(9, head_dim, rotation=rotation)
     drawn = draw(shape, torch.float32)
     given = {**drawn, "cos": cos, "sin": sin}
     b = buffers(given)
-    out = Buffer("out", (2, 9, gate + heads * 12), torch.float32)
+    out = Buffer("out", (2, 9, rows), torch.float32)
     tables = {"bias": b["bias"], "cos": b["cos"], "sin": b["sin"]}
     tile = Tile.of(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)
     found = guarded_run([qkv(block, [b["h"]], b["weight"], out, **tables, tile=tile)], given)["out"]
     expected = drawn["h"].double() @ drawn["weight"].double().T
-    expected[..., gate : gate + 72] += drawn["bias"]
-    turned = expected[..., gate : gate + 72].unflatten(-1, (6, 12))
-    expected[..., gate : gate + 72] = rotate(turned, cos, sin, rotation).flatten(-2)
+    expected[..., gate : gate + biased] += drawn["bias"]
+    turned = expected[..., gate : gate + biased].unflatten(-1, (heads + 1, head_dim))
+    expected[..., gate : gate + biased] = rotate(turned, cos, sin, rotation).flatten(-2)
     torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=1e-5)
 
 

@@ -86,9 +86,13 @@ private:
       if (letter == 'T') {
         if (operand.text != "%globaltimer") return false;
       } else if (letter == 'L') {
-        const auto label = entry_.labels.find(operand.text);
-        if (operand.kind != Operand::name || label == entry_.labels.end()) fail(s, "no label " + operand.text);
-        op.target = label->second;
+        op.target = label(s, operand.kind == Operand::name ? operand.text : "");
+      } else if (letter == 'B') {
+        const auto list = entry_.lists.find(operand.text);
+        if (list == entry_.lists.end()) fail(s, "no list of labels " + operand.text);
+        op.target = static_cast<uint32_t>(program_.lists.size());
+        program_.lists.emplace_back();
+        for (const std::string& name : list->second) program_.lists.back().push_back(label(s, name));
       } else if (letter == 'S' || letter == 'G' || letter == 'P') {
         if (operand.kind != Operand::address) return false;
         op.offset[address++] = operand.offset;
@@ -107,6 +111,12 @@ private:
       }
     }
     return true;
+  }
+
+  uint32_t label(const Statement& s, const std::string& name) const {
+    const auto found = entry_.labels.find(name);
+    if (found == entry_.labels.end()) fail(s, "no label " + name);
+    return found->second;
   }
 
   bool simple(const Statement& s, const Operand& operand, Class cls, bool is_result, uint32_t& slot) {

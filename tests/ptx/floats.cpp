@@ -65,6 +65,10 @@ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
     map<float, float, float>(w, op, m, [](float a, float b) { return __VA_ARGS__; });                                  \
   }
 
+struct LessOrUnordered {
+  bool operator()(float a, float b) const { return !(a >= b); }
+};
+
 template <class F> Form comparison(F) {
   return {"p=rr", [](Warp& w, const Op& op, Mask m) { set_predicate(w, op.dst[0], m, test<float>(w, op, F())); }};
 }
@@ -89,12 +93,20 @@ void add_floats(Table& t) {
                           }}};
   t["add.f16x2"] = {
       {"r=rr", [](Warp& w, const Op& op, Mask m) { map<uint32_t, uint32_t, uint32_t>(w, op, m, add_f16x2); }}};
+  t["fma.rn.bf16"] = {{"h=hhh", [](Warp& w, const Op& op, Mask m) {
+                         map<uint16_t, uint16_t, uint16_t, uint16_t>(w, op, m, fma_bf16);
+                       }}};
   t["fma.rn.bf16x2"] = {{"r=rrr", [](Warp& w, const Op& op, Mask m) {
                            map<uint32_t, uint32_t, uint32_t, uint32_t>(w, op, m, fma_bf16x2);
                          }}};
+  t["add.f64"] = {
+      {"d=dd", [](Warp& w, const Op& op, Mask m) { map<double, double, double>(w, op, m, std::plus<double>()); }}};
+  t["sub.f64"] = {
+      {"d=dd", [](Warp& w, const Op& op, Mask m) { map<double, double, double>(w, op, m, std::minus<double>()); }}};
   t["div.full.f32"] = t["div.rn.f32"] = {{"r=rr", BINARY(a / b)}};
   t["neg.f32"] = {{"r=r", UNARY(-a)}};
   t["abs.f32"] = {{"r=r", UNARY(std::fabs(a))}};
+  t["abs.ftz.f32"] = {{"r=r", UNARY(flush(std::fabs(a)))}};
   t["min.f32"] = {{"r=rr", BINARY(least(a, b))}};
   t["max.f32"] = {{"r=rr", BINARY(largest(a, b))}};
 
@@ -111,6 +123,7 @@ void add_floats(Table& t) {
   t["setp.le.f32"] = {comparison(std::less_equal<float>())};
   t["setp.gt.f32"] = {comparison(std::greater<float>())};
   t["setp.ge.f32"] = {comparison(std::greater_equal<float>())};
+  t["setp.ltu.f32"] = {comparison(LessOrUnordered())};
   t["setp.neu.f32"] = {comparison(std::not_equal_to<float>())}; // true if one is NaN
 }
 

@@ -2,6 +2,7 @@
 #include "warp.h"
 
 #include <algorithm>
+#include <bitset>
 #include <functional>
 
 namespace trmfast {
@@ -135,12 +136,16 @@ void add_integers(Table& t) {
   t["add.s16"] = {{"h=hh", BINARY(u16, a + b)}};
   t["sub.s16"] = {{"h=hh", BINARY(u16, a - b)}};
   t["mul.lo.s16"] = {{"h=hh", BINARY(u16, u32(a) * b)}};
+  t["mad.lo.s16"] = {{"h=hhh", TERNARY(u16, u32(a) * b + c)}};
   t["mul.hi.u16"] = {{"h=hh", BINARY(u16, u32(a) * b >> 16)}};
   t["mul.wide.u16"] = {{"r=hh", [](Warp& w, const Op& op, Mask m) {
                           map<u32, u16, u16>(w, op, m, [](u16 a, u16 b) { return u32(a) * b; });
                         }}};
   t["mul.wide.s16"] = {{"r=hh", [](Warp& w, const Op& op, Mask m) {
                           map<i32, i16, i16>(w, op, m, [](i16 a, i16 b) { return i32(a) * b; });
+                        }}};
+  t["mad.wide.u16"] = {{"r=hhr", [](Warp& w, const Op& op, Mask m) {
+                          map<u32, u16, u16, u32>(w, op, m, [](u16 a, u16 b, u32 c) { return u32(a) * b + c; });
                         }}};
   t["mul.hi.s32"] = {{"r=rr", BINARY(i32, static_cast<i64>(a) * b >> 32)}};
   t["mul.hi.u32"] = {{"r=rr", BINARY(u32, static_cast<u64>(a) * b >> 32)}};
@@ -161,6 +166,7 @@ void add_integers(Table& t) {
                         }}};
   t["div.s32"] = {{"r=rr", divide<i32>}};
   t["div.u32"] = {{"r=rr", divide<u32>}};
+  t["div.s64"] = {{"d=dd", divide<i64>}};
   t["rem.s32"] = {{"r=rr", remainder<i32>}};
   t["rem.u32"] = {{"r=rr", remainder<u32>}};
   t["min.s32"] = {{"r=rr", BINARY(i32, a < b ? a : b)}};
@@ -181,6 +187,7 @@ void add_integers(Table& t) {
   t["or.b64"] = {{"d=dd", BINARY(u64, a | b)}};
   t["xor.b64"] = {{"d=dd", BINARY(u64, a ^ b)}};
   t["not.b32"] = {{"r=r", UNARY(u32, ~a)}};
+  t["popc.b32"] = {{"r=r", UNARY(u32, std::bitset<32>(a).count())}};
   t["not.b64"] = {{"d=d", UNARY(u64, ~a)}};
   t["and.pred"] = {{"p=pp", PREDICATES(a & b)}};
   t["or.pred"] = {{"p=pp", PREDICATES(a | b)}};

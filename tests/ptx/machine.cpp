@@ -167,8 +167,8 @@ private:
     return w.reg<uint32_t>(op.src[op.num_src - 1])[__builtin_ctz(mask)];
   }
 
-  // Joins lanes that met again, and picks those that are furthest behind and need not wait for others.
-  void choose(Warp& w) {
+  // Joins lanes that met again; those that are furthest behind come first.
+  static void join(Warp& w) {
     std::sort(w.groups.begin(), w.groups.end(), [](const Group& a, const Group& b) { return a.pc < b.pc; });
     size_t last = 0;
     for (size_t i = 1; i < w.groups.size(); ++i) {
@@ -178,6 +178,12 @@ private:
         w.groups[++last] = w.groups[i];
     }
     w.groups.resize(last + 1);
+    w.current = 0;
+  }
+
+  // Joins lanes, and picks those that are furthest behind and need not wait for others.
+  void choose(Warp& w) {
+    join(w);
     for (w.current = 0; w.current < w.groups.size(); ++w.current) {
       const Group& g = w.groups[w.current];
       const Op& op = program_.ops[g.pc];
@@ -208,6 +214,9 @@ private:
       return true;
     case Flow::branch:
       branch(w, op, mask);
+      return true;
+    case Flow::branch_by_index:
+      branch_by_index(w, op, mask);
       return true;
     case Flow::leave:
       w.live &= ~mask;
@@ -253,6 +262,23 @@ private:
     w.groups.push_back({op.target, taken});
   }
 
+  // Every lane goes to the label that its number names.
+  void branch_by_index(Warp& w, const Op& op, Mask mask) const {
+    const std::vector<uint32_t>& targets = program_.lists[op.target];
+    const uint32_t* which = w.reg<uint32_t>(op.src[0]);
+    const Group g = w.groups[w.current];
+    w.groups.erase(w.groups.begin() + static_cast<ptrdiff_t>(w.current));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      if (which[lane] >= targets.size())
+        throw Fault("lane " + std::to_string(lane) + " takes label " + std::to_string(which[lane]) + " of " +
+                    std::to_string(targets.size()));
+      w.groups.push_back({targets[which[lane]], 1u << lane});
+    }
+    if (g.mask & ~mask) w.groups.push_back({g.pc + 1, g.mask & ~mask});
+    join(w);
+  }
+
   void pass_barrier(Block& block) {
     const auto waits = [](const Warp& w) { return w.state == Warp::waiting; };
     if (!std::all_of(block.warps.begin(), block.warps.end(), waits)) return;
@@ -296,6 +322,7 @@ Counts run(const Program& program, const Launch& launch, const Options& options)
 
 void add_control(Table& t) {
   t["bra"] = t["bra.uni"] = {{"=L", nullptr, Flow::branch}};
+  t["brx.idx"] = {{"=rB", nullptr, Flow::branch_by_index}};
   t["ret"] = t["exit"] = {{"=", nullptr, Flow::leave}};
   t["bar.sync"] = {{"=r", nullptr, Flow::barrier}, {"=rr", nullptr, Flow::barrier}};
   // Instead of lanes these get whether the predicate holds anywhere (1) and everywhere (2).

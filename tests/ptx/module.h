@@ -44,7 +44,8 @@ struct Entry {
   uint32_t required_threads = 0;                 // 0: any number
   uint32_t predicates = 0, narrow = 0, wide = 0; // registers declared
   std::vector<Statement> statements;
-  std::map<std::string, uint32_t> labels; // the statement that follows
+  std::map<std::string, uint32_t> labels;                // the statement that follows
+  std::map<std::string, std::vector<std::string>> lists; // labels that brx.idx branches to
 };
 
 struct Module {

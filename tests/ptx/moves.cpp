@@ -101,17 +101,21 @@ void add_moves(Table& t) {
       {"p=p", [](Warp& w, const Op& op, Mask m) { set_predicate(w, op.dst[0], m, w.predicates[op.src[0]]); }}};
   for (const char* type : {"b16", "u16", "s16"}) t[std::string("selp.") + type] = {{"h=hhp", select<uint16_t>}};
   for (const char* type : {"b32", "u32", "s32", "f32"}) t[std::string("selp.") + type] = {{"r=rrp", select<uint32_t>}};
-  for (const char* type : {"b64", "u64", "s64"}) t[std::string("selp.") + type] = {{"d=ddp", select<uint64_t>}};
+  for (const char* type : {"b64", "u64", "s64", "f64"}) t[std::string("selp.") + type] = {{"d=ddp", select<uint64_t>}};
 
   t["cvt.u16.u32"] = {{"h=r", CONVERT(uint16_t, uint32_t, a)}};
   t["cvt.u32.u16"] = {{"r=h", CONVERT(uint32_t, uint16_t, a)}};
   t["cvt.s16.s8"] = {{"h=h", CONVERT(int16_t, uint16_t, static_cast<int8_t>(a & 0xff))}};
+  t["cvt.s32.s8"] = {{"r=r", CONVERT(int32_t, uint32_t, static_cast<int8_t>(a & 0xff))}};
   t["cvt.s32.s16"] = {{"r=h", CONVERT(int32_t, int16_t, a)}};
   t["cvt.u32.u64"] = {{"r=d", CONVERT(uint32_t, uint64_t, a)}};
+  t["cvt.u64.u16"] = {{"d=h", CONVERT(uint64_t, uint16_t, a)}};
   t["cvt.u64.u32"] = {{"d=r", CONVERT(uint64_t, uint32_t, a)}};
   t["cvt.s64.s32"] = {{"d=r", CONVERT(int64_t, int32_t, a)}};
   t["cvt.rn.f32.s32"] = {{"r=r", CONVERT(float, int32_t, a)}};
   t["cvt.rn.f32.u32"] = {{"r=r", CONVERT(float, uint32_t, a)}};
+  t["cvt.f64.f32"] = {{"d=r", CONVERT(double, float, a)}};
+  t["cvt.rn.f32.f64"] = {{"r=d", CONVERT(float, double, a)}};
   t["cvt.f32.bf16"] = {{"r=h", CONVERT(float, uint16_t, bf16_to_float(a))}};
   t["cvt.f32.f16"] = {{"r=h", CONVERT(float, uint16_t, f16_to_float(a))}};
   t["cvt.rn.bf16.f32"] = {{"h=r", CONVERT(uint16_t, float, float_to_bf16(a))}};

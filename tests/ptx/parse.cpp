@@ -215,6 +215,10 @@ private:
   void declaration(const std::string& text) {
     const auto found = words(text);
     if (found[0] == ".pragma") return;
+    if (found[0] == ".branchtargets") {
+      entry_.lists[label_] = split(text.substr(found[0].size()));
+      return;
+    }
     if (found[0] != ".reg" || found.size() < 3) fail("`" + trim(text) + "` is not supported");
     const Class cls = found[1] == ".pred"       ? Class::predicate
                       : bytes_of(found[1]) == 2 ? Class::b16
@@ -240,7 +244,8 @@ private:
            (std::isalnum(static_cast<unsigned char>(text_[end])) || text_[end] == '_' || text_[end] == '$'))
       ++end;
     if (end == at_ || end >= text_.size() || text_[end] != ':') return false;
-    entry_.labels[text_.substr(at_, end - at_)] = static_cast<uint32_t>(entry_.statements.size());
+    label_ = text_.substr(at_, end - at_);
+    entry_.labels[label_] = static_cast<uint32_t>(entry_.statements.size());
     at_ = end + 1;
     return true;
   }
@@ -347,6 +352,7 @@ private:
   mutable int line_ = 1;
   Module module_;
   Entry entry_;
+  std::string label_; // the last one
   std::vector<Scope> scopes_;
 };
 

@@ -22,6 +22,7 @@ enum class Flow : uint8_t {
   collective, // all lanes of the warp execute it together
   masked,     // the lanes that its last operand names execute it together
   branch,
+  branch_by_index,
   leave,
   barrier,
   pause, // lets others run
@@ -35,12 +36,12 @@ struct Op {
   uint32_t guard = kNone;
   uint32_t dst[4] = {}, src[12] = {}; // in their files
   int64_t offset[2] = {};             // of the addresses among the operands
-  uint32_t target = 0;                // of a branch
+  uint32_t target = 0;                // of a branch; by index, the list of targets
 };
 
 // One meaning of an opcode.  `operands` has a letter for each, results before `=`: p h r d are registers of 1, 16, 32
 // and 64 bits (what is not a result may be a number), S G P addresses of shared and global memory and of parameters,
-// L a label, T the timer.
+// L a label, B a list of labels, T the timer.
 struct Form {
   const char* operands;
   Handler run;
@@ -82,6 +83,7 @@ struct Program {
   uint32_t special = 0;                          // the first of num_special narrow registers
   std::vector<std::pair<uint32_t, uint64_t>> narrow_constants, wide_constants, predicate_constants;
   std::vector<Op> ops;
+  std::vector<std::vector<uint32_t>> lists;
   std::vector<Statement> statements; // one for each
 };
 
