@@ -162,6 +162,18 @@ def exactly(function: Callable[..., Any], bits: int, least: int) -> Callable[...
     return over
 
 
+def on_halves(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
+    """:func:`exactly` over the bits of half-precision numbers, one or two a register."""
+    rounded = exactly(function, 11, -14)
+
+    def over(*operands: np.ndarray) -> np.ndarray:
+        if operands[0].dtype == np.uint32:
+            return pair(*map(over, *map(halves, operands)))
+        return to_f16(rounded(*map(from_f16, operands)))
+
+    return over
+
+
 def flush(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < 2.0**-126, np.copysign(np.float32(0), x), x)
 
@@ -283,6 +295,9 @@ def floats() -> list[Case]:
         Case("fma.rn.bf16", "h=hhh", "bf16 bf16 bf16", fused_bf16),
         Case("fma.rn.bf16x2", "r=rrr", "pair pair pair", lambda *p: pair(*map(fused_bf16, *map(halves, p)))),
         Case("add.f16x2", "r=rr", "pair16 pair16", sum_f16),
+        Case("mul.f16", "h=hh", "u16 u16", on_halves(lambda a, b: a * b)),
+        Case("mul.f16x2", "r=rr", "u32 u32", on_halves(lambda a, b: a * b)),
+        Case("fma.rn.f16x2", "r=rrr", "u32 u32 u32", on_halves(lambda a, b, c: a * b + c)),
         Case("div.full.f32", "r=rr", "f32 f32", np.divide),
         Case("div.rn.f32", "r=rr", "f32 f32", np.divide),
         Case("neg.f32", "r=r", "f32", np.negative),

@@ -25,15 +25,15 @@ float largest(float a, float b) {
   return a > b || (a == b && !std::signbit(a)) ? a : b;
 }
 
-// a * b + c with one rounding to bf16: the sum in float64 is rounded to odd, so that the second rounding is right.
-uint16_t fma_bf16(uint16_t a, uint16_t b, uint16_t c) {
-  const double product = static_cast<double>(bf16_to_float(a)) * bf16_to_float(b), addend = bf16_to_float(c);
+// a * b + c of numbers of 16 bits, rounded to odd, so that rounding to 16 bits is the only rounding that counts.
+float fma_to_odd(float a, float b, float c) {
+  const double product = static_cast<double>(a) * b, addend = c;
   double sum = product + addend;
   const double rest = sum - product, error = (product - (sum - rest)) + (addend - rest);
   uint64_t bits;
   std::memcpy(&bits, &sum, sizeof bits);
   if (error != 0 && std::isfinite(sum) && !(bits & 1)) sum = std::nextafter(sum, error > 0 ? HUGE_VAL : -HUGE_VAL);
-  // float32 has more than twice as many bits as bf16 and two more; rounded to odd it keeps what bf16 needs.
+  // float32 has more than two bits more than bf16 and half; rounded to odd it keeps what these need.
   float narrow = static_cast<float>(sum);
   const double lost = sum - narrow;
   uint32_t low;
@@ -41,20 +41,34 @@ uint16_t fma_bf16(uint16_t a, uint16_t b, uint16_t c) {
   if (lost != 0 && std::isfinite(narrow) && !(low & 1))
     narrow = std::nextafter(narrow, lost > 0 ? std::numeric_limits<float>::infinity()
                                              : -std::numeric_limits<float>::infinity());
-  return float_to_bf16(narrow);
+  return narrow;
+}
+
+uint16_t fma_bf16(uint16_t a, uint16_t b, uint16_t c) {
+  return float_to_bf16(fma_to_odd(bf16_to_float(a), bf16_to_float(b), bf16_to_float(c)));
+}
+
+uint16_t fma_f16(uint16_t a, uint16_t b, uint16_t c) {
+  return float_to_f16(fma_to_odd(f16_to_float(a), f16_to_float(b), f16_to_float(c)));
+}
+
+// The product of two halves is exact in float32.
+uint16_t mul_f16(uint16_t a, uint16_t b) { return float_to_f16(f16_to_float(a) * f16_to_float(b)); }
+
+// Both halves of a register.
+template <uint16_t (*kFunction)(uint16_t, uint16_t)> uint32_t both(uint32_t a, uint32_t b) {
+  const auto half = [](uint32_t x, int i) { return static_cast<uint16_t>(x >> 16 * i); };
+  return static_cast<uint32_t>(kFunction(half(a, 1), half(b, 1))) << 16 | kFunction(half(a, 0), half(b, 0));
+}
+
+template <uint16_t (*kFunction)(uint16_t, uint16_t, uint16_t)> uint32_t both(uint32_t a, uint32_t b, uint32_t c) {
+  const auto half = [](uint32_t x, int i) { return static_cast<uint16_t>(x >> 16 * i); };
+  return static_cast<uint32_t>(kFunction(half(a, 1), half(b, 1), half(c, 1))) << 16 |
+         kFunction(half(a, 0), half(b, 0), half(c, 0));
 }
 
 // float32 has twice as many bits as a half and two more: rounding a sum twice is rounding it once.
-uint32_t add_f16x2(uint32_t a, uint32_t b) {
-  const auto half = [](uint32_t x, int i) { return f16_to_float(static_cast<uint16_t>(x >> 16 * i)); };
-  return static_cast<uint32_t>(float_to_f16(half(a, 1) + half(b, 1))) << 16 | float_to_f16(half(a, 0) + half(b, 0));
-}
-
-uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
-  const auto half = [](uint32_t x, int i) { return static_cast<uint16_t>(x >> 16 * i); };
-  return static_cast<uint32_t>(fma_bf16(half(a, 1), half(b, 1), half(c, 1))) << 16 |
-         fma_bf16(half(a, 0), half(b, 0), half(c, 0));
-}
+uint16_t add_f16(uint16_t a, uint16_t b) { return float_to_f16(f16_to_float(a) + f16_to_float(b)); }
 
 #define UNARY(...)                                                                                                     \
   [](Warp& w, const Op& op, Mask m) {                                                                                  \
@@ -91,14 +105,21 @@ void add_floats(Table& t) {
                               return flush(std::fma(flush(a), flush(b), flush(c)));
                             });
                           }}};
+  t["mul.f16"] = {
+      {"h=hh", [](Warp& w, const Op& op, Mask m) { map<uint16_t, uint16_t, uint16_t>(w, op, m, mul_f16); }}};
   t["add.f16x2"] = {
-      {"r=rr", [](Warp& w, const Op& op, Mask m) { map<uint32_t, uint32_t, uint32_t>(w, op, m, add_f16x2); }}};
+      {"r=rr", [](Warp& w, const Op& op, Mask m) { map<uint32_t, uint32_t, uint32_t>(w, op, m, both<add_f16>); }}};
+  t["mul.f16x2"] = {
+      {"r=rr", [](Warp& w, const Op& op, Mask m) { map<uint32_t, uint32_t, uint32_t>(w, op, m, both<mul_f16>); }}};
   t["fma.rn.bf16"] = {{"h=hhh", [](Warp& w, const Op& op, Mask m) {
                          map<uint16_t, uint16_t, uint16_t, uint16_t>(w, op, m, fma_bf16);
                        }}};
   t["fma.rn.bf16x2"] = {{"r=rrr", [](Warp& w, const Op& op, Mask m) {
-                           map<uint32_t, uint32_t, uint32_t, uint32_t>(w, op, m, fma_bf16x2);
+                           map<uint32_t, uint32_t, uint32_t, uint32_t>(w, op, m, both<fma_bf16>);
                          }}};
+  t["fma.rn.f16x2"] = {{"r=rrr", [](Warp& w, const Op& op, Mask m) {
+                          map<uint32_t, uint32_t, uint32_t, uint32_t>(w, op, m, both<fma_f16>);
+                        }}};
   t["add.f64"] = {
       {"d=dd", [](Warp& w, const Op& op, Mask m) { map<double, double, double>(w, op, m, std::plus<double>()); }}};
   t["sub.f64"] = {
