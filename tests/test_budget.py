@@ -205,6 +205,18 @@ def test_kept_of_another_layout_is_refused() -> None:
     grads, tables = list(inputs.grad_states), (inputs.cos, inputs.sin)
     with pytest.raises(ValueError, match=rf"^kept: got {len(kept) - 64} bytes, accepted is what forward kept, such as"):
         backward(grads, saved, kept[64:].contiguous(), weights, *tables, *rest)
+    for other in (kept.float(), kept[:0]):
+        with pytest.raises(ValueError, match=r"^(kept|saved): got ") as e:
+            backward(grads, saved, other, weights, *tables, *rest)
+        assert "\n" not in str(e.value)
+    _, inputs_alone, nothing = run(inputs, 0)
+    again = inputs_alone.repeat(1, 100, 1, 1)
+    for other in (again, inputs_alone[:, :0], inputs_alone[:, :, :2], inputs_alone[0], inputs_alone.bfloat16()):
+        with pytest.raises(ValueError, match=r"^saved: got \[.*\] of torch.*, accepted are inputs of \[2, 5, 64\] of"):
+            backward(grads, other, nothing, weights, *tables, *rest)
+    strided = kept.repeat_interleave(2)[::2]
+    for a, b in zip(*(backward(grads, saved, k, weights, *tables, *rest) for k in (kept, strided)), strict=True):
+        assert torch.equal(a, b)
     part = budget_with_pairs(case, torch.float32, 4)
     with pytest.raises(
         ValueError, match=r"^saved: got 0 inputs, accepted are 1, one for each grad update that was not"

@@ -57,9 +57,9 @@ def recursion(
 ) -> tuple[Tensor, ...]:
     """Runs a whole recursion as one operation.
 
-    Works under torch.compile, torch.export, autocast and inference mode.  For the backward pass it keeps the
-    activations of the last updates that fit into a budget, and of the earlier ones in the gradient window their summed
-    inputs, to compute the rest again; that pass cannot be differentiated again.
+    Works under torch.compile, torch.export, autocast and inference mode.  For the backward pass it keeps, of the last
+    updates in the gradient window, what fits into a budget, and of those not wholly kept their summed inputs, to
+    compute the rest again; that pass cannot be differentiated again.
 
     Args:
         program: the recursion; it may change from call to call.
@@ -283,8 +283,9 @@ def _backward(
     if problem.backward_reads_x and x is None:
         raise ValueError("x: got None, accepted is that of the forward pass, from which backward computes inputs again")
     problem.validate(grad_states, grad_states[0] if x is None else x, weights, cos, sin, segments)
-    dtype = saved.dtype
-    _, batch, length, _ = saved.shape
+    shape, dtype = grad_states[0].shape, grad_states[0].dtype
+    batch, length, _ = shape
+    _check_forms(saved, kept, shape, dtype)
     gs: Sequence[Tensor | None] = [None] * len(grad_states)
     gx: Tensor | None = None
     gw: Sequence[Tensor | None] = [None] * len(weights)
@@ -293,21 +294,28 @@ def _backward(
         keep = what_fits(chosen, problem, dtype, batch, length, kept.numel())
         _check_kept(problem, saved, kept, keep)
         cos, sin = _tables(problem, cos, sin, length, dtype)
-        grads = [g.contiguous() for g in grad_states]
+        grads, saved, kept = [g.contiguous() for g in grad_states], saved.contiguous(), kept.contiguous()
         needs = needs_states, needs_x and problem.uses_x, needs_weights
         segments = None if segments is None else segments.to(torch.int32).contiguous()
         injected = x.contiguous() if x is not None and problem.backward_reads_x else None
-        call = BackwardCall(
-            problem, grads, saved.contiguous(), kept, keep, weights, cos, sin, *needs, segments, injected
-        )
+        call = BackwardCall(problem, grads, saved, kept, keep, weights, cos, sin, *needs, segments, injected)
         gs, gx, gw = chosen.backward(call)
-    shape = grad_states[0].shape
     results = [_result(g, need, saved, shape, dtype) for g, need in zip(gs, needs_states, strict=True)]
     results.append(_result(gx, needs_x, saved, shape, dtype))
     results += [
         _result(g, need, saved, w.shape, w.dtype) for g, need, w in zip(gw, needs_weights, weights, strict=True)
     ]
     return results
+
+
+def _check_forms(saved: Tensor, kept: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Raises ValueError unless what forward left has the dtypes, and ``saved`` inputs of this shape."""
+    if saved.shape[1:] != shape or saved.dtype != dtype:
+        raise ValueError(
+            f"saved: got {list(saved.shape)} of {saved.dtype}, accepted are inputs of {list(shape)} of {dtype}"
+        )
+    if kept.dtype != torch.uint8 or kept.device != saved.device:
+        raise ValueError(f"kept: got {kept.dtype} on {kept.device}, accepted is torch.uint8 on {saved.device}")
 
 
 def _check_kept(problem: Problem, saved: Tensor, kept: Tensor, keep: Kept) -> None:
@@ -317,7 +325,7 @@ def _check_kept(problem: Problem, saved: Tensor, kept: Tensor, keep: Kept) -> No
     updates = problem.num_grad_updates - keep.pairs // saved.shape[1]
     if saved.shape[0] != updates:
         raise ValueError(
-            f"saved: got {saved.shape[0]} inputs, accepted are {updates}, one for each grad update that was not kept"
+            f"saved: got {saved.shape[0]} inputs, accepted are {updates}, one for each grad update not wholly kept"
         )
 
 

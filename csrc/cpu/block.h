@@ -29,7 +29,7 @@ struct BlockStrides {
         activation(row_stride(GateLayout(block).activation_columns())), u(round_up(block.width, kPanel)) {}
 };
 
-// What a block computes, one row per token.  gate_up, rstd1 and rstd2 are null if no backward follows.
+// What a block computes, one row per token.  gate_up, rstd1 and rstd2 are null where nothing keeps them.
 template <class T> struct BlockActivations {
   T* h;                     // the block's input
   T* qkv;                   // queries and keys rotated (attention); with qk_norm as the product gives them

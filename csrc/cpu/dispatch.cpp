@@ -63,7 +63,8 @@ template <class SomeJob> void run_region(SomeJob job, size_t bytes, void (*body)
 } // namespace
 
 void run(const Engine& engine, const ForwardJob& job) {
-  if (!engine.backward && (job.saved || job.kept.pairs || job.kept.output_pairs)) throw std::invalid_argument("saved: i8 is for inference");
+  if (!engine.backward && (job.saved || job.kept.pairs || job.kept.output_pairs))
+    throw std::invalid_argument("saved: i8 is for inference");
   run_region(job, engine.forward_bytes(job), engine.forward);
 }
 

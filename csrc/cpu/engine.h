@@ -190,7 +190,7 @@ struct Engine {
   size_t (*output_bytes)(const Job& job, int pairs);
   size_t (*forward_bytes)(const ForwardJob& job);
   void (*forward)(const ForwardJob& job, void* workspace, int thread);
-  // Null for i8, which is for inference, as are the two above.
+  // Null for i8, which is for inference, as are kept_bytes and output_bytes.
   size_t (*backward_bytes)(const BackwardJob& job);
   void (*backward)(const BackwardJob& job, void* workspace, int thread);
   double (*peak_gflops)(double seconds);

@@ -1,5 +1,5 @@
 // A whole program backward.  The updates are walked in reverse; the forward code recomputes each update with gradient
-// from its saved input (bit for bit), unless forward kept its activations; the update is then differentiated.  The
+// from its saved input (bit for bit), but for what forward kept; the update is then differentiated.  The
 // operands of weight gradients go into a store with room for many (update, sequence) slots.  When it is full, all
 // weight gradients are accumulated over it at once, so the f32 gradients are read and written a few times in all, not
 // once per update.  The timing changes no bit: see weight_gradient.h.
@@ -97,13 +97,11 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
   const Range rows = team.split(sequences * L);
   const Positions positions = Positions{workspace.tables.rope(job), job.segments}.of(sequence, L);
   if (!place.kept) {
-    const int before = place.pair - backward.kept.pairs; // pairs before the first of these that are not kept
-    const int kept = smaller(larger(-before, 0), sequences);
-    const int with_outputs = smaller(larger(backward.kept.output_pairs - before - kept, 0), sequences - kept);
-    if (kept) team.begin("copy of kept activations");
-    for (int s = 0; s < kept; ++s)
+    const KeptPart kept(backward.kept, place.pair, sequences);
+    if (kept.whole) team.begin("copy of kept activations");
+    for (int s = 0; s < kept.whole; ++s)
       workspace.activations.copy(team, net.layers, workspace.kept, place.pair + s, place.slot + s);
-    if (kept) team.sync();
+    if (kept.whole) team.sync();
     const auto recompute = [&](int from, int count, int outputs) {
       if (!count) return;
       const long at = first + static_cast<long>(from) * L * D;
@@ -111,8 +109,8 @@ void slot_backward(const BackwardWorkspace<T>& workspace, const Team& team, cons
       slot_forward(workspace, team, update, saved + at, x, positions.of(from, L), count, place.slot + from, outputs,
                    shared, mine);
     };
-    recompute(kept, with_outputs, before + kept);
-    recompute(kept + with_outputs, sequences - kept - with_outputs, -1);
+    recompute(kept.whole, kept.with_outputs, kept.slot);
+    recompute(kept.whole + kept.with_outputs, sequences - kept.whole - kept.with_outputs, -1);
   }
 
   team.begin("gradient of the output");

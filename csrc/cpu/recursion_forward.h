@@ -210,8 +210,8 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
     const NetShape& net = job.nets[update.net];
     const void* packed = job.packed[update.net].forward;
     if (update.grad) pair -= job.batch;
-    const int before = pair - forward.kept.pairs; // pairs before the first of these whose activations are not kept
-    const bool save = saved && update.grad && before - first_sequence + job.batch > 0;
+    const KeptPart kept(forward.kept, pair, update.grad ? sequences : 0);
+    const bool save = saved && update.grad && pair - first_sequence + job.batch > forward.kept.pairs;
     const bool injects = net.injection != Injection::add;
     Update sources = update;
     if (injects) sources.inject_x = false;
@@ -232,21 +232,18 @@ void program_forward(const ForwardJob& forward, const Team& team, const Rope& ro
       const long row = first_row + static_cast<long>(first) * job.length;
       if (!enter(row, count * job.length, buffers.act.h, buffers.total)) return false;
       net_forward(team, net, packed, positions.of(first, job.length), count, job.length, buffers.act, buffers.u,
-                  out + row * job.width, job.width, outputs, before + first, scratch);
+                  out + row * job.width, job.width, outputs, kept.slot, scratch);
       return true;
     };
     // The first sequences are kept, the next ones with the outputs of their blocks, the others not at all.
-    const int window = update.grad ? sequences : 0;
-    const int kept = smaller(larger(-before, 0), window);
-    const int with_outputs = smaller(larger(forward.kept.output_pairs - before - kept, 0), window - kept);
-    if (kept) {
-      if (!enter(first_row, kept * job.length, store.layer(0, pair).h, store.total(pair))) return;
-      net_forward_kept(team, net, packed, positions, kept, job.length, store, pair, buffers.u,
+    if (kept.whole) {
+      if (!enter(first_row, kept.whole * job.length, store.layer(0, pair).h, store.total(pair))) return;
+      net_forward_kept(team, net, packed, positions, kept.whole, job.length, store, pair, buffers.u,
                        out + first_row * job.width, scratch);
     }
-    if (with_outputs && !in_buffers(kept, with_outputs, &output_store)) return;
-    const int others = sequences - kept - with_outputs;
-    if (others && !in_buffers(kept + with_outputs, others, nullptr)) return;
+    if (kept.with_outputs && !in_buffers(kept.whole, kept.with_outputs, &output_store)) return;
+    const int others = sequences - kept.whole - kept.with_outputs;
+    if (others && !in_buffers(sequences - others, others, nullptr)) return;
     if (save) saved += elements;
     states[update.dst] = static_cast<const T*>(forward.states_out[update.dst]);
   }

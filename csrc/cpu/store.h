@@ -1,5 +1,6 @@
-// What backward reads of the updates with gradient, one slot per (update, sequence) pair.  Forward keeps a store of the
-// pairs that the budget has room for; the backward workspace has one for those that are recomputed.
+// What backward reads of the updates with gradient, one slot per (update, sequence) pair.  Forward keeps whole pairs,
+// and the outputs of the blocks of others, as the budget has room; the backward workspace has a store for what is
+// recomputed.
 #pragma once
 
 #include "injection.h"
@@ -77,6 +78,17 @@ inline int all_pairs(const Job& job) {
   for (int i = 0; i < job.program.num_updates; ++i) updates += job.program.updates[i].grad;
   return updates * job.batch;
 }
+
+// Of some pairs in backward's order: how many are kept whole, how many of the next ones with the outputs of their
+// blocks, and the first slot of those.
+struct KeptPart {
+  int whole, with_outputs, slot;
+
+  KeptPart(const Kept& kept, int pair, int count)
+      : whole(smaller(larger(kept.pairs - pair, 0), count)),
+        with_outputs(smaller(larger(kept.pairs + kept.output_pairs - pair - whole, 0), count - whole)),
+        slot(pair + whole - kept.pairs) {}
+};
 
 // Whether a net of the job has a final norm.
 inline bool has_final_norm(const Job& job) {
@@ -191,13 +203,13 @@ void visit_arrays(BlockOutput<T>& output, const BlockShape& block, int length, c
   if (keeps_normed(block)) visit(output.normed2, length * h);
 }
 
-// The outputs of every layer of pairs whose other activations are recomputed, but for the last where nobody reads it.
-// Slot i is that of the i-th such pair.
+// The outputs of every layer of pairs whose other activations are recomputed; of the last only where something of it is
+// read.  Slot i is that of the i-th such pair.
 template <class T> class OutputStore {
 public:
   OutputStore(Arena& arena, const Job& job, int slots)
       : block_(job.nets[0].block), slots_(slots), length_(job.length),
-        layers_(most_layers(job) - !(has_result_norm(block_) || has_final_norm(job))) {
+        layers_(most_layers(job) - (has_result_norm(block_) || has_final_norm(job) ? 0 : 1)) {
     Arena one(nullptr);
     take(one, 0);
     per_layer_ = one.used();

@@ -126,7 +126,8 @@ def select(name: str, problem: Problem, device: torch.device, dtype: torch.dtype
 def what_fits(backend: Backend, problem: Problem, dtype: torch.dtype, batch: int, length: int, budget: int) -> Kept:
     """What a backend keeps for backward.
 
-    The outputs of blocks come first: each of their bytes spares several times the work that one of whole pairs does.
+    The outputs of blocks come first: at published widths each of their bytes spares several times the work that one of
+    whole pairs does.
     For a budget that is the size of what is kept, the result is that again.
 
     Args:
@@ -138,10 +139,12 @@ def what_fits(backend: Backend, problem: Problem, dtype: torch.dtype, batch: int
     if not size:
         return Kept()
     window, output = problem.num_grad_updates * batch, backend.output_bytes(problem, dtype, length)
-    pairs: int = torch.sym_max(0, torch.sym_min(window, (budget - window * output) // (size - output)))
+    # The functions for symbols take ten times as long.
+    least, most = (min, max) if isinstance(batch, int) else (torch.sym_min, torch.sym_max)
+    pairs: int = most(0, least(window, (budget - window * output) // (size - output)))
     if backend.keeps_updates_whole:
         pairs = pairs // batch * batch
-    outputs: int = torch.sym_min(window - pairs, (budget - pairs * size) // output) if output else 0
+    outputs: int = least(window - pairs, (budget - pairs * size) // output) if output else 0
     return Kept(pairs, outputs, pairs * size + outputs * output)
 
 

@@ -22,8 +22,8 @@ class Kept(NamedTuple):
     order.  Numbers may be symbolic.
 
     Attributes:
-        pairs: of so many, the first ones, the activations are kept.
-        outputs: of so many behind them, the outputs of the blocks.
+        pairs: how many of the first ones have all activations kept.
+        outputs: how many of the next ones have the outputs of their blocks kept.
         nbytes: what that takes.
     """
 

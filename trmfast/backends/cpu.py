@@ -182,7 +182,8 @@ def _pair_bytes(problem: Problem, target: str, element: str, length: int) -> tup
 def store_bytes(problem: Problem) -> int:
     """Memory for the operands of weight gradients, over all sequences of a backward pass.
 
-    A network's gradients are read and written once for each store that is full: it has two fifths of their size, or more.
+    A network's gradients are read and written once for each store that is full: it has at least two fifths of their
+    size.
     """
     elements = (sum(map(prod, problem.weight_shapes[part])) for part in problem.weight_slices)
     return max(LEAST_STORE_BYTES, 8 * max(elements) // 5)
@@ -194,12 +195,6 @@ def _keep(nbytes: int) -> Tensor:
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(_cpu.KeptActivations(nbytes), dtype=torch.uint8)
-
-
-def _places(kept: Tensor, keep: Kept, size: int) -> tuple[int, int, int, int]:
-    """The address of the activations, their pairs, and the same of the outputs, which lie behind."""
-    first = kept.data_ptr() if keep.nbytes else 0
-    return first, keep.pairs, first + keep.pairs * size, keep.outputs
 
 
 def _explained(error: Exception, problem: Problem, state: Tensor) -> Exception:
@@ -267,6 +262,12 @@ class CpuBackend:
         """Bytes of the outputs of its blocks."""
         return _pair_bytes(problem, target_for(dtype), ELEMENTS[dtype], length)[1]
 
+    def _places(self, problem: Problem, state: Tensor, kept: Tensor, keep: Kept) -> tuple[int, int, int, int]:
+        """The address of the kept activations, their pairs, and the same of the outputs, which lie behind."""
+        first = kept.data_ptr() if keep.nbytes else 0
+        size = keep.pairs * self.pair_bytes(problem, state.dtype, state.shape[1]) if keep.pairs else 0
+        return first, keep.pairs, first + size, keep.outputs
+
     def _packed(
         self,
         problem: Problem,
@@ -304,7 +305,6 @@ class CpuBackend:
         ]
         saved = first.new_empty((problem.num_grad_updates - call.keep.pairs // shape[0] if call.save else 0, *shape))
         kept = _keep(call.keep.nbytes)
-        size = self.pair_bytes(problem, first.dtype, shape[1]) if call.keep.pairs else 0
         holder = saved if saved.numel() else kept
         if CHECK_WEIGHTS and holder.numel():
             _seen.note(holder, fingerprints)
@@ -316,7 +316,7 @@ class CpuBackend:
             [state.data_ptr() for state in out],
             address(call.x),
             saved.data_ptr() if saved.numel() else 0,
-            _places(kept, call.keep, size),
+            self._places(problem, first, kept, call.keep),
             address(call.cos),
             address(call.sin),
             threads,
@@ -337,7 +337,6 @@ class CpuBackend:
         problem, threads = call.problem, torch.get_num_threads()
         engine = _engine(problem)
         shape = tuple(call.saved.shape[1:])
-        size = self.pair_bytes(problem, call.saved.dtype, shape[1]) if call.keep.pairs else 0
         fingerprints, packed = self._packed(
             problem, engine, call.saved.dtype, call.weights, backward=True, threads=threads
         )
@@ -362,7 +361,7 @@ class CpuBackend:
             shape,
             [grad.data_ptr() for grad in call.grad_states],
             call.saved.data_ptr() if call.saved.numel() else 0,
-            _places(call.kept, call.keep, size),
+            self._places(problem, call.grad_states[0], call.kept, call.keep),
             [grad.data_ptr() for grad in grads],
             address(grad_x),
             [address(grad) for grad in grad_weights],
