@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from trmfast.backends import BACKENDS
 from trmfast.backends import cpu as engine
 from trmfast.cases import Case
 from trmfast.targets import TARGETS
+
+if TYPE_CHECKING:
+    from ptx_plans import Executor
 
 # The files whose kernels run on the GPU if there is one.
 ON_A_GPU = {
@@ -120,3 +124,13 @@ def need_support(backend: str) -> Callable[[Case, torch.dtype], None]:
             pytest.skip(f"backend {backend}, {case}, {dtype}: {reason}")
 
     return check
+
+
+@pytest.fixture(scope="module")
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    """Runs plans as PTX, one for the tests of a file: it keeps what it compiled.  Says in the end what it executed."""
+    from ptx_plans import Executor
+
+    with Executor() as made:
+        yield made
+    request.config.get_terminal_writer().line(f"\n{made}")

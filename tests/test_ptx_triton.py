@@ -1,137 +1,36 @@
 """Forward and backward plans as Triton compiles them for sm_80: their PTX, executed, against the float64 reference.
 
-Whole recursions run through the Triton backend with real launches: PTX instead of the interpreter.  Products of float32
-are also TF32; then eager PyTorch rounds its operands as ``mma`` reads them.  Planted faults show what is found.
+Whole recursions run through the Triton backend with real launches: PTX instead of the interpreter (ptx_runs.py).
+Planted faults show what is found.  Options of blocks are in test_ptx_choices.py.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from trmfast.kernels import plan as kernel_plan
 from trmfast.kernels.backward_plan import backward_plan
-from trmfast.kernels.configurations import Configuration, Sizes
+from trmfast.kernels.configurations import Configuration
 from trmfast.kernels.forward_plan import Setting, forward_plan
-from trmfast.kernels.plan import Launch, Tile
 
 from ptx_plans import ARCHITECTURE, Executor, Recorded
+from ptx_runs import BARRIER, MODES, SCHEDULES, OneTile, one_update, record, required_barriers, run_case, without
 from ptx_tools import PtxError, Schedule
 from test_triton_backend import CASES, small
 from trmfast.backends import triton as backend
 from trmfast.benchmark.suites import GPU_BATCHES
 from trmfast.cases import PUBLISHED, Case, make_case
-from trmfast.problem import Problem
-from trmfast.program import RecursionProgram
-from trmfast.testing import (
-    compare_results,
-    default_weight_scale,
-    make_inputs,
-    pool,
-    require,
-    run_eager,
-    run_fused,
-    run_truth,
-)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not backend.interprets(), reason="plans run on the GPU here"),
 ]
-
-MODES = {
-    "bf16": (torch.bfloat16, False),
-    "fp16": (torch.float16, False),
-    "float32": (torch.float32, False),
-    "tf32": (torch.float32, True),
-}
-SCHEDULES = (Schedule(), Schedule("reverse"), Schedule("random", 1), Schedule("random", 2))
-
-
-@pytest.fixture(scope="module")
-def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
-    """One for all tests: it keeps what it compiled.  Says in the end what it executed."""
-    with Executor() as made:
-        yield made
-    request.config.get_terminal_writer().line(f"\n{made}")
-
-
-@pytest.fixture
-def run_case(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs a case as PTX under a schedule and compares it with the truth by the policy."""
-    setting = backend._setting
-
-    def run(
-        case: Case,
-        mode: str,
-        fusion: str,
-        schedule: Schedule,
-        *,
-        seeds: int = 2,
-        scale: float | None = None,
-        tile: int | None = None,
-        recompute: bool = True,
-    ) -> None:
-        dtype, tf32 = MODES[mode]
-        configuration = Configuration(ARCHITECTURE, fusion=fusion)
-        if tile is not None:
-            configuration = OneTile(ARCHITECTURE, fusion=fusion, index=tile)
-        monkeypatch.setattr(backend, "_configuration", lambda _: configuration)
-        monkeypatch.setattr(backend, "_setting", lambda *values: replace(setting(*values), tf32=tf32))
-        monkeypatch.setattr(kernel_plan, "run", executor.run)
-        executor.schedule = schedule
-        # Half of the runs round products to zero, which a device may do.
-        executor.truncate_mma = schedule.order != "forward"
-        weight_scale = default_weight_scale(dtype) if scale is None else scale
-        found = []
-        for seed in range(5 if mode == "float32" else seeds):
-            inputs = make_inputs(case, dtype, seed, weight_scale=weight_scale)
-            with Tf32Products() if tf32 else nullcontext():
-                eager = run_eager(inputs)
-            found.append(compare_results(run_fused(inputs, "triton", recompute=recompute), eager, run_truth(inputs)))
-        require(pool(found))
-
-    return run
-
-
-class Tf32Products(TorchDispatchMode):
-    """Matrix products of float32 lose the low 13 bits of their operands, which ``mma`` ignores."""
-
-    PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm)
-
-    def __enter__(self) -> Tf32Products:
-        self._stack = ExitStack()
-        self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._stack.close()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in self.PRODUCTS:
-            args = (*args[:-2], *(cut(value) for value in args[-2:]))
-        return func(*args, **(kwargs or {}))
-
-
-def cut(tensor: Tensor) -> Tensor:
-    if tensor.dtype != torch.float32:
-        return tensor
-    return (tensor.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
-
 
 # Each kind of kernel, in each mode, under each kind of schedule.
 SAMPLE = [
@@ -149,15 +48,15 @@ SAMPLE = [
 
 @pytest.mark.breadth
 @pytest.mark.parametrize("name, mode, fusion, schedule", SAMPLE, ids=str)
-def test_sample(run_case: Callable[..., None], name: str, mode: str, fusion: str, schedule: Schedule) -> None:
-    run_case(next(case for case in CASES if case.name == name), mode, fusion, schedule)
+def test_sample(executor: Executor, name: str, mode: str, fusion: str, schedule: Schedule) -> None:
+    run_case(executor, next(case for case in CASES if case.name == name), mode, fusion, schedule)
 
 
 @pytest.mark.breadth
 @pytest.mark.parametrize("fusion", ["most", "least"])
-def test_kept_activations(run_case: Callable[..., None], fusion: str) -> None:
+def test_kept_activations(executor: Executor, fusion: str) -> None:
     """Backward finds what forward kept in place of computing it again."""
-    run_case(small("kept", "hrm", window="all"), "bf16", fusion, SCHEDULES[1], recompute=False)
+    run_case(executor, small("kept", "hrm", window="all"), "bf16", fusion, SCHEDULES[1], recompute=False)
 
 
 @pytest.mark.grid
@@ -165,24 +64,13 @@ def test_kept_activations(run_case: Callable[..., None], fusion: str) -> None:
 @pytest.mark.parametrize("fusion", ["most", "least"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_program(run_case: Callable[..., None], case: Case, mode: str, fusion: str, schedule: Schedule) -> None:
+def test_every_program(executor: Executor, case: Case, mode: str, fusion: str, schedule: Schedule) -> None:
     if case.name == "one-token-mlp_t" and mode not in ("float32",):
         pytest.skip("a norm over one token leaves a gradient below the rounding of 16 bits")
-    run_case(case, mode, fusion, schedule)
+    run_case(executor, case, mode, fusion, schedule)
 
 
 # ---- kernels of published problems
-
-
-@dataclass(frozen=True)
-class OneTile(Configuration):
-    """Takes the tile of an index, or the last, wherever the model of time would choose one."""
-
-    index: int = 0
-
-    def launch(self, kernel: str, sizes: Sizes, build: Callable[[Tile], Launch]) -> Launch:
-        tiles = self.tiles(kernel, sizes)
-        return build(tiles[min(self.index, len(tiles) - 1)])
 
 
 def one_block(name: str, length: int, **options: Any) -> Case:
@@ -191,8 +79,7 @@ def one_block(name: str, length: int, **options: Any) -> Case:
     case = make_case(
         name, "single_z", H_cycles=1, L_cycles=1, window="one_step", batch=1, length=length, num_layers=1, **sizes
     )
-    program = RecursionProgram(case.problem.program.states, ("f",), case.problem.program.updates[-1:], 1)
-    return replace(case, problem=Problem(program, case.problem.nets))
+    return one_update(case, -1)
 
 
 BLOCKS = [
@@ -217,14 +104,14 @@ FUSIONS = ("most", "least")
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_published_blocks(
-    run_case: Callable[..., None], case: Case, fusion: str, mode: str, tile: int, schedule: Schedule
+    executor: Executor, case: Case, fusion: str, mode: str, tile: int, schedule: Schedule
 ) -> None:
     """Blocks of the published widths with each tile of their kernels, whichever the model of time takes at a batch.
 
     Not with each pair of tiles of a kernel and of the one that reads its results.
     """
     scale = 1.0 if len(case.problem.program.updates) == 1 else None
-    run_case(case, mode, fusion, schedule, seeds=1, scale=scale, tile=tile)
+    run_case(executor, case, mode, fusion, schedule, seeds=1, scale=scale, tile=tile)
 
 
 def tiles_of(case: Case, batch: int, configuration: Configuration) -> set[tuple[Any, ...]]:
@@ -255,13 +142,7 @@ def test_published_blocks_have_every_kernel_and_tile_of_published_plans() -> Non
 # ---- planted faults
 
 
-def without(text: str, pattern: str, which: int, instead: str = "") -> str:
-    """The text with one match of a pattern replaced."""
-    found = list(re.finditer(pattern, text))[which]
-    return text[: found.start()] + found.expand(instead) + text[found.end() :]
-
-
-BARRIER, WAIT = r"bar\.sync\s+0;", r"cp\.async\.wait_group\s+(\d+);"
+WAIT = r"cp\.async\.wait_group\s+(\d+);"
 ANOTHER = "another thread (read|wrote) there since the last barrier|nobody wrote there"
 # What is planted, in which kernel, and what is said; None: results differ.
 PLANTED: dict[str, tuple[str, Callable[[str], str], str | None]] = {
@@ -305,32 +186,23 @@ PLANTED: dict[str, tuple[str, Callable[[str], str], str | None]] = {
 
 @pytest.fixture(scope="module")
 def recorded(executor: Executor) -> dict[str, Recorded]:
-    """The first launch of each kernel of a forward plan, with what it found in memory."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(backend, "_configuration", lambda _: replace(Configuration(ARCHITECTURE), fusion="least"))
-    patch.setattr(kernel_plan, "run", executor.run)
-    case = small("planted", length=13, hidden_size=64, num_heads=2)
-    executor.schedule, executor.recorded = SCHEDULES[0], []
-    run_fused(make_inputs(case, torch.bfloat16), "triton", backward=False)
-    patch.undo()
-    found, executor.recorded = executor.recorded, None
-    return {record.compiled.name: record for record in reversed(found)}
+    return record(executor, small("planted", length=13, hidden_size=64, num_heads=2))
 
 
 @pytest.mark.breadth
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_faults_are_found(executor: Executor, recorded: dict[str, Recorded], name: str) -> None:
     kernel, plant, message = PLANTED[name]
-    record = recorded[kernel]
-    right, wrong = record.compiled.ptx, plant(record.compiled.ptx)
+    launch = recorded[kernel]
+    right, wrong = launch.compiled.ptx, plant(launch.compiled.ptx)
     assert wrong != right
     for schedule in SCHEDULES:
-        before = executor.again(record, right, schedule)
+        before = executor.again(launch, right, schedule)
         if message is not None:
             with pytest.raises(PtxError, match=message):
-                executor.again(record, wrong, schedule)
+                executor.again(launch, wrong, schedule)
         else:
-            after = executor.again(record, wrong, schedule)
+            after = executor.again(launch, wrong, schedule)
             worst = max(float((before[n] - after[n]).abs().nan_to_num(torch.inf).max()) for n in before)
             assert worst > 0.05, "the results are the same"
 
@@ -339,14 +211,8 @@ def test_planted_faults_are_found(executor: Executor, recorded: dict[str, Record
 def test_every_barrier_matters_or_is_doubled(executor: Executor, recorded: dict[str, Recorded]) -> None:
     """Each barrier of each kernel is left out in turn."""
     lines = []
-    for name, record in recorded.items():
-        count = len(re.findall(BARRIER, record.compiled.ptx))
-        found = 0
-        for i in range(count):
-            try:
-                executor.again(record, without(record.compiled.ptx, BARRIER, i), SCHEDULES[1])
-            except PtxError:
-                found += 1
-        lines.append(f"{name}: {found} of {count} barriers")
-        assert found > 0 or count == 0
+    for name, launch in recorded.items():
+        found, count = required_barriers(executor, launch)
+        lines.append(f"{name}: {len(found)} of {count} barriers")
+        assert found or count == 0
     print("\n".join(lines))
