@@ -52,6 +52,9 @@ __all__ = [
 
 MAX_SOURCES = 8
 
+# Parts of a row that are loaded at once.  80, of 2560 columns in tiles of 32, spill beside a tile of 128 x 256.
+MOST_UNROLLED = tl.constexpr(32)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -114,8 +117,12 @@ def row_factor(squares, first_row, rows, PARTS: tl.constexpr, WIDTH: tl.constexp
     """1 / sqrt(mean(s^2) + EPS) of rows ``first_row + rows``, all of which exist."""
     at = squares + first_row.to(tl.int64) * PARTS + rows * PARTS
     total = tl.load(at)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(at + part)
+    if PARTS <= MOST_UNROLLED:
+        for part in tl.static_range(1, PARTS):
+            total += tl.load(at + part)
+    else:
+        for part in tl.range(1, PARTS, num_stages=1):
+            total += tl.load(at + part)
     return tl.rsqrt(total / WIDTH + EPS)
 
 
