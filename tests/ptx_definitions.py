@@ -264,9 +264,9 @@ def predicates() -> list[Case]:
         drawn = kind.replace("b", "u")
         names = ("eq", "ne") if kind[0] == "b" else COMPARE
         found += [Case(f"setp.{n}.{kind}", f"p={2 * letter}", f"{drawn} {drawn}", COMPARE[n]) for n in names]
-    names: dict[str, Callable[..., Any]] = {n: COMPARE[n] for n in ("eq", "lt", "le", "gt", "ge")}
-    names |= {"neu": np.not_equal, "ltu": lambda a, b: (a < b) | np.isnan(a) | np.isnan(b)}
-    found += [Case(f"setp.{n}.f32", "p=rr", "f32 f32", compare) for n, compare in names.items()]
+    on_floats: dict[str, Callable[..., Any]] = {n: COMPARE[n] for n in ("eq", "lt", "le", "gt", "ge")}
+    on_floats |= {"neu": np.not_equal, "ltu": lambda a, b: (a < b) | np.isnan(a) | np.isnan(b)}
+    found += [Case(f"setp.{n}.f32", "p=rr", "f32 f32", compare) for n, compare in on_floats.items()]
     logic = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
     found += [Case(f"{n}.pred", "p=pp", "p p", function) for n, function in logic.items()]
     found += [Case("not.pred", "p=p", "p", np.logical_not), Case("mov.pred", "p=p", "p", lambda a: a)]
