@@ -175,7 +175,9 @@ def simple_gla_backward_keys_kernel(
             grad_v = dot(narrow(p, dtype), grad, grad_v, PRECISION)
             grad_k = dot(narrow(grad_s, dtype), q, grad_k, PRECISION)
         at = grad_totals + of_head + key
-        tl.store(at, tl.load(at, key < length, 0.0) - grad_total, key < length)
+        of_queries = tl.load(at, key < length, 0.0)
+        tl.debug_barrier()  # several warps may have loaded a key, of which one stores
+        tl.store(at, of_queries - grad_total, key < length)
     store_unrotated(
         grad_qkv + key_at, grad_k, cos, sin, key, length, STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D
     )  # fmt: skip
