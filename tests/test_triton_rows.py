@@ -19,7 +19,7 @@ from trmfast.kernels.mixer_mlp_t import mlp_t
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection import projection
 from trmfast.kernels.qkv import qkv
-from trmfast.kernels.rows import Rows, normed_rows, normed_sum
+from trmfast.kernels.rows import MOST_UNROLLED, Rows, normed_rows, normed_sum
 from trmfast.kernels.swiglu import gate_up, swiglu
 
 import triton_guard
@@ -49,10 +49,10 @@ def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_guard, "run", checked_run)
 
 
-def parts(s: Tensor) -> Tensor:
+def parts(s: Tensor, columns: int = PART) -> Tensor:
     """Sums of squares of parts of a row, in float32 or float64."""
-    squares = F.pad(s.to(wide_dtype(s.dtype)).square(), (0, -s.shape[-1] % PART))
-    return squares.unflatten(-1, (-1, PART)).sum(-1)
+    squares = F.pad(s.to(wide_dtype(s.dtype)).square(), (0, -s.shape[-1] % columns))
+    return squares.unflatten(-1, (-1, columns)).sum(-1)
 
 
 # ---------------------------------------------------------------- what a product writes
@@ -88,15 +88,17 @@ def test_columns(convolves: bool, dtype: torch.dtype) -> None:
     check(shapes | ({"conv": (INNER, 1, 2), "bias": (INNER,)} if convolves else {}), dtype, formula, kernel)
 
 
-def test_norms_in_place() -> None:
+@pytest.mark.parametrize("columns", [PART, 1], ids=["few parts", "more than are unrolled"])
+def test_norms_in_place(columns: int) -> None:
     """The last part of a plan: two states of different parts, where they are."""
+    assert MOST_UNROLLED.value < WIDTH
 
     def formula(t: Tensors) -> Tensors:
         return {name: rms_norm(t[name], EPS) for name in ("a", "b")}
 
     def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
         whole = t["b"].float().square().sum(-1, keepdim=True)
-        inputs = {**t, "a_squares": parts(t["a"]), "b_squares": whole}
+        inputs = {**t, "a_squares": parts(t["a"], columns), "b_squares": whole}
         found = buffers(inputs)
         rows = [Rows(found[name], found[f"{name}_squares"], EPS) for name in ("a", "b")]
         return inputs, [normed_rows(rows, [row.values for row in rows], tile=Tile.of(BLOCK_M=8, BLOCK_N=32))]
