@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from operator_cases import call, forward_sample, leaves, tiny
+from trmfast.autograd import LAYOUT
 from trmfast.budget import EVERYTHING
 from trmfast.cases import Case, Inputs, make_case, make_inputs
 from trmfast.reference import run_program
@@ -129,6 +132,27 @@ def test_tracers_and_modes_see_a_call_that_records_nothing(
         assert counter.get_total_flops() > 0
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             assert [type(state) for state in run(fake.from_tensor(inputs.x))] == [FakeTensor] * len(expected)
+
+
+def test_a_traced_call_says_the_layout(backend: str) -> None:
+    """What a compiler has on disk for another version of the operator is not found: the graph differs."""
+    inputs = make_inputs(tiny("trm", "all", hidden_size=32))
+    found: list[tuple[Any, ...]] = []
+
+    def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        found.extend(n.args for n in graph.graph.nodes if n.target is torch.ops.trmfast.recursion.default)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(
+        lambda weights: call(inputs, backend, weights=weights), backend=aot_autograd(fw_compiler=record), fullgraph=True
+    )
+    compiled(leaves(inputs.weights))
+    ((*arguments, layout),) = found
+    assert layout == LAYOUT > 0
+    assert len(arguments) == 12
+    *sample, _, _ = forward_sample(tiny("trm", "all", hidden_size=32), backend, False, save=True)
+    with pytest.raises(ValueError, match=r"^layout: got 1, accepted is 2; the graph was made by another version of"):
+        torch.ops.trmfast.recursion.default(*sample, True, 0, False, None, 1)
 
 
 # ---------------------------------------------------------------- what is saved

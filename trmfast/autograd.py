@@ -15,6 +15,7 @@ from trmfast.problem import Problem
 from trmfast.transforms import refuse_tangents
 
 __all__ = [
+    "LAYOUT",
     "TrmfastRecursion",
     "batched_backward",
     "batched_backward_of_autograd",
@@ -22,6 +23,11 @@ __all__ = [
     "refuse_double_backward",
     "run_below_autograd",
 ]
+
+
+LAYOUT = 2
+"""The number of the form of what the operator returns.  It is among the arguments of every traced call, so that what
+compilers keep on disk for another form is not found, and an exported program of another form is refused."""
 
 
 class TrmfastRecursion(torch.autograd.Function):
@@ -40,7 +46,8 @@ class TrmfastRecursion(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         states, weights = list(tensors[:num_states]), list(tensors[num_states:])
-        out, saved, kept = _below_autograd(keys, states, x, weights, cos, sin, *settings, segments)
+        *called, layout = settings
+        out, saved, kept = _below_autograd(keys, states, x, weights, cos, sin, *called, segments, layout)
         program, nets, backend, save = settings[:4]
         problem = Problem.from_keys(program, tuple(nets))
         _, live = problem.live_updates(
@@ -88,11 +95,14 @@ def recursion_with_autograd(
     """The operator at the autograd key: recorded if anything requires a gradient, else passed on."""
     # The dispatcher leaves out arguments that have their defaults.
     settings, segments = (*rest[:5], rest[5] if len(rest) > 5 else False), rest[6] if len(rest) > 6 else None
+    layout = rest[7] if len(rest) > 7 else LAYOUT
     tensors = (*states, *weights) if x is None else (*states, x, *weights)
     refuse_tangents(tensors)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        return _below_autograd(keys, states, x, weights, cos, sin, *settings, segments)
-    *out, saved, kept = TrmfastRecursion.apply(keys, settings, len(states), x, cos, sin, segments, *states, *weights)
+        return _below_autograd(keys, states, x, weights, cos, sin, *settings, segments, layout)
+    *out, saved, kept = TrmfastRecursion.apply(
+        keys, (*settings, layout), len(states), x, cos, sin, segments, *states, *weights
+    )
     return out, saved, kept
 
 

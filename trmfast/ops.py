@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from trmfast.autograd import (
+    LAYOUT,
     batched_backward,
     batched_backward_of_autograd,
     recursion_with_autograd,
@@ -30,7 +31,8 @@ __all__ = ["recursion"]
 _library = torch.library.Library("trmfast", "DEF")
 _library.define(
     "recursion(Tensor[] states, Tensor? x, Tensor[] weights, Tensor? cos, Tensor? sin, "
-    "str program, str[] nets, str backend, bool save, int budget, bool int8=False, Tensor? segments=None) "
+    "str program, str[] nets, str backend, bool save, int budget, bool int8=False, Tensor? segments=None, "
+    "int layout=0) "
     "-> (Tensor[] states, Tensor saved, Tensor kept)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -177,7 +179,9 @@ def _forward(
     budget: int,
     int8: bool = False,
     segments: Tensor | None = None,
+    layout: int = 0,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    _check_layout(layout)
     problem = Problem.from_keys(program, tuple(nets))
     problem.validate(states, x, weights, cos, sin, segments)
     first = states[0]
@@ -210,8 +214,10 @@ def _forward_fake(
     budget: int,
     int8: bool = False,
     segments: Tensor | None = None,
+    layout: int = 0,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     refuse_onnx()
+    _check_layout(layout)
     problem = Problem.from_keys(program, tuple(nets))
     problem.validate(states, x, weights, cos, sin, segments)
     first = states[0]
@@ -226,6 +232,13 @@ def _forward_fake(
         updates -= keep.pairs // batch
     saved = first.new_empty((updates, *first.shape))
     return [first.new_empty(first.shape) for _ in states], saved, first.new_empty(keep.nbytes, dtype=torch.uint8)
+
+
+def _check_layout(layout: int) -> None:
+    if layout not in (0, LAYOUT):  # 0: not said
+        raise ValueError(
+            f"layout: got {layout}, accepted is {LAYOUT}; the graph was made by another version of trmfast"
+        )
 
 
 def _check_int8(dtype: torch.dtype, save: bool) -> None:
