@@ -263,7 +263,7 @@ class CpuBackend:
         return _pair_bytes(problem, target_for(dtype), ELEMENTS[dtype], length)[1]
 
     def _places(self, problem: Problem, state: Tensor, kept: Tensor, keep: Kept) -> tuple[int, int, int, int]:
-        """The address of the kept activations, their pairs, and the same of the outputs, which lie behind; 0 for none."""
+        """Address and pairs of the kept activations, then of the outputs, which lie behind; 0 for none."""
         size = keep.pairs * self.pair_bytes(problem, state.dtype, state.shape[1]) if keep.pairs else 0
         activations = kept.data_ptr() if keep.pairs else 0
         outputs = kept.data_ptr() + size if keep.outputs else 0
