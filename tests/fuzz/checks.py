@@ -149,9 +149,7 @@ def _flushed(run: Run, found: Comparison) -> bool:
         return found.error < SMALLEST_NORMAL
     lost = FLUSHED
     if any(0 < factor < 1e-20 for _, factor in trial.scales):
-        problem = trial.case.problem
-        norms = problem.nets[0].block.num_norms * trial.num_layers + trial.final_norm
-        grown = -0.5 * math.log(trial.rms_norm_eps) * norms * len(problem.program.updates)
+        grown = -0.5 * math.log(trial.rms_norm_eps) * _norms(trial) * len(trial.case.problem.program.updates)
         lost = DENORMAL * math.exp(min(grown, MOST_GROWN))
     return found.error < lost
 
@@ -160,8 +158,12 @@ def _of_one_element(run: Run, found: Comparison, truth: Tensor) -> bool:
     """Whether roundings of norms over one element explain an error."""
     trial = run.trial
     one = trial.hidden_size == 1 or (trial.token_mixer == "mlp_t" and trial.length == 1)
-    norms = trial.case.problem.nets[0].block.num_norms * trial.num_layers + trial.final_norm
-    return one and trial.dtype == "float32" and found.error < norms * ONE_ELEMENT * float(truth.abs().max())
+    return one and trial.dtype == "float32" and found.error < _norms(trial) * ONE_ELEMENT * float(truth.abs().max())
+
+
+def _norms(trial: Trial) -> int:
+    """The norms of a network."""
+    return trial.case.problem.nets[0].block.num_norms * trial.num_layers + trial.final_norm
 
 
 def _median(draws: list[Comparison]) -> Comparison:
