@@ -26,6 +26,7 @@ from trmfast.kernels.attention import seen_keys
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.pairs import group_of, pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
+from trmfast.kernels.rows import Rows, factor_constants, row_factor
 
 from trmfast.spec import BlockSpec
 
@@ -63,6 +64,23 @@ def load_columns(pointer, row, column, length, STRIDE: tl.constexpr, HEAD_DIM: t
     if HEAD_DIM == BLOCK_D:
         return tl.load(at)
     return tl.load(at, (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], 0.0)
+
+
+@triton.jit
+def _scale_rows(
+    gradient,
+    squares,
+    first_token,
+    token,
+    length,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """The gradients of a head's tokens times the factors of the norm ahead of the QKV product, if that has any."""
+    if squares is None:
+        return gradient
+    return gradient * row_factor(squares, first_token, tl.minimum(token, length - 1), PARTS, WIDTH, EPS)[:, None]
 
 
 @triton.jit
@@ -138,6 +156,7 @@ def attention_backward_keys_kernel(
     delta,
     cos,
     sin,
+    squares,
     grad_qkv,
     length,
     SCALE: tl.constexpr,
@@ -151,6 +170,9 @@ def attention_backward_keys_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,  # all keys fit one tile
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -217,11 +239,14 @@ def attention_backward_keys_kernel(
         grad_k = dot(grad_s, q, grad_k, PRECISION)
         if WHOLE:
             grad_q = dot(tl.trans(grad_s), k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+            grad_q = _scale_rows(grad_q, squares, batch * length, query, length, WIDTH, PARTS, EPS)
             store_unrotated(
                 grad_qkv + query_at, grad_q, cos, sin, query, length,
                 STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D,
             )  # fmt: skip
 
+    grad_k = _scale_rows(grad_k, squares, batch * length, key, length, WIDTH, PARTS, EPS)
+    grad_v = _scale_rows(grad_v, squares, batch * length, key, length, WIDTH, PARTS, EPS)
     store_unrotated(
         grad_qkv + key_at, grad_k, cos, sin, key, length, STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D
     )  # fmt: skip
@@ -240,6 +265,7 @@ def attention_backward_queries_kernel(
     delta,
     cos,
     sin,
+    squares,
     grad_qkv,
     length,
     SCALE: tl.constexpr,
@@ -252,6 +278,9 @@ def attention_backward_queries_kernel(
     GATE: tl.constexpr,  # columns of the gate, which come first
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -307,6 +336,7 @@ def attention_backward_queries_kernel(
                 scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
         p = tl.exp2(scores * (SCALE * LOG2E) - (row_lse * LOG2E)[:, None])
         grad_q = dot(narrow(p * (grad_p - dots[:, None]) * SCALE, dtype), k, grad_q, PRECISION)
+    grad_q = _scale_rows(grad_q, squares, batch * length, query, length, WIDTH, PARTS, EPS)
     store_unrotated(
         grad_qkv + query_at, grad_q, cos, sin, query, length, STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D
     )  # fmt: skip
@@ -329,12 +359,16 @@ def rotation_constants(block: BlockSpec, rotated: bool) -> dict[str, int | float
     }
 
 
-def _constants(block: BlockSpec, length: int, rotated: bool, precision: str) -> dict[str, int | float | str]:
+def _constants(
+    block: BlockSpec, length: int, rotated: bool, scale: Rows | None, precision: str
+) -> dict[str, int | float | str]:
     return {
         **rotation_constants(block, rotated),
         "GATE": block.gate_rows,
         "CAUSAL": block.causal,
         "WINDOW": min(block.attention_window, length),
+        "WIDTH": 0 if scale is None else scale.values.shape[-1],
+        **factor_constants(scale),
         "PRECISION": precision,
     }
 
@@ -356,6 +390,7 @@ def attention_backward_keys(
     delta: Buffer | None = None,
     cos: Buffer | None = None,
     sin: Buffer | None = None,
+    scale: Rows | None = None,
     tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
@@ -370,6 +405,8 @@ def attention_backward_keys(
         lse: [B, Hq, L] float32, the natural logarithm of the sums of exp(q . k / sqrt(d)); needed if BLOCK_N < L.
         delta: [B, Hq, L] float32, from :func:`attention_backward_queries`; needed if BLOCK_N < L.
         cos, sin: [>= L, d] float32, or None if nothing was rotated.
+        scale: of a norm ahead of the QKV product, its input with squares: the rows of the result are multiplied by the
+            norm's factors, which makes it the gradient of a product of rows without the norm; or None.
         tile: BLOCK_M queries, BLOCK_N keys.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
@@ -392,12 +429,13 @@ def attention_backward_keys(
             "delta": None if whole else delta,
             "cos": cos,
             "sin": sin,
+            "squares": None if scale is None else scale.squares,
             "grad_qkv": grad_qkv,
             "length": length,
         },
-        reads=("qkv", "segments", "grad_mixed", "lse", "delta", "cos", "sin"),
+        reads=("qkv", "segments", "grad_mixed", "lse", "delta", "cos", "sin", "squares"),
         writes=("grad_qkv",),
-        constants={**_constants(block, length, cos is not None, precision), "WHOLE": whole},
+        constants={**_constants(block, length, cos is not None, scale, precision), "WHOLE": whole},
         tile=tile,
         flops=product_flops(block, qkv, 5 if whole else 4),
         special=product_flops(block, qkv, 1) // (2 * block.head_dim),
@@ -417,6 +455,7 @@ def attention_backward_queries(
     delta: Buffer,
     cos: Buffer | None = None,
     sin: Buffer | None = None,
+    scale: Rows | None = None,
     tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
@@ -438,12 +477,16 @@ def attention_backward_queries(
             "delta": delta,
             "cos": cos,
             "sin": sin,
+            "squares": None if scale is None else scale.squares,
             "grad_qkv": grad_qkv,
             "length": length,
         },
-        reads=("qkv", "segments", "mixed", "grad_mixed", "lse", *(("delta",) if mixed is None else ()), "cos", "sin"),
+        reads=(
+            *("qkv", "segments", "mixed", "grad_mixed", "lse", "cos", "sin", "squares"),
+            *(("delta",) if mixed is None else ()),
+        ),
         writes=("grad_qkv",) if mixed is None else ("delta", "grad_qkv"),
-        constants=_constants(block, length, cos is not None, precision),
+        constants=_constants(block, length, cos is not None, scale, precision),
         tile=tile,
         flops=product_flops(block, qkv, 3),
         special=product_flops(block, qkv, 1) // (2 * block.head_dim),

@@ -136,16 +136,17 @@ class BlockBackward:
     def _projection_and_norm(self, gradient: Buffer, weight: Buffer, residual: Buffer, normed: Rows) -> Buffer:
         """The gradient of a layer's input plus the residual's, through the norm that made the input.
 
-        Either one kernel, whose programs hold whole rows and therefore have narrow tiles, or two.
+        Either one kernel, whose programs hold whole rows and therefore have narrow tiles, or two.  If readers applied
+        the norm, the rows of ``gradient`` have its factors.
         """
-        writer = self.writer
+        writer, scaled = self.writer, normed.squares is not None
         out, between = writer.state("grad_sum"), writer.state("grad_norm_output")
         product = ("projection_backward", projection_backward, gradient, weight)
         chosen: Sequence[Launch] = [
-            writer.make_product(*product, between, residual=residual),
-            writer.make(norm_kernel(writer), norm_backward, between, normed.values, normed.rstd, out),
+            writer.make_product(*product, between, residual=residual, scale=normed if scaled else None),
+            writer.make(norm_kernel(writer), norm_backward, between, normed, out, scaled=scaled),
         ]
-        if writer.setting.configuration.offers("projection_backward_norm", writer.sizes):
+        if not scaled and writer.setting.configuration.offers("projection_backward_norm", writer.sizes):
             options = {"residual": residual, "norm_output": normed.values, "rstd": normed.rstd}
             one = writer.make_product("projection_backward_norm", *product[1:], out, **options)
             chosen = writer.setting.configuration.choose([one], chosen)
@@ -179,7 +180,7 @@ class BlockBackward:
             if total is not None:
                 writer.add("column_sums", column_sums, gradient, normed.values, total)
         out = writer.state("grad_branch")
-        writer.add(norm_kernel(writer), norm_backward, gradient, normed.values, normed.rstd, out, weight=weight)
+        writer.add(norm_kernel(writer), norm_backward, gradient, normed, out, weight=weight)
         return out, gradient if self.block.norm_placement == "sandwich" else out
 
     def _ahead(
@@ -195,14 +196,17 @@ class BlockBackward:
             return out
         between = writer.state("grad_normed")
         writer.add_product("projection_backward", projection_backward, gradient, weight, between)
-        norm = (norm_kernel(writer, targets), norm_backward, between, normed.values, normed.rstd, out)
-        writer.add(*norm, residual=bypass, targets=targets)
+        norm = (norm_kernel(writer, targets), norm_backward, between, normed, out)
+        writer.add(*norm, residual=bypass, targets=targets, scaled=normed.squares is not None)
         return out
 
     # ------------------------------------------------------------ mixers
 
     def _channel_mixer(self, gradient: Buffer, need_h1: bool) -> Buffer | None:
-        """From the gradient of its output [B, L, D] to that of its first product; None if nothing needs it."""
+        """From the gradient of its output [B, L, D] to that of its first product; None if nothing needs it.
+
+        That is the product of rows without the norm, if the product applied it.
+        """
         writer, values, add = self.writer, self.values, self.writer.add_product
         batch, length, _ = writer.setting.shape
         inner, (gate_up, *conv, down) = self.block.intermediate_size, self.weights.channel
@@ -215,7 +219,7 @@ class BlockBackward:
         if not conv:
             kind = self.block.channel_mixer
             activation = writer.scratch("activation", (batch, length, inner)) if self._wants(*others) else None
-            inputs = (source, gradient, gate_up, down)
+            inputs = (values.h1, gradient, gate_up, down)
             add("swiglu_backward", swiglu_backward, *inputs, grad_gate_up, activation, activation_of=kind)
             if activation is not None:
                 self._product(others[-1], gradient, activation)
@@ -229,7 +233,7 @@ class BlockBackward:
                 writer.add("conv_gradient", conv_gradient, sums, *(self._total(name) for name in others[:2]))
             self._product(others[-1], gradient, convolved)
             if need_gate_up:
-                add("gate_up_backward", gate_up_backward, source, gate_up, grad_conv, conv[0], grad_gate_up)
+                add("gate_up_backward", gate_up_backward, values.h1, gate_up, grad_conv, conv[0], grad_gate_up)
         if need_gate_up:
             self._product(first, grad_gate_up, source)
         return grad_gate_up if need_gate_up else None
@@ -244,7 +248,10 @@ class BlockBackward:
         return conv_swiglu_backward(*arguments, sums, tile=tile, precision=precision)
 
     def _attention(self, gradient: Buffer, need_input: bool) -> Buffer | None:
-        """From the gradient of its output [B, L, D] to that of the QKV product; None if nothing needs it."""
+        """From the gradient of its output [B, L, D] to that of the QKV product; None if nothing needs it.
+
+        That is the product of rows without the norm, if the product applied it.
+        """
         writer, values, add, block = self.writer, self.values, self.writer.add_product, self.block
         assert values.qkv is not None
         assert values.mixed is not None
@@ -269,17 +276,18 @@ class BlockBackward:
         options = {"segments": writer.segments if block.segments else None, "cos": writer.cos, "sin": writer.sin}
         wide = "_wide" if block.head_dim > 64 else ""
         keys = (attention_backward_keys, block, values.qkv, grad_mixed, grad_qkv)
+        scale = None if values.h.squares is None else values.h
         if block.decay_rows:
             self._simple_gla(grad_mixed, grad_qkv, wide, options)
         elif whole:
-            add("attention_backward", *keys, **options)
+            add("attention_backward", *keys, **options, scale=scale)
         else:
             options.update(lse=values.lse, delta=delta)
             mixed = None if has_gate else values.mixed
             ranged = "_ranged" if not wide and (block.segments or block.attention_window) else wide
             queries = (attention_backward_queries, block, values.qkv, mixed, grad_mixed, grad_qkv)
-            add(f"attention_backward_queries{wide}", *queries, **options)
-            add(f"attention_backward_keys{ranged}", *keys, **options)
+            add(f"attention_backward_queries{wide}", *queries, **options, scale=scale)
+            add(f"attention_backward_keys{ranged}", *keys, **options, scale=scale)
         for number, normed in enumerate(values.heads):
             self._head_norm(grad_qkv, normed, keys=bool(number))
         if block.qk_bias:
@@ -363,5 +371,5 @@ class BlockBackward:
             return None
         assert below.behind2 is not None
         below_sum = writer.state("grad_sum")
-        writer.add(norm_kernel(writer), norm_backward, gradient, below.behind2.values, below.behind2.rstd, below_sum)
+        writer.add(norm_kernel(writer), norm_backward, gradient, below.behind2, below_sum)
         return below_sum

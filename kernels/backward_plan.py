@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from trmfast.kernels.backward_block import BlockBackward, Targets, norm_kernel
 from trmfast.kernels.forward_block import is_plain, norm_names
-from trmfast.kernels.forward_plan import NetValues, PlanWriter, Setting, forward_net, normed_values
+from trmfast.kernels.forward_plan import NetValues, PlanWriter, Setting, forward_net, normed_values, read_values
 from trmfast.kernels.injection import enter, enter_backward, gradient_buffer
 from trmfast.kernels.kept_values import kept_buffers, kept_names, with_names
 from trmfast.kernels.norm_backward import norm_backward
@@ -115,7 +115,8 @@ def backward_plan(
 
 def _values(writer: PlanWriter, net: int, saved: Buffer) -> NetValues:
     """Writes the launches that compute an application of a network again, from its input [B, L, D]."""
-    return normed_values(writer, forward_net(writer, net, [saved], writer.state("layer"), keep=True))
+    values = forward_net(writer, net, [saved], writer.state("layer"), keep=True, store_normed=True)
+    return read_values(writer, net, values)
 
 
 def _kept_values(setting: Setting, keep: int) -> list[tuple[NetValues, list[Buffer]]]:
@@ -134,7 +135,8 @@ def _kept_values(setting: Setting, keep: int) -> list[tuple[NetValues, list[Buff
 def _net_values(setting: Setting, net: int, weighed: bool) -> NetValues:
     """The values of a network, by a plan that is not used."""
     writer = PlanWriter(setting)
-    values = _values(writer, net, writer.state("input"))
+    values = forward_net(writer, net, [writer.state("input")], writer.state("layer"), keep=True)
+    values = normed_values(writer, values)
     return replace(values, total=writer.state("total")) if weighed else values
 
 
@@ -292,5 +294,5 @@ def _differentiate(
 def _through_norm(writer: PlanWriter, gradient: Buffer, normed: Rows, weight: Buffer | None) -> Buffer:
     """Writes the launch of a norm's gradient; returns that of its input, [B, L, D]."""
     out = writer.state("grad_sum")
-    writer.add(norm_kernel(writer), norm_backward, gradient, normed.values, normed.rstd, out, weight=weight)
+    writer.add(norm_kernel(writer), norm_backward, gradient, normed, out, weight=weight)
     return out

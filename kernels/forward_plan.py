@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from trmfast.kernels.configurations import Configuration, Sizes
-from trmfast.kernels.forward_block import BlockValues, BlockWeights, add_sum, forward_block, norm_names
+from trmfast.kernels.forward_block import (
+    BlockValues,
+    BlockWeights,
+    add_sum,
+    applies_norm,
+    forward_block,
+    norm_names,
+)
 from trmfast.kernels.injection import enter
 from trmfast.kernels.kept_values import kept_names
 from trmfast.kernels.mixer_mlp_t import padded_length
@@ -19,7 +26,16 @@ from trmfast.kernels.rows import MAX_SOURCES, Rows, normed_rows, rows_of
 
 from trmfast.problem import Problem
 
-__all__ = ["NetValues", "PlanWriter", "Setting", "forward_net", "forward_plan", "normed_values", "weight_buffers"]
+__all__ = [
+    "NetValues",
+    "PlanWriter",
+    "Setting",
+    "forward_net",
+    "forward_plan",
+    "normed_values",
+    "read_values",
+    "weight_buffers",
+]
 
 
 @dataclass(frozen=True)
@@ -192,8 +208,15 @@ def forward_net(
     *,
     total: Buffer | None = None,
     keep: bool = False,
+    store_normed: bool = False,
 ) -> NetValues:
-    """Writes the launches of a network; arguments as in :func:`forward_block`, but for terms of any number."""
+    """Writes the launches of a network.
+
+    Args:
+        writer, terms, out, total, keep: as in :func:`forward_block`, but for terms of any number.
+        net: which.
+        store_normed: whether a mixer over the sequence that norms its input stores it, as its backward reads it.
+    """
     spec = writer.setting.problem.nets[net]
     block, eps = spec.block, spec.block.rms_norm_eps
     ahead = block.norm_placement != "post"
@@ -213,6 +236,8 @@ def forward_net(
             forward_block(writer, block, weights, terms, target, total=total, keep=keep, feeds_norm=feeds_norm)
         )
         terms, total = (blocks[-1].output,), None
+        if store_normed and not block.attends and blocks[-1].output.squares is not None and not last:
+            total = writer.state("normed")
     output = blocks[-1].output
     if spec.final_norm:
         if not ahead:
@@ -225,32 +250,53 @@ def forward_net(
 
 def normed_values(writer: PlanWriter, values: NetValues) -> NetValues:
     """The values of a network with every norm applied, without weights, by launches that follow the forward ones."""
+    inputs = [rows for block in values.blocks for rows in (block.h, block.h1)]
+    return _with_norms(writer, values, [*inputs, *_norms_behind(values), values.output])
+
+
+def read_values(writer: PlanWriter, net: int, values: NetValues) -> NetValues:
+    """The values of a network as its backward reads them, with the norms applied that its kernels do not apply.
+
+    Those scale the gradients of a mixer's first product instead (gradients.py), unless sums over rows read these too.
+    """
+    spec = writer.setting.problem.nets[net].block
+    needed = [] if applies_norm(spec) else [block.h for block in values.blocks]
+    if spec.norm_weight:
+        needed += [*_norms_behind(values), values.output]
+    return _with_norms(writer, values, needed)
+
+
+def _norms_behind(values: NetValues) -> list[Rows]:
+    """What the norms behind the mixers of a network make."""
+    return [rows for block in values.blocks for rows in (block.behind1, block.behind2) if rows is not None]
+
+
+def _with_norms(writer: PlanWriter, values: NetValues, needed: Sequence[Rows]) -> NetValues:
+    """The values with some of their norms applied, by one launch."""
     made: dict[Buffer, Rows] = {}
     sources: list[Rows] = []
-
-    def normed(rows: Rows) -> Rows:
-        if rows.squares is None:
-            return rows
-        if rows.values not in made:
+    for rows in needed:
+        if rows.squares is not None and rows.values not in made:
             sources.append(replace(rows, weight=None))
             rstd = writer.scratch("rstd", writer.setting.shape[:2], torch.float32)
             made[rows.values] = Rows(writer.state("normed"), rstd=rstd)
-        return made[rows.values]
+    targets = [made[source.values] for source in sources]
+    _norm_rows(writer, sources, [t.values for t in targets], [t.rstd for t in targets if t.rstd is not None])
+
+    def found(rows: Rows) -> Rows:
+        return rows if rows.squares is None else made.get(rows.values, rows)
 
     blocks = tuple(
         replace(
             block,
-            h=normed(block.h),
-            h1=normed(block.h1),
-            behind1=None if block.behind1 is None else normed(block.behind1),
-            behind2=None if block.behind2 is None else normed(block.behind2),
+            h=found(block.h),
+            h1=found(block.h1),
+            behind1=block.behind1 and found(block.behind1),
+            behind2=block.behind2 and found(block.behind2),
         )
         for block in values.blocks
     )
-    found = replace(values, blocks=blocks, output=normed(values.output))
-    targets = [made[source.values] for source in sources]
-    _norm_rows(writer, sources, [t.values for t in targets], [t.rstd for t in targets if t.rstd is not None])
-    return found
+    return replace(values, blocks=blocks, output=found(values.output))
 
 
 def _norm_rows(

@@ -1,6 +1,7 @@
 """Gradient of the input of an RMSNorm over the width D, from its output.
 
-One program takes BLOCK_M whole rows in registers.  Reads grad y, y [T, D] and rstd [T], writes grad s [T, D].  In a
+One program takes BLOCK_M whole rows in registers.  Reads grad y, y [T, D] and rstd [T], writes grad s [T, D]; where
+nothing else in backward reads y, it takes s and its sums of squares instead, as forward left them (rows.py).  In a
 post-norm block only the last norm of a net needs it, and those below an ``mlp_t`` mixer: elsewhere the kernel that
 makes grad y has whole rows in registers and applies the norm's gradient to them (projection_backward).
 
@@ -17,6 +18,7 @@ from trmfast.kernels.dot import narrow
 from trmfast.kernels.gradients import norm_gradient, store_targets
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection_backward import part_targets
+from trmfast.kernels.rows import Rows, factor_constants, row_factor
 
 __all__ = ["norm_backward"]
 
@@ -24,8 +26,9 @@ __all__ = ["norm_backward"]
 @triton.jit
 def norm_backward_kernel(
     gradient,
-    norm_output,
+    normed,
     rstd,
+    squares,
     weight,
     residual,
     out,
@@ -33,6 +36,9 @@ def norm_backward_kernel(
     overwritten,
     rows,
     WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALED: tl.constexpr,  # the rows of gradient have the norm's factors
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -47,8 +53,14 @@ def norm_backward_kernel(
     grad = tl.load(gradient + at, mask, 0.0).to(tl.float32)
     if weight is not None:
         grad *= tl.load(weight + column, column < WIDTH, 0.0).to(tl.float32)[None, :]
-    y = tl.load(norm_output + at, mask, 0.0).to(tl.float32)
-    scale = tl.load(rstd + first_row + row, row_inside, 0.0)
+    y = tl.load(normed + at, mask, 0.0).to(tl.float32)
+    if squares is not None:
+        scale = row_factor(squares, first_row, tl.minimum(row, rows - first_row - 1), PARTS, WIDTH, EPS)
+        y *= scale[:, None]
+        if SCALED:
+            scale = tl.full((BLOCK_M,), 1.0, tl.float32)
+    else:
+        scale = tl.load(rstd + first_row + row, row_inside, 0.0)
     result = norm_gradient(grad, y, scale[:, None], WIDTH, 1)
     if residual is not None:
         result += tl.load(residual + at, mask, 0.0).to(tl.float32)
@@ -59,31 +71,31 @@ def norm_backward_kernel(
 
 def norm_backward(
     gradient: Buffer,
-    norm_output: Buffer,
-    rstd: Buffer,
+    normed: Rows,
     out: Buffer | None = None,
     *,
     weight: Buffer | None = None,
     residual: Buffer | None = None,
     targets: Sequence[tuple[Buffer, bool]] = (),
+    scaled: bool = False,
     tile: Tile,
 ) -> Launch:
     """From the gradient of ``y = rms_norm(s)`` to that of s.
 
     Args:
         gradient: of y, or of ``weight * y``; [..., D], the compute dtype or float32.
-        norm_output: y, [..., D].
-        rstd: [...] float32.
+        normed: y with its rstd, or s with its squares; [..., D].
         out: result [..., D]; None if there are targets only.
         weight: [D], of the norm, or None.
         residual: [..., D], added to the result: the gradient of s that bypasses the norm; or None.
         targets: float32 buffers of the shape of ``out``, and whether to add to them (True) or to overwrite them.
+        scaled: whether the rows of ``gradient`` are multiplied by the norm's factors already; only with squares.
         tile: BLOCK_M rows, BLOCK_N >= D.
 
     Raises:
         ValueError: BLOCK_N < D.
     """
-    rows, width = prod(norm_output.shape[:-1]), norm_output.shape[-1]
+    rows, width = prod(normed.values.shape[:-1]), normed.values.shape[-1]
     if tile["BLOCK_N"] < width:
         raise ValueError(f"tile: got BLOCK_N {tile['BLOCK_N']}, accepted is at least {width}")
     added, overwritten = part_targets(targets)
@@ -92,8 +104,9 @@ def norm_backward(
         (triton.cdiv(rows, tile["BLOCK_M"]),),
         {
             "gradient": gradient,
-            "norm_output": norm_output,
-            "rstd": rstd,
+            "normed": normed.values,
+            "rstd": normed.rstd,
+            "squares": normed.squares,
             "weight": weight,
             "residual": residual,
             "out": out,
@@ -101,8 +114,8 @@ def norm_backward(
             "overwritten": overwritten,
             "rows": rows,
         },
-        reads=("gradient", "norm_output", "rstd", "weight", "residual", "added"),
+        reads=("gradient", "normed", "rstd", "squares", "weight", "residual", "added"),
         writes=("out", "added", "overwritten"),
-        constants={"WIDTH": width},
+        constants={"WIDTH": width, **factor_constants(normed), "SCALED": scaled},
         tile=tile,
     )

@@ -20,7 +20,7 @@ after the norm's weight, if it has one.
 ``normed_sum`` adds up tensors of which some are such pairs: a residual with the norm of its branch, and the input of an
 update where the first product does not add it up at its loads (input_sum.py).  It writes the sum, its squares for the
 norm ahead of a mixer, or both.  ``normed_rows`` norms up to eight tensors: the results of a recursion, and what
-backward reads.  Both are elementwise: they read each operand once and write each result once.
+backward cannot take as it is.  Both are elementwise: they read each operand once and write each result once.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 __all__ = [
     "MAX_SOURCES",
     "Rows",
+    "factor_constants",
     "normed_rows",
     "normed_sum",
     "row_factor",
@@ -89,6 +90,11 @@ def squares_buffer(name: str, shape: Sequence[int], tile: Tile) -> Buffer:
     """The buffer for the sums of squares of a tensor [..., D] that is made in tiles of BLOCK_N columns."""
     *rows, width = shape
     return Buffer(name, (*rows, triton.cdiv(width, tile["BLOCK_N"])), torch.float32)
+
+
+def factor_constants(rows: Rows | None) -> dict[str, Any]:
+    """The constants PARTS and EPS of :func:`row_factor`."""
+    return {"PARTS": 0 if rows is None else rows.parts, "EPS": 0.0 if rows is None else rows.eps}
 
 
 def sum_arguments(terms: Sequence[Buffer | Rows]) -> tuple[dict[str, tuple[Buffer, ...]], dict[str, tuple[Any, ...]]]:

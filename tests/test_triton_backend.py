@@ -18,7 +18,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 from trmfast.kernels.backward_plan import backward_plan
 from trmfast.kernels.forward_plan import Setting, forward_plan, weight_buffers
-from trmfast.kernels.plan import Plan
+from trmfast.kernels.plan import Plan, Tile
+from trmfast.kernels.rows import Rows, normed_rows
 
 from triton_guard import DEVICE, INTERPRETED, guarded_run
 from trmfast import backends, recursion
@@ -180,10 +181,15 @@ def test_backward_recomputes_the_same_bits(fusion: str) -> None:
     plan = backward_plan(setting, [False], False, [True] * case.problem.num_weights).plan
     # The last update comes first; its block's output is the final state.
     output = next(launch for launch in plan if launch.kernel.startswith("norm_backward"))
-    last = output.buffers(["norm_output"])[0]
+    last = output.buffers(["normed"])[0]
     values.update({"grad.0": inputs.grad_states[0].float(), "saved": forward["saved"]})
-    upto = Plan(plan.launches[: plan.launches.index(output)])
-    again = guarded(upto, values)[last.name]
+    launches = plan.launches[: plan.launches.index(output)]
+    squares = output.buffers(["squares"])
+    assert bool(squares) == (fusion == "least")
+    if squares:  # whoever reads the sum applies its norm
+        rows, last = Rows(last, squares[0], case.problem.nets[0].block.rms_norm_eps), replace(last, name="again")
+        launches += (normed_rows([rows], [last], tile=Tile.of(BLOCK_M=16, BLOCK_N=64)),)
+    again = guarded(Plan(launches), values)[last.name]
     assert torch.equal(again.view(torch.int16), forward["out.0"].view(torch.int16))
 
 

@@ -23,6 +23,7 @@ from trmfast.kernels.conv_swiglu_backward import (
 from trmfast.kernels.norm_backward import norm_backward
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection_backward import projection_backward
+from trmfast.kernels.rows import Rows
 from trmfast.kernels.swiglu_backward import swiglu_backward
 from trmfast.kernels.weight_gradient import sum_splits, weight_gradient
 
@@ -56,7 +57,7 @@ def test_norm(rows: int, width: int, dtype: torch.dtype) -> None:
         inputs = {"gradient": gradient, "y": rms_norm(t["s"], EPS), "rstd": norm_factor(t["s"], -1)}
         b = buffers(inputs)
         tile = Tile.of(BLOCK_M=16, BLOCK_N=64 if width <= 64 else 512)
-        return inputs, [norm_backward(b["gradient"], b["y"], b["rstd"], buffer("out", t["s"]), tile=tile)]
+        return inputs, [norm_backward(b["gradient"], Rows(b["y"], rstd=b["rstd"]), buffer("out", t["s"]), tile=tile)]
 
     check({"s": (rows, width), "gradient": (rows, width)}, dtype, formula, kernel)
 
