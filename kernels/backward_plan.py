@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from trmfast.kernels.backward_block import BlockBackward, Targets, norm_kernel
+from trmfast.kernels.configurations import most_parts
 from trmfast.kernels.forward_block import is_plain, norm_names
-from trmfast.kernels.forward_plan import NetValues, PlanWriter, Setting, forward_net, normed_values, read_values
+from trmfast.kernels.forward_plan import NetValues, PlanWriter, Setting, forward_net, values_for_backward
 from trmfast.kernels.injection import enter, enter_backward, gradient_buffer
-from trmfast.kernels.kept_values import kept_buffers, kept_names, with_names
+from trmfast.kernels.kept_values import kept_buffers, kept_names, kept_rows, with_names
 from trmfast.kernels.norm_backward import norm_backward
 from trmfast.kernels.norm_weights import column_sums, unfold
 from trmfast.kernels.plan import ALIGNMENT, Buffer, Plan
@@ -115,8 +116,7 @@ def backward_plan(
 
 def _values(writer: PlanWriter, net: int, saved: Buffer) -> NetValues:
     """Writes the launches that compute an application of a network again, from its input [B, L, D]."""
-    values = forward_net(writer, net, [saved], writer.state("layer"), keep=True, store_normed=True)
-    return read_values(writer, net, values)
+    return values_for_backward(writer, net, forward_net(writer, net, [saved], writer.state("layer"), keep=True))
 
 
 def _kept_values(setting: Setting, keep: int) -> list[tuple[NetValues, list[Buffer]]]:
@@ -135,8 +135,7 @@ def _kept_values(setting: Setting, keep: int) -> list[tuple[NetValues, list[Buff
 def _net_values(setting: Setting, net: int, weighed: bool) -> NetValues:
     """The values of a network, by a plan that is not used."""
     writer = PlanWriter(setting)
-    values = forward_net(writer, net, [writer.state("input")], writer.state("layer"), keep=True)
-    values = normed_values(writer, values)
+    values = _values(writer, net, writer.state("input"))
     return replace(values, total=writer.state("total")) if weighed else values
 
 
@@ -154,6 +153,8 @@ def pair_bytes(setting: Setting) -> int:
         sizes += [
             4 * net.block.num_heads * setting.length for block in values.blocks if block.lse is None and block.qkv
         ]
+        squares = 4 * most_parts(setting.problem.hidden_size) * setting.length
+        sizes += [squares for rows in kept_rows(net, values) if rows.rstd or rows.squares]
         most = max(most, sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
     return most
 

@@ -478,3 +478,11 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "mlp_t_norm_backward": {"16-bit": (_tile(4, 1, M=32, N=64),), "32-bit": (_tile(4, 1, M=32, N=64),)},
 }
 """What every kernel may use."""
+
+
+def most_parts(width: int) -> int:
+    """The most tiles in which a kernel writes sums of squares of rows of so many elements, on any GPU."""
+    kernels = (table for name, table in TILES.items() if name.endswith("_columns") or name == "normed_sum")
+    tiles = (tile for table in kernels for tiles in table.values() for tile in tiles)
+    narrowest = min(dict(tile.blocks)["BLOCK_N"] for tile in tiles)
+    return max(2, -(-width // narrowest))  # 2 in the interpreter

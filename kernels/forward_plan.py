@@ -32,8 +32,7 @@ __all__ = [
     "Setting",
     "forward_net",
     "forward_plan",
-    "normed_values",
-    "read_values",
+    "values_for_backward",
     "weight_buffers",
 ]
 
@@ -208,15 +207,8 @@ def forward_net(
     *,
     total: Buffer | None = None,
     keep: bool = False,
-    store_normed: bool = False,
 ) -> NetValues:
-    """Writes the launches of a network.
-
-    Args:
-        writer, terms, out, total, keep: as in :func:`forward_block`, but for terms of any number.
-        net: which.
-        store_normed: whether a mixer over the sequence that norms its input stores it, as its backward reads it.
-    """
+    """Writes the launches of a network; arguments as in :func:`forward_block`, but for terms of any number."""
     spec = writer.setting.problem.nets[net]
     block, eps = spec.block, spec.block.rms_norm_eps
     ahead = block.norm_placement != "post"
@@ -236,8 +228,6 @@ def forward_net(
             forward_block(writer, block, weights, terms, target, total=total, keep=keep, feeds_norm=feeds_norm)
         )
         terms, total = (blocks[-1].output,), None
-        if store_normed and not block.attends and blocks[-1].output.squares is not None and not last:
-            total = writer.state("normed")
     output = blocks[-1].output
     if spec.final_norm:
         if not ahead:
@@ -248,31 +238,16 @@ def forward_net(
     return NetValues(tuple(blocks), output)
 
 
-def normed_values(writer: PlanWriter, values: NetValues) -> NetValues:
-    """The values of a network with every norm applied, without weights, by launches that follow the forward ones."""
-    inputs = [rows for block in values.blocks for rows in (block.h, block.h1)]
-    return _with_norms(writer, values, [*inputs, *_norms_behind(values), values.output])
-
-
-def read_values(writer: PlanWriter, net: int, values: NetValues) -> NetValues:
-    """The values of a network as its backward reads them, with the norms applied that its kernels do not apply.
+def values_for_backward(writer: PlanWriter, net: int, values: NetValues) -> NetValues:
+    """The values of a network as its backward reads them: with the norms applied that its kernels do not apply.
 
     Those scale the gradients of a mixer's first product instead (gradients.py), unless sums over rows read these too.
     """
     spec = writer.setting.problem.nets[net].block
     needed = [] if applies_norm(spec) else [block.h for block in values.blocks]
     if spec.norm_weight:
-        needed += [*_norms_behind(values), values.output]
-    return _with_norms(writer, values, needed)
-
-
-def _norms_behind(values: NetValues) -> list[Rows]:
-    """What the norms behind the mixers of a network make."""
-    return [rows for block in values.blocks for rows in (block.behind1, block.behind2) if rows is not None]
-
-
-def _with_norms(writer: PlanWriter, values: NetValues, needed: Sequence[Rows]) -> NetValues:
-    """The values with some of their norms applied, by one launch."""
+        needed += [rows for block in values.blocks for rows in (block.behind1, block.behind2) if rows is not None]
+        needed.append(values.output)
     made: dict[Buffer, Rows] = {}
     sources: list[Rows] = []
     for rows in needed:
@@ -371,7 +346,7 @@ def forward_plan(setting: Setting, save: bool, keep: int = 0) -> Plan:
         if number >= 0:
             values = forward_net(writer, update.net, terms, writer.state("output"), total=total, keep=True)
             values = replace(values, total=entered)
-            names.update(kept_names(problem.nets[update.net], normed_values(writer, values), number))
+            names.update(kept_names(problem.nets[update.net], values_for_backward(writer, update.net, values), number))
             current[update.dst] = values.output
         else:
             # In place where the state is among the terms: the last launch of a network reads none of them.

@@ -9,35 +9,42 @@ from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from trmfast.kernels.plan import KEPT, Buffer
+from trmfast.kernels.rows import Rows
 
 from trmfast.spec import NetSpec
 
 if TYPE_CHECKING:
     from trmfast.kernels.forward_plan import NetValues
 
-__all__ = ["kept_buffers", "kept_names", "with_names"]
+__all__ = ["kept_buffers", "kept_names", "kept_rows", "with_names"]
 
 T = TypeVar("T")
 
 
 def kept_buffers(net: NetSpec, values: NetValues) -> list[Buffer]:
-    """The buffers that the backward pass of a network reads, once each; which these are depends on sizes alone.
+    """The buffers that the backward pass of a network reads, once each.
 
     Args:
         net: the network.
-        values: of its forward pass, with every norm applied.
+        values: of its forward pass, as :func:`values_for_backward` makes them.
     """
     found: list[Buffer | None] = []
+    for rows in (*kept_rows(net, values), *(rows for block in values.blocks for rows in block.heads)):
+        found += [rows.values, rows.rstd, rows.squares]
     for block in values.blocks:
-        for rows in (block.h, block.h1, block.behind1, block.behind2, *block.heads):
-            found += [] if rows is None else [rows.values, rows.rstd]
         found += [block.qkv, block.mixed, block.lse]
         if net.block.channel_mixer == "conv_swiglu":
             found.append(block.activation)
-    if net.final_norm:
-        found += [values.output.values, values.output.rstd]
     found.append(values.total)
     return list(dict.fromkeys(buffer for buffer in found if buffer is not None))
+
+
+def kept_rows(net: NetSpec, values: NetValues) -> list[Rows]:
+    """The rows [B, L, D] that the backward pass of a network reads, normed or not, once each."""
+    found: list[Rows | None] = [values.output] if net.final_norm else []
+    for block in values.blocks:
+        found += [block.h, block.h1, block.behind1, block.behind2]
+    return list({rows.values: rows for rows in found if rows is not None}.values())
 
 
 def kept_names(net: NetSpec, values: NetValues, number: int) -> dict[str, Buffer]:

@@ -46,6 +46,16 @@ def test_the_fastest_wins_and_is_remembered(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["tuning.json"]
 
 
+def test_a_process_does_not_change_its_mind(tmp_path: Path) -> None:
+    """Backward reads what forward left in its tiles, whatever other processes find meanwhile."""
+    file, choices = tmp_path / "tuning.json", [launch(64, block) for block in (32, 16)]
+    tuner = Tuner(file, "GPU", Timer())
+    assert tuner.fastest(choices) is choices[1]
+    file.unlink()
+    assert Tuner(file, "GPU", Timer(-1)).fastest(choices) is choices[0]
+    assert tuner.fastest(choices) is choices[1]
+
+
 @pytest.mark.parametrize("change", ["device", "shape", "source", "choices"])
 def test_what_changes_is_timed_again(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, choices = tmp_path / "tuning.json", [launch(64, block) for block in (32, 16)]
