@@ -78,9 +78,9 @@ def _scale_rows(
     EPS: tl.constexpr,
 ):
     """The gradients of a head's tokens times the factors of the norm ahead of the QKV product, if that has any."""
-    if squares is None:
-        return gradient
-    return gradient * row_factor(squares, first_token, tl.minimum(token, length - 1), PARTS, WIDTH, EPS)[:, None]
+    if squares is not None:
+        gradient *= row_factor(squares, first_token, tl.minimum(token, length - 1), PARTS, WIDTH, EPS)[:, None]
+    return gradient
 
 
 @triton.jit

@@ -329,9 +329,14 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "conv_projection_columns": {
         "16-bit": (_tile(8, 2, M=64, N=128, K=32), _tile(4, 2, M=32, N=32, K=32)),
+        _AMD: (_tile(8, 2, M=64, N=128, K=32), _tile(4, 2, M=32, N=32, K=64)),
         "32-bit": (_tile(8, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=32, K=16)),
     },
-    "normed_sum": {"16-bit": (_tile(4, 1, M=8, N=128),), "32-bit": (_tile(4, 1, M=4, N=128),)},
+    "normed_sum": {
+        "16-bit": (_tile(4, 1, M=8, N=128),),
+        _AMD: (_tile(4, 1, M=16, N=128),),
+        "32-bit": (_tile(4, 1, M=4, N=128),),
+    },
     "normed_rows": {"16-bit": (_tile(4, 1, M=8, N=128),), "32-bit": (_tile(4, 1, M=4, N=128),)},
     "fold": {"16-bit": (_tile(4, 1, M=8, N=128),), "32-bit": (_tile(4, 1, M=4, N=128),)},
     "unfold": {"16-bit": (_tile(4, 1, M=32, N=64),), "32-bit": (_tile(4, 1, M=32, N=64),)},
@@ -381,7 +386,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "16-bit sm_120": (
             _tile(8, 3, M=128, N=128, K=64),
             _tile(4, 3, M=64, N=64, K=64),
-            _tile(4, 2, M=32, N=64, K=32),
+            _tile(4, 3, M=32, N=64, K=32),
         ),
         "32-bit": (_tile(8, 2, M=64, N=128, K=16), _tile(4, 2, M=64, N=64, K=16)),
     },
@@ -452,7 +457,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "weight_gradient": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64)),
         _HOPPER: (*_WIDE, _tile(4, 3, M=64, N=64, K=64)),
-        "16-bit sm_120": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 2, M=64, N=64, K=64)),
+        "16-bit sm_86 sm_89 sm_120": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=32)),
         "32-bit": (_tile(8, 2, M=64, N=64, K=32),),
     },
     "weight_gradient_t": {
