@@ -26,7 +26,7 @@ from trmfast.kernels.attention import seen_keys
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.pairs import group_of, pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.rows import Rows, factor_constants, row_factor
+from trmfast.kernels.rows import Rows, factor_arguments, row_factor
 
 from trmfast.spec import BlockSpec
 
@@ -367,8 +367,8 @@ def _constants(
         "GATE": block.gate_rows,
         "CAUSAL": block.causal,
         "WINDOW": min(block.attention_window, length),
-        "WIDTH": 0 if scale is None else scale.values.shape[-1],
-        **factor_constants(scale),
+        "WIDTH": 0 if scale is None or scale.squares is None else scale.values.shape[-1],
+        **factor_arguments(scale)[1],
         "PRECISION": precision,
     }
 
@@ -405,8 +405,8 @@ def attention_backward_keys(
         lse: [B, Hq, L] float32, the natural logarithm of the sums of exp(q . k / sqrt(d)); needed if BLOCK_N < L.
         delta: [B, Hq, L] float32, from :func:`attention_backward_queries`; needed if BLOCK_N < L.
         cos, sin: [>= L, d] float32, or None if nothing was rotated.
-        scale: of a norm ahead of the QKV product, its input with squares: the rows of the result are multiplied by the
-            norm's factors, which makes it the gradient of a product of rows without the norm; or None.
+        scale: rows that enter the QKV product; if they have squares, those of the result are multiplied by the factors
+            of their norm, which makes it the gradient of the product of rows without the norm.
         tile: BLOCK_M queries, BLOCK_N keys.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
@@ -429,7 +429,7 @@ def attention_backward_keys(
             "delta": None if whole else delta,
             "cos": cos,
             "sin": sin,
-            "squares": None if scale is None else scale.squares,
+            **factor_arguments(scale)[0],
             "grad_qkv": grad_qkv,
             "length": length,
         },
@@ -477,7 +477,7 @@ def attention_backward_queries(
             "delta": delta,
             "cos": cos,
             "sin": sin,
-            "squares": None if scale is None else scale.squares,
+            **factor_arguments(scale)[0],
             "grad_qkv": grad_qkv,
             "length": length,
         },

@@ -143,7 +143,7 @@ class BlockBackward:
         out, between = writer.state("grad_sum"), writer.state("grad_norm_output")
         product = ("projection_backward", projection_backward, gradient, weight)
         chosen: Sequence[Launch] = [
-            writer.make_product(*product, between, residual=residual, scale=normed if scaled else None),
+            writer.make_product(*product, between, residual=residual, scale=normed),
             writer.make(norm_kernel(writer), norm_backward, between, normed, out, scaled=scaled),
         ]
         if not scaled and writer.setting.configuration.offers("projection_backward_norm", writer.sizes):
@@ -276,18 +276,17 @@ class BlockBackward:
         options = {"segments": writer.segments if block.segments else None, "cos": writer.cos, "sin": writer.sin}
         wide = "_wide" if block.head_dim > 64 else ""
         keys = (attention_backward_keys, block, values.qkv, grad_mixed, grad_qkv)
-        scale = None if values.h.squares is None else values.h
         if block.decay_rows:
             self._simple_gla(grad_mixed, grad_qkv, wide, options)
         elif whole:
-            add("attention_backward", *keys, **options, scale=scale)
+            add("attention_backward", *keys, **options, scale=values.h)
         else:
             options.update(lse=values.lse, delta=delta)
             mixed = None if has_gate else values.mixed
             ranged = "_ranged" if not wide and (block.segments or block.attention_window) else wide
             queries = (attention_backward_queries, block, values.qkv, mixed, grad_mixed, grad_qkv)
-            add(f"attention_backward_queries{wide}", *queries, **options, scale=scale)
-            add(f"attention_backward_keys{ranged}", *keys, **options, scale=scale)
+            add(f"attention_backward_queries{wide}", *queries, **options, scale=values.h)
+            add(f"attention_backward_keys{ranged}", *keys, **options, scale=values.h)
         for number, normed in enumerate(values.heads):
             self._head_norm(grad_qkv, normed, keys=bool(number))
         if block.qk_bias:

@@ -6,6 +6,7 @@ The blocks are in backward_block.py; the order of their kernels, and what each r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -143,18 +144,19 @@ def pair_bytes(setting: Setting) -> int:
     """At most so many bytes are kept of one update of one sequence, on any GPU.
 
     Args:
-        setting: of one sequence.
+        setting: of one sequence, for the interpreter.
     """
     most = 0
-    for number, net in enumerate(setting.problem.nets):
-        values = _net_values(setting, number, net.injection != "add")
+    squares = 4 * most_parts(setting.problem.hidden_size) * setting.length
+    for (number, net), fusion in itertools.product(enumerate(setting.problem.nets), ("most", "least")):
+        configuration = replace(setting.configuration, fusion=fusion)
+        values = _net_values(replace(setting, configuration=configuration), number, net.injection != "add")
         sizes = [buffer.nbytes for buffer in kept_buffers(net, values)]
-        # Whether these exist depends on the GPU.
+        # Whether these exist, or how many there are, depends on the GPU.
         sizes += [
             4 * net.block.num_heads * setting.length for block in values.blocks if block.lse is None and block.qkv
         ]
-        squares = 4 * most_parts(setting.problem.hidden_size) * setting.length
-        sizes += [squares for rows in kept_rows(net, values) if rows.rstd or rows.squares]
+        sizes += [squares for rows in kept_rows(net, values) if rows.squares is not None]
         most = max(most, sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
     return most
 

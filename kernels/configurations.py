@@ -332,6 +332,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         _AMD: (_tile(8, 2, M=64, N=128, K=32), _tile(4, 2, M=32, N=32, K=64)),
         "32-bit": (_tile(8, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=32, K=16)),
     },
+    # One tile: forward and backward sum different numbers of terms, and must leave squares of the same tiles.
     "normed_sum": {
         "16-bit": (_tile(4, 1, M=8, N=128),),
         _AMD: (_tile(4, 1, M=16, N=128),),

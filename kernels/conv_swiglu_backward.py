@@ -21,7 +21,7 @@ import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.gradients import swiglu_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.rows import Rows, factor_constants, row_factor, rows_of
+from trmfast.kernels.rows import Rows, factor_arguments, row_factor, rows_of
 
 __all__ = ["conv_gradient", "conv_partials_shape", "conv_swiglu_backward", "gate_up_backward"]
 
@@ -283,15 +283,15 @@ def gate_up_backward(
         tile: BLOCK_M tokens, BLOCK_N inner columns, BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
-    source = rows_of(h1)
-    (length, depth), rows = source.values.shape[-2:], prod(source.values.shape[:-1])
+    source, (squares, constants) = rows_of(h1).values, factor_arguments(rows_of(h1))
+    (length, depth), rows = source.shape[-2:], prod(source.shape[:-1])
     inner = grad_conv.shape[-1]
     return Launch.of(
         "conv_swiglu_backward.gate_up_backward_kernel",
         (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(inner, tile["BLOCK_N"]),),
         {
-            "h1": source.values,
-            "squares": source.squares,
+            "h1": source,
+            **squares,
             "gate_up": gate_up,
             "grad_conv": grad_conv,
             "conv": conv,
@@ -306,7 +306,7 @@ def gate_up_backward(
             "DEPTH": depth,
             "INNER": inner,
             "TAPS": conv.shape[-1],
-            **factor_constants(source),
+            **constants,
             "PRECISION": precision,
         },
         tile=tile,

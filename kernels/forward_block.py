@@ -41,10 +41,10 @@ __all__ = [
     "BlockWeights",
     "add_sum",
     "add_totals",
-    "applies_norm",
     "forward_block",
     "is_plain",
     "norm_names",
+    "scales_gradients",
 ]
 
 MOST_NORMED = 3
@@ -56,10 +56,10 @@ def is_plain(block: BlockSpec) -> bool:
     return block.norm_placement == "post" and not block.norm_weight
 
 
-def applies_norm(block: BlockSpec) -> bool:
-    """Whether backward of the token mixer reads the norm's input, and scales what it makes of it by the norm's factors.
+def scales_gradients(block: BlockSpec) -> bool:
+    """Whether backward of the token mixer can leave its gradient times the factors of the norm ahead of its product.
 
-    Gradients of biases, of the norms of heads, of gates and of decays are those of the normed product.
+    Gradients of biases, of the norms of heads, of gates and of decays take the gradient as it is.
     """
     return block.attends and not (block.rows_ahead or block.qk_bias or block.qk_norm != "none")
 

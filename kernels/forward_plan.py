@@ -13,9 +13,9 @@ from trmfast.kernels.forward_block import (
     BlockValues,
     BlockWeights,
     add_sum,
-    applies_norm,
     forward_block,
     norm_names,
+    scales_gradients,
 )
 from trmfast.kernels.injection import enter
 from trmfast.kernels.kept_values import kept_names
@@ -242,36 +242,38 @@ def values_for_backward(writer: PlanWriter, net: int, values: NetValues) -> NetV
     """The values of a network as its backward reads them: with the norms applied that its kernels do not apply.
 
     Those scale the gradients of a mixer's first product instead (gradients.py), unless sums over rows read these too.
+    In float16 such gradients of large rows would be too small.
     """
-    spec = writer.setting.problem.nets[net].block
-    needed = [] if applies_norm(spec) else [block.h for block in values.blocks]
-    if spec.norm_weight:
-        needed += [rows for block in values.blocks for rows in (block.behind1, block.behind2) if rows is not None]
+    block, blocks = writer.setting.problem.nets[net].block, values.blocks
+    needed: list[Rows | None] = []
+    if writer.setting.dtype == torch.float16:
+        needed += [rows for found in blocks for rows in (found.h, found.h1)]
+    elif not scales_gradients(block):
+        needed += [found.h for found in blocks]
+    if block.norm_weight:
+        needed += [rows for found in blocks for rows in (found.behind1, found.behind2)]
         needed.append(values.output)
     made: dict[Buffer, Rows] = {}
     sources: list[Rows] = []
     for rows in needed:
-        if rows.squares is not None and rows.values not in made:
+        if rows is not None and rows.squares is not None and rows.values not in made:
             sources.append(replace(rows, weight=None))
             rstd = writer.scratch("rstd", writer.setting.shape[:2], torch.float32)
             made[rows.values] = Rows(writer.state("normed"), rstd=rstd)
     targets = [made[source.values] for source in sources]
     _norm_rows(writer, sources, [t.values for t in targets], [t.rstd for t in targets if t.rstd is not None])
 
-    def found(rows: Rows) -> Rows:
+    def read(rows: Rows) -> Rows:
         return rows if rows.squares is None else made.get(rows.values, rows)
 
+    def behind(rows: Rows | None) -> Rows | None:
+        return None if rows is None else read(rows)
+
     blocks = tuple(
-        replace(
-            block,
-            h=found(block.h),
-            h1=found(block.h1),
-            behind1=block.behind1 and found(block.behind1),
-            behind2=block.behind2 and found(block.behind2),
-        )
-        for block in values.blocks
+        replace(found, h=read(found.h), h1=read(found.h1), behind1=behind(found.behind1), behind2=behind(found.behind2))
+        for found in blocks
     )
-    return replace(values, blocks=blocks, output=found(values.output))
+    return replace(values, blocks=blocks, output=read(values.output))
 
 
 def _norm_rows(

@@ -1,9 +1,8 @@
-"""Gradient of the input of an RMSNorm over the width D, from its output.
+"""Gradient of the input s of an RMSNorm over the width D, from its output y or from s.
 
-One program takes BLOCK_M whole rows in registers.  Reads grad y, y [T, D] and rstd [T], writes grad s [T, D]; where
-nothing else in backward reads y, it takes s and its sums of squares instead, as forward left them (rows.py).  In a
-post-norm block only the last norm of a net needs it, and those below an ``mlp_t`` mixer: elsewhere the kernel that
-makes grad y has whole rows in registers and applies the norm's gradient to them (projection_backward).
+One program takes BLOCK_M whole rows in registers.  Reads grad y, y [T, D] and rstd [T], or s and its sums of squares as
+forward left them (rows.py); writes grad s [T, D].  Where the programs that make grad y hold whole rows, they apply the
+norm's gradient to them instead (projection_backward).
 
 The weight of a norm behind a mixer multiplies grad y at its load.  Where a norm lies ahead of a mixer, the gradient
 that bypasses both is added at the end, and the sum is stored, or added to the gradients of states.
@@ -18,7 +17,7 @@ from trmfast.kernels.dot import narrow
 from trmfast.kernels.gradients import norm_gradient, store_targets
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection_backward import part_targets
-from trmfast.kernels.rows import Rows, factor_constants, row_factor
+from trmfast.kernels.rows import Rows, factor_arguments, row_factor
 
 __all__ = ["norm_backward"]
 
@@ -93,11 +92,14 @@ def norm_backward(
         tile: BLOCK_M rows, BLOCK_N >= D.
 
     Raises:
-        ValueError: BLOCK_N < D.
+        ValueError: BLOCK_N < D, or scaled without squares.
     """
+    squares, constants = factor_arguments(normed)
     rows, width = prod(normed.values.shape[:-1]), normed.values.shape[-1]
     if tile["BLOCK_N"] < width:
         raise ValueError(f"tile: got BLOCK_N {tile['BLOCK_N']}, accepted is at least {width}")
+    if scaled and normed.squares is None:
+        raise ValueError("scaled: got True for rows without squares, accepted is False")
     added, overwritten = part_targets(targets)
     return Launch.of(
         "norm_backward.norm_backward_kernel",
@@ -106,7 +108,7 @@ def norm_backward(
             "gradient": gradient,
             "normed": normed.values,
             "rstd": normed.rstd,
-            "squares": normed.squares,
+            **squares,
             "weight": weight,
             "residual": residual,
             "out": out,
@@ -116,6 +118,6 @@ def norm_backward(
         },
         reads=("gradient", "normed", "rstd", "squares", "weight", "residual", "added"),
         writes=("out", "added", "overwritten"),
-        constants={"WIDTH": width, **factor_constants(normed), "SCALED": scaled},
+        constants={"WIDTH": width, **constants, "SCALED": scaled},
         tile=tile,
     )

@@ -1,6 +1,6 @@
 """Gradient of the input of a linear layer, with what follows it in backward.
 
-    out = gradient [T, K] @ weight [K, N] (+ residual [T, N])
+    out = gradient [T, K] @ weight [K, N] (+ residual [T, N], its rows scaled where those of the gradient are)
 
 One program owns a tile [BLOCK_M, BLOCK_N] of out in float32 accumulators and walks K in steps of BLOCK_K.  ``weight``
 in torch's layout [out features, in features] is the right operand as it lies in memory.  The epilogue, on the
@@ -27,7 +27,7 @@ import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.gradients import store_targets
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.rows import Rows, factor_constants, row_factor
+from trmfast.kernels.rows import Rows, factor_arguments, row_factor
 
 __all__ = ["MAX_TARGETS", "part_targets", "projection_backward"]
 
@@ -161,8 +161,8 @@ def projection_backward(
         out: result [..., N]; transposed [B, L, D]; None if there are targets only.
         tile: BLOCK_M rows, BLOCK_N columns, BLOCK_K; with a norm BLOCK_N >= N.
         residual: added to the product, the shape of ``out``; the gradient that bypasses the layer.
-        scale: of a norm ahead of the layer, its input with squares: the rows of the residual are multiplied by the
-            norm's factors, as those of ``gradient`` are already; or None.
+        scale: rows that enter the layer; if they have squares, those of the residual are multiplied by the factors of
+            their norm, as those of ``gradient`` are already.  Not with transposed.
         norm_output: y [..., N] of the norm whose output's gradient the sum is; ``out`` is then the gradient of the
             norm's input.  Not with transposed or targets.
         rstd: of that norm, [...] float32.
@@ -172,8 +172,11 @@ def projection_backward(
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
     Raises:
-        ValueError: BLOCK_N < N with a norm, or a norm with what it excludes.
+        ValueError: BLOCK_N < N with a norm, or a norm with what it excludes; transposed with squares.
     """
+    squares, constants = factor_arguments(scale)
+    if transposed and squares["squares"] is not None:
+        raise ValueError("scale: got rows with squares and transposed, accepted are rows without")
     depth = weight.shape[0]
     width = width or weight.shape[1]
     rows = gradient.shape[-1] if transposed else prod(gradient.shape[:-1])
@@ -191,7 +194,7 @@ def projection_backward(
             "gradient": gradient,
             "weight": weight,
             "residual": residual,
-            "squares": None if scale is None else scale.squares,
+            **squares,
             "norm_output": norm_output,
             "rstd": rstd,
             "out": out,
@@ -207,7 +210,7 @@ def projection_backward(
             "WIDTH": width,
             "STRIDE": weight.shape[1],
             "CHANNELS": rows if transposed else 0,
-            **factor_constants(scale),
+            **constants,
             "PRECISION": precision,
         },
         tile=tile,

@@ -40,7 +40,7 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 __all__ = [
     "MAX_SOURCES",
     "Rows",
-    "factor_constants",
+    "factor_arguments",
     "normed_rows",
     "normed_sum",
     "row_factor",
@@ -92,9 +92,13 @@ def squares_buffer(name: str, shape: Sequence[int], tile: Tile) -> Buffer:
     return Buffer(name, (*rows, triton.cdiv(width, tile["BLOCK_N"])), torch.float32)
 
 
-def factor_constants(rows: Rows | None) -> dict[str, Any]:
-    """The constants PARTS and EPS of :func:`row_factor`."""
-    return {"PARTS": 0 if rows is None else rows.parts, "EPS": 0.0 if rows is None else rows.eps}
+def factor_arguments(rows: Rows | None) -> tuple[dict[str, Buffer | None], dict[str, Any]]:
+    """The argument ``squares`` of a kernel that scales by the factors of rows, if they have squares, and its constants
+    PARTS and EPS.
+    """
+    if rows is None or rows.squares is None:
+        return {"squares": None}, {"PARTS": 0, "EPS": 0.0}
+    return {"squares": rows.squares}, {"PARTS": rows.parts, "EPS": rows.eps}
 
 
 def sum_arguments(terms: Sequence[Buffer | Rows]) -> tuple[dict[str, tuple[Buffer, ...]], dict[str, tuple[Any, ...]]]:

@@ -23,7 +23,7 @@ import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.gradients import activation_gradient, swiglu_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.rows import Rows, factor_constants, row_factor, rows_of
+from trmfast.kernels.rows import Rows, factor_arguments, row_factor, rows_of
 
 __all__ = ["swiglu_backward"]
 
@@ -173,9 +173,14 @@ def swiglu_backward(
         activation_of: ``"swiglu"``, ``"relu2"`` or ``"gelu"``.
         transposed: whether the product runs over the sequence.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+
+    Raises:
+        ValueError: transposed with squares.
     """
-    normed, (depth, inner) = rows_of(source), down.shape
-    source = normed.values
+    squares, constants = factor_arguments(rows_of(source))
+    if transposed and squares["squares"] is not None:
+        raise ValueError("source: got rows with squares and transposed, accepted are rows without")
+    source, (depth, inner) = rows_of(source).values, down.shape
     products = gate_up.shape[0] // inner
     rows = source.shape[-1] if transposed else prod(source.shape[:-1])
     batch = source.shape[0] if transposed else 1
@@ -185,7 +190,7 @@ def swiglu_backward(
         (tiles, batch),
         {
             "source": source,
-            "squares": normed.squares,
+            **squares,
             "gradient": gradient,
             "gate_up": gate_up,
             "down": down,
@@ -202,7 +207,7 @@ def swiglu_backward(
             "STRIDE": gate_up.shape[1],
             "ACTIVATION": activation_of,
             "CHANNELS": rows if transposed else 0,
-            **factor_constants(normed),
+            **constants,
             "PRECISION": precision,
         },
         tile=tile,

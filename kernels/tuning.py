@@ -42,7 +42,7 @@ class Tuner:
         self._found: dict[str, int] = {}
 
     def fastest(self, launches: Sequence[Launch]) -> Launch:
-        """The launch that takes least time, from the file if it is there; the same for the life of the process."""
+        """The launch that takes least time, from the file if it is there; the same for the life of the tuner."""
         if len(launches) == 1:
             return launches[0]
         key = self._key(launches)
@@ -53,7 +53,7 @@ class Tuner:
                 times = [self.timer(launch) for launch in launches]
                 found = times.index(min(times))
                 self._write(key, found)
-            self._found[key] = found
+            self._found.setdefault(key, found)
         return launches[self._found[key]]
 
     def _key(self, launches: Sequence[Launch]) -> str:

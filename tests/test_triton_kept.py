@@ -28,14 +28,18 @@ from triton_races import check_plan
 from trmfast.backends import BACKENDS, Kept, what_fits
 from trmfast.backends import triton as backend
 from trmfast.budget import EVERYTHING
-from trmfast.cases import LOOPED, PUBLISHED, Case, make_inputs
+from trmfast.cases import LOOPED, PUBLISHED, Case, make_case, make_inputs
 from trmfast.testing import run_fused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = [case for case in (*CASES, *CHOSEN) if case.length < 20]
 MANY = small("kept", "hrm", window="all", batch=3)
-DEFAULT = {"mlp_t-and-conv", "hrm_text", "one-token"}
+# Where its norm over D is left to the readers, h of the second block is a copy of its own.
+LONG_MLP_T = make_case(
+    "long-mlp_t", "urm", H_cycles=1, L_cycles=1, batch=1, length=200, hidden_size=512, num_layers=2, token_mixer="mlp_t"
+)
+DEFAULT = {"long-mlp_t", "mlp_t-and-conv", "hrm_text", "one-token"}
 
 
 def both(case: Case, setting: Setting, keep: int) -> tuple[Plan, BackwardPlan]:
@@ -134,7 +138,7 @@ def test_plans(case: Case) -> None:
 
 @pytest.mark.representative(when=lambda case, dtype: dtype == torch.bfloat16 and case.name in DEFAULT)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", [*SHORT, MANY, *PUBLISHED, *LOOPED], ids=str)
+@pytest.mark.parametrize("case", [*SHORT, MANY, LONG_MLP_T, *PUBLISHED, *LOOPED], ids=str)
 def test_what_is_kept_fits_the_bytes_of_a_pair(case: Case, dtype: torch.dtype) -> None:
     """On every GPU, for every batch; at published sizes nine tenths of them are used."""
     one, updates = pair_bytes(case, dtype), case.problem.num_grad_updates

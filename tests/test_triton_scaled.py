@@ -7,12 +7,14 @@ r grad z.  The truth is float64 autograd, as in test_triton_backward.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from trmfast.kernels.attention_backward import attention_backward_keys, attention_backward_queries
+from trmfast.kernels.configurations import TILES
 from trmfast.kernels.conv_swiglu_backward import gate_up_backward
 from trmfast.kernels.norm_backward import norm_backward
 from trmfast.kernels.plan import Buffer, Launch, Tile
@@ -24,9 +26,12 @@ import triton_guard
 from triton_bounds import checked_run
 from triton_draw import Tensors, buffer, buffers
 from triton_formula import DTYPES, EPS, check, gradients
-from trmfast.cases import rope_tables
+from triton_guard import DEVICE, INTERPRETED
+from trmfast.backends import triton as backend
+from trmfast.cases import make_case, make_inputs, rope_tables
 from trmfast.reference import rms_norm, rotate, wide_dtype
 from trmfast.spec import BlockSpec
+from trmfast.testing import compare, require, run_eager, run_fused, run_truth
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -213,3 +218,51 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
         "gradient": (batch, length, heads * block.head_dim),
     }
     check(shapes, dtype, formula, kernel)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the configuration is the interpreter's")
+def test_small_gradients_of_large_rows_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled by the factors of rows of 300, they would be subnormal."""
+    readers_norm = replace(backend._configuration(DEVICE), fusion="least")
+    monkeypatch.setattr(backend, "_configuration", lambda _: readers_norm)
+    case = make_case(
+        "large", "urm", H_cycles=1, L_cycles=1, length=11, hidden_size=32, batch=2, intermediate_size=48, num_layers=1,
+        window="all", norm_placement="pre",
+    )  # fmt: skip
+    inputs = make_inputs(case, torch.float16, weight_scale=0.7)
+    large = tuple(300 * state for state in inputs.states)
+    small = tuple(1e-3 * gradient for gradient in inputs.grad_states)
+    inputs = replace(inputs, states=large, grad_states=small)
+    truth, eager, found = run_truth(inputs), run_eager(inputs), run_fused(inputs, "triton")
+    names = [name for name in truth.gradients if "qkv" in name or "gate_up" in name]
+    assert len(names) == 2
+    require(
+        [
+            compare(name, found.gradients[name], eager.gradients[name], truth.gradients[name], is_gradient=True)
+            for name in names
+        ]
+    )
+
+
+def test_what_means_nothing_is_refused() -> None:
+    def state(name: str) -> Buffer:
+        return Buffer(name, (2, 16, 16), torch.float32)
+
+    def weight(name: str, rows: int) -> Buffer:
+        return Buffer(name, (rows, 16), torch.float32)
+
+    normed, raw = Rows(state("y"), rstd=state("rstd")), Rows(state("s"), state("squares"), EPS)
+    gradient, out, tile = state("gradient"), state("out"), Tile.of(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)
+    with pytest.raises(ValueError, match=r"^scaled: got True for rows without squares, accepted is False$"):
+        norm_backward(gradient, normed, out, scaled=True, tile=tile)
+    expected = "got rows with squares and transposed, accepted are rows without$"
+    with pytest.raises(ValueError, match=f"^scale: {expected}"):
+        projection_backward(gradient, weight("w", 16), out, transposed=True, scale=raw, tile=tile)
+    with pytest.raises(ValueError, match=f"^source: {expected}"):
+        swiglu_backward(raw, gradient, weight("up", 32), weight("down", 16), out, transposed=True, tile=tile)
+
+
+def test_every_sum_leaves_squares_of_the_same_tiles() -> None:
+    """Forward sums other numbers of terms than backward, and backward finds its squares by their shape."""
+    for tiles in TILES["normed_sum"].values():
+        assert len({dict(tile.blocks)["BLOCK_N"] for tile in tiles}) == 1
