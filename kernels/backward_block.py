@@ -203,10 +203,7 @@ class BlockBackward:
     # ------------------------------------------------------------ mixers
 
     def _channel_mixer(self, gradient: Buffer, need_h1: bool) -> Buffer | None:
-        """From the gradient of its output [B, L, D] to that of its first product; None if nothing needs it.
-
-        That is the product of rows without the norm, if the product applied it.
-        """
+        """From the gradient of its output [B, L, D] to that of its first product; None if nothing needs it."""
         writer, values, add = self.writer, self.values, self.writer.add_product
         batch, length, _ = writer.setting.shape
         inner, (gate_up, *conv, down) = self.block.intermediate_size, self.weights.channel
@@ -219,7 +216,7 @@ class BlockBackward:
         if not conv:
             kind = self.block.channel_mixer
             activation = writer.scratch("activation", (batch, length, inner)) if self._wants(*others) else None
-            inputs = (values.h1, gradient, gate_up, down)
+            inputs = (source, gradient, gate_up, down)
             add("swiglu_backward", swiglu_backward, *inputs, grad_gate_up, activation, activation_of=kind)
             if activation is not None:
                 self._product(others[-1], gradient, activation)
@@ -233,7 +230,7 @@ class BlockBackward:
                 writer.add("conv_gradient", conv_gradient, sums, *(self._total(name) for name in others[:2]))
             self._product(others[-1], gradient, convolved)
             if need_gate_up:
-                add("gate_up_backward", gate_up_backward, values.h1, gate_up, grad_conv, conv[0], grad_gate_up)
+                add("gate_up_backward", gate_up_backward, source, gate_up, grad_conv, conv[0], grad_gate_up)
         if need_gate_up:
             self._product(first, grad_gate_up, source)
         return grad_gate_up if need_gate_up else None

@@ -21,7 +21,6 @@ import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.gradients import swiglu_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.rows import Rows, factor_arguments, row_factor, rows_of
 
 __all__ = ["conv_gradient", "conv_partials_shape", "conv_swiglu_backward", "gate_up_backward"]
 
@@ -105,7 +104,6 @@ def conv_swiglu_backward_kernel(
 @triton.jit
 def gate_up_backward_kernel(
     h1,
-    squares,
     gate_up,
     grad_conv,
     conv,
@@ -116,8 +114,6 @@ def gate_up_backward_kernel(
     DEPTH: tl.constexpr,
     INNER: tl.constexpr,
     TAPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -130,8 +126,7 @@ def gate_up_backward_kernel(
     column_inside = column < INNER
     step = tl.arange(0, BLOCK_K)
     start = first_row.to(tl.int64) * DEPTH
-    near_row = tl.minimum(row, rows - first_row - 1)
-    offsets = near_row[:, None] * DEPTH + step[None, :]
+    offsets = tl.minimum(row, rows - first_row - 1)[:, None] * DEPTH + step[None, :]
     gate_offsets = tl.minimum(column, INNER - 1)[:, None] * DEPTH + step[None, :]
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -148,10 +143,6 @@ def gate_up_backward_kernel(
         gate = dot(h, tl.trans(gate_tile), gate, PRECISION)
         up = dot(h, tl.trans(up_tile), up, PRECISION)
 
-    if squares is not None:
-        factor = row_factor(squares, first_row, near_row, PARTS, DEPTH, EPS)[:, None]
-        gate *= factor
-        up *= factor
     mask = (row < rows - first_row)[:, None]
     if INNER % BLOCK_N != 0:
         mask = mask & column_inside[None, :]
@@ -162,9 +153,6 @@ def gate_up_backward_kernel(
             _load_shifted(grad_conv, first_row, row, column, mask, length, TAPS // 2 - tap, INNER) * weight[None, :]
         )
     grad_gate, grad_up, _ = swiglu_gradient(gate, up, grad_activation)
-    if squares is not None:
-        grad_gate *= factor
-        grad_up *= factor
     at = grad_gate_up + first_row.to(tl.int64) * (2 * INNER) + (row[:, None] * (2 * INNER) + column[None, :])
     dtype: tl.constexpr = grad_gate_up.dtype.element_ty
     tl.store(at, narrow(grad_gate, dtype), mask)
@@ -263,7 +251,7 @@ def conv_swiglu_backward(
 
 
 def gate_up_backward(
-    h1: Buffer | Rows,
+    h1: Buffer,
     gate_up: Buffer,
     grad_conv: Buffer,
     conv: Buffer,
@@ -275,7 +263,7 @@ def gate_up_backward(
     """From the gradient of the convolution's output to those of gate and up.
 
     Args:
-        h1: input of the channel mixer, [B, L, D]; with squares as in :func:`swiglu_backward`.
+        h1: input of the channel mixer, [B, L, D].
         gate_up: [2I, D].
         grad_conv: [B, L, I], from :func:`conv_swiglu_backward`.
         conv: taps [I, 1, k].
@@ -283,15 +271,13 @@ def gate_up_backward(
         tile: BLOCK_M tokens, BLOCK_N inner columns, BLOCK_K.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
-    source, (squares, constants) = rows_of(h1).values, factor_arguments(rows_of(h1))
-    (length, depth), rows = source.shape[-2:], prod(source.shape[:-1])
+    (length, depth), rows = h1.shape[-2:], prod(h1.shape[:-1])
     inner = grad_conv.shape[-1]
     return Launch.of(
         "conv_swiglu_backward.gate_up_backward_kernel",
         (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(inner, tile["BLOCK_N"]),),
         {
-            "h1": source,
-            **squares,
+            "h1": h1,
             "gate_up": gate_up,
             "grad_conv": grad_conv,
             "conv": conv,
@@ -300,15 +286,9 @@ def gate_up_backward(
             "length": length,
             "end": depth,
         },
-        reads=("h1", "squares", "gate_up", "grad_conv", "conv"),
+        reads=("h1", "gate_up", "grad_conv", "conv"),
         writes=("grad_gate_up",),
-        constants={
-            "DEPTH": depth,
-            "INNER": inner,
-            "TAPS": conv.shape[-1],
-            **constants,
-            "PRECISION": precision,
-        },
+        constants={"DEPTH": depth, "INNER": inner, "TAPS": conv.shape[-1], "PRECISION": precision},
         tile=tile,
         flops=4 * rows * depth * inner,
         special=2 * rows * inner,

@@ -241,14 +241,12 @@ def forward_net(
 def values_for_backward(writer: PlanWriter, net: int, values: NetValues) -> NetValues:
     """The values of a network as its backward reads them: with the norms applied that its kernels do not apply.
 
-    Those scale the gradients of a mixer's first product instead (gradients.py), unless sums over rows read these too.
-    In float16 such gradients of large rows would be too small.
+    ``norm_backward`` does, and attention, which scales its gradients instead (gradients.py).  In float16 those of large
+    rows would be too small.
     """
     block, blocks = writer.setting.problem.nets[net].block, values.blocks
-    needed: list[Rows | None] = []
-    if writer.setting.dtype == torch.float16:
-        needed += [rows for found in blocks for rows in (found.h, found.h1)]
-    elif not scales_gradients(block):
+    needed: list[Rows | None] = [found.h1 for found in blocks]
+    if not scales_gradients(block) or writer.setting.dtype == torch.float16:
         needed += [found.h for found in blocks]
     if block.norm_weight:
         needed += [rows for found in blocks for rows in (found.behind1, found.behind2)]

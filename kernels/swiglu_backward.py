@@ -23,7 +23,6 @@ import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.gradients import activation_gradient, swiglu_gradient
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.rows import Rows, factor_arguments, row_factor, rows_of
 
 __all__ = ["swiglu_backward"]
 
@@ -31,7 +30,6 @@ __all__ = ["swiglu_backward"]
 @triton.jit
 def swiglu_backward_kernel(
     source,
-    squares,
     gradient,
     gate_up,
     down,
@@ -44,8 +42,6 @@ def swiglu_backward_kernel(
     STRIDE: tl.constexpr,  # of the rows of gate_up
     ACTIVATION: tl.constexpr,  # "swiglu", or "relu2" or "gelu" without a gate
     CHANNELS: tl.constexpr,  # D if transposed, otherwise 0
-    PARTS: tl.constexpr,
-    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -53,7 +49,7 @@ def swiglu_backward_kernel(
 ):
     COLUMN_TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     GATED: tl.constexpr = ACTIVATION == "swiglu"
-    PRODUCTS: tl.constexpr = 2 if GATED else 1
+    PARTS: tl.constexpr = 2 if GATED else 1
     UP: tl.constexpr = INNER * STRIDE if GATED else 0  # where the rows of the up projection begin
     PADDED: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K * BLOCK_K <= STRIDE
     first_row = tl.program_id(0) // COLUMN_TILES * BLOCK_M
@@ -76,8 +72,7 @@ def swiglu_backward_kernel(
         pitch = CHANNELS
     else:
         start = first_row.to(tl.int64) * DEPTH
-        near_row = tl.minimum(row, rows - first_row - 1)
-        offsets = near_row[:, None] * DEPTH + step[None, :]
+        offsets = tl.minimum(row, rows - first_row - 1)[:, None] * DEPTH + step[None, :]
         pitch = 1
     gate_offsets = near_column[:, None] * STRIDE + step[None, :]
     down_offsets = step[:, None] * INNER + near_column[None, :]
@@ -111,19 +106,10 @@ def swiglu_backward_kernel(
         up = dot(h, tl.trans(up_tile), up, PRECISION)
         grad_activation = dot(g, down_tile, grad_activation, PRECISION)
 
-    if squares is not None:
-        factor = row_factor(squares, first_row, near_row, PARTS, DEPTH, EPS)[:, None]
-        if GATED:
-            gate *= factor
-        up *= factor
     if GATED:
         grad_gate, grad_up, act = swiglu_gradient(gate, up, grad_activation)
     else:
         grad_up, act = activation_gradient(up, grad_activation, ACTIVATION)
-    if squares is not None:
-        if GATED:
-            grad_gate *= factor
-        grad_up *= factor
     mask = row_inside[:, None] & column_inside[None, :]
     dtype: tl.constexpr = grad_gate_up.dtype.element_ty
     if CHANNELS > 0:
@@ -134,7 +120,7 @@ def swiglu_backward_kernel(
     else:
         start = first_row.to(tl.int64) * INNER
         offsets = row[:, None] * INNER + column[None, :]
-        result = grad_gate_up + PRODUCTS * start + row[:, None] * (PRODUCTS * INNER) + column[None, :]
+        result = grad_gate_up + PARTS * start + row[:, None] * (PARTS * INNER) + column[None, :]
         half = INNER
     if GATED:
         tl.store(result, narrow(grad_gate, dtype), mask)
@@ -146,7 +132,7 @@ def swiglu_backward_kernel(
 
 
 def swiglu_backward(
-    source: Buffer | Rows,
+    source: Buffer,
     gradient: Buffer,
     gate_up: Buffer,
     down: Buffer,
@@ -161,8 +147,7 @@ def swiglu_backward(
     """From the gradient of a SwiGLU's output to those of gate and up.
 
     Args:
-        source: its input, [..., D]; transposed [B, L, D].  If it has squares, its norm is the input, and the rows of
-            the result are multiplied by the norm's factors: it is the gradient of products of rows without the norm.
+        source: its input, [..., D]; transposed [B, L, D].
         gradient: of its output, the shape of ``source``.
         gate_up: [2 I, D], [I, D] without a gate, or transposed [2 I, W] with W >= L, zeros from L on.
         down: [D, I]; transposed [L, I].
@@ -173,14 +158,8 @@ def swiglu_backward(
         activation_of: ``"swiglu"``, ``"relu2"`` or ``"gelu"``.
         transposed: whether the product runs over the sequence.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
-
-    Raises:
-        ValueError: transposed with squares.
     """
-    squares, constants = factor_arguments(rows_of(source))
-    if transposed and squares["squares"] is not None:
-        raise ValueError("source: got rows with squares and transposed, accepted are rows without")
-    source, (depth, inner) = rows_of(source).values, down.shape
+    depth, inner = down.shape
     products = gate_up.shape[0] // inner
     rows = source.shape[-1] if transposed else prod(source.shape[:-1])
     batch = source.shape[0] if transposed else 1
@@ -190,7 +169,6 @@ def swiglu_backward(
         (tiles, batch),
         {
             "source": source,
-            **squares,
             "gradient": gradient,
             "gate_up": gate_up,
             "down": down,
@@ -199,7 +177,7 @@ def swiglu_backward(
             "rows": rows,
             "end": depth,
         },
-        reads=("source", "squares", "gradient", "gate_up", "down"),
+        reads=("source", "gradient", "gate_up", "down"),
         writes=("grad_gate_up", "activation"),
         constants={
             "DEPTH": depth,
@@ -207,7 +185,6 @@ def swiglu_backward(
             "STRIDE": gate_up.shape[1],
             "ACTIVATION": activation_of,
             "CHANNELS": rows if transposed else 0,
-            **constants,
             "PRECISION": precision,
         },
         tile=tile,

@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from trmfast.kernels.attention_backward import attention_backward_keys, attention_backward_queries
 from trmfast.kernels.configurations import TILES
-from trmfast.kernels.conv_swiglu_backward import gate_up_backward
 from trmfast.kernels.norm_backward import norm_backward
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection_backward import projection_backward
 from trmfast.kernels.rows import Rows
-from trmfast.kernels.swiglu_backward import swiglu_backward
 
 import triton_guard
 from triton_bounds import checked_run
@@ -67,66 +65,6 @@ def test_norm(rows: int, width: int, parts: int, dtype: torch.dtype) -> None:
         return inputs, [norm_backward(b["gradient"], Rows(b["s"], b["squares"], EPS), buffer("out", t["s"]), tile=tile)]
 
     check({"s": (rows, width), "gradient": (rows, width)}, dtype, formula, kernel)
-
-
-@pytest.mark.representative(when=lambda rows, dtype: dtype == torch.bfloat16 and rows == 39)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("rows, width, inner, parts", [(39, 48, 80, 3), (1, 64, 32, 1)])
-def test_channel_mixer(rows: int, width: int, inner: int, parts: int, activation: str, dtype: torch.dtype) -> None:
-    gated = activation == "swiglu"
-    columns = 2 * inner if gated else inner
-
-    def formula(t: Tensors) -> Tensors:
-        product = F.linear(t["s"], t["first_weight"]).requires_grad_()
-        both = (product * factors(t["s"])).to(product.dtype)
-        act = F.silu(both[:, :inner]) * both[:, inner:] if gated else F.gelu(both)
-        found = gradients(F.linear(act, t["down_weight"]), t["gradient"], grad_first=product)
-        return {**found, "activation": act.detach()}
-
-    def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
-        inputs = {**t, "squares": squares_of(t["s"], parts)}
-        b = buffers(inputs)
-        grad, act = Buffer("grad_first", (rows, columns), dtype), Buffer("activation", (rows, inner), dtype)
-        source, tile = Rows(b["s"], b["squares"], EPS), Tile.of(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32)
-        arguments = (source, b["gradient"], b["first_weight"], b["down_weight"], grad, act)
-        return inputs, [swiglu_backward(*arguments, activation_of=activation, tile=tile)]
-
-    shapes = {
-        "s": (rows, width),
-        "gradient": (rows, width),
-        "first_weight": (columns, width),
-        "down_weight": (width, inner),
-    }
-    check(shapes, dtype, formula, kernel)
-
-
-@pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gate_and_up_below_a_convolution(dtype: torch.dtype) -> None:
-    batch, length, width, inner, taps = 2, 21, 48, 80, 3
-
-    def formula(t: Tensors) -> Tensors:
-        product = F.linear(t["s"], t["first_weight"]).requires_grad_()
-        gate, up = (product * factors(t["s"])).to(product.dtype).chunk(2, -1)
-        convolved = F.conv1d((F.silu(gate) * up).mT, t["conv"], padding=taps // 2, groups=inner).mT
-        return gradients(convolved, t["gradient"], grad_first=product)
-
-    def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
-        inputs = {**t, "squares": squares_of(t["s"], 2)}
-        b = buffers(inputs)
-        grad = Buffer("grad_first", (batch, length, 2 * inner), dtype)
-        source, tile = Rows(b["s"], b["squares"], EPS), Tile.of(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32)
-        arguments = (source, b["first_weight"], b["gradient"], b["conv"], grad)
-        return inputs, [gate_up_backward(*arguments, tile=tile)]
-
-    shapes = {
-        "s": (batch, length, width),
-        "gradient": (batch, length, inner),
-        "first_weight": (2 * inner, width),
-        "conv": (inner, 1, taps),
-    }
-    check(shapes, dtype, formula, kernel)
 
 
 @pytest.mark.representative(when=lambda dtype: dtype == torch.bfloat16)
@@ -258,8 +196,6 @@ def test_what_means_nothing_is_refused() -> None:
     expected = "got rows with squares and transposed, accepted are rows without$"
     with pytest.raises(ValueError, match=f"^scale: {expected}"):
         projection_backward(gradient, weight("w", 16), out, transposed=True, scale=raw, tile=tile)
-    with pytest.raises(ValueError, match=f"^source: {expected}"):
-        swiglu_backward(raw, gradient, weight("up", 32), weight("down", 16), out, transposed=True, tile=tile)
 
 
 def test_every_sum_leaves_squares_of_the_same_tiles() -> None:
