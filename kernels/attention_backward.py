@@ -26,7 +26,6 @@ from trmfast.kernels.attention import seen_keys
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.pairs import group_of, pair_of, part_columns
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.rows import Rows, factor_arguments, row_factor
 
 from trmfast.spec import BlockSpec
 
@@ -64,23 +63,6 @@ def load_columns(pointer, row, column, length, STRIDE: tl.constexpr, HEAD_DIM: t
     if HEAD_DIM == BLOCK_D:
         return tl.load(at)
     return tl.load(at, (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], 0.0)
-
-
-@triton.jit
-def _scale_rows(
-    gradient,
-    squares,
-    first_token,
-    token,
-    length,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    EPS: tl.constexpr,
-):
-    """The gradients of a head's tokens times the factors of the norm ahead of the QKV product, if that has any."""
-    if squares is not None:
-        gradient *= row_factor(squares, first_token, tl.minimum(token, length - 1), PARTS, WIDTH, EPS)[:, None]
-    return gradient
 
 
 @triton.jit
@@ -156,7 +138,6 @@ def attention_backward_keys_kernel(
     delta,
     cos,
     sin,
-    squares,
     grad_qkv,
     length,
     SCALE: tl.constexpr,
@@ -170,9 +151,6 @@ def attention_backward_keys_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,  # all keys fit one tile
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -239,14 +217,11 @@ def attention_backward_keys_kernel(
         grad_k = dot(grad_s, q, grad_k, PRECISION)
         if WHOLE:
             grad_q = dot(tl.trans(grad_s), k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
-            grad_q = _scale_rows(grad_q, squares, batch * length, query, length, WIDTH, PARTS, EPS)
             store_unrotated(
                 grad_qkv + query_at, grad_q, cos, sin, query, length,
                 STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D,
             )  # fmt: skip
 
-    grad_k = _scale_rows(grad_k, squares, batch * length, key, length, WIDTH, PARTS, EPS)
-    grad_v = _scale_rows(grad_v, squares, batch * length, key, length, WIDTH, PARTS, EPS)
     store_unrotated(
         grad_qkv + key_at, grad_k, cos, sin, key, length, STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D
     )  # fmt: skip
@@ -265,7 +240,6 @@ def attention_backward_queries_kernel(
     delta,
     cos,
     sin,
-    squares,
     grad_qkv,
     length,
     SCALE: tl.constexpr,
@@ -278,9 +252,6 @@ def attention_backward_queries_kernel(
     GATE: tl.constexpr,  # columns of the gate, which come first
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -336,7 +307,6 @@ def attention_backward_queries_kernel(
                 scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
         p = tl.exp2(scores * (SCALE * LOG2E) - (row_lse * LOG2E)[:, None])
         grad_q = dot(narrow(p * (grad_p - dots[:, None]) * SCALE, dtype), k, grad_q, PRECISION)
-    grad_q = _scale_rows(grad_q, squares, batch * length, query, length, WIDTH, PARTS, EPS)
     store_unrotated(
         grad_qkv + query_at, grad_q, cos, sin, query, length, STRIDE, HEAD_DIM, HALF, INTERLEAVED, GROUP, BLOCK_D
     )  # fmt: skip
@@ -359,16 +329,12 @@ def rotation_constants(block: BlockSpec, rotated: bool) -> dict[str, int | float
     }
 
 
-def _constants(
-    block: BlockSpec, length: int, rotated: bool, scale: Rows | None, precision: str
-) -> dict[str, int | float | str]:
+def _constants(block: BlockSpec, length: int, rotated: bool, precision: str) -> dict[str, int | float | str]:
     return {
         **rotation_constants(block, rotated),
         "GATE": block.gate_rows,
         "CAUSAL": block.causal,
         "WINDOW": min(block.attention_window, length),
-        "WIDTH": 0 if scale is None or scale.squares is None else scale.values.shape[-1],
-        **factor_arguments(scale)[1],
         "PRECISION": precision,
     }
 
@@ -390,7 +356,6 @@ def attention_backward_keys(
     delta: Buffer | None = None,
     cos: Buffer | None = None,
     sin: Buffer | None = None,
-    scale: Rows | None = None,
     tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
@@ -405,8 +370,6 @@ def attention_backward_keys(
         lse: [B, Hq, L] float32, the natural logarithm of the sums of exp(q . k / sqrt(d)); needed if BLOCK_N < L.
         delta: [B, Hq, L] float32, from :func:`attention_backward_queries`; needed if BLOCK_N < L.
         cos, sin: [>= L, d] float32, or None if nothing was rotated.
-        scale: rows that enter the QKV product; if they have squares, those of the result are multiplied by the factors
-            of their norm, which makes it the gradient of the product of rows without the norm.
         tile: BLOCK_M queries, BLOCK_N keys.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
@@ -429,13 +392,12 @@ def attention_backward_keys(
             "delta": None if whole else delta,
             "cos": cos,
             "sin": sin,
-            **factor_arguments(scale)[0],
             "grad_qkv": grad_qkv,
             "length": length,
         },
-        reads=("qkv", "segments", "grad_mixed", "lse", "delta", "cos", "sin", "squares"),
+        reads=("qkv", "segments", "grad_mixed", "lse", "delta", "cos", "sin"),
         writes=("grad_qkv",),
-        constants={**_constants(block, length, cos is not None, scale, precision), "WHOLE": whole},
+        constants={**_constants(block, length, cos is not None, precision), "WHOLE": whole},
         tile=tile,
         flops=product_flops(block, qkv, 5 if whole else 4),
         special=product_flops(block, qkv, 1) // (2 * block.head_dim),
@@ -455,7 +417,6 @@ def attention_backward_queries(
     delta: Buffer,
     cos: Buffer | None = None,
     sin: Buffer | None = None,
-    scale: Rows | None = None,
     tile: Tile,
     precision: str = "ieee",
 ) -> Launch:
@@ -477,16 +438,12 @@ def attention_backward_queries(
             "delta": delta,
             "cos": cos,
             "sin": sin,
-            **factor_arguments(scale)[0],
             "grad_qkv": grad_qkv,
             "length": length,
         },
-        reads=(
-            *("qkv", "segments", "mixed", "grad_mixed", "lse", "cos", "sin", "squares"),
-            *(("delta",) if mixed is None else ()),
-        ),
+        reads=("qkv", "segments", "mixed", "grad_mixed", "lse", *(("delta",) if mixed is None else ()), "cos", "sin"),
         writes=("grad_qkv",) if mixed is None else ("delta", "grad_qkv"),
-        constants=_constants(block, length, cos is not None, scale, precision),
+        constants=_constants(block, length, cos is not None, precision),
         tile=tile,
         flops=product_flops(block, qkv, 3),
         special=product_flops(block, qkv, 1) // (2 * block.head_dim),

@@ -136,17 +136,16 @@ class BlockBackward:
     def _projection_and_norm(self, gradient: Buffer, weight: Buffer, residual: Buffer, normed: Rows) -> Buffer:
         """The gradient of a layer's input plus the residual's, through the norm that made the input.
 
-        Either one kernel, whose programs hold whole rows and therefore have narrow tiles, or two.  If readers applied
-        the norm, the rows of ``gradient`` have its factors.
+        Either one kernel, whose programs hold whole rows and therefore have narrow tiles, or two.
         """
-        writer, scaled = self.writer, normed.squares is not None
+        writer = self.writer
         out, between = writer.state("grad_sum"), writer.state("grad_norm_output")
         product = ("projection_backward", projection_backward, gradient, weight)
         chosen: Sequence[Launch] = [
-            writer.make_product(*product, between, residual=residual, scale=normed),
-            writer.make(norm_kernel(writer), norm_backward, between, normed, out, scaled=scaled),
+            writer.make_product(*product, between, residual=residual),
+            writer.make(norm_kernel(writer), norm_backward, between, normed, out),
         ]
-        if not scaled and writer.setting.configuration.offers("projection_backward_norm", writer.sizes):
+        if writer.setting.configuration.offers("projection_backward_norm", writer.sizes):
             options = {"residual": residual, "norm_output": normed.values, "rstd": normed.rstd}
             one = writer.make_product("projection_backward_norm", *product[1:], out, **options)
             chosen = writer.setting.configuration.choose([one], chosen)
@@ -197,7 +196,7 @@ class BlockBackward:
         between = writer.state("grad_normed")
         writer.add_product("projection_backward", projection_backward, gradient, weight, between)
         norm = (norm_kernel(writer, targets), norm_backward, between, normed, out)
-        writer.add(*norm, residual=bypass, targets=targets, scaled=normed.squares is not None)
+        writer.add(*norm, residual=bypass, targets=targets)
         return out
 
     # ------------------------------------------------------------ mixers
@@ -245,10 +244,7 @@ class BlockBackward:
         return conv_swiglu_backward(*arguments, sums, tile=tile, precision=precision)
 
     def _attention(self, gradient: Buffer, need_input: bool) -> Buffer | None:
-        """From the gradient of its output [B, L, D] to that of the QKV product; None if nothing needs it.
-
-        That is the product of rows without the norm, if the product applied it.
-        """
+        """From the gradient of its output [B, L, D] to that of the QKV product; None if nothing needs it."""
         writer, values, add, block = self.writer, self.values, self.writer.add_product, self.block
         assert values.qkv is not None
         assert values.mixed is not None
@@ -276,14 +272,14 @@ class BlockBackward:
         if block.decay_rows:
             self._simple_gla(grad_mixed, grad_qkv, wide, options)
         elif whole:
-            add("attention_backward", *keys, **options, scale=values.h)
+            add("attention_backward", *keys, **options)
         else:
             options.update(lse=values.lse, delta=delta)
             mixed = None if has_gate else values.mixed
             ranged = "_ranged" if not wide and (block.segments or block.attention_window) else wide
             queries = (attention_backward_queries, block, values.qkv, mixed, grad_mixed, grad_qkv)
-            add(f"attention_backward_queries{wide}", *queries, **options, scale=values.h)
-            add(f"attention_backward_keys{ranged}", *keys, **options, scale=values.h)
+            add(f"attention_backward_queries{wide}", *queries, **options)
+            add(f"attention_backward_keys{ranged}", *keys, **options)
         for number, normed in enumerate(values.heads):
             self._head_norm(grad_qkv, normed, keys=bool(number))
         if block.qk_bias:

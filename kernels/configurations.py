@@ -362,7 +362,11 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         "32-bit": (_tile(8, 2, L=64, C=64, K=16),),
     },
     "norm_backward": {"16-bit": (_tile(4, 1, M=4, N=ROW),), "32-bit": (_tile(4, 1, M=4, N=ROW),)},
-    "norm_backward_targets": {"16-bit": (_tile(4, 1, M=2, N=ROW),), "32-bit": (_tile(4, 1, M=2, N=ROW),)},
+    "norm_backward_targets": {
+        "16-bit": (_tile(4, 1, M=2, N=ROW),),
+        _AMD: (_tile(4, 1, M=4, N=ROW),),
+        "32-bit": (_tile(4, 1, M=2, N=ROW),),
+    },
     "norm_backward_wide": {
         "16-bit": (_tile(4, 1, M=1, N=ROW),),
         _AMD: (_tile(4, 1, M=2, N=ROW),),

@@ -36,16 +36,7 @@ from trmfast.spec import BlockSpec
 if TYPE_CHECKING:
     from trmfast.kernels.forward_plan import PlanWriter
 
-__all__ = [
-    "BlockValues",
-    "BlockWeights",
-    "add_sum",
-    "add_totals",
-    "forward_block",
-    "is_plain",
-    "norm_names",
-    "scales_gradients",
-]
+__all__ = ["BlockValues", "BlockWeights", "add_sum", "add_totals", "forward_block", "is_plain", "norm_names"]
 
 MOST_NORMED = 3
 """The most terms that a product norms and adds up."""
@@ -54,14 +45,6 @@ MOST_NORMED = 3
 def is_plain(block: BlockSpec) -> bool:
     """Whether both norms lie behind their mixers and have no weight: products and their readers apply them."""
     return block.norm_placement == "post" and not block.norm_weight
-
-
-def scales_gradients(block: BlockSpec) -> bool:
-    """Whether backward of the token mixer can leave its gradient times the factors of the norm ahead of its product.
-
-    Gradients of biases, of the norms of heads, of gates and of decays take the gradient as it is.
-    """
-    return block.attends and not (block.rows_ahead or block.qk_bias or block.qk_norm != "none")
 
 
 def norm_names(block: BlockSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:

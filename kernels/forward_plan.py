@@ -15,7 +15,6 @@ from trmfast.kernels.forward_block import (
     add_sum,
     forward_block,
     norm_names,
-    scales_gradients,
 )
 from trmfast.kernels.injection import enter
 from trmfast.kernels.kept_values import kept_names
@@ -239,15 +238,11 @@ def forward_net(
 
 
 def values_for_backward(writer: PlanWriter, net: int, values: NetValues) -> NetValues:
-    """The values of a network as its backward reads them: with the norms applied that its kernels do not apply.
-
-    ``norm_backward`` does, and attention, which scales its gradients instead (gradients.py).  In float16 those of large
-    rows would be too small.
+    """The values of a network as its backward reads them: with the norms applied, without weights, of what enters
+    products and of what sums over rows read.  ``norm_backward`` applies the others.
     """
     block, blocks = writer.setting.problem.nets[net].block, values.blocks
-    needed: list[Rows | None] = [found.h1 for found in blocks]
-    if not scales_gradients(block) or writer.setting.dtype == torch.float16:
-        needed += [found.h for found in blocks]
+    needed: list[Rows | None] = [rows for found in blocks for rows in (found.h, found.h1)]
     if block.norm_weight:
         needed += [rows for found in blocks for rows in (found.behind1, found.behind2)]
         needed.append(values.output)

@@ -6,19 +6,13 @@ reciprocal root of the mean square of s (plus eps), is differentiated from its o
 
     grad s = r * (grad y - y * mean(grad y * y))
 
-so that backward reads no s.  Where the product behind the norm applied it to rows of s (rows.py), forward left s and
-its sums of squares, and backward makes no y either.  With p the product of s, z = r p, what leaves the mixer is grad p
-= r grad z instead of grad z, in float32 and bfloat16; it gives the weight's gradient with s, and
+so that backward reads no s, except of norms whose outputs it does not need otherwise (norm_backward.py).  Gradients
+between kernels have the compute dtype, sums inside a kernel are float32, and gradients of weights and of states are
+float32 in memory.  No kernel uses atomics: every element of every result belongs to one program, and results do not
+depend on the order in which programs run.
 
-    u = grad p @ weight [+ r * the gradient that bypasses]         grad s = u - y * mean(u * y)
-
-where y = r s in registers.  Gradients between kernels have the compute dtype, sums inside a kernel are float32, and
-gradients of weights and of states are float32 in memory.  No kernel uses atomics: every element of every result
-belongs to one program, and results do not depend on the order in which programs run.
-
-The kernels of one block, last to first, where forward norms whole rows.  Where it left s, they read s and its squares
-for the norm and rstd, and a norm's gradient is a ``norm_backward`` behind the product, 3 elements / D more.  s1 and s2
-are what the two norms take, h1 what lies between the mixers, y the output of the block, h its input, ds = grad s:
+The kernels of one block, last to first; s1 and s2 are what its two norms take, h1 what lies between the mixers, y the
+output of the block, h its input, ds = grad s:
 
     attention and SwiGLU                             reads                          writes            elements / D
     (norm_backward        a net's last block only    grad y (f32), y, rstd2         ds2               4

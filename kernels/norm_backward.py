@@ -1,8 +1,9 @@
-"""Gradient of the input s of an RMSNorm over the width D, from its output y or from s.
+"""Gradient of the input s of an RMSNorm over the width D, from its output y, or from s.
 
-One program takes BLOCK_M whole rows in registers.  Reads grad y, y [T, D] and rstd [T], or s and its sums of squares as
-forward left them (rows.py); writes grad s [T, D].  Where the programs that make grad y hold whole rows, they apply the
-norm's gradient to them instead (projection_backward).
+One program takes BLOCK_M whole rows in registers.  Reads grad y, y [T, D] and rstd [T], writes grad s [T, D]; where
+forward left s and its squares (rows.py), and nothing else in backward reads y, it takes those instead.  In a post-norm
+block only the last norm of a net needs it, and those below an ``mlp_t`` mixer: elsewhere the kernel that
+makes grad y has whole rows in registers and applies the norm's gradient to them (projection_backward).
 
 The weight of a norm behind a mixer multiplies grad y at its load.  Where a norm lies ahead of a mixer, the gradient
 that bypasses both is added at the end, and the sum is stored, or added to the gradients of states.
@@ -17,7 +18,7 @@ from trmfast.kernels.dot import narrow
 from trmfast.kernels.gradients import norm_gradient, store_targets
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection_backward import part_targets
-from trmfast.kernels.rows import Rows, factor_arguments, row_factor
+from trmfast.kernels.rows import Rows, row_factor
 
 __all__ = ["norm_backward"]
 
@@ -37,7 +38,6 @@ def norm_backward_kernel(
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     EPS: tl.constexpr,
-    SCALED: tl.constexpr,  # the rows of gradient have the norm's factors
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -56,8 +56,6 @@ def norm_backward_kernel(
     if squares is not None:
         scale = row_factor(squares, first_row, tl.minimum(row, rows - first_row - 1), PARTS, WIDTH, EPS)
         y *= scale[:, None]
-        if SCALED:
-            scale = tl.full((BLOCK_M,), 1.0, tl.float32)
     else:
         scale = tl.load(rstd + first_row + row, row_inside, 0.0)
     result = norm_gradient(grad, y, scale[:, None], WIDTH, 1)
@@ -76,7 +74,6 @@ def norm_backward(
     weight: Buffer | None = None,
     residual: Buffer | None = None,
     targets: Sequence[tuple[Buffer, bool]] = (),
-    scaled: bool = False,
     tile: Tile,
 ) -> Launch:
     """From the gradient of ``y = rms_norm(s)`` to that of s.
@@ -88,18 +85,14 @@ def norm_backward(
         weight: [D], of the norm, or None.
         residual: [..., D], added to the result: the gradient of s that bypasses the norm; or None.
         targets: float32 buffers of the shape of ``out``, and whether to add to them (True) or to overwrite them.
-        scaled: whether the rows of ``gradient`` are multiplied by the norm's factors already; only with squares.
         tile: BLOCK_M rows, BLOCK_N >= D.
 
     Raises:
-        ValueError: BLOCK_N < D, or scaled without squares.
+        ValueError: BLOCK_N < D.
     """
-    squares, constants = factor_arguments(normed)
     rows, width = prod(normed.values.shape[:-1]), normed.values.shape[-1]
     if tile["BLOCK_N"] < width:
         raise ValueError(f"tile: got BLOCK_N {tile['BLOCK_N']}, accepted is at least {width}")
-    if scaled and normed.squares is None:
-        raise ValueError("scaled: got True for rows without squares, accepted is False")
     added, overwritten = part_targets(targets)
     return Launch.of(
         "norm_backward.norm_backward_kernel",
@@ -108,7 +101,7 @@ def norm_backward(
             "gradient": gradient,
             "normed": normed.values,
             "rstd": normed.rstd,
-            **squares,
+            "squares": normed.squares,
             "weight": weight,
             "residual": residual,
             "out": out,
@@ -118,6 +111,6 @@ def norm_backward(
         },
         reads=("gradient", "normed", "rstd", "squares", "weight", "residual", "added"),
         writes=("out", "added", "overwritten"),
-        constants={"WIDTH": width, **constants, "SCALED": scaled},
+        constants={"WIDTH": width, "PARTS": normed.parts, "EPS": normed.eps if normed.parts else 0.0},
         tile=tile,
     )

@@ -1,6 +1,6 @@
 """Gradient of the input of a linear layer, with what follows it in backward.
 
-    out = gradient [T, K] @ weight [K, N] (+ residual [T, N], its rows scaled where those of the gradient are)
+    out = gradient [T, K] @ weight [K, N] (+ residual [T, N])
 
 One program owns a tile [BLOCK_M, BLOCK_N] of out in float32 accumulators and walks K in steps of BLOCK_K.  ``weight``
 in torch's layout [out features, in features] is the right operand as it lies in memory.  The epilogue, on the
@@ -27,7 +27,6 @@ import triton.language as tl
 from trmfast.kernels.dot import dot, narrow
 from trmfast.kernels.gradients import store_targets
 from trmfast.kernels.plan import Buffer, Launch, Tile
-from trmfast.kernels.rows import Rows, factor_arguments, row_factor
 
 __all__ = ["MAX_TARGETS", "part_targets", "projection_backward"]
 
@@ -39,7 +38,6 @@ def projection_backward_kernel(
     gradient,
     weight,
     residual,
-    squares,
     norm_output,
     rstd,
     out,
@@ -51,8 +49,6 @@ def projection_backward_kernel(
     WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,  # of the rows of weight
     CHANNELS: tl.constexpr,  # D if transposed, otherwise 0
-    PARTS: tl.constexpr,
-    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -76,8 +72,7 @@ def projection_backward_kernel(
         result_offsets = column[None, :] * CHANNELS + row[:, None]
     else:
         start = first_row.to(tl.int64) * DEPTH
-        near_row = tl.minimum(row, rows - first_row - 1)
-        offsets = near_row[:, None] * DEPTH + step[None, :]
+        offsets = tl.minimum(row, rows - first_row - 1)[:, None] * DEPTH + step[None, :]
         pitch = 1
         result = first_row.to(tl.int64) * WIDTH
         result_offsets = row[:, None] * WIDTH + column[None, :]
@@ -91,8 +86,6 @@ def projection_backward_kernel(
     if residual is not None:  # noqa: SIM102 (known when compiled)
         if residual.dtype.element_ty != tl.float32:
             total = tl.load(residual + result + result_offsets, mask, 0.0).to(tl.float32)
-            if squares is not None:
-                total *= row_factor(squares, first_row, near_row, PARTS, WIDTH, EPS)[:, None]
     for k in range(0, end, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
             g = tl.load(gradient + start + k * pitch + offsets)
@@ -107,10 +100,7 @@ def projection_backward_kernel(
         total = dot(g, w, total, PRECISION)
     if residual is not None:  # noqa: SIM102
         if residual.dtype.element_ty == tl.float32:
-            rest = tl.load(residual + result + result_offsets, mask, 0.0)
-            if squares is not None:
-                rest *= row_factor(squares, first_row, near_row, PARTS, WIDTH, EPS)[:, None]
-            total += rest
+            total += tl.load(residual + result + result_offsets, mask, 0.0)
 
     if norm_output is not None:
         y_at = norm_output + result + result_offsets
@@ -145,7 +135,6 @@ def projection_backward(
     *,
     tile: Tile,
     residual: Buffer | None = None,
-    scale: Rows | None = None,
     norm_output: Buffer | None = None,
     rstd: Buffer | None = None,
     targets: Sequence[tuple[Buffer, bool]] = (),
@@ -161,8 +150,6 @@ def projection_backward(
         out: result [..., N]; transposed [B, L, D]; None if there are targets only.
         tile: BLOCK_M rows, BLOCK_N columns, BLOCK_K; with a norm BLOCK_N >= N.
         residual: added to the product, the shape of ``out``; the gradient that bypasses the layer.
-        scale: rows that enter the layer; if they have squares, those of the residual are multiplied by the factors of
-            their norm, as those of ``gradient`` are already.  Not with transposed.
         norm_output: y [..., N] of the norm whose output's gradient the sum is; ``out`` is then the gradient of the
             norm's input.  Not with transposed or targets.
         rstd: of that norm, [...] float32.
@@ -172,11 +159,8 @@ def projection_backward(
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
 
     Raises:
-        ValueError: BLOCK_N < N with a norm, or a norm with what it excludes; transposed with squares.
+        ValueError: BLOCK_N < N with a norm, or a norm with what it excludes.
     """
-    squares, constants = factor_arguments(scale)
-    if transposed and squares["squares"] is not None:
-        raise ValueError("scale: got rows with squares and transposed, accepted are rows without")
     depth = weight.shape[0]
     width = width or weight.shape[1]
     rows = gradient.shape[-1] if transposed else prod(gradient.shape[:-1])
@@ -194,7 +178,6 @@ def projection_backward(
             "gradient": gradient,
             "weight": weight,
             "residual": residual,
-            **squares,
             "norm_output": norm_output,
             "rstd": rstd,
             "out": out,
@@ -203,14 +186,13 @@ def projection_backward(
             "rows": rows,
             "end": depth,
         },
-        reads=("gradient", "weight", "residual", "squares", "norm_output", "rstd", "added"),
+        reads=("gradient", "weight", "residual", "norm_output", "rstd", "added"),
         writes=("out", "added", "overwritten"),
         constants={
             "DEPTH": depth,
             "WIDTH": width,
             "STRIDE": weight.shape[1],
             "CHANNELS": rows if transposed else 0,
-            **constants,
             "PRECISION": precision,
         },
         tile=tile,

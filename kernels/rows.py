@@ -20,7 +20,7 @@ after the norm's weight, if it has one.
 ``normed_sum`` adds up tensors of which some are such pairs: a residual with the norm of its branch, and the input of an
 update where the first product does not add it up at its loads (input_sum.py).  It writes the sum, its squares for the
 norm ahead of a mixer, or both.  ``normed_rows`` norms up to eight tensors: the results of a recursion, and what
-backward cannot take as it is.  Both are elementwise: they read each operand once and write each result once.
+products of backward read.  Both are elementwise: they read each operand once and write each result once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from trmfast.kernels.plan import Buffer, Launch, Tile
 __all__ = [
     "MAX_SOURCES",
     "Rows",
-    "factor_arguments",
     "normed_rows",
     "normed_sum",
     "row_factor",
@@ -90,15 +89,6 @@ def squares_buffer(name: str, shape: Sequence[int], tile: Tile) -> Buffer:
     """The buffer for the sums of squares of a tensor [..., D] that is made in tiles of BLOCK_N columns."""
     *rows, width = shape
     return Buffer(name, (*rows, triton.cdiv(width, tile["BLOCK_N"])), torch.float32)
-
-
-def factor_arguments(rows: Rows | None) -> tuple[dict[str, Buffer | None], dict[str, Any]]:
-    """The argument ``squares`` of a kernel that scales by the factors of rows, if they have squares, and its constants
-    PARTS and EPS.
-    """
-    if rows is None or rows.squares is None:
-        return {"squares": None}, {"PARTS": 0, "EPS": 0.0}
-    return {"squares": rows.squares}, {"PARTS": rows.parts, "EPS": rows.eps}
 
 
 def sum_arguments(terms: Sequence[Buffer | Rows]) -> tuple[dict[str, tuple[Buffer, ...]], dict[str, tuple[Any, ...]]]:

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from trmfast.kernels.attention_projection import attention_projection
+from trmfast.kernels.configurations import TILES
 from trmfast.kernels.conv_swiglu import conv_projection
 from trmfast.kernels.mixer_mlp_t import mlp_t
+from trmfast.kernels.norm_backward import norm_backward
 from trmfast.kernels.plan import Buffer, Launch, Tile
 from trmfast.kernels.projection import projection
 from trmfast.kernels.qkv import qkv
@@ -27,7 +29,8 @@ from test_triton_backend import small
 from test_triton_forward import check, norm_factor
 from triton_bounds import checked_run
 from triton_draw import Tensors, buffers
-from triton_formula import EPS
+from triton_formula import EPS, gradients
+from triton_formula import check as check_gradients
 from triton_guard import DEVICE
 from trmfast import reference
 from trmfast.backends import triton as backend
@@ -53,6 +56,12 @@ def parts(s: Tensor, columns: int = PART) -> Tensor:
     """Sums of squares of parts of a row, in float32 or float64."""
     squares = F.pad(s.to(wide_dtype(s.dtype)).square(), (0, -s.shape[-1] % columns))
     return squares.unflatten(-1, (-1, columns)).sum(-1)
+
+
+def test_every_sum_leaves_squares_of_the_same_tiles() -> None:
+    """Forward sums other numbers of terms than backward, and backward finds what is kept by its shape."""
+    for tiles in TILES["normed_sum"].values():
+        assert len({dict(tile.blocks)["BLOCK_N"] for tile in tiles}) == 1
 
 
 # ---------------------------------------------------------------- what a product writes
@@ -104,6 +113,23 @@ def test_norms_in_place(columns: int) -> None:
         return inputs, [normed_rows(rows, [row.values for row in rows], tile=Tile.of(BLOCK_M=8, BLOCK_N=32))]
 
     check({"a": STATE, "b": STATE}, torch.bfloat16, formula, kernel)
+
+
+@pytest.mark.representative(when=lambda dtype, columns: dtype == torch.bfloat16 and columns == PART)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [PART, 1], ids=["few parts", "more than are unrolled"])
+def test_the_gradient_of_a_norm_from_its_input(columns: int, dtype: torch.dtype) -> None:
+    def formula(t: Tensors) -> Tensors:
+        s = t["s"].requires_grad_()
+        return gradients(rms_norm(s, EPS), t["gradient"], out=s)
+
+    def kernel(t: Tensors) -> tuple[Tensors, Sequence[Launch]]:
+        inputs = {"s": t["s"], "gradient": t["gradient"].float(), "squares": parts(t["s"], columns).float()}
+        b = buffers(inputs)
+        rows, tile = Rows(b["s"], b["squares"], EPS), Tile.of(BLOCK_M=8, BLOCK_N=64)
+        return inputs, [norm_backward(b["gradient"], rows, Buffer("out", STATE, dtype), tile=tile)]
+
+    check_gradients({"s": STATE, "gradient": STATE}, dtype, formula, kernel)
 
 
 # ---------------------------------------------------------------- readers
