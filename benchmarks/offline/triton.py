@@ -325,8 +325,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the extremes of each kernel as Markdown")
     options = parser.parse_args(arguments)
     names = options.architecture or list(ARCHITECTURES)
-    jobs = [job for name in names for job in production_jobs(name, getattr(torch, options.dtype))]
-    found = compile_all(jobs)
+    found: list[KernelCode] = []
+    for name in names:
+        own = compile_all(production_jobs(name, getattr(torch, options.dtype)))
+        print(f"{name}: {len(own)} programs, {sum(bool(c.faults) for c in own)} with faults", flush=True)
+        found += own
     if options.write is not None:
         options.write.parent.mkdir(parents=True, exist_ok=True)
         options.write.write_text(markdown(found))
