@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 from trmfast.kernels.configurations import Configuration, Sizes
-from trmfast.kernels.forward_block import (
-    BlockValues,
-    BlockWeights,
-    add_sum,
-    forward_block,
-    norm_names,
-)
+from trmfast.kernels.forward_block import BlockValues, BlockWeights, add_sum, forward_block, norm_names
 from trmfast.kernels.injection import enter
 from trmfast.kernels.kept_values import kept_names
 from trmfast.kernels.mixer_mlp_t import padded_length

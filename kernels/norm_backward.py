@@ -1,9 +1,8 @@
 """Gradient of the input s of an RMSNorm over the width D, from its output y, or from s.
 
 One program takes BLOCK_M whole rows in registers.  Reads grad y, y [T, D] and rstd [T], writes grad s [T, D]; where
-forward left s and its squares (rows.py), and nothing else in backward reads y, it takes those instead.  In a post-norm
-block only the last norm of a net needs it, and those below an ``mlp_t`` mixer: elsewhere the kernel that
-makes grad y has whole rows in registers and applies the norm's gradient to them (projection_backward).
+forward left s and its squares (rows.py), and nothing else in backward reads y, it takes those instead.  Where the
+program that makes grad y has whole rows in registers, it applies the norm's gradient to them (projection_backward).
 
 The weight of a norm behind a mixer multiplies grad y at its load.  Where a norm lies ahead of a mixer, the gradient
 that bypasses both is added at the end, and the sum is stored, or added to the gradients of states.
