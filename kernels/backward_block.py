@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from trmfast.kernels.attention_backward import attention_backward_keys, attention_backward_queries
-from trmfast.kernels.configurations import WIDEST_ROW
 from trmfast.kernels.conv_swiglu_backward import (
     conv_gradient,
     conv_partials_shape,
@@ -34,6 +33,7 @@ from trmfast.kernels.simple_gla_backward import (
     simple_gla_backward_queries,
 )
 from trmfast.kernels.swiglu_backward import swiglu_backward
+from trmfast.kernels.tiles import WIDEST_ROW
 from trmfast.kernels.weight_gradient import weight_gradient
 
 if TYPE_CHECKING:
@@ -267,19 +267,19 @@ class BlockBackward:
             inputs = (block, values.qkv, values.mixed, grad_mixed, grad_qkv)
             writer.add("gate_backward", gate_backward, *inputs, delta=delta)
         options = {"segments": writer.segments if block.segments else None, "cos": writer.cos, "sin": writer.sin}
-        wide = "_wide" if block.head_dim > 64 else ""
+        ranged = "_ranged" if block.segments or block.attention_window else ""
+        kind = "_wide" if block.head_dim > 64 else ranged
         keys = (attention_backward_keys, block, values.qkv, grad_mixed, grad_qkv)
         if block.decay_rows:
-            self._simple_gla(grad_mixed, grad_qkv, wide, options)
+            self._simple_gla(grad_mixed, grad_qkv, options)
         elif whole:
-            add("attention_backward", *keys, **options)
+            add(f"attention_backward{ranged}", *keys, **options)
         else:
             options.update(lse=values.lse, delta=delta)
             mixed = None if has_gate else values.mixed
-            ranged = "_ranged" if not wide and (block.segments or block.attention_window) else wide
             queries = (attention_backward_queries, block, values.qkv, mixed, grad_mixed, grad_qkv)
-            add(f"attention_backward_queries{wide}", *queries, **options)
-            add(f"attention_backward_keys{ranged}", *keys, **options)
+            add(f"attention_backward_queries{kind}", *queries, **options)
+            add(f"attention_backward_keys{kind}", *keys, **options)
         for number, normed in enumerate(values.heads):
             self._head_norm(grad_qkv, normed, keys=bool(number))
         if block.qk_bias:
@@ -289,13 +289,14 @@ class BlockBackward:
         self._product(packed, grad_qkv, values.h.values)
         return grad_qkv
 
-    def _simple_gla(self, grad_mixed: Buffer, grad_qkv: Buffer, wide: str, options: dict[str, Buffer | None]) -> None:
+    def _simple_gla(self, grad_mixed: Buffer, grad_qkv: Buffer, options: dict[str, Buffer | None]) -> None:
         """Gradients of the queries, keys and values of simple_gla, of the logits of its decays and of their bias."""
         writer, values, block, bias = self.writer, self.values, self.block, self.weights.decay_bias
         assert values.qkv is not None
         totals = add_totals(writer, block, self.weights, values.qkv)
         grad_totals = writer.scratch("grad_totals", totals.shape, torch.float32)
         inputs = (block, values.qkv, totals, grad_mixed, grad_totals, grad_qkv)
+        wide = "_wide" if block.head_dim > 64 else ""
         writer.add_product(f"simple_gla_backward_queries{wide}", simple_gla_backward_queries, *inputs, **options)
         writer.add_product(f"simple_gla_backward_keys{wide}", simple_gla_backward_keys, *inputs, **options)
         writer.add("decays_backward", decays_backward, block, values.qkv, bias, grad_totals, grad_qkv)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from trmfast.kernels.backward_block import BlockBackward, Targets, norm_kernel
-from trmfast.kernels.configurations import most_parts
 from trmfast.kernels.forward_block import is_plain, norm_names
 from trmfast.kernels.forward_plan import NetValues, PlanWriter, Setting, forward_net, values_for_backward
 from trmfast.kernels.injection import enter, enter_backward, gradient_buffer
@@ -21,6 +20,7 @@ from trmfast.kernels.norm_backward import norm_backward
 from trmfast.kernels.norm_weights import column_sums, unfold
 from trmfast.kernels.plan import ALIGNMENT, Buffer, Plan
 from trmfast.kernels.rows import Rows, normed_sum
+from trmfast.kernels.tiles import most_parts
 from trmfast.kernels.weight_gradient import sum_splits
 
 from trmfast.problem import Problem

@@ -332,7 +332,7 @@ def _attention(
 
     def first(terms: Sequence[Rows], total: Buffer | None) -> Launch:
         kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
-        if kernel == "qkv_sum" and block.rows_ahead % block.head_dim:
+        if len(terms) <= 3 and (block.rotation == "interleaved" or block.rows_ahead % block.head_dim):
             kernel = "qkv_padded"
         if _sums_norms(terms, total):
             kernel = "qkv_normed"
@@ -352,7 +352,9 @@ def _attention(
         kernel = "simple_gla_wide" if head_dim > 64 else "simple_gla"
         launch = writer.make_product(kernel, simple_gla, block, qkv_out, totals, mixed, segments=segments)
         return qkv_out, mixed, None, tuple(normed), launch
-    attend = "attention_wide" if head_dim > 64 else "attention" if length <= LONGEST else "attention_long"
+    ranged = block.segments or block.attention_window
+    kind = "wide" if head_dim > 64 else "ranged" if ranged else "long" if length > LONGEST else ""
+    attend = f"attention_{kind}" if kind else "attention"
     launch = writer.make_product(attend, attention, block, qkv_out, mixed, segments=segments, lse=lse)
     return qkv_out, mixed, lse, tuple(normed), launch
 

@@ -140,16 +140,16 @@ def comparable(case: Case, dtype: torch.dtype, count: int = 5, first: int = 0) -
     raise reason
 
 
-def require_most(case: Case, dtype: torch.dtype, draws: list[Draw]) -> None:
-    """The policy for the mean of the draws; where that is outside, for the median of twenty others.
+def require_most(case: Case, dtype: torch.dtype, draws: list[Draw], backend: str = "cpu", others: int = 20) -> None:
+    """The policy for the mean of the draws; where that is outside, for the median of so many others.
 
     In one of fifty random cases a single draw decides the mean: norms of sums that are close to zero, or in simple_gla
     the one score of a first token, which a softmax would have made 1.
     """
-    if all(comparison.passed for comparison in check_draws(draws, "cpu")):
+    if all(comparison.passed for comparison in check_draws(draws, backend)):
         return
-    others = comparable(case, dtype, 20, first=100)
-    found = [compare_results(run_fused(draw.inputs, "cpu"), draw.eager, draw.truth) for draw in others]
+    more = comparable(case, dtype, others, first=100)
+    found = [compare_results(run_fused(draw.inputs, backend), draw.eager, draw.truth) for draw in more]
     parts = ("error", "eager", "rounding")
     require(
         [

@@ -151,11 +151,7 @@ def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_guard, "run", checked_run)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs its own tiles: test_programs")
-@pytest.mark.representative(when=lambda case: case.name in {"hrm_text", "heads", "linear", "diagonal", "simple_gla"})
-@pytest.mark.parametrize("case", TILED, ids=str)
-@pytest.mark.usefixtures("addresses_are_checked")
-def test_small_tiles_between_guard_zones(case: Case) -> None:
+def check_small_tiles(case: Case) -> None:
     """Every buffer is poisoned and lies between zones of NaN; float32, whose tiles are the smallest."""
     problem, dtype = case.problem, torch.float32
     inputs = make_inputs(case, dtype, weight_scale=0.7)
@@ -178,16 +174,29 @@ def test_small_tiles_between_guard_zones(case: Case) -> None:
             torch.testing.assert_close(found[gradient.name].double(), expected, rtol=0, atol=1e-3 * scale, msg=name)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter shows accesses")
-@pytest.mark.representative(when=lambda case, dtype: case.name == "hrm_text" and dtype == torch.bfloat16)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", TILED, ids=str)
-def test_programs_do_not_meet(case: Case, dtype: torch.dtype) -> None:
+def check_races(case: Case, dtype: torch.dtype) -> None:
+    """No program of a launch touches what another one writes."""
     setting = setting_of(case, Tiles("sm_90"), dtype)
     for plan in (forward_plan(setting, True).packed(), everything(setting).plan.packed()):
         races, programs = check_plan(plan)
         assert not races, "\n".join(map(str, races))
         assert programs > len(plan) / 4
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs its own tiles: test_programs")
+@pytest.mark.representative(when=lambda case: case.name in {"hrm_text", "heads", "linear", "diagonal", "simple_gla"})
+@pytest.mark.parametrize("case", TILED, ids=str)
+@pytest.mark.usefixtures("addresses_are_checked")
+def test_small_tiles_between_guard_zones(case: Case) -> None:
+    check_small_tiles(case)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter shows accesses")
+@pytest.mark.representative(when=lambda case, dtype: case.name == "hrm_text" and dtype == torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_programs_do_not_meet(case: Case, dtype: torch.dtype) -> None:
+    check_races(case, dtype)
 
 
 @pytest.mark.parametrize("layout", ["channel", "head"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trmfast.kernels.plan import Buffer, Launch, Tile, map_buffers, resolve
 
 from benchmarks.offline.triton import (
     OPTIONS,
+    PRODUCTION,
     Job,
     KernelCode,
     compile_all,
@@ -29,6 +31,7 @@ from benchmarks.offline.triton import (
     specialise,
     summary,
 )
+from trmfast.cases import Case
 
 pytestmark = pytest.mark.compile
 
@@ -39,9 +42,9 @@ FIRST = ("sm_80", "sm_90", "gfx942")
 MODES = {"bfloat16": (torch.bfloat16, True), "tf32": (torch.float32, True), "float32": (torch.float32, False)}
 
 
-def programs(architecture: str, mode: str) -> list[Job]:
+def programs(architecture: str, mode: str, cases: Sequence[Case] = (*PRODUCTION, *OPTIONS)) -> list[Job]:
     dtype, tf32 = MODES[mode]
-    return production_jobs(architecture, dtype, tf32=tf32)
+    return production_jobs(architecture, dtype, tf32=tf32, cases=cases)
 
 
 def one_of_each_tile(jobs: list[Job]) -> list[Job]:
@@ -54,7 +57,7 @@ def one_of_each_tile(jobs: list[Job]) -> list[Job]:
     return list(found.values())
 
 
-def check(jobs: list[Job], mode: str) -> list[KernelCode]:
+def check(jobs: list[Job], mode: str, kernels: Sequence[str] = ()) -> list[KernelCode]:
     """No spills, shared memory within the limit, tensor cores, loads of 16 bytes; wgmma on sm_90.
 
     float32 products without TF32 have no tensor cores on NVIDIA.
@@ -62,13 +65,14 @@ def check(jobs: list[Job], mode: str) -> list[KernelCode]:
     found = [replace(c, products=c.products and mode != "float32") for c in compile_all(jobs)]
     faulty = [f"{c.kernel} for {c.architecture}, {c.label}: {'; '.join(c.faults)}" for c in found if c.faults]
     assert not faulty, "\n".join(faulty)
-    stems = set(EVERYTHING)
+    stems = set(kernels or EVERYTHING)
     if mode != "bfloat16":
         stems -= {"attention_projection", "mixer_mlp_t_backward"}
     assert stems <= {c.kernel.split(".")[0] for c in found}
     return found
 
 
+OF_OPTIONS = ("norm_weights", "gate_backward", "head_norm", "rows", "simple_gla", "simple_gla_backward")
 EVERYTHING = (
     *("qkv", "attention", "attention_projection", "projection", "rows", "swiglu", "conv_swiglu", "mixer_mlp_t"),
     *("norm_backward", "swiglu_backward", "projection_backward", "attention_backward", "weight_gradient"),
@@ -80,7 +84,7 @@ EVERYTHING = (
 @pytest.mark.parametrize("mode", ["bfloat16", "float32"])
 @pytest.mark.parametrize("architecture", FIRST)
 def test_a_program_of_each_tile(architecture: str, mode: str) -> None:
-    found = check(one_of_each_tile(programs(architecture, mode)), mode)
+    found = check(one_of_each_tile(programs(architecture, mode, PRODUCTION)), mode)
     expected = {"sm_90": "wgmma", "gfx942": "mfma"}.get(architecture, "mma")
     assert mode == "float32" or expected in {c.instructions for c in found}
 
@@ -110,15 +114,14 @@ def test_launches_of_tests_fit(architecture: str, request: pytest.FixtureRequest
     assert not found["faults"], "\n".join(found["faults"])
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("sm_80", marks=pytest.mark.grid)])
-def test_options_of_blocks(architecture: str) -> None:
+@pytest.mark.representative(
+    when=lambda architecture, mode: mode == "bfloat16" and architecture in ("sm_90", "gfx942"), rest="grid"
+)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_options_of_blocks(architecture: str, mode: str) -> None:
     """Norms ahead of mixers, gates, masks, norms of heads, mixers without a gate: the kernels as those need them."""
-    found = compile_all(one_of_each_tile(production_jobs(architecture, cases=OPTIONS)))
-    faulty = [f"{c.kernel} for {c.architecture}, {c.label}: {'; '.join(c.faults)}" for c in found if c.faults]
-    assert not faulty, "\n".join(faulty)
-    assert {"norm_weights", "gate_backward", "head_norm", "rows", "simple_gla", "simple_gla_backward"} <= {
-        c.kernel.split(".")[0] for c in found
-    }
+    check(one_of_each_tile(programs(architecture, mode, OPTIONS)), mode, OF_OPTIONS)
 
 
 def spilling() -> Job:

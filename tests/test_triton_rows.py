@@ -14,7 +14,6 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from trmfast.kernels.attention_projection import attention_projection
-from trmfast.kernels.configurations import TILES
 from trmfast.kernels.conv_swiglu import conv_projection
 from trmfast.kernels.mixer_mlp_t import mlp_t
 from trmfast.kernels.norm_backward import norm_backward
@@ -23,6 +22,7 @@ from trmfast.kernels.projection import projection
 from trmfast.kernels.qkv import qkv
 from trmfast.kernels.rows import MOST_UNROLLED, Rows, normed_rows, normed_sum
 from trmfast.kernels.swiglu import gate_up, swiglu
+from trmfast.kernels.tiles import TILES
 
 import triton_guard
 from test_triton_backend import small

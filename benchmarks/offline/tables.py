@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from trmfast.kernels.architectures import GPUS, Gpu
-from trmfast.kernels.configurations import LENGTH, ROW, TILES, Configuration
+from trmfast.kernels.configurations import Configuration
 from trmfast.kernels.forward_plan import Setting, forward_plan, weight_buffers
 from trmfast.kernels.persistent import GAIN, persistent_traffic
 from trmfast.kernels.plan import KEPT, Launch, Plan
 from trmfast.kernels.plans import plans, setting_on
 from trmfast.kernels.roofline import plan_time, program_bytes
+from trmfast.kernels.tiles import LENGTH, ROW, TILES
 
 from benchmarks.offline.traffic import compiled_launches, eager_traffic, forward_of, training_of
 from trmfast.backends import BACKENDS, cuda

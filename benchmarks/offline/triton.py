@@ -60,20 +60,36 @@ PRODUCTION = (
               channel_mixer="conv_swiglu"),
     make_case("wide-2560", "urm", H_cycles=1, L_cycles=1, batch=1, length=97, hidden_size=2560, num_heads=40),
 )  # fmt: skip
-# Every option of blocks, in networks of HRM-Text's and Ouro's sizes and smaller ones.
-_ONE: dict[str, Any] = {"H_cycles": 1, "L_cycles": 1, "batch": 1, "length": 256}
+# Every option of blocks: in networks of HRM-Text's, Ouro's and Huginn's sizes, in smaller ones, and in short sequences.
+_ONE: dict[str, Any] = {"H_cycles": 1, "L_cycles": 1, "batch": 1}
+_SMALL: dict[str, Any] = {**_ONE, "hidden_size": 512, "num_heads": 8}
+_HRM_TEXT: dict[str, Any] = {
+    **_ONE,
+    "length": 256,
+    "causal": True,
+    "segments": True,
+    "norm_placement": "pre",
+    "final_norm": True,
+    "gate": "channel",
+}
 OPTIONS = (
-    make_case("hrm-text", "urm", hidden_size=1024, num_heads=8, intermediate_size=2816, causal=True, segments=True,
-              norm_placement="pre", final_norm=True, gate="channel", **_ONE),
-    make_case("ouro", "urm", hidden_size=2048, num_heads=16, intermediate_size=5632, causal=True,
+    make_case("hrm-text", "urm", hidden_size=1024, num_heads=8, intermediate_size=2816, **_HRM_TEXT),
+    make_case("hrm-text-wide", "urm", hidden_size=2560, num_heads=20, intermediate_size=6912, **_HRM_TEXT),
+    make_case("ouro", "urm", hidden_size=2048, num_heads=16, intermediate_size=5632, causal=True, length=256,
               norm_placement="sandwich", norm_weight=True, final_norm=True, **_ONE),
-    make_case("huginn", "urm", hidden_size=768, num_heads=8, causal=True, norm_placement="sandwich_sum",
-              norm_weight=True, qk_bias=True, rotation="interleaved", channel_mixer="gelu", **_ONE),
-    make_case("heads", "urm", hidden_size=512, num_heads=8, norm_placement="pre", norm_weight=True, qk_norm="learned",
-              attention_window=64, channel_mixer="relu2", **_ONE),
-    make_case("simple_gla", "urm", hidden_size=512, num_heads=8, token_mixer="simple_gla", causal=True, **_ONE),
+    make_case("huginn", "urm", hidden_size=768, num_heads=8, causal=True, norm_placement="sandwich_sum", length=250,
+              norm_weight=True, qk_bias=True, rotation="interleaved", channel_mixer="gelu", injection="linear", **_ONE),
+    make_case("heads", "urm", norm_placement="pre", norm_weight=True, qk_norm="learned", length=250,
+              attention_window=64, channel_mixer="relu2", injection="diagonal", **_SMALL),
+    make_case("grouped", "urm", num_kv_heads=2, gate="head", causal=True, segments=True, length=250, **_SMALL),
+    make_case("grouped-short", "urm", num_kv_heads=2, gate="head", causal=True, segments=True, length=97,
+              rotation="interleaved", **_SMALL),
+    make_case("window-short", "urm", attention_window=16, qk_norm="plain", qk_bias=True, gate="channel", length=97,
+              final_norm=True, **_SMALL),
+    make_case("causal-short", "urm", causal=True, rope=False, norm_weight=True, length=97, **_SMALL),
+    make_case("simple_gla", "urm", token_mixer="simple_gla", causal=True, length=250, **_SMALL),
     make_case("simple_gla-wide", "urm", hidden_size=1024, num_heads=8, num_kv_heads=4, token_mixer="simple_gla",
-              causal=True, segments=True, gate="channel", qk_norm="learned", norm_placement="pre", **_ONE),
+              causal=True, segments=True, gate="channel", qk_norm="learned", norm_placement="pre", length=250, **_ONE),
 )  # fmt: skip
 # They read one column of a row of many.
 _COLUMNS = ("simple_gla.sum_decays_kernel", "simple_gla_backward.decays_backward_kernel")
@@ -127,24 +143,27 @@ class _Recorder(Configuration):
 def production_jobs(
     architecture: str,
     dtype: torch.dtype = torch.bfloat16,
-    batch: int = 3,
+    batches: Sequence[int] = (3, 16),
     tf32: bool = True,
-    cases: Sequence[Case] = PRODUCTION,
+    cases: Sequence[Case] = (*PRODUCTION, *OPTIONS),
 ) -> list[Job]:
-    """Every kernel of the published problems with every tile that an architecture could get.
+    """Every kernel of the published problems and of every option, with every tile that an architecture could get.
 
     Args:
         architecture: its name.
         dtype: compute dtype.
+        batches: of B; by default one that leaves no number of tokens divisible by 16, and one that does: these are
+            different programs, and either may be the one that spills.
         tf32: whether products of float32 are TF32.
-        batch: B; by default one that leaves no number of tokens divisible by 16, which is the harder case.
+        cases: the problems.
     """
     jobs: dict[tuple[Any, ...], Job] = {}
-    for case, fusion in product(cases, ("most", "least")):
+    for case, batch, fusion in product(cases, batches, ("most", "least")):
         problem, recorder = case.problem, _Recorder(architecture, fusion)
         setting = Setting(problem, batch, case.length, dtype, case.rope, recorder, tf32)
-        forward_plan(setting, save=True)
-        backward_plan(setting, [True] * len(problem.program.states), True, [True] * problem.num_weights)
+        for keep in (0, problem.num_grad_updates):
+            forward_plan(setting, True, keep)
+            backward_plan(setting, [True] * len(problem.program.states), True, [True] * problem.num_weights, keep)
         for launch in recorder.seen:
             tile = ", ".join(f"{name[6:]} {size}" for name, size in launch.constants if name.startswith("BLOCK_"))
             label = f"L={case.length}: {tile}, {launch.num_warps} warps, {launch.num_stages} stages"
@@ -163,6 +182,7 @@ class KernelCode:
         label: what tells it from other compilations of the same kernel.
         products: whether it multiplies matrices, and
         rows: the most rows of a tile of such a product.
+        columns: whether it reads a column of a row of many, or too little for 16 bytes a thread.
         registers: for each thread; on AMD, vector and accumulation registers together.
         spills: instructions that store registers to or load them from local memory; on AMD, spilled registers.
         shared: bytes of shared memory of one program.
@@ -180,6 +200,7 @@ class KernelCode:
     label: str
     products: bool = False
     rows: int = 0
+    columns: bool = False
     registers: int = 0
     spills: int = 0
     shared: int = 0
@@ -207,7 +228,7 @@ class KernelCode:
         # Four warps multiply 64 rows at a time there, smaller tiles are left to mma.
         if self.products and self.architecture == "sm_90" and self.rows >= 64 and self.instructions != "wgmma":
             found.append(f"{self.instructions} instead of wgmma")
-        if not self.wide_loads and self.kernel not in _COLUMNS:
+        if not self.wide_loads and not self.columns:
             found.append("no 16-byte loads")
         return found
 
@@ -280,10 +301,12 @@ def compile_one(job: Job) -> KernelCode:
     num_warps = compiled.metadata.num_warps
     occupancy = architecture.occupancy(read["registers"], num_warps, read["shared"])
     rows = max((size for name, size in launch.constants if name in _ROWS), default=0)
+    most = max(buffer.nbytes for buffer in launch.buffers(launch.reads))
     return KernelCode(
         *(launch.kernel, architecture.name, job.label),
         products=launch.flops > 0,
         rows=rows,
+        columns=launch.kernel in _COLUMNS or most < 16 * architecture.warp_size * launch.num_warps,
         num_warps=num_warps,
         occupancy=occupancy,
         **read,
@@ -345,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 SIZES = (
     "at the published sizes (D = 512, inner width 1536, 8 heads of 64), with 4 heads of 128 and at D = 1024 and 2560, "
-    "with each tile that the table in kernels/configurations.py allows"
+    "with each tile that the table in kernels/tiles.py allows"
 )
 
 
