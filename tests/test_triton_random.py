@@ -22,7 +22,10 @@ pytestmark = [
 
 
 def check_random(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy through the operator; in small tiles no access outside of a buffer, and no two programs that meet."""
+    """The policy through the operator; in small tiles no access outside of a buffer, and no two programs that meet.
+
+    Of two draws alone more are outside of the policy by chance than of five; the median of nine decides then.
+    """
     case = random_case(Random(seed))
     for dtype in (torch.float32, torch.bfloat16):
         require_most(case, dtype, comparable(case, dtype, 2), "triton", others=9)
@@ -31,12 +34,13 @@ def check_random(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check_small_tiles(case)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.representative(when=lambda seed: seed < 2)
+@pytest.mark.parametrize("seed", range(8))
 def test_random_combinations(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check_random(seed, monkeypatch)
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("seed", range(4, 300))
+@pytest.mark.parametrize("seed", range(8, 300))
 def test_three_hundred_random_combinations(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check_random(seed, monkeypatch)

@@ -367,8 +367,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 SIZES = (
-    "at the published sizes (D = 512, inner width 1536, 8 heads of 64), with 4 heads of 128 and at D = 1024 and 2560, "
-    "with each tile that the table in kernels/tiles.py allows"
+    "at the published sizes (D = 512, inner width 1536, 8 heads of 64), with 4 heads of 128, at D = 1024 and 2560 and "
+    "with every option of a block, for numbers of tokens that 16 divides and others, with and without kept "
+    "activations, with each tile that the table in kernels/tiles.py allows"
 )
 
 
