@@ -360,8 +360,8 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "weight_gradient": {
         "16-bit": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=64)),
         _HOPPER: (*_WIDE, _tile(4, 3, M=64, N=64, K=64)),
-        "16-bit sm_80": (_tile(8, 3, M=128, N=128, K=64), _tile(8, 3, M=64, N=64, K=64)),
-        "16-bit sm_86 sm_89 sm_120": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=32)),
+        "16-bit sm_80 sm_86 sm_89": (_tile(8, 3, M=128, N=128, K=64), _tile(8, 3, M=64, N=64, K=64)),
+        "16-bit sm_120": (_tile(8, 3, M=128, N=128, K=64), _tile(4, 3, M=64, N=64, K=32)),
         "32-bit": (_tile(8, 2, M=64, N=64, K=32),),
     },
     "weight_gradient_t": {
