@@ -331,11 +331,13 @@ def _attention(
     options = {"bias": weights.qk_bias, **(tables if block.qk_norm == "none" else {})}
 
     def first(terms: Sequence[Rows], total: Buffer | None) -> Launch:
-        kernel = "qkv" if len(terms) == 1 else "qkv_sum" if len(terms) <= 3 else "qkv_many"
-        if len(terms) <= 3 and (block.rotation == "interleaved" or block.rows_ahead % block.head_dim):
-            kernel = "qkv_padded"
+        padded = block.rotation == "interleaved" or block.rows_ahead % block.head_dim
         if _sums_norms(terms, total):
-            kernel = "qkv_normed"
+            kernel = "qkv_normed_padded" if padded else "qkv_normed"
+        elif len(terms) > 3:
+            kernel = "qkv_many"
+        else:
+            kernel = "qkv_padded" if padded else "qkv_sum" if len(terms) > 1 else "qkv"
         return writer.make_product(kernel, qkv, block, terms, weights.token[0], qkv_out, total=total, **options)
 
     _add_first(writer, first, terms, total)

@@ -24,6 +24,7 @@ INTERPRETED: dict[str, Tile] = {
     "qkv_sum": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "qkv_padded": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "qkv_normed": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
+    "qkv_normed_padded": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "qkv_many": Tile.of(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128),
     "attention": Tile.of(BLOCK_M=128, BLOCK_N=LENGTH),
     "attention_long": Tile.of(BLOCK_M=128, BLOCK_N=128),
@@ -124,6 +125,11 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
             *(_tile(8, 2, M=128, N=256, K=64), _tile(8, 3, M=128, N=128, K=32)),
             *(_tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
         ),
+        "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
+    },
+    "qkv_normed_padded": {
+        "16-bit": (_tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
+        _HOPPER: (_tile(8, 3, M=128, N=128, K=32), _tile(4, 3, M=64, N=64, K=32), _tile(4, 3, M=32, N=64, K=32)),
         "32-bit": (_tile(4, 2, M=64, N=64, K=16), _tile(4, 2, M=32, N=64, K=16)),
     },
     # More than three terms: the six low states of hier6.
